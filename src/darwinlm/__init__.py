@@ -1,0 +1,1 @@
+"""DarwinLM: evolutionary structured pruning of large language models."""

@@ -1,0 +1,149 @@
+"""Cutting: smaller tensors from dense ones, and a model of these. Nothing here holds zeros in place of removed units."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.families import Rows, Site
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMRotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A site with fewer units: which are kept, and its output projection refitted to them."""
+
+    kept: tuple[int, ...]
+    """Unit indices in the dense site, ascending; empty where the whole site is removed."""
+    output_weight: Tensor | None
+    """(output rows, kept units * columns_per_unit); None where the whole site is removed."""
+
+
+def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
+    """The tensors that are left of `site`, by name; none where the whole site is removed."""
+    if not cut.kept:
+        return {}
+    assert cut.output_weight is not None
+    left = {name: weights[name] for name in site.whole}
+    for rows in site.inputs:
+        left[rows.tensor] = weights[rows.tensor].index_select(0, _kept_rows(rows, cut.kept, weights[rows.tensor]))
+    left[f"{site.output}.weight"] = cut.output_weight
+    return left
+
+
+def dense_site(site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of `site`, uncut."""
+    names = (*site.whole, *(rows.tensor for rows in site.inputs), f"{site.output}.weight")
+    return {name: weights[name] for name in names}
+
+
+def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequence[int]) -> int:
+    """Parameters left in `site` with the units `kept`, its norm included."""
+    if not kept:
+        return 0
+    count = sum(_numel(shapes[name]) for name in site.whole)
+    for rows in site.inputs:
+        groups = len({unit // rows.units for unit in kept})
+        count += groups * rows.rows * _numel(shapes[rows.tensor][1:])
+    return count + shapes[f"{site.output}.weight"][0] * len(kept) * site.columns_per_unit
+
+
+def kv_elements(site: Site, kept: Sequence[int], head_dim: int) -> int:
+    """Numbers that the site adds to the KV cache for each token: keys and values of its KV heads."""
+    return 2 * head_dim * len(_query_heads_by_kv_head(site, kept))
+
+
+def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
+    """The `per_layer_config` entries of `site` with the units `kept`."""
+    if not kept:
+        return {"skip": [site.kind]}
+    if site.kind == "mlp":
+        return {"intermediate_size": len(kept)}
+    per_kv_head = _query_heads_by_kv_head(site, kept)
+    return {
+        "num_attention_heads": sum(per_kv_head),
+        "num_key_value_heads": len(per_kv_head),
+        "query_heads_per_kv_head": per_kv_head if len(set(per_kv_head)) > 1 else None,
+    }
+
+
+def pruned_config(config: DarwinLMConfig, sites: Sequence[Site], cuts: Mapping[str, Cut]) -> DarwinLMConfig:
+    """`config` with the sizes of `cuts` (by site name; a site without an entry stays dense)."""
+    layers: dict[int, dict[str, Any]] = {}
+    for site in sites:
+        if site.name in cuts:
+            sizes = layer_sizes(site, cuts[site.name].kept)
+            layer = layers.setdefault(site.layer, {})
+            skip = [*layer.get("skip", []), *sizes.pop("skip", [])]
+            layer |= sizes
+            if skip:
+                layer["skip"] = skip
+    pruned = copy.deepcopy(config)
+    pruned.per_layer_config = layers or None
+    return pruned
+
+
+def build_model(
+    config: DarwinLMConfig,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    cuts: Mapping[str, Cut],
+    *,
+    trainable: bool = False,
+) -> DarwinLMForCausalLM:
+    """A model cut physically out of the dense `weights`.
+
+    Args:
+        config: of the dense model.
+        sites: all sites of the dense model.
+        weights: the dense model's state dict.
+        cuts: by site name; a site without an entry stays dense.
+        trainable: copy every tensor, so that training leaves the dense weights alone. Without it, tensors are shared.
+    """
+    tensors = {name: tensor for name, tensor in weights.items() if not _in_a_site(name)}
+    for site in sites:
+        tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
+    if trainable:
+        tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    pruned = pruned_config(config, sites, cuts)
+    with torch.device("meta"):
+        model = DarwinLMForCausalLM(pruned)  # type: ignore[no-untyped-call]
+    tied = bool(pruned.tie_word_embeddings)
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    device = tensors["model.embed_tokens.weight"].device
+    model.model.rotary_emb = DarwinLMRotaryEmbedding(pruned).to(device)  # type: ignore[no-untyped-call]
+    model.requires_grad_(trainable)
+    return model.train(trainable)
+
+
+def _in_a_site(name: str) -> bool:
+    return name.startswith("model.layers.")
+
+
+def _kept_rows(rows: Rows, kept: Sequence[int], like: Tensor) -> Tensor:
+    groups = torch.tensor(sorted({unit // rows.units for unit in kept}), device=like.device)
+    return (groups[:, None] * rows.rows + torch.arange(rows.rows, device=like.device)).flatten()
+
+
+def _query_heads_by_kv_head(site: Site, kept: Sequence[int]) -> list[int]:
+    if site.kind == "mlp":
+        return []
+    heads: dict[int, int] = {}
+    for unit in kept:
+        kv_head = unit // site.units_per_kv_head
+        heads[kv_head] = heads.get(kv_head, 0) + site.heads_per_unit
+    return [heads[kv_head] for kv_head in sorted(heads)]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

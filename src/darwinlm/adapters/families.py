@@ -1,0 +1,156 @@
+"""Model families as data: which switches of the modelling file a family sets, and which weights form each site."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.errors import UserError
+from darwinlm.plan import SiteKind
+
+Granularity = Literal["kv_group", "query_head"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What distinguishes a family. A string names the attribute of its config that decides."""
+
+    qkv_bias: bool | str = False
+    attention_output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    """RMS norms on queries and keys, one weight vector of head_dim shared by all heads."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", attention_output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qkv_bias="attention_bias", attention_output_bias="attention_bias", qk_norm=True),
+}
+
+_COPIED = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters "
+    "attention_dropout pad_token_id bos_token_id eos_token_id"
+).split()
+
+
+def family_of(config: Any) -> Family:
+    """The family of a Hugging Face config. Raises UserError that names the supported ones."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(
+            f"model type {config.model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
+        )
+    return family
+
+
+def dense_config(config: Any) -> DarwinLMConfig:
+    """The dense model's config in the words of our modelling file."""
+    family = family_of(config)
+    switches = {
+        name: getattr(config, value) if isinstance(value, str) else value
+        for name in ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm")
+        for value in [getattr(family, name)]
+    }
+    sliding_window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        layer_types = ["sliding_attention" if sliding_window else "full_attention"] * config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DarwinLMConfig(  # type: ignore[no-untyped-call]
+        **{name: getattr(config, name) for name in _COPIED},
+        **switches,
+        head_dim=head_dim,
+        sliding_window=sliding_window if "sliding_attention" in layer_types else None,
+        layer_types=list(layer_types),
+        base_model_type=config.model_type,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """A tensor that loses rows: `rows` of them serve `units` consecutive units and go with the last of these."""
+
+    tensor: str
+    rows: int
+    units: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A place where units can be removed. The tensors named here shrink together."""
+
+    name: str
+    """`layers.3.mlp`"""
+    layer: int
+    kind: SiteKind
+    output: str
+    """The module whose weight loses columns: `model.layers.3.mlp.down_proj`."""
+    inputs: tuple[Rows, ...]
+    whole: tuple[str, ...]
+    """Tensors kept as they are until the last unit goes: the norm, an output bias, q/k norms."""
+    num_units: int
+    columns_per_unit: int
+    heads_per_unit: int = 0
+    """Query heads in a unit; 0 in an MLP."""
+    units_per_kv_head: int = 0
+    """Units that share a KV head; 0 in an MLP."""
+
+
+def find_sites(config: DarwinLMConfig, granularity: Granularity) -> tuple[Site, ...]:
+    """Every site of a dense model, attention before MLP, layer by layer."""
+    return tuple(_sites(config, granularity))
+
+
+def _sites(config: Any, granularity: Granularity) -> Iterator[Site]:
+    head_dim, kv_heads = config.head_dim, config.num_key_value_heads
+    group = config.num_attention_heads // kv_heads
+    heads_per_unit, units_per_kv_head = (group, 1) if granularity == "kv_group" else (1, group)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
+        yield Site(
+            name=f"layers.{layer}.attention",
+            layer=layer,
+            kind="attention",
+            output=f"{attention}.o_proj",
+            inputs=tuple(
+                Rows(tensor=f"{attention}.{module}.{kind}", rows=rows, units=units)
+                for module, rows, units in (
+                    ("q_proj", heads_per_unit * head_dim, 1),
+                    ("k_proj", head_dim, units_per_kv_head),
+                    ("v_proj", head_dim, units_per_kv_head),
+                )
+                for kind in kinds
+            ),
+            whole=(
+                f"{prefix}.input_layernorm.weight",
+                *([f"{attention}.o_proj.bias"] if config.attention_output_bias else []),
+                *([f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"] if config.qk_norm else []),
+            ),
+            num_units=kv_heads * units_per_kv_head,
+            columns_per_unit=heads_per_unit * head_dim,
+            heads_per_unit=heads_per_unit,
+            units_per_kv_head=units_per_kv_head,
+        )
+        kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+        yield Site(
+            name=f"layers.{layer}.mlp",
+            layer=layer,
+            kind="mlp",
+            output=f"{prefix}.mlp.down_proj",
+            inputs=tuple(
+                Rows(tensor=f"{prefix}.mlp.{module}.{kind}", rows=1)
+                for module in ("gate_proj", "up_proj")
+                for kind in kinds
+            ),
+            whole=(
+                f"{prefix}.post_attention_layernorm.weight",
+                *([f"{prefix}.mlp.down_proj.bias"] if config.mlp_bias else []),
+            ),
+            num_units=config.intermediate_size,
+            columns_per_unit=1,
+        )

@@ -1,0 +1,1 @@
+"""Statistics of the dense model's activations, block by block."""

@@ -1,0 +1,1 @@
+"""The database: every site at every level, pruned with second-order information."""

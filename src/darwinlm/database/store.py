@@ -1,0 +1,125 @@
+"""The database on disk: `index.json` and one safetensors file a site, with surviving columns only."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from darwinlm.adapters.cutting import Cut, count_parameters, kv_elements
+from darwinlm.adapters.families import Site
+from darwinlm.database.solver import Snapshot
+from darwinlm.errors import UserError
+from darwinlm.files import read_json, write_bytes, write_json
+from darwinlm.plan import SiteLevels, Space
+
+FORMAT = 1
+
+
+class Database:
+    """Every site at every level; level 0 (dense) and the last (nothing) need no tensors.
+
+    Files are read lazily, a level at a time. A site counts as present once `index.json` names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
+        if (folder / "index.json").exists():
+            self._index = read_json(folder / "index.json")
+            if self._index.get("format") != FORMAT:
+                raise UserError(
+                    f"{folder} is a database of format {self._index.get('format')!r}, this version reads format "
+                    f"{FORMAT}; build it anew in another run"
+                )
+
+    def __contains__(self, site: Site) -> bool:
+        return site.name in self._index["sites"]
+
+    def write_site(
+        self,
+        site: Site,
+        snapshots: Sequence[Snapshot],
+        *,
+        shapes: Mapping[str, Sequence[int]],
+        head_dim: int,
+        removal_error: float,
+        residual_power: float,
+        dtype: torch.dtype,
+    ) -> None:
+        """Add a site: its file first, then its entry in the index.
+
+        Args:
+            site: the site.
+            snapshots: levels 1 to the last but one.
+            shapes: of the dense tensors, to count parameters.
+            head_dim: to count KV-cache elements.
+            removal_error: squared output error per token of the last level.
+            residual_power: what errors are divided by.
+            dtype: of the stored columns.
+        """
+        tensors: dict[str, Tensor] = {}
+        for level, snapshot in enumerate(snapshots, 1):
+            tensors[f"{level}.kept"] = torch.tensor(snapshot.kept, dtype=torch.int32)
+            tensors[f"{level}.output"] = snapshot.weight_OK.to("cpu", dtype).contiguous()
+        write_bytes(self._file(site.name), save(tensors))
+        kept = [range(site.num_units), *(snapshot.kept for snapshot in snapshots), ()]
+        power = residual_power if residual_power > 0 else 1.0
+        self._index["sites"][site.name] = {
+            "layer": site.layer,
+            "kind": site.kind,
+            "units": [len(units) for units in kept],
+            "parameters": [count_parameters(site, shapes, units) for units in kept],
+            "kv_elements": [kv_elements(site, units, head_dim) for units in kept],
+            "errors": [0.0, *(snapshot.error / power for snapshot in snapshots), removal_error / power],
+        }
+        write_json(self.folder / "index.json", self._index)
+
+    def finish(self, fixed_parameters: int) -> None:
+        """Say how many parameters no plan removes; the database is complete from here on."""
+        self._index["fixed_parameters"] = fixed_parameters
+        write_json(self.folder / "index.json", self._index)
+
+    def space(self, sites: Sequence[Site]) -> Space:
+        """The search space of a finished database, in the order of `sites`."""
+        entries = self._index["sites"]
+        return Space(
+            sites=tuple(
+                SiteLevels(
+                    name=site.name,
+                    layer=site.layer,
+                    kind=site.kind,
+                    **{key: tuple(entries[site.name][key]) for key in ("units", "parameters", "kv_elements", "errors")},
+                )
+                for site in sites
+            ),
+            fixed_parameters=self._index["fixed_parameters"],
+        )
+
+    def cut(self, site: Site, level: int, device: torch.device) -> Cut:
+        """A site at a level, in float32 on `device`. Level 0 is dense and needs no cut.
+
+        Raises:
+            UserError: if the site's file is missing or damaged.
+        """
+        if level == len(self._index["sites"][site.name]["units"]) - 1:
+            return Cut((), None)
+        file = self._file(site.name)
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                kept = tensors.get_tensor(f"{level}.kept").tolist()
+                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output").float())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({error}); delete {self.folder} and run again") from None
+
+    def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
+        """All sites that `plan` prunes, by name."""
+        return {
+            site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level > 0
+        }
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

@@ -1,0 +1,1 @@
+"""Measuring: KL and perplexity, sizes and speed."""

@@ -1,0 +1,179 @@
+"""Files that appear whole or not at all, and the run directory with its manifest."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from darwinlm.errors import UserError
+from darwinlm.recipe import Recipe, differences, make_recipe
+
+FORMAT = 1
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that a crash leaves the old file or the new one, never a part.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
+    """
+    draft = path.with_name(path.name + ".draft")
+    with naming_disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write `payload` as JSON, whole or not at all; equal payloads give equal bytes."""
+    write_bytes(path, (json.dumps(payload, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that this package wrote. Raises UserError if it is missing or damaged."""
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run the same command again") from None
+    if not isinstance(payload, dict):
+        raise UserError(f"{path} holds no JSON object; delete it and run the same command again")
+    return payload
+
+
+@contextmanager
+def naming_disk_faults(path: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only folder and the like into one clear line that names `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # safetensors reports disk faults in exceptions of its own, as text
+        text = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
+            raise UserError(
+                f"the disk is full while writing {path}; free some space and run the same command again"
+            ) from None
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"{path} cannot be written: {os.strerror(error.errno)}") from None
+        raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A draft folder that takes the place of `path` when the block ends well, and is removed when it does not."""
+    draft = path.with_name(path.name + ".draft")
+    with naming_disk_faults(path):
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            draft.mkdir(parents=True)
+            yield draft
+            for file in draft.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(draft, path)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def digest(*parts: bytes | str) -> str:
+    """A short fingerprint of `parts`."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "little") + data)
+    return sha.hexdigest()[:32]
+
+
+class RunDirectory:
+    """Everything a run writes, under one folder; `manifest.json` says which stages are done."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @staticmethod
+    def check(path: Path, recipe: Recipe) -> None:
+        """Refuse, before any work, a folder that holds something else or another recipe's run. Writes nothing."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; name a new folder or an earlier run")
+        if not path.exists() or not any(path.iterdir()):
+            return
+        if not (path / "manifest.json").exists() or not (path / "recipe.yaml").exists():
+            raise UserError(f"--out {path} holds something that is not a DarwinLM run; name a new or an empty folder")
+        manifest = read_json(path / "manifest.json")
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"--out {path} is a run of format {manifest.get('format')!r}, this version reads format {FORMAT}; "
+                "name a new folder"
+            )
+        changed = differences(make_recipe(manifest["recipe"]), recipe)
+        if changed:
+            raise UserError(
+                f"--out {path} is a run of another recipe ({'; '.join(changed)}); name a new folder or go back to it"
+            )
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe, facts: Mapping[str, Any]) -> "RunDirectory":
+        """Continue the run in `path`, or start one. `facts` are what must not change (model, data, versions)."""
+        cls.check(path, recipe)
+        if (path / "manifest.json").exists():
+            manifest = read_json(path / "manifest.json")
+            for key, value in facts.items():
+                if manifest["facts"].get(key) != value:
+                    raise UserError(
+                        f"--out {path}: {key} was {manifest['facts'].get(key)!r} when this run began and is {value!r} "
+                        "now; name a new folder, or bring it back"
+                    )
+            return cls(path, manifest)
+        manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
+        write_bytes(path / "recipe.yaml", recipe.to_yaml().encode())
+        write_json(path / "manifest.json", manifest)
+        return cls(path, manifest)
+
+    def done(self, stage: str) -> bool:
+        """Whether `stage` has ended well."""
+        return bool(self.manifest["stages"].get(stage, {}).get("done"))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Run a stage; its seconds (over all attempts) and peak memory go to the manifest."""
+        before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
+        start = time.monotonic()
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            self.manifest["stages"][name] = {
+                "done": done,
+                "seconds": round(before + time.monotonic() - start, 3),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            write_json(self.path / "manifest.json", self.manifest)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process has had so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

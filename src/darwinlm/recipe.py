@@ -1,0 +1,269 @@
+"""A recipe: everything that was asked of a run, as data that checks itself before any model is loaded."""
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from darwinlm.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class DataRecipe(_Section):
+    """Where text comes from and how many tokens each split gets."""
+
+    source: str = "self"
+    """`self` (the dense model writes it), a local text, JSONL or Parquet file or folder, or a Hub data set id."""
+    text_field: str = "text"
+    """The key (JSONL) or column (Parquet, Hub) that holds a document."""
+    sequence_length: int = Field(512, ge=8, le=131_072)
+    """Tokens in a block."""
+    calibration_tokens: int = Field(16_384, ge=1)
+    trial_tokens: int = Field(32_768, ge=1)
+    """Training text: trials read its beginning, recovery all of it."""
+    score_tokens: int = Field(8_192, ge=1)
+    held_out_tokens: int = Field(16_384, ge=1)
+
+    def blocks(self, tokens: int) -> int:
+        """How many whole blocks hold `tokens` tokens."""
+        return -(-tokens // self.sequence_length)
+
+
+class DatabaseRecipe(_Section):
+    """Second-order structured pruning of every site (paper, section 3.1)."""
+
+    granularity: Literal["kv_group", "query_head"] = "kv_group"
+    """What an attention unit is: a KV head with its query heads, or one query head (the paper's way)."""
+    levels: int = Field(10, ge=1, le=64)
+    """Steps from a dense site to a removed one, even in parameters."""
+    damping: float = Field(0.01, gt=0, le=10)
+    """lambda in H + lambda * mean(diag H) * I."""
+    batch_size: int = Field(8, ge=1)
+    """Blocks in one forward pass."""
+
+
+class SearchRecipe(_Section):
+    """Evolution with training-aware, multi-step selection (paper, sections 3.2 and 3.3)."""
+
+    generations: int = Field(6, ge=0)
+    offspring: int = Field(6, ge=1)
+    max_flips: int = Field(3, ge=1)
+    """A mutation exchanges min(U{1..max_flips}, U{1..max_flips}) pairs of sites."""
+    survivors: tuple[int, ...] = (2, 1)
+    """Candidates kept after each step; the last step keeps one."""
+    trial_tokens: tuple[int, ...] = (512, 1_024)
+    """Training tokens of each candidate, step by step."""
+    score_tokens: tuple[int, ...] = (1_024, 2_048)
+    """Tokens on which KL(dense || candidate) is measured, step by step."""
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    batch_size: int = Field(1, ge=1)
+    """Blocks in one optimiser step of a trial."""
+
+    @model_validator(mode="after")
+    def _steps_agree(self) -> "SearchRecipe":
+        if not len(self.survivors) == len(self.trial_tokens) == len(self.score_tokens) > 0:
+            raise ValueError(
+                f"search.survivors={list(self.survivors)}, search.trial_tokens={list(self.trial_tokens)} and "
+                f"search.score_tokens={list(self.score_tokens)} must be equally long, one entry a step"
+            )
+        if self.survivors[-1] != 1 or any(b > a for a, b in zip(self.survivors, self.survivors[1:], strict=False)):
+            raise ValueError(f"search.survivors={list(self.survivors)} must never grow and must end in 1")
+        if self.survivors[0] > self.offspring:
+            raise ValueError(
+                f"search.survivors={list(self.survivors)} keeps more than search.offspring={self.offspring}; "
+                "lower the first or raise the second"
+            )
+        if min(self.trial_tokens) < 0 or min(self.score_tokens) < 1:
+            raise ValueError("search.trial_tokens must be at least 0 and search.score_tokens at least 1")
+        return self
+
+
+class RecoveryRecipe(_Section):
+    """Training of the plan found (the paper's post-training)."""
+
+    tokens: int = Field(32_768, ge=0)
+    """Training tokens in all; 0 skips recovery. Beyond `data.trial_tokens` the text is read again."""
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    batch_size: int = Field(2, ge=1)
+    """Blocks in one optimiser step."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+
+
+class EvaluationRecipe(_Section):
+    """What is measured besides held-out perplexity and KL."""
+
+    prefill_tokens: int = Field(512, ge=2)
+    decode_tokens: int = Field(32, ge=1)
+    repeats: int = Field(3, ge=1)
+    """Timed passes of each model, interleaved; the median is reported."""
+
+
+class Recipe(_Section):
+    """One run, complete: two runs of the same recipe, versions and device give the same plan."""
+
+    model: str
+    """A local folder, a Hub model id, or `smollm2` (the model in the `demo` extra)."""
+    target: float | str
+    """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B)."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    data: DataRecipe = DataRecipe()
+    database: DatabaseRecipe = DatabaseRecipe()
+    search: SearchRecipe = SearchRecipe()
+    recovery: RecoveryRecipe = RecoveryRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @field_validator("target")
+    @classmethod
+    def _target_is_a_size(cls, value: float | str) -> float | str:
+        size = parse_size(value)
+        if isinstance(size, float) and not 0 < size <= 1:
+            raise ValueError(f"target {value} must be above 0 and at most 1 (a fraction), or a count such as 2.7B")
+        return size if isinstance(size, float) else str(value)
+
+    @model_validator(mode="after")
+    def _tokens_suffice(self) -> "Recipe":
+        block = self.data.sequence_length
+        if max(self.search.score_tokens) > self.data.blocks(self.data.score_tokens) * block:
+            raise ValueError(
+                f"search.score_tokens={list(self.search.score_tokens)} asks for more than "
+                f"data.score_tokens={self.data.score_tokens}; raise the latter"
+            )
+        if max(self.search.trial_tokens) > self.data.blocks(self.data.trial_tokens) * block:
+            raise ValueError(
+                f"search.trial_tokens={list(self.search.trial_tokens)} asks for more than "
+                f"data.trial_tokens={self.data.trial_tokens}; raise the latter"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """Every setting, defaults filled in, in the order of this file."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_size(value: float | str) -> float | int:
+    """Read a target: a fraction as float (`0.5`), a count of parameters as int (`2.7B`, `500M`).
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(value, str):
+        text = value.strip().replace("_", "")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMBT])", text, re.IGNORECASE)
+        if match:
+            return int(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()])
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(
+                f"target {value!r} is neither a fraction of the parameters (0.5) nor a count of them (2.7B, 500M)"
+            ) from None
+    if value > 1 and float(value).is_integer() and value >= 1_000:
+        return int(value)
+    return float(value)
+
+
+def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
+    """Read a recipe by name (`quick`, `paper`) or file, then apply `overrides` ({"search.offspring": 8}).
+
+    Raises:
+        UserError: naming the key, what is allowed, and for an unknown key the nearest known one.
+    """
+    settings = _read(recipe)
+    for key, value in overrides.items():
+        section = settings
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"recipe: {key}: {parent} is a value, not a section")
+        section[leaf] = value
+    return make_recipe(settings)
+
+
+def make_recipe(settings: dict[str, Any]) -> Recipe:
+    """Check `settings` (nested) and fill in the defaults. Raises UserError."""
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise UserError("recipe: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """One line for every setting that differs: `search.offspring: 6 -> 8`."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in after.items() if before.get(key) != value]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Read one `--set key=value`; the value is YAML (numbers, lists, words)."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {text!r}: write key=value, for example --set search.offspring=8")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text!r}: the value is not valid YAML") from None
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    built_in = resources.files("darwinlm") / "recipes"
+    names = sorted(entry.name.removesuffix(".yaml") for entry in built_in.iterdir() if entry.name.endswith(".yaml"))
+    try:
+        source = built_in / f"{recipe}.yaml" if str(recipe) in names else Path(recipe)
+        settings = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {str(recipe)!r}: no such file; the built-in recipes are {', '.join(names)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(recipe)!r} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UserError(f"recipe {str(recipe)!r}{line}: not valid YAML") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"recipe {str(recipe)!r}: expected settings as `key: value` lines")
+    return settings
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _explain(error: Any) -> str:
+    location = tuple(part for part in error["loc"] if part not in ("float", "str"))
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {near[0]!r}?"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,1 @@
+"""The search: plans proposed without tensors, scored with them."""

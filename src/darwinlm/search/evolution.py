@@ -1,0 +1,176 @@
+"""The evolutionary search as an ask/tell core: it proposes plans and selects among them, and knows no tensors.
+
+A generation (paper, algorithm 1): the parent's offspring are scored in steps, each with more training and more scoring
+tokens than the one before, and only the best go on; in the last step the parent joins them, so that the best plan is
+never lost.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from darwinlm.plan import Budget, Plan, Space
+from darwinlm.recipe import SearchRecipe
+
+_TRIES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Plans to be scored at a step; every plan of a request is trained and scored on the same tokens."""
+
+    generation: int
+    step: int
+    plans: tuple[Plan, ...]
+
+
+class Evolution:
+    """Search for the plan of the lowest score within a budget.
+
+        search = Evolution(space, budget, recipe, starts, seed)
+        while (request := search.ask()) is not None:
+            search.tell([score(plan, request.step) for plan in request.plans])
+
+    `state()` between the two is plain data; `Evolution.resume` continues from it exactly. Generation 0 scores the
+    starting plans alone, with the last step's tokens. A plan is scored at most once at each step.
+    """
+
+    def __init__(self, space: Space, budget: Budget, recipe: SearchRecipe, starts: Sequence[Plan], seed: int) -> None:
+        assert starts, "a search needs a plan to start from"
+        assert all(budget.holds(space.parameters(plan.levels)) for plan in starts)
+        self._space, self._budget, self._recipe = space, budget, recipe
+        self._rng = random.Random(seed)
+        self._last_step = len(recipe.survivors) - 1
+        self._scores: list[dict[Plan, float]] = [{} for _ in recipe.survivors]
+        self._proposed: set[Plan] = set(starts)
+        self._stuck = False
+        self.generation = 0
+        self.parent = starts[0]
+        self.history: list[dict[str, Any]] = []
+        """One entry a finished generation: its best score, that of its offspring, and the parent after it."""
+        self._step = self._last_step
+        self._pool: tuple[Plan, ...] = tuple(dict.fromkeys(starts))
+
+    def stop(self) -> str | None:
+        """Why the search is over, or None."""
+        if self.generation > self._recipe.generations:
+            return f"{self._recipe.generations} generations are done"
+        if self._stuck:
+            return "every neighbour of the best plan has been tried"
+        return None
+
+    def ask(self) -> Request | None:
+        """What to score next; None when the search is over. Asking twice gives the same answer."""
+        if self.stop() is not None:
+            return None
+        known = self._scores[self._step]
+        return Request(self.generation, self._step, tuple(plan for plan in self._pool if plan not in known))
+
+    def tell(self, scores: Sequence[float]) -> None:
+        """Report the scores (lower is better) of the plans last asked for, in their order."""
+        request = self.ask()
+        assert request is not None and len(scores) == len(request.plans)
+        self._scores[self._step].update(zip(request.plans, scores, strict=True))
+        ranked = sorted(self._pool, key=lambda plan: self._scores[self._step][plan])
+        if self._step < self._last_step:
+            self._pool = tuple(ranked[: self._recipe.survivors[self._step]])
+            self._step += 1
+            if self._step == self._last_step:
+                self._pool = tuple(dict.fromkeys([*self._pool, self.parent]))
+            return
+        improved = ranked[0] != self.parent
+        self.parent = ranked[0]
+        self.history.append(
+            {
+                "generation": self.generation,
+                "score": self._scores[self._step][self.parent],
+                "scores": [self._scores[self._step][plan] for plan in ranked],
+                "improved": improved,
+                "levels": list(self.parent.levels),
+            }
+        )
+        self.generation += 1
+        self._begin_generation()
+
+    def _begin_generation(self) -> None:
+        offspring: list[Plan] = []
+        if self.generation <= self._recipe.generations:
+            offspring = self._offspring()
+            self._stuck = not offspring
+        self._step = 0
+        self._pool = tuple(offspring)
+        if self._last_step == 0:
+            self._pool = (*self._pool, self.parent)
+
+    def _offspring(self) -> list[Plan]:
+        found: list[Plan] = []
+        for _ in range(_TRIES * self._recipe.offspring):
+            if len(found) == self._recipe.offspring:
+                break
+            plan = self._mutate(self.parent)
+            if plan is not None and plan not in self._proposed:
+                self._proposed.add(plan)
+                found.append(plan)
+        return found
+
+    def _mutate(self, parent: Plan) -> Plan | None:
+        """Exchange capacity between sites min(U, U) times; every exchange keeps the budget."""
+        flips = min(self._rng.randint(1, self._recipe.max_flips), self._rng.randint(1, self._recipe.max_flips))
+        levels = list(parent.levels)
+        for _ in range(flips):
+            if not self._exchange(levels):
+                return None
+        return Plan(levels=tuple(levels))
+
+    def _exchange(self, levels: list[int]) -> bool:
+        """Prune one site a level or two further and give others of any kind what that frees, within the budget."""
+        sites = self._space.sites
+        giver = self._rng.randrange(len(sites))
+        last = len(sites[giver].units) - 1
+        if levels[giver] == last:
+            return False
+        before = self._space.parameters(levels)
+        taken = min(last, levels[giver] + self._rng.choice((1, 1, 2)))
+        freed = before - sites[giver].parameters[levels[giver]] + sites[giver].parameters[taken]
+        takers = [
+            (index, level)
+            for index, site in enumerate(sites)
+            if index != giver
+            for level in range(levels[index])
+            if self._budget.holds(freed - site.parameters[levels[index]] + site.parameters[level])
+        ]
+        if not takers:
+            return False
+        levels[giver] = taken
+        taker, level = self._rng.choice(takers)
+        levels[taker] = level
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is needed to go on, as JSON."""
+        version, internal, gauss = self._rng.getstate()
+        return {
+            "generation": self.generation,
+            "step": self._step,
+            "parent": list(self.parent.levels),
+            "pool": [list(plan.levels) for plan in self._pool],
+            "proposed": sorted(list(plan.levels) for plan in self._proposed),
+            "scores": [[[list(plan.levels), score] for plan, score in known.items()] for known in self._scores],
+            "stuck": self._stuck,
+            "history": self.history,
+            "rng": [version, list(internal), gauss],
+        }
+
+    @classmethod
+    def resume(cls, space: Space, budget: Budget, recipe: SearchRecipe, state: Mapping[str, Any]) -> "Evolution":
+        """Continue from `state()`."""
+        search = cls(space, budget, recipe, [Plan(levels=tuple(state["parent"]))], seed=0)
+        version, internal, gauss = state["rng"]
+        search._rng.setstate((version, tuple(internal), gauss))
+        search.generation, search._step, search._stuck = state["generation"], state["step"], state["stuck"]
+        search._pool = tuple(Plan(levels=tuple(levels)) for levels in state["pool"])
+        search._proposed = {Plan(levels=tuple(levels)) for levels in state["proposed"]}
+        search._scores = [{Plan(levels=tuple(levels)): score for levels, score in known} for known in state["scores"]]
+        search.history = list(state["history"])
+        return search

@@ -1,0 +1,95 @@
+"""The search stage: cut each proposed plan out of the model, train it a little, score it, and keep the state on disk."""
+
+import json
+import math
+from pathlib import Path
+
+from darwinlm.adapters.cutting import build_model
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.data import Corpus
+from darwinlm.database.store import Database
+from darwinlm.errors import UserError
+from darwinlm.files import read_json, write_bytes, write_json
+from darwinlm.plan import Budget, Plan, Space
+from darwinlm.progress import log, task
+from darwinlm.recipe import SearchRecipe
+from darwinlm.scoring import DenseReference
+from darwinlm.search.allocation import error_plan, uniform_plan
+from darwinlm.search.evolution import Evolution
+from darwinlm.training import train_briefly
+
+DIVERGED = 1e9
+"""The score of a candidate whose trial diverged: it is dropped, the search goes on."""
+
+
+class TrialScorer:
+    """Scores plans: cut, train on the step's trial tokens, KL(dense || candidate) on the step's score tokens."""
+
+    def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
+        self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
+        self._weights = dense.weights
+        self._reference = DenseReference(dense.model, corpus.tokens("score", max(recipe.score_tokens)))
+
+    def score(self, plan: Plan, step: int) -> float:
+        """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value."""
+        recipe, dense = self._recipe, self._dense
+        trial_tokens = recipe.trial_tokens[step]
+        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
+        model = build_model(dense.config, dense.sites, self._weights, cuts, trainable=trial_tokens > 0)
+        if trial_tokens > 0:
+            blocks_BT = self._corpus.tokens("trial", trial_tokens)
+            train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
+        kl = self._reference.compare(model, recipe.score_tokens[step]).kl
+        return kl if math.isfinite(kl) else DIVERGED
+
+
+def starting_plans(space: Space, budget: Budget) -> list[Plan]:
+    """The plans a search begins with: uniform sizes, and least total output error. Raises UserError if none fits."""
+    plans = [plan for plan in (uniform_plan(space, budget), error_plan(space, budget)) if plan is not None]
+    if not plans:
+        raise UserError(
+            f"no plan has between {budget.minimum:,} and {budget.maximum:,} parameters with this database's levels; "
+            "change target a little or raise database.levels"
+        )
+    return plans
+
+
+def search_plan(
+    dense: DenseModel,
+    database: Database,
+    corpus: Corpus,
+    budget: Budget,
+    recipe: SearchRecipe,
+    seed: int,
+    folder: Path,
+) -> Plan:
+    """Search until the recipe's generations are done, or go on from the state in `folder`.
+
+    Writes `state.json` after every step, `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
+    """
+    space = database.space(dense.sites)
+    state_file = folder / "state.json"
+    if state_file.exists():
+        search = Evolution.resume(space, budget, recipe, read_json(state_file))
+        log.info("search: going on at generation %d", search.generation)
+    else:
+        search = Evolution(space, budget, recipe, starting_plans(space, budget), seed)
+    scorer: TrialScorer | None = None
+    with task("search (generations)", recipe.generations + 1) as progress:
+        progress.advance(search.generation, note=_best(search))
+        while (request := search.ask()) is not None:
+            scorer = scorer or TrialScorer(dense, database, corpus, recipe)
+            search.tell([scorer.score(plan, request.step) for plan in request.plans])
+            write_json(state_file, search.state())
+            if search.generation > request.generation:
+                progress.advance(note=_best(search))
+    log.info("search: %s", search.stop())
+    lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in search.history]
+    write_bytes(folder / "history.jsonl", "".join(lines).encode())
+    write_json(folder / "best_plan.json", search.parent.to_dict(space))
+    return search.parent
+
+
+def _best(search: Evolution) -> str:
+    return f"KL {search.history[-1]['score']:.4f}" if search.history else ""
+
