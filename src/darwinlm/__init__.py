@@ -1,1 +1,24 @@
-"""DarwinLM: evolutionary structured pruning of large language models."""
+"""DarwinLM: structured pruning of language models by second-order information and evolutionary search."""
+
+from typing import TYPE_CHECKING, Any
+
+from darwinlm.errors import UserError
+from darwinlm.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from darwinlm.export.hf import load
+    from darwinlm.pipeline import Run, prune
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Run", "UserError", "__version__", "load", "load_recipe", "prune"]
+
+_LAZY = {"load": "darwinlm.export.hf", "prune": "darwinlm.pipeline", "Run": "darwinlm.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for: `darwinlm --help` must not wait for it."""
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'darwinlm' has no attribute {name!r}")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from darwinlm.errors import UserError
+from darwinlm.files import read_tensors, write_bytes
 from darwinlm.recipe import DataRecipe
 
 SPLITS = ("held_out", "score", "calibration", "trial")
@@ -88,6 +90,16 @@ def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
         f"data {recipe.source!r} holds {total:,} tokens, but the splits need {sum(needed.values()) * length:,} "
         f"({parts}), each of whole documents; give more text or lower data.*_tokens"
     )
+
+
+def save_corpus(corpus: Corpus, file: Path) -> None:
+    """Keep the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
+    write_bytes(file, save({split: blocks_BT.contiguous() for split, blocks_BT in corpus.blocks.items()}))
+
+
+def load_corpus(file: Path) -> Corpus:
+    """Read what `save_corpus` wrote. Raises UserError."""
+    return Corpus(read_tensors(file))
 
 
 def find_documents(source: str, text_field: str, seed: int) -> Iterator[str]:

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from darwinlm.errors import UserError
 from darwinlm.recipe import Recipe, differences, make_recipe
 
@@ -53,6 +57,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise UserError(f"{path} holds no JSON object; delete it and run the same command again")
     return payload
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file that this package wrote. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run the same command again") from None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class SiteLevels:
     kv_elements: tuple[int, ...]
     """Numbers the KV cache stores for each token."""
     errors: tuple[float, ...]
-    """Squared output error per calibration token, over the mean squared residual stream after the site."""
+    """Squared output error per calibration token, over the median squared norm of the residual stream after the site."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

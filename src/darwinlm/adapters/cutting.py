@@ -108,7 +108,19 @@ def build_model(
         tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
     if trainable:
         tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    pruned = pruned_config(config, sites, cuts)
+    return _assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
+
+
+def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:
+    """A model of the sizes of `model` with other `tensors`, in float32 and on its device; a tied head is not in them."""
+    return _assemble(
+        copy.deepcopy(model.config),
+        {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()},
+        trainable=False,
+    )
+
+
+def _assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: bool) -> DarwinLMForCausalLM:
     with torch.device("meta"):
         model = DarwinLMForCausalLM(pruned)  # type: ignore[no-untyped-call]
     tied = bool(pruned.tie_word_embeddings)

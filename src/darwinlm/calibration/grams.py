@@ -18,7 +18,8 @@ class SiteStatistics:
     gram_II: Tensor
     """X^T X / tokens over the inputs X of the site's output projection: float32, I = its columns."""
     residual_power: float
-    """Mean over tokens of the squared norm of the residual stream after the site."""
+    """Median over tokens of the squared norm of the residual stream after the site. Not the mean: a few tokens with
+    massive activations (the first of a text) would set it, and nearly every block would look free to remove."""
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ class _Recorder:
     def __init__(self, layer: nn.Module, sites: Sequence[Site]) -> None:
         self.batch = 0
         self._grams: dict[str, Tensor] = {}
-        self._power: dict[str, float] = {}
+        self._power: dict[str, list[Tensor]] = {}
         self._tokens: dict[str, int] = {}
         self._hooks = []
         for site in sites:
@@ -92,7 +93,8 @@ class _Recorder:
 
     def statistics(self, site: Site) -> SiteStatistics:
         tokens = self._tokens[site.name]
-        return SiteStatistics(self._grams[site.name] / tokens, self._power[site.name] / tokens)
+        power = torch.cat(self._power[site.name]).median().item()
+        return SiteStatistics(self._grams[site.name] / tokens, power)
 
     def _record_inputs(self, site: Site):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -113,7 +115,6 @@ class _Recorder:
 
     def _record_power(self, site: Site):  # type: ignore[no-untyped-def]
         def hook(states: Tensor) -> None:
-            power = states.float().square().sum().item()
-            self._power[site.name] = self._power.get(site.name, 0.0) + power
+            self._power.setdefault(site.name, []).append(states.float().square().sum(-1).flatten())
 
         return hook

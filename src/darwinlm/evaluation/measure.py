@@ -1,0 +1,127 @@
+"""What a model costs and how it does, side by side with others on the same tokens and the same machine."""
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.progress import task
+from darwinlm.recipe import EvaluationRecipe
+from darwinlm.scoring import DenseReference
+
+SAMPLE_PROMPT = "The best way to learn something new is"
+_SAMPLE_TOKENS = 40
+
+
+def measure(
+    models: Mapping[str, DarwinLMForCausalLM],
+    held_out_BT: Tensor,
+    recipe: EvaluationRecipe,
+    dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """One row a model: parameters, held-out perplexity and KL to the dense model, KV-cache bytes, speed.
+
+    Args:
+        models: by name, float32; `dense` must be among them.
+        held_out_BT: token ids, blocks * tokens.
+        recipe: how speed is measured.
+        dtype: that the models are stored in; speed and cache bytes are for it.
+    """
+    reference = DenseReference(models["dense"], held_out_BT)
+    rows = []
+    with task("evaluation (models)", len(models)) as progress:
+        for name, model in models.items():
+            fidelity = reference.compare(model)
+            # The dense model's KL is 0 by definition; rounding would show as 1e-12.
+            kl = 0.0 if name == "dense" else fidelity.kl
+            rows.append(
+                {
+                    "name": name,
+                    "parameters": parameters_of(model),
+                    "perplexity": fidelity.perplexity,
+                    "kl": kl,
+                    "kv_cache_bytes_per_token": kv_cache_bytes(model, dtype),
+                }
+            )
+            progress.advance(note=name)
+    del reference
+    cast = {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}  # type: ignore[arg-type]
+    for row, speed in zip(rows, speeds(cast, recipe).values(), strict=True):
+        row |= speed
+    return rows
+
+
+def parameters_of(model: DarwinLMForCausalLM) -> int:
+    """Parameters of `model`, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def kv_cache_bytes(model: DarwinLMForCausalLM, dtype: torch.dtype) -> int:
+    """Bytes that one token takes in the KV cache of `dtype`."""
+    heads = sum(
+        layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
+        for layer in model.model.layers
+        if layer.has_attention
+    )
+    return int(heads * dtype.itemsize)
+
+
+@torch.no_grad()
+def speeds(models: Mapping[str, DarwinLMForCausalLM], recipe: EvaluationRecipe) -> dict[str, dict[str, float]]:
+    """Median prefill and decode tokens/s at batch 1; every repeat times all models in turn, after one untimed pass."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    with task("evaluation (speed)", recipe.repeats + 1) as progress:
+        for repeat in range(recipe.repeats + 1):
+            for name, model in models.items():
+                timed = _time_once(model, recipe)
+                if repeat > 0:
+                    times[name].append(timed)
+            progress.advance()
+    return {
+        name: {
+            "prefill_tokens_per_second": recipe.prefill_tokens / statistics.median(t[0] for t in timed),
+            "decode_tokens_per_second": recipe.decode_tokens / statistics.median(t[1] for t in timed),
+        }
+        for name, timed in times.items()
+    }
+
+
+def _time_once(model: DarwinLMForCausalLM, recipe: EvaluationRecipe) -> tuple[float, float]:
+    vocabulary = model.config.vocab_size
+    ids_1T = (torch.arange(recipe.prefill_tokens, device=model.device) * 7919 % vocabulary).unsqueeze(0)
+    _synchronise(model.device)
+    start = time.perf_counter()
+    output = model(ids_1T, use_cache=True, logits_to_keep=1)
+    _synchronise(model.device)
+    prefilled = time.perf_counter()
+    for _ in range(recipe.decode_tokens):
+        token_11 = output.logits[:, -1:].argmax(-1)
+        output = model(token_11, use_cache=True, past_key_values=output.past_key_values)
+    _synchronise(model.device)
+    return prefilled - start, time.perf_counter() - prefilled
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_sample(model: DarwinLMForCausalLM, tokenizer: Any) -> str:
+    """What `model` says after `SAMPLE_PROMPT`, greedily."""
+    prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt").to(model.device)
+    ids = model.generate(
+        **prompt,
+        max_new_tokens=_SAMPLE_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    text: str = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

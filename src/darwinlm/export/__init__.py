@@ -1,0 +1,1 @@
+"""The pruned model in the form that others load."""

@@ -1,0 +1,66 @@
+"""The model card: what was pruned, how, and what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from darwinlm.recipe import Recipe
+
+
+def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Markdown for `README.md`, with the table of `metrics["rows"]` and the whole recipe."""
+    base = recipe.model.rstrip("/").split("/")[-1] if recipe.model.count("/") != 1 else recipe.model
+    share = plan["parameters"] / plan["dense_parameters"]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [darwinlm, pruned]", "---"]
+    lines = [
+        *front,
+        "",
+        f"# {base}, pruned to {share:.1%} of its parameters",
+        "",
+        f"{plan['parameters']:,} of {plan['dense_parameters']:,} parameters are left. Sizes differ from layer to layer "
+        "(`per_layer_config` in `config.json`); `plan.json` holds the plan. Made with DarwinLM.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this-folder", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+        "```",
+        "",
+        "The flag runs `modeling_darwinlm.py`, the one code file here; with the `darwinlm` package installed, "
+        '`darwinlm.load("this-folder")` needs no flag.',
+        "",
+        "## Measured",
+        "",
+        "| model | parameters | perplexity | KL to dense (nats) | KV cache (bytes a token) | prefill (tokens/s) | "
+        "decode (tokens/s) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in metrics["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['parameters']:,} | {row['perplexity']:.2f} | {row['kl']:.4f} | "
+            f"{row['kv_cache_bytes_per_token']:,} | {row['prefill_tokens_per_second']:.0f} | "
+            f"{row['decode_tokens_per_second']:.1f} |"
+        )
+    held_out = f"{recipe.data.held_out_tokens:,} held-out tokens in blocks of {recipe.data.sequence_length}"
+    lines += [
+        "",
+        f"Perplexity and KL on {held_out} of `{_name(recipe.data.source)}`; speeds on {metrics['environment']['device']}, "
+        f"batch 1, {recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe.model_copy(update={"model": base, "data": _shareable(recipe)}).to_yaml().rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _name(source: str) -> str:
+    """A Hub id as it is; of a local path the last part only: the rest is nobody's business."""
+    return source if source.count("/") <= 1 and not source.startswith((".", "/", "~")) else source.rstrip("/").split("/")[-1]
+
+
+def _shareable(recipe: Recipe) -> Any:
+    return recipe.data.model_copy(update={"source": _name(recipe.data.source)})

@@ -1,0 +1,197 @@
+"""The whole flow on one page: corpus, database, search, recovery, evaluation, export, report."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import darwinlm
+from darwinlm.adapters.cutting import build_model, copy_trained
+from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.database.build import build_database
+from darwinlm.database.store import Database
+from darwinlm.demo import resolve
+from darwinlm.evaluation.measure import SAMPLE_PROMPT, measure, write_sample
+from darwinlm.export.card import model_card
+from darwinlm.export.hf import export_hf, load
+from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
+from darwinlm.plan import Budget, Plan, check_target, parameter_budget
+from darwinlm.progress import log
+from darwinlm.recipe import Recipe, load_recipe, parse_size
+from darwinlm.recovery.stage import recover
+from darwinlm.search.allocation import uniform_plan
+from darwinlm.search.stage import search_plan
+from darwinlm.self_text import write_documents
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    metrics: Mapping[str, Any]
+    """What `report/metrics.json` holds."""
+
+    @property
+    def model_path(self) -> Path:
+        """The folder of the pruned model."""
+        return self.path / "model"
+
+    def load(self) -> DarwinLMForCausalLM:
+        """The pruned model."""
+        return load(self.model_path)
+
+
+def prune(
+    model: str | Path,
+    *,
+    target: float | str,
+    out: str | Path,
+    recipe: str | Path = "quick",
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Prune a model to a size, or go on with an interrupted run of the same settings.
+
+    Args:
+        model: a local folder or a Hub id.
+        target: the fraction of parameters to keep (0.5), or a count of them ("2.7B").
+        out: the run directory: new, empty, or an earlier run.
+        recipe: the name of a built-in recipe, or a YAML file.
+        settings: changes to the recipe, `{"search.offspring": 8}`.
+
+    Raises:
+        UserError: with one line that says what is wrong and what to do.
+    """
+    overrides = {"model": str(model), "target": target, **(settings or {})}
+    return run_recipe(load_recipe(recipe, overrides), Path(out))
+
+
+def run_recipe(recipe: Recipe, out: Path) -> Run:
+    """Run every stage of `recipe` that is not done yet in the run directory `out`. Raises UserError."""
+    RunDirectory.check(out, recipe)
+    device = choose_device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
+    target = parse_size(recipe.target)
+    weights = dense.weights
+    check_target(
+        target,
+        dense=sum(tensor.numel() for tensor in weights.values()),
+        smallest=sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("model.layers.")),
+    )
+    corpus_file = out / "corpus.safetensors"
+    writes_itself = recipe.data.source == "self"
+    corpus = None
+    if not writes_itself and not corpus_file.exists():
+        # Read before the run directory exists, so that a mistake in the data leaves nothing behind.
+        corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
+    run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
+    if not run.done("corpus"):
+        with run.stage("corpus"):
+            save_corpus(corpus or _own_text(dense, recipe), corpus_file)
+    corpus = load_corpus(corpus_file)
+
+    if not run.done("database"):
+        with run.stage("database"):
+            build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database")
+    database = Database(out / "database")
+    space = database.space(dense.sites)
+    budget = parameter_budget(target, space)
+
+    if not run.done("search"):
+        with run.stage("search"):
+            search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, out / "search")
+    plan = Plan.from_dict(read_json(out / "search" / "best_plan.json"), space)
+
+    weights_file = out / "recovery" / "weights.safetensors"
+    if recipe.recovery.tokens > 0 and not run.done("recovery"):
+        with run.stage("recovery"):
+            model = _cut(dense, database, plan, trainable=True)
+            losses = recover(
+                model, corpus.blocks["trial"], recipe.recovery, seed=recipe.seed, folder=out / "recovery"
+            )
+            write_json(out / "recovery" / "losses.json", {"loss": losses})
+            write_bytes(weights_file, save(_stored(model, dense.dtype)))
+
+    metrics_file = out / "report" / "metrics.json"
+    if not (run.done("evaluation") and run.done("export")):
+        models = _models(dense, database, budget, plan)
+        if recipe.recovery.tokens > 0:
+            models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
+        last = models[next(reversed(models))]
+        with run.stage("evaluation"):
+            rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
+            sample = {
+                "prompt": SAMPLE_PROMPT,
+                "before": write_sample(dense.model, dense.tokenizer),
+                "after": write_sample(last, dense.tokenizer),
+            }
+        metrics = _metrics(recipe, rows, sample, dense, run)
+        with run.stage("export"):
+            as_json = plan.to_dict(space)
+            export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
+        write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})
+    log.info("done: %s", out / "model")
+    return Run(out, read_json(metrics_file))
+
+
+def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
+    length = recipe.data.sequence_length
+    # Each split ends with a whole document, and what of that does not fit is lost.
+    tokens = sum(needed_blocks(recipe.data).values()) * length + len(SPLITS) * length
+    return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)
+
+
+def _cut(dense: DenseModel, database: Database, plan: Plan, *, trainable: bool) -> DarwinLMForCausalLM:
+    cuts = database.cuts(dense.sites, plan.levels, dense.device)
+    return build_model(dense.config, dense.sites, dense.weights, cuts, trainable=trainable)
+
+
+def _models(dense: DenseModel, database: Database, budget: Budget, plan: Plan) -> dict[str, DarwinLMForCausalLM]:
+    models = {"dense": dense.model}
+    uniform = uniform_plan(database.space(dense.sites), budget)
+    if uniform is not None:
+        models["uniform"] = _cut(dense, database, uniform, trainable=False)
+    return models | {"found": _cut(dense, database, plan, trainable=False)}
+
+
+def _stored(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def _metrics(
+    recipe: Recipe, rows: list[dict[str, Any]], sample: dict[str, str], dense: DenseModel, run: RunDirectory
+) -> dict[str, Any]:
+    return {
+        "model": recipe.model,
+        "target": recipe.target,
+        "rows": rows,
+        "sample": sample,
+        "environment": environment(dense.device),
+        "seed": recipe.seed,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, for every number that is reported."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {
+        "device": name,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "darwinlm": darwinlm.__version__,
+    }

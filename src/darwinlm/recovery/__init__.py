@@ -1,0 +1,1 @@
+"""Recovery: the long training of the plan that was found."""
