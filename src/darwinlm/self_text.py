@@ -29,24 +29,28 @@ def write_documents(dense: DenseModel, *, tokens: int, longest: int, seed: int) 
         raise UserError("data 'self': the tokenizer has no beginning- or end-of-text token; give --data a text instead")
     ends = _end_tokens(dense)
     generator = torch.Generator(device=dense.device).manual_seed(seed)
-    written, idle = 0, 0
+    written = count = idle = 0
     with task("writing text", tokens) as progress:
         while written < tokens:
-            documents = _write_batch(dense, first, ends, longest, generator)
-            written += sum(len(document) for document in documents)
+            # As many at once as are still needed if they turn out as long as those before them.
+            mean = written / count if count else longest
+            rows = min(BATCH, max(1, round((tokens - written) / mean)))
+            documents = _write_batch(dense, first, ends, longest, rows, generator)
+            fresh = sum(len(document) for document in documents)
+            progress.advance(min(fresh, tokens - written))
+            written, count = written + fresh, count + rows
             idle = 0 if any(len(document) > 2 for document in documents) else idle + 1
             if idle == 8:
                 raise UserError("data 'self': the model writes only empty documents; give --data a text instead")
-            progress.advance(min(sum(len(d) for d in documents), tokens))
             yield from documents
 
 
 def _write_batch(
-    dense: DenseModel, first: int, ends: torch.Tensor, longest: int, generator: torch.Generator
+    dense: DenseModel, first: int, ends: torch.Tensor, longest: int, count: int, generator: torch.Generator
 ) -> list[list[int]]:
-    documents = [[first] for _ in range(BATCH)]
-    rows = list(range(BATCH))
-    ids_B1 = torch.full((BATCH, 1), first, device=dense.device)
+    documents = [[first] for _ in range(count)]
+    rows = list(range(count))
+    ids_B1 = torch.full((count, 1), first, device=dense.device)
     cache = DynamicCache(config=dense.config)
     for _ in range(longest - 1):
         logits_BV = dense.model(ids_B1, past_key_values=cache, use_cache=True).logits[:, -1]

@@ -8,9 +8,7 @@ from torch import Tensor
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 
 
-def train_briefly(
-    model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rate: float, batch_size: int
-) -> float:
+def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rate: float, batch_size: int) -> float:
     """Train `model` in place on next-token loss, once over `blocks_BT`, with AdamW and a constant learning rate.
 
     Weights and computation are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move.

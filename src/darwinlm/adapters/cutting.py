@@ -1,9 +1,9 @@
-"""Cutting: smaller tensors from dense ones, and a model of these. Nothing here holds zeros in place of removed units."""
+"""Cutting: smaller tensors from dense ones, and a model of these. No zeros stand in for removed units."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
 
 def pruned_config(config: DarwinLMConfig, sites: Sequence[Site], cuts: Mapping[str, Cut]) -> DarwinLMConfig:
     """`config` with the sizes of `cuts` (by site name; a site without an entry stays dense)."""
-    layers: dict[int, dict[str, Any]] = {}
+    layers: dict[int | str, dict[str, Any]] = {}
     for site in sites:
         if site.name in cuts:
             sizes = layer_sizes(site, cuts[site.name].kept)
@@ -112,9 +112,9 @@ def build_model(
 
 
 def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:
-    """A model of the sizes of `model` with other `tensors`, in float32 and on its device; a tied head is not in them."""
+    """A model of the sizes of `model` with other `tensors`, float32, on its device; a tied head is not in them."""
     return _assemble(
-        copy.deepcopy(model.config),
+        copy.deepcopy(cast(DarwinLMConfig, model.config)),
         {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()},
         trainable=False,
     )
@@ -122,7 +122,7 @@ def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> D
 
 def _assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: bool) -> DarwinLMForCausalLM:
     with torch.device("meta"):
-        model = DarwinLMForCausalLM(pruned)  # type: ignore[no-untyped-call]
+        model = DarwinLMForCausalLM(pruned)
     tied = bool(pruned.tie_word_embeddings)
     if tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -130,9 +130,10 @@ def _assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: 
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     device = tensors["model.embed_tokens.weight"].device
-    model.model.rotary_emb = DarwinLMRotaryEmbedding(pruned).to(device)  # type: ignore[no-untyped-call]
+    model.model.rotary_emb = DarwinLMRotaryEmbedding(pruned).to(device)
     model.requires_grad_(trainable)
-    return model.train(trainable)
+    model.train(trainable)
+    return model
 
 
 def _in_a_site(name: str) -> bool:

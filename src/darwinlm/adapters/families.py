@@ -30,10 +30,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 _COPIED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters "
-    "attention_dropout pad_token_id bos_token_id eos_token_id"
-).split()
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("use_cache", "tie_word_embeddings", "rope_parameters", "attention_dropout"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
 
 
 def family_of(config: Any) -> Family:
@@ -59,7 +60,7 @@ def dense_config(config: Any) -> DarwinLMConfig:
     if layer_types is None:
         layer_types = ["sliding_attention" if sliding_window else "full_attention"] * config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DarwinLMConfig(  # type: ignore[no-untyped-call]
+    return DarwinLMConfig(
         **{name: getattr(config, name) for name in _COPIED},
         **switches,
         head_dim=head_dim,

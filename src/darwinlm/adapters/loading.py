@@ -84,11 +84,12 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
     """
     base_config = load_config(source)
     try:
-        native, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model {source!r}: its weights cannot be loaded: {_first_line(error, source)}") from None
+    native, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         raise UserError(f"model {source!r}: {len(missing)} weights are missing from its files, first {missing[0]!r}")

@@ -1,4 +1,4 @@
-"""The database stage: walk the dense model's blocks, prune each site as its statistics are ready, write it, forget it."""
+"""The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
 
 from pathlib import Path
 

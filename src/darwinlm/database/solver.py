@@ -116,8 +116,8 @@ class _State:
         U, C = len(self.units), self.C
         blocks_UCC = self.inverse_II.view(U, C, U, C).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         weight_UCO = self.weight_OI.T.reshape(U, C, -1)
-        scores_U = (weight_UCO * torch.linalg.solve(blocks_UCC, weight_UCO)).sum(dim=(1, 2))
-        return scores_U.argmin()[None]
+        scores_U: Tensor = (weight_UCO * torch.linalg.solve(blocks_UCC, weight_UCO)).sum(dim=(1, 2))
+        return scores_U.argmin().unsqueeze(0)
 
     def _choose_single(self, block: int) -> Tensor:
         """The next `block` single columns in greedy order, without touching the big matrices.

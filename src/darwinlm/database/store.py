@@ -117,9 +117,7 @@ class Database:
 
     def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
         """All sites that `plan` prunes, by name."""
-        return {
-            site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level > 0
-        }
+        return {site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level > 0}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

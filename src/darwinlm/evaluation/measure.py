@@ -114,7 +114,8 @@ def _synchronise(device: torch.device) -> None:
 def write_sample(model: DarwinLMForCausalLM, tokenizer: Any) -> str:
     """What `model` says after `SAMPLE_PROMPT`, greedily."""
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt").to(model.device)
-    ids = model.generate(
+    generate: Any = model.generate  # type: ignore[misc]
+    ids = generate(
         **prompt,
         max_new_tokens=_SAMPLE_TOKENS,
         do_sample=False,

@@ -44,8 +44,9 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
     held_out = f"{recipe.data.held_out_tokens:,} held-out tokens in blocks of {recipe.data.sequence_length}"
     lines += [
         "",
-        f"Perplexity and KL on {held_out} of `{_name(recipe.data.source)}`; speeds on {metrics['environment']['device']}, "
-        f"batch 1, {recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
+        f"Perplexity and KL on {held_out} of `{_name(recipe.data.source)}`; speeds on "
+        f"{metrics['environment']['device']}, batch 1, "
+        f"{recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
         "",
         "## Recipe",
         "",
@@ -59,7 +60,9 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
 
 def _name(source: str) -> str:
     """A Hub id as it is; of a local path the last part only: the rest is nobody's business."""
-    return source if source.count("/") <= 1 and not source.startswith((".", "/", "~")) else source.rstrip("/").split("/")[-1]
+    if source.count("/") <= 1 and not source.startswith((".", "/", "~")):
+        return source
+    return source.rstrip("/").split("/")[-1]
 
 
 def _shareable(recipe: Recipe) -> Any:

@@ -22,9 +22,7 @@ _SHARD = "5GB"
 _PROOF_TOKENS = 16
 
 
-def export_hf(
-    model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, Any], card: str, folder: Path
-) -> None:
+def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, Any], card: str, folder: Path) -> None:
     """Write `model` to `folder` in the checkpoint's dtype, and prove it before it takes its place.
 
     Args:
@@ -77,7 +75,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
     if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
         raise UserError(f"{path} holds no pruned model; load it with transformers")
     model: DarwinLMForCausalLM = DarwinLMForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    return model
 
 
 @torch.no_grad()
@@ -88,4 +88,4 @@ def _largest_difference(model: DarwinLMForCausalLM, folder: Path) -> float:
     training = model.training
     expected, found = model.eval()(tokens).logits, written(tokens).logits
     model.train(training)
-    return ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))

@@ -1,4 +1,4 @@
-"""Exact allocation of a parameter budget: the plan of least total cost, by dynamic programming (a multiple-choice knapsack)."""
+"""Exact allocation of a budget: the plan of least total cost, by dynamic programming (multiple-choice knapsack)."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The search stage: cut each proposed plan out of the model, train it a little, score it, and keep the state on disk."""
+"""The search stage: cut each proposed plan out of the model, train it a little, score it, keep the state on disk."""
 
 import json
 import math
@@ -92,4 +92,3 @@ def search_plan(
 
 def _best(search: Evolution) -> str:
     return f"KL {search.history[-1]['score']:.4f}" if search.history else ""
-

@@ -1,0 +1,109 @@
+"""Tiny random checkpoints of every family, with everything a real one has, and databases pruned from them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from darwinlm.adapters.loading import DenseModel, load_dense
+from darwinlm.database.build import build_database
+from darwinlm.database.store import Database
+from darwinlm.recipe import DatabaseRecipe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GRANULARITIES = ("kv_group", "query_head")
+VOCABULARY = 259
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "initializer_range": 0.2,
+}
+_OWN = {
+    "llama": {"model_type": "llama", "head_dim": 8, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 8},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes are tokens: nothing to download, any text can be written."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    )
+
+
+def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint whose every parameter, biases and norms too, is random."""
+    settings = {**_SIZES, **_OWN[family]}
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(FAMILIES.index(family))
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's checkpoint."""
+    folders: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in folders:
+            folders[family] = make_checkpoint(family, tmp_path_factory.mktemp(family))
+        return folders[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def calibration() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def pruned(
+    checkpoint: Callable[[str], Path], calibration: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[DenseModel, Database]]:
+    """A family at a granularity: the dense model and its database of 4 levels a site or fewer."""
+    known: dict[tuple[str, str], tuple[DenseModel, Database]] = {}
+
+    def get(family: str, granularity: str) -> tuple[DenseModel, Database]:
+        key = (family, granularity)
+        if key not in known:
+            dense = load_dense(str(checkpoint(family)), granularity, torch.device("cpu"))
+            folder = tmp_path_factory.mktemp("database")
+            known[key] = dense, build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3), folder)
+        return known[key]
+
+    return get

@@ -1,0 +1,113 @@
+"""The blocked solver against the formulas written plainly: one unit at a time, full inverses, least squares."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darwinlm.database.solver import damped, prune_site, removal_error
+
+DAMPING = 0.01
+
+
+def problem(units, columns_per_unit, rows=12, tokens=400, seed=0):
+    """Correlated inputs: a low-rank signal in noise, so that removed columns can be made up for."""
+    generator = torch.Generator().manual_seed(seed)
+    width = units * columns_per_unit
+    signal = torch.randn(tokens, width // 3 + 1, generator=generator) @ torch.randn(
+        width // 3 + 1, width, generator=generator
+    )
+    x = signal + 0.3 * torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(rows, width, generator=generator)
+    return weight, x, (x.T @ x / tokens)
+
+
+def one_at_a_time(weight, gram, columns_per_unit):
+    """The order in which units go: exhaustive, with a fresh least-squares problem for each candidate at each step."""
+    hessian = damped(gram, DAMPING)
+    weight = weight.double()
+    units = list(range(weight.shape[1] // columns_per_unit))
+    order = []
+    while len(units) > 1:
+        costs = {}
+        for unit in units:
+            kept = [u for u in units if u != unit]
+            refitted = least_squares(weight, hessian, columns(kept, columns_per_unit))
+            change = weight - refitted
+            costs[unit] = ((change @ hessian) * change).sum().item()
+        order.append(min(costs, key=costs.get))
+        units.remove(order[-1])
+    return order
+
+
+def columns(units, columns_per_unit):
+    return [u * columns_per_unit + c for u in units for c in range(columns_per_unit)]
+
+
+def least_squares(weight, hessian, kept):
+    full = torch.zeros_like(weight)
+    full[:, kept] = torch.linalg.solve(hessian[kept][:, kept], (weight @ hessian[:, kept]).T).T
+    return full
+
+
+@pytest.mark.parametrize(("units", "columns_per_unit"), [(24, 1), (6, 4)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_units_go_in_the_order_of_exhaustive_search(units, columns_per_unit, seed):
+    weight, _, gram = problem(units, columns_per_unit, seed=seed)
+    order = one_at_a_time(weight, gram, columns_per_unit)
+    sizes = list(range(units - 1, 0, -1))
+    snapshots = prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING)
+    assert [set(range(units)) - set(s.kept) for s in snapshots] == [set(order[: i + 1]) for i in range(units - 1)]
+
+
+def test_removing_more_than_a_block_at_once_gives_the_order_of_single_steps():
+    weight, _, gram = problem(300, 1)
+    steps = prune_site(weight, gram, columns_per_unit=1, sizes=range(299, 0, -1), damping=DAMPING)
+    leaps = prune_site(weight, gram, columns_per_unit=1, sizes=[200, 60, 1], damping=DAMPING)
+    by_size = {len(s.kept): s for s in steps}
+    for leap in leaps:
+        assert leap.kept == by_size[len(leap.kept)].kept
+        assert torch.allclose(leap.weight_OK, by_size[len(leap.kept)].weight_OK, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(units=st.integers(2, 20), columns_per_unit=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_refit_is_least_squares_and_error_is_the_trace(units, columns_per_unit, seed):
+    weight, x, gram = problem(units, columns_per_unit, seed=seed)
+    sizes = sorted({units - 1, units // 2, 1} - {0, units}, reverse=True)
+    for snapshot in prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING):
+        kept = columns(snapshot.kept, columns_per_unit)
+        expected = least_squares(weight.double(), damped(gram, DAMPING), kept)
+        assert torch.allclose(snapshot.weight_OK.double(), expected[:, kept], rtol=1e-4, atol=1e-4)
+        output = (x @ (weight - expected.float()).T).square().sum().item() / len(x)
+        assert snapshot.error == pytest.approx(output, rel=2e-3, abs=1e-3)
+
+
+def test_the_refit_agrees_with_lstsq_on_the_data_itself():
+    weight, x, gram = problem(16, 1)
+    snapshot = prune_site(weight, gram, columns_per_unit=1, sizes=[12], damping=1e-9)[0]
+    kept = list(snapshot.kept)
+    solution = torch.linalg.lstsq(x[:, kept].double(), x.double() @ weight.double().T).solution.T
+    assert torch.allclose(snapshot.weight_OK.double(), solution, atol=1e-3)
+
+
+def test_units_that_never_fire_go_first_and_cost_nothing():
+    weight, x, _ = problem(10, 1)
+    x[:, [2, 7]] = 0
+    gram = x.T @ x / len(x)
+    snapshots = prune_site(weight, gram, columns_per_unit=1, sizes=[9, 8], damping=DAMPING)
+    assert snapshots[1].kept == (0, 1, 3, 4, 5, 6, 8, 9)
+    assert snapshots[1].error == pytest.approx(0, abs=1e-5 * removal_error(weight, gram))
+
+
+def test_a_site_that_never_fires_and_a_singular_one_are_pruned_without_complaint():
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for gram in (torch.zeros(8, 8), torch.ones(8, 8)):
+        snapshot = prune_site(weight, gram, columns_per_unit=2, sizes=[2], damping=DAMPING)[0]
+        assert torch.isfinite(snapshot.weight_OK).all()
+        assert len(snapshot.kept) == 2
+
+
+def test_removal_error_is_the_output_itself():
+    weight, x, gram = problem(5, 2)
+    assert removal_error(weight, gram) == pytest.approx((x @ weight.T).square().sum().item() / len(x), rel=1e-4)
