@@ -41,9 +41,7 @@ def test_level_0_is_the_dense_model(family, granularity, checkpoint, pruned):
 
 @every_family
 @both
-def test_a_cut_model_gives_the_logits_of_the_masked_dense_model_at_every_level(
-    family, granularity, checkpoint, pruned
-):
+def test_a_cut_model_gives_the_logits_of_the_masked_dense_model_at_every_level(family, granularity, checkpoint, pruned):
     dense, database = pruned(family, granularity)
     space = database.space(dense.sites)
     deepest = max(len(site.units) for site in space.sites) - 1
