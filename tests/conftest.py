@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny tensors: a second thread only waits, and on a busy machine for long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -12,11 +12,13 @@ from darwinlm.errors import UserError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Prune a Hugging Face language model to the size you ask for.",
 )
+
+_INTERRUPTED = 130
+"""The exit code after Ctrl-C or SIGTERM."""
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Plain log lines in place of progress bars.")]
 Setting = Annotated[
@@ -25,12 +27,16 @@ Setting = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         from darwinlm import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -75,14 +81,16 @@ def _exit_code(arguments: list[str]) -> int:
         result = app(arguments, prog_name="darwinlm", standalone_mode=False)
     except UserError as error:
         return _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted; what was done is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt:  # older versions of typer let it through; newer ones return 130
+        result = _INTERRUPTED
     except Exception as error:
         # A usage error; its class is click's or, in newer versions, typer's own copy of it, which has no public name.
         if hasattr(error, "format_message"):
-            return _fail(f"{error.format_message()} (see darwinlm --help)")
+            context = getattr(error, "ctx", None)
+            return _fail(f"{error.format_message()} (see {context.command_path if context else 'darwinlm'} --help)")
         raise
+    if result == _INTERRUPTED:
+        print("\ninterrupted; what was done is kept, the same command goes on from there", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

@@ -2,12 +2,15 @@
 
 import difflib
 import re
+import reprlib
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from darwinlm.errors import UserError
 
@@ -15,13 +18,21 @@ from darwinlm.errors import UserError
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_or_no(cls, value: Any) -> Any:
+        # Without this, YAML's `offspring: yes` would be read as 1.
+        if isinstance(value, bool):
+            raise PydanticCustomError("yes_or_no", "no setting is a yes or no")
+        return value
+
 
 class DataRecipe(_Section):
     """Where text comes from and how many tokens each split gets."""
 
-    source: str = "self"
+    source: str = Field("self", min_length=1)
     """`self` (the dense model writes it), a local text, JSONL or Parquet file or folder, or a Hub data set id."""
-    text_field: str = "text"
+    text_field: str = Field("text", min_length=1)
     """The key (JSONL) or column (Parquet, Hub) that holds a document."""
     sequence_length: int = Field(512, ge=8, le=131_072)
     """Tokens in a block."""
@@ -37,7 +48,7 @@ class DataRecipe(_Section):
 
 
 class DatabaseRecipe(_Section):
-    """Second-order structured pruning of every site (paper, section 3.1)."""
+    """Second-order structured pruning of every site (paper, section 3: second-order pruning)."""
 
     granularity: Literal["kv_group", "query_head"] = "kv_group"
     """What an attention unit is: a KV head with its query heads, or one query head (the paper's way)."""
@@ -50,7 +61,7 @@ class DatabaseRecipe(_Section):
 
 
 class SearchRecipe(_Section):
-    """Evolution with training-aware, multi-step selection (paper, sections 3.2 and 3.3)."""
+    """Evolution with training-aware, multi-step selection (paper, section 3: evolutionary search, training-aware selection)."""
 
     generations: int = Field(6, ge=0)
     offspring: int = Field(6, ge=1)
@@ -109,7 +120,7 @@ class EvaluationRecipe(_Section):
 class Recipe(_Section):
     """One run, complete: two runs of the same recipe, versions and device give the same plan."""
 
-    model: str
+    model: str = Field(min_length=1)
     """A local folder, a Hub model id, or `smollm2` (the model in the `demo` extra)."""
     target: float | str
     """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B)."""
@@ -122,13 +133,18 @@ class Recipe(_Section):
     recovery: RecoveryRecipe = RecoveryRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
-    @field_validator("target")
+    @field_validator("target", mode="before")
     @classmethod
-    def _target_is_a_size(cls, value: float | str) -> float | str:
+    def _target_is_a_size(cls, value: Any) -> float | str:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError(_neither(value))
+        value = value.strip() if isinstance(value, str) else value
         size = parse_size(value)
-        if isinstance(size, float) and not 0 < size <= 1:
+        if isinstance(size, int):
+            return value if isinstance(value, str) else str(size)
+        if not 0 < size <= 1:
             raise ValueError(f"target {value} must be above 0 and at most 1 (a fraction), or a count such as 2.7B")
-        return size if isinstance(size, float) else str(value)
+        return size
 
     @model_validator(mode="after")
     def _tokens_suffice(self) -> "Recipe":
@@ -160,16 +176,18 @@ def parse_size(value: float | str) -> float | int:
         text = value.strip().replace("_", "")
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMBT])", text, re.IGNORECASE)
         if match:
-            return int(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()])
+            return int(Decimal(match[1]) * {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2].upper()])
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(
-                f"target {value!r} is neither a fraction of the parameters (0.5) nor a count of them (2.7B, 500M)"
-            ) from None
-    if value > 1 and float(value).is_integer() and value >= 1_000:
+            raise ValueError(_neither(value)) from None
+    if value >= 1_000 and value % 1 == 0:
         return int(value)
     return float(value)
+
+
+def _neither(value: object) -> str:
+    return f"target {_show(value)} is neither a fraction of the parameters (0.5) nor a count of them (2.7B, 500M)"
 
 
 def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
@@ -185,7 +203,7 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise UserError(f"recipe: {key}: {parent} is a value, not a section")
+                raise UserError(f"recipe: {key!r} cannot be set: {parent!r} is a value, not a section")
         section[leaf] = value
     return make_recipe(settings)
 
@@ -193,7 +211,7 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
 def make_recipe(settings: dict[str, Any]) -> Recipe:
     """Check `settings` (nested) and fill in the defaults. Raises UserError."""
     try:
-        return Recipe(**settings)
+        return Recipe.model_validate(settings)
     except ValidationError as error:
         raise UserError("recipe: " + "; ".join(_explain(e) for e in error.errors())) from None
 
@@ -209,31 +227,40 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, for example --set search.offspring=8")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text!r}: the value is not valid YAML") from None
+    return key.strip(), _parse_yaml(value, f"--set {text!r}")
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
     built_in = resources.files("darwinlm") / "recipes"
     names = sorted(entry.name.removesuffix(".yaml") for entry in built_in.iterdir() if entry.name.endswith(".yaml"))
+    where = f"recipe {str(recipe)!r}"
     try:
         source = built_in / f"{recipe}.yaml" if str(recipe) in names else Path(recipe)
-        settings = yaml.safe_load(source.read_text(encoding="utf-8"))
+        text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"recipe {str(recipe)!r}: no such file; the built-in recipes are {', '.join(names)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(recipe)!r} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise UserError(f"recipe {str(recipe)!r}{line}: not valid YAML") from None
+        raise UserError(f"{where}: no such file; the built-in recipes are {', '.join(names)}") from None
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text: {error}") from None
+    settings = _parse_yaml(text, where)
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise UserError(f"recipe {str(recipe)!r}: expected settings as `key: value` lines")
-    return settings
+        raise UserError(f"{where}: expected settings as `key: value` lines, for example `target: 0.5`")
+    # `search:` with nothing under it means the defaults.
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and more through for odd scalars
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        told = [getattr(error, part, None) for part in ("context", "problem")]
+        problem = " ".join((", ".join(filter(None, told)) or str(error)).split())
+        raise UserError(f"{where}: not valid YAML ({line}{problem})") from None
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,13 +284,26 @@ def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 
 def _explain(error: Any) -> str:
-    location = tuple(part for part in error["loc"] if part not in ("float", "str"))
-    key = ".".join(str(part) for part in location)
+    key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
-        return f"unknown key {key!r}; did you mean {near[0]!r}?"
+        return f"unknown key {_show(key)}; did you mean {near[0]!r}?"
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    expected = {
+        "model_type": "this is a section; set what is in it, such as search.offspring",
+        "tuple_type": "a list is expected, such as [2, 1]",
+    }.get(error["type"], f"{error['msg'][0].lower()}{error['msg'][1:]}")
+    return f"{key} = {_show(error['input'])}: {expected}"
+
+
+def _show(value: object) -> str:
+    """`value` on one line, cut short where it is long."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 80
+    try:
+        return shortened.repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "an integer of thousands of digits"

@@ -1,6 +1,11 @@
-"""Second-order structured pruning: which units go, in which order, and what the others make up for (paper, 3.1).
+"""Second-order structured pruning: which units go, in which order, and what the others make up for (paper, section 3).
 
-Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, B removals in a block.
+Removing the columns S of a unit from W, all others refitted, adds `tr(W_S (P_SS)^-1 W_S^T)` to the squared output error
+(score), where P is the inverse of the damped Gram matrix H; it moves `W <- W - W_S (P_SS)^-1 P_S` (refit) and
+`P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives how that is done in blocks without changing a decision.
+
+Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, n columns in the working
+matrices, B removals in a block, R random probes.
 """
 
 from collections.abc import Sequence
@@ -9,7 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 64
+BLOCK = 128
+"""Removals between two updates of the big matrices."""
+_EXCESS = 2e-4
+"""Share of a level's error that rounding may add to it before the inverse is computed anew."""
+_PROBES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,43 +33,43 @@ class Snapshot:
     """tr(dW G dW^T), G = X^T X / tokens: squared output error per token."""
 
 
-def damped(gram_II: Tensor, damping: float) -> Tensor:
-    """H = G + damping * mean(diag G) * I in float64. A site whose inputs are always zero gets the identity."""
-    hessian_II = gram_II.double()
-    mean = hessian_II.diagonal().mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
-    return hessian_II + ridge * torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
+def damping_ridge(gram_II: Tensor, damping: float) -> float:
+    """What is added to the diagonal: damping * mean(diag G), or 1 where the inputs are always zero."""
+    mean = gram_II.diagonal().double().mean().item()
+    return damping * mean if mean > 0 else 1.0
 
 
+@torch.no_grad()
 def prune_site(
     weight_OI: Tensor, gram_II: Tensor, *, columns_per_unit: int, sizes: Sequence[int], damping: float
 ) -> list[Snapshot]:
     """Remove units one by one, always the one whose removal costs least, and keep a snapshot at each size.
 
-    Removing the columns S of a unit, with the others refitted, adds `tr(W_S (H^-1_SS)^-1 W_S^T)` to the squared output
-    error (score), moves `W <- W - W_S (H^-1_SS)^-1 H^-1_S` (refit) and `H^-1 <- H^-1 - H^-1_S^T (H^-1_SS)^-1 H^-1_S`
-    (shrink). Everything is float64 inside.
+    The inverse is computed in float64; the rest is float32 and watched: at each snapshot random probes estimate by how
+    much rounding has raised the error, and where that matters, inverse and refit are computed anew from the Gram matrix.
 
     Args:
         weight_OI: the dense output projection.
-        gram_II: X^T X / tokens of its inputs.
+        gram_II: X^T X / tokens of its inputs, float32.
         columns_per_unit: unit u owns columns u*C to u*C + C - 1.
         sizes: units kept at each snapshot, descending; neither all nor none of them.
-        damping: lambda of `damped`.
+        damping: lambda in H = G + lambda * mean(diag G) * I.
 
     Returns:
         One snapshot for each of `sizes`.
     """
-    hessian_II = damped(gram_II, damping)
-    dense_OI = weight_OI.double()
-    output_error = _OutputError(dense_OI, hessian_II, ridge=(hessian_II[0, 0] - gram_II[0, 0].double()).item())
-    state = _State(dense_OI, torch.cholesky_inverse(torch.linalg.cholesky(hessian_II)), columns_per_unit)
-    del hessian_II
+    weight_OI = weight_OI.float()
+    ridge = damping_ridge(gram_II, damping)
+    state = (_Columns if columns_per_unit == 1 else _Blocks)(weight_OI, gram_II, ridge, columns_per_unit)
     snapshots = []
     for size in sizes:
-        state.remove(len(state.units) - size)
-        error = output_error(state.weight_OI, state.columns())
-        snapshots.append(Snapshot(tuple(state.units.tolist()), state.weight_OI.float().contiguous(), error))
+        state.remove(state.units_left - size)
+        units_U, weight_OK = state.refitted()
+        columns_K = _columns_of(units_U, columns_per_unit)
+        moved = (weight_OI.square().sum() - weight_OI[:, columns_K].square().sum()).double()
+        moved += (weight_OI[:, columns_K] - weight_OK).square().sum()
+        error = max(0.0, (state.damped_error - ridge * moved).item())
+        snapshots.append(Snapshot(tuple(units_U.tolist()), weight_OK, error))
     return snapshots
 
 
@@ -70,102 +79,225 @@ def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
     return max(0.0, ((weight_OI @ gram_II) * weight_OI).sum().item())
 
 
-class _OutputError:
-    """tr(dW G dW^T) of a refitted weight, for O * I operations instead of O * I * I.
-
-    A refit on the kept columns K solves W_K H_KK = W H_:K, so tr(dW H dW^T) = <W H, W> - <(W H)_K, W_K>; taking the
-    ridge's share, ridge * |dW|^2, leaves the error in the outputs themselves.
-    """
-
-    def __init__(self, dense_OI: Tensor, hessian_II: Tensor, ridge: float) -> None:
-        self._dense_OI, self._ridge = dense_OI, ridge
-        self._product_OI = dense_OI @ hessian_II
-        self._total = (self._product_OI * dense_OI).sum()
-
-    def __call__(self, weight_OK: Tensor, columns_K: Tensor) -> float:
-        change_OI = self._dense_OI.clone()
-        change_OI[:, columns_K] -= weight_OK
-        damped_error = self._total - (self._product_OI[:, columns_K] * weight_OK).sum()
-        return max(0.0, (damped_error - self._ridge * change_OI.square().sum()).item())
+def damped_inverse(gram_II: Tensor, ridge: float) -> Tensor:
+    """(G + ridge * I)^-1 in float32, by a Cholesky factorisation in float64, which takes two such matrices."""
+    # The one device without float64 leaves this to the CPU.
+    place = torch.device("cpu") if gram_II.device.type == "mps" else gram_II.device
+    work_II = gram_II.to(place, torch.float64, copy=True)
+    work_II.diagonal().add_(ridge)
+    torch.cholesky_inverse(torch.linalg.cholesky(work_II), out=work_II)
+    return work_II.to(gram_II.device, torch.float32)
 
 
 class _State:
-    """What is left of a site: its units, weight and inverse, without the removed columns."""
+    """A site on its way: `weight_On` and `inverse_nn` hold the columns that are left, and some that are gone."""
 
-    def __init__(self, weight_OI: Tensor, inverse_II: Tensor, columns_per_unit: int) -> None:
+    def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         self.C = columns_per_unit
-        self.units = torch.arange(weight_OI.shape[1] // columns_per_unit, device=weight_OI.device)
-        self.weight_OI = weight_OI
-        self.inverse_II = inverse_II
-        self.gram_II = weight_OI.T @ weight_OI if columns_per_unit == 1 else None
-        """W^T W; kept up to date with the weight where units are single columns."""
+        self.dense_OI, self.gram_II, self.ridge = weight_OI, gram_II, ridge
+        self.units_n = torch.arange(weight_OI.shape[1] // columns_per_unit, device=weight_OI.device)
+        """Units in the working matrices, in their order."""
+        self.gone_n = torch.zeros(len(self.units_n), dtype=torch.bool, device=weight_OI.device)
+        self.units_left = len(self.units_n)
+        self.weight_On = weight_OI.clone()
+        self.inverse_nn = damped_inverse(gram_II, ridge)
+        self.damped_error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+        """tr(dW H dW^T): the sum of the scores of all removals so far."""
+        generator = torch.Generator().manual_seed(0)
+        signs_RO = torch.randint(0, 2, (_PROBES, len(weight_OI)), generator=generator) * 2 - 1
+        self.signs_RO = signs_RO.to(weight_OI.device, torch.float32)
+        self.target_RI = self._times_hessian(self.signs_RO @ weight_OI, slice(None))
 
-    def columns(self) -> Tensor:
-        """The dense columns that are left."""
-        return (self.units[:, None] * self.C + torch.arange(self.C, device=self.units.device)).flatten()
+    def compact(self) -> None:
+        """Let the last units that are left take the places of those that are gone, and narrow the matrices to them."""
+        left = self.units_left
+        holes_U = self.gone_n[:left].nonzero()[:, 0]
+        fillers_U = left + (~self.gone_n[left:]).nonzero()[:, 0]
+        holes, fillers = _columns_of(holes_U, self.C), _columns_of(fillers_U, self.C)
+        size = left * self.C
+        for matrix_nn in self.symmetric():
+            rows_Fn = matrix_nn.index_select(0, fillers)
+            rows_Fn[:, holes] = rows_Fn[:, fillers]
+            matrix_nn[holes] = rows_Fn
+            matrix_nn[:, holes] = rows_Fn.T
+        self.weight_On[:, holes] = self.weight_On[:, fillers]
+        self.units_n[holes_U] = self.units_n[fillers_U]
+        self.narrow(size)
+        self.units_n = self.units_n[:left]
+        self.gone_n = torch.zeros_like(self.gone_n[:left])
+
+    def symmetric(self) -> tuple[Tensor, ...]:
+        """The n * n matrices that are kept up to date."""
+        return (self.inverse_nn,)
+
+    def narrow(self, size: int) -> None:
+        """Forget all columns but the first `size`."""
+        self.weight_On = self.weight_On[:, :size]
+        self.inverse_nn = self.inverse_nn[:size, :size]
+
+    def refitted(self) -> tuple[Tensor, Tensor]:
+        """The units that are left, ascending, and their refitted columns, after a look at what rounding has done."""
+        self.compact()
+        if self._excess() > _EXCESS * self.damped_error.item():
+            self.renew()
+        units_U, order_U = self.units_n.sort()
+        return units_U, self.weight_On.index_select(1, _columns_of(order_U, self.C))
+
+    def _times_hessian(self, rows_RI: Tensor, columns: Tensor | slice) -> Tensor:
+        return rows_RI @ self.gram_II[:, columns] + self.ridge * rows_RI[:, columns]
+
+    def _residual(self, columns_K: Tensor) -> Tensor:
+        """W_K H_KK - (W H)_K for the probes' random sums of rows: zero where the refit is exact."""
+        rows_RI = torch.zeros_like(self.target_RI)
+        rows_RI[:, columns_K] = self.signs_RO @ self.weight_On
+        return self._times_hessian(rows_RI, columns_K) - self.target_RI[:, columns_K]
+
+    def _excess(self) -> float:
+        """By how much the error exceeds that of the exact refit: tr(R P R^T) of the residual R, from random probes."""
+        residual_RK = self._residual(_columns_of(self.units_n, self.C))
+        return ((residual_RK @ self.inverse_nn) * residual_RK).sum().item() / _PROBES
+
+    def renew(self) -> None:
+        """Inverse, refit and error from the Gram matrix."""
+        columns_K = _columns_of(self.units_n, self.C)
+        self.inverse_nn = damped_inverse(self.gram_II[columns_K][:, columns_K], self.ridge)
+        target_OK = self._times_hessian(self.dense_OI, columns_K)
+        self.weight_On = target_OK @ self.inverse_nn
+        change_OI = self.dense_OI.clone()
+        change_OI[:, columns_K] -= self.weight_On
+        self.damped_error = (self._times_hessian(change_OI, slice(None)) * change_OI).sum(dtype=torch.float64)
+
+
+class _Columns(_State):
+    """Units of one column: thousands of removals, so the big matrices are touched once a block.
+
+    With P = H^-1 and M = W^T W a column's score is M_jj / P_jj. Removing column s changes both by low-rank terms:
+    `P - u u^T` with u = P_s / sqrt(P_ss), and `M - h u^T - u h^T` with g = M_s / sqrt(P_ss), h = g - (M_ss/P_ss) u / 2.
+    So within a block the two diagonals are enough to choose, one row of P and of M is read per removal and corrected by
+    the terms collected so far, and the terms are applied at the end of the block, by matrix products.
+    """
+
+    def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
+        super().__init__(weight_OI, gram_II, ridge, columns_per_unit)
+        self.squares_nn = self.weight_On.T @ self.weight_On
+
+    def remove(self, count: int) -> None:
+        """Remove `count` more columns."""
+        while count > 0:
+            block = min(count, BLOCK)
+            self._remove_block(block)
+            count -= block
+            self.units_left -= block
+            if 4 * self.units_left < 3 * len(self.units_n):
+                self.compact()
+
+    def symmetric(self) -> tuple[Tensor, ...]:
+        return self.inverse_nn, self.squares_nn
+
+    def narrow(self, size: int) -> None:
+        super().narrow(size)
+        self.squares_nn = self.squares_nn[:size, :size]
+
+    def renew(self) -> None:
+        super().renew()
+        self.squares_nn = self.weight_On.T @ self.weight_On
+
+    def _remove_block(self, block: int) -> None:
+        # Rows u and h of each removal, one after the other, so that a prefix of the buffer holds the terms so far.
+        terms_Bn = self.inverse_nn.new_empty(2 * block, len(self.inverse_nn))
+        on_cpu = self.inverse_nn.device.type == "cpu"
+        removed_B, scores_B = (self.choose if on_cpu else self.choose_without_waiting)(terms_Bn)
+        self.gone_n.index_fill_(0, removed_B, True)
+        self.damped_error += scores_B.sum(dtype=torch.float64)
+
+        u_Bn = terms_Bn[::2]
+        # P_SS = A^T A with A = u[:, S] upper triangular, so W_S (P_SS)^-1 P_S = (W_S A^-1) u.
+        triangle_BB = u_Bn.index_select(1, removed_B).triu_()
+        removed_OB = self.weight_On.index_select(1, removed_B)
+        moved_OB = torch.linalg.solve_triangular(triangle_BB, removed_OB, upper=True, left=False)
+        self.weight_On.addmm_(moved_OB, u_Bn, alpha=-1)
+        self.inverse_nn.addmm_(u_Bn.T, u_Bn, alpha=-1)
+        swapped_Bn = terms_Bn.view(block, 2, -1).flip(1).view(2 * block, -1)
+        self.squares_nn.addmm_(terms_Bn.T, swapped_Bn, alpha=-1)
+
+    def choose(self, terms_Bn: Tensor) -> tuple[Tensor, Tensor]:
+        """The next columns in greedy order and their scores; fills `terms_Bn`. For the CPU, where a scalar is cheap."""
+        block = len(terms_Bn) // 2
+        inverse_n, squares_n = self._diagonals()
+        score_n = torch.empty_like(inverse_n)
+        removed, scores = [], []
+        for step in range(block):
+            s = int(torch.div(squares_n, inverse_n, out=score_n).argmin())
+            terms, u_n, h_n = terms_Bn[: 2 * step], terms_Bn[2 * step], terms_Bn[2 * step + 1]
+            at_s = terms[:, s]
+            torch.addmv(self.inverse_nn[s], terms[::2].T, at_s[::2], alpha=-1, out=u_n)
+            torch.addmv(self.squares_nn[s], terms.T, at_s.view(-1, 2).flip(1).view(-1), alpha=-1, out=h_n)
+            pivot, square = u_n[s].item(), h_n[s].item()
+            u_n.mul_(pivot**-0.5)
+            h_n.mul_(pivot**-0.5).sub_(u_n, alpha=0.5 * square / pivot)
+            inverse_n.addcmul_(u_n, u_n, value=-1)
+            squares_n.addcmul_(u_n, h_n, value=-2)
+            squares_n[s], inverse_n[s] = torch.inf, 1.0
+            removed.append(s)
+            scores.append(square / pivot)
+        return torch.tensor(removed), torch.tensor(scores, dtype=torch.float64)
+
+    def choose_without_waiting(self, terms_Bn: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for an accelerator: `s` is a tensor, and nothing in the loop waits for its value."""
+        block = len(terms_Bn) // 2
+        inverse_n, squares_n = self._diagonals()
+        score_n = torch.empty_like(inverse_n)
+        removed_B = torch.empty(block, dtype=torch.long, device=terms_Bn.device)
+        scores_B = terms_Bn.new_empty(block)
+        for step in range(block):
+            s = torch.div(squares_n, inverse_n, out=score_n).argmin().view(1)
+            terms, u_n, h_n = terms_Bn[: 2 * step], terms_Bn[2 * step], terms_Bn[2 * step + 1]
+            at_s = terms.index_select(1, s)[:, 0]
+            torch.addmv(self.inverse_nn.index_select(0, s)[0], terms[::2].T, at_s[::2], alpha=-1, out=u_n)
+            swapped = at_s.view(-1, 2).flip(1).view(-1)
+            torch.addmv(self.squares_nn.index_select(0, s)[0], terms.T, swapped, alpha=-1, out=h_n)
+            pivot, square = u_n.index_select(0, s), h_n.index_select(0, s)
+            scale = pivot.rsqrt()
+            u_n.mul_(scale)
+            h_n.mul_(scale).sub_(u_n * (0.5 * square / pivot))
+            inverse_n.addcmul_(u_n, u_n, value=-1)
+            squares_n.addcmul_(u_n, h_n, value=-2)
+            squares_n.index_fill_(0, s, torch.inf)
+            inverse_n.index_fill_(0, s, 1.0)
+            removed_B[step : step + 1] = s
+            scores_B[step : step + 1] = square / pivot
+        return removed_B, scores_B
+
+    def _diagonals(self) -> tuple[Tensor, Tensor]:
+        """Of P and M; a column that is gone has an infinite square and so an infinite score."""
+        squares_n = self.squares_nn.diagonal().masked_fill(self.gone_n, torch.inf)
+        # Of what is gone only rounding is left in P: any positive number will do.
+        return self.inverse_nn.diagonal().masked_fill(self.gone_n, 1.0), squares_n
+
+
+class _Blocks(_State):
+    """Units of several columns, heads: few removals, each of which fills a matrix product by itself."""
 
     def remove(self, count: int) -> None:
         """Remove `count` more units."""
-        while count > 0:
-            block = min(count, BLOCK) if self.C == 1 else 1
-            removed_B = self._choose_single(block) if self.C == 1 else self._choose_group()
-            self._eliminate(removed_B)
-            count -= block
+        C = self.C
+        for _ in range(count):
+            U = len(self.units_n)
+            blocks_UCC = self.inverse_nn.view(U, C, U, C).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            factors_UCC = torch.linalg.cholesky(blocks_UCC)
+            weight_UCO = self.weight_On.T.reshape(U, C, -1)
+            scores_U = torch.linalg.solve_triangular(factors_UCC, weight_UCO, upper=False).square().sum(dim=(1, 2))
+            unit = scores_U.argmin().view(1)
+            columns_C = _columns_of(unit, C)
+            rows_Cn = self.inverse_nn.index_select(0, columns_C)
+            solved_Cn = torch.cholesky_solve(rows_Cn, factors_UCC.index_select(0, unit)[0])
+            self.weight_On.addmm_(self.weight_On.index_select(1, columns_C), solved_Cn, alpha=-1)
+            self.inverse_nn.addmm_(rows_Cn.T, solved_Cn, alpha=-1)
+            self.damped_error += scores_U.index_select(0, unit)[0]
+            self.gone_n.index_fill_(0, unit, True)
+            self.units_left -= 1
+            self.compact()
 
-    def _choose_group(self) -> Tensor:
-        U, C = len(self.units), self.C
-        blocks_UCC = self.inverse_II.view(U, C, U, C).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        weight_UCO = self.weight_OI.T.reshape(U, C, -1)
-        scores_U: Tensor = (weight_UCO * torch.linalg.solve(blocks_UCC, weight_UCO)).sum(dim=(1, 2))
-        return scores_U.argmin().unsqueeze(0)
 
-    def _choose_single(self, block: int) -> Tensor:
-        """The next `block` single columns in greedy order, without touching the big matrices.
-
-        With P = H^-1 and G = W^T W a column's score is G_jj / P_jj. Removing column s changes these by low-rank terms:
-        P' = P - u u^T with u = P_s / sqrt(P_ss), and W' = W - w u^T with w = W_s / sqrt(P_ss) gives
-        G' = G - g u^T - u g^T + (w.w) u u^T with g = W^T w. So per removal one row of P and of G is read and corrected
-        by the terms so far, O(I * removals in the block), instead of rewriting I * I numbers.
-        """
-        assert self.gram_II is not None
-        inverse_II, gram_II = self.inverse_II, self.gram_II
-        size = len(inverse_II)
-        inverse_I, gram_I = inverse_II.diagonal().clone(), gram_II.diagonal().clone()
-        u_BI = inverse_II.new_zeros(block, size)
-        h_BI = inverse_II.new_zeros(block, size)
-        alive_I = torch.ones(size, dtype=torch.bool, device=inverse_II.device)
-        infinity = inverse_II.new_full((), torch.inf)
-        removed_B = torch.zeros(block, dtype=torch.long, device=inverse_II.device)
-        for step in range(block):
-            scores_I = torch.where(alive_I, gram_I / inverse_I, infinity)
-            s = scores_I.argmin()
-            removed_B[step] = s
-            u, h = u_BI[:step], h_BI[:step]
-            root = inverse_I[s].sqrt()
-            row_I = (inverse_II[s] - u[:, s] @ u) / root
-            # G' = G - sum(u h^T + h u^T) with h = g - (w.w) u / 2
-            gram_row_I = gram_II[s] - u[:, s] @ h - h[:, s] @ u
-            g_I = gram_row_I / root
-            h_I = g_I - 0.5 * (gram_I[s] / inverse_I[s]) * row_I
-            u_BI[step], h_BI[step] = row_I, h_I
-            inverse_I = inverse_I - row_I.square()
-            gram_I = gram_I - 2 * row_I * h_I
-            alive_I[s] = False
-        self.gram_II = gram_II.addmm(u_BI.T, h_BI, alpha=-1).addmm_(h_BI.T, u_BI, alpha=-1)
-        return removed_B
-
-    def _eliminate(self, removed_B: Tensor) -> None:
-        """Refit and shrink for the units at positions `removed_B`, and drop their columns."""
-        kept_U = torch.ones(len(self.units), dtype=torch.bool, device=self.units.device)
-        kept_U[removed_B] = False
-        gone_U = ~kept_U
-        gone_I = gone_U.repeat_interleave(self.C)
-        gone, kept = gone_I.nonzero()[:, 0], (~gone_I).nonzero()[:, 0]
-        inverse_SK = self.inverse_II[gone][:, kept]
-        factor_SS = torch.linalg.cholesky(self.inverse_II[gone][:, gone])
-        solved_SK = torch.cholesky_solve(inverse_SK, factor_SS)
-        self.weight_OI = self.weight_OI[:, kept] - self.weight_OI[:, gone] @ solved_SK
-        self.inverse_II = self.inverse_II[kept][:, kept].addmm_(inverse_SK.T, solved_SK, alpha=-1)
-        if self.gram_II is not None:
-            self.gram_II = self.gram_II[kept][:, kept]
-        self.units = self.units[kept_U]
+def _columns_of(units_U: Tensor, columns_per_unit: int) -> Tensor:
+    return (units_U[:, None] * columns_per_unit + torch.arange(columns_per_unit, device=units_U.device)).flatten()

@@ -1,6 +1,6 @@
 """The evolutionary search as an ask/tell core: it proposes plans and selects among them, and knows no tensors.
 
-A generation (paper, algorithm 1): the parent's offspring are scored in steps, each with more training and more scoring
+A generation (paper, section 3): the parent's offspring are scored in steps, each with more training and more scoring
 tokens than the one before, and only the best go on; in the last step the parent joins them, so that the best plan is
 never lost.
 """

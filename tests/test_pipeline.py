@@ -1,0 +1,209 @@
+"""The whole flow on a tiny model: what a run leaves, and that no crash changes what it comes to."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import darwinlm
+from darwinlm.pipeline import prune
+
+SETTINGS = {
+    "data.sequence_length": 16,
+    "data.calibration_tokens": 256,
+    "data.trial_tokens": 128,
+    "data.score_tokens": 64,
+    "data.held_out_tokens": 64,
+    "database.levels": 4,
+    "search.generations": 2,
+    "search.offspring": 3,
+    "search.survivors": [2, 1],
+    "search.trial_tokens": [16, 32],
+    "search.score_tokens": [32, 64],
+    "search.learning_rate": 1e-3,
+    "recovery.tokens": 64,
+    "evaluation.prefill_tokens": 8,
+    "evaluation.decode_tokens": 2,
+    "evaluation.repeats": 1,
+}
+TARGET = 0.7
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(rng.choices(words, k=2_000)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    settings = {**SETTINGS, "data.source": str(text)}
+    return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
+
+
+def files_of(folder):
+    """What must be the same whatever happened on the way: everything but clocks."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in ("manifest.json", "metrics.json", "README.md", "recipe.yaml")
+    }
+
+
+def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
+    finished, _ = run
+    rows = {row["name"]: row for row in finished.metrics["rows"]}
+    assert list(rows) == ["dense", "uniform", "found", "recovered"]
+    dense = rows["dense"]["parameters"]
+    for name in ("uniform", "found", "recovered"):
+        assert rows[name]["parameters"] <= TARGET * dense
+        assert rows[name]["kl"] > 0
+        assert rows[name]["kv_cache_bytes_per_token"] <= rows["dense"]["kv_cache_bytes_per_token"]
+    assert rows["dense"]["kl"] == 0
+    assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows.values())
+    assert set(finished.metrics["stages"]) == {"corpus", "database", "search", "recovery", "evaluation", "export"}
+    assert finished.metrics["environment"]["torch"] == torch.__version__
+    model = finished.load()
+    assert sum(parameter.numel() for parameter in model.parameters()) == rows["recovered"]["parameters"]
+    plan = json.loads((finished.model_path / "plan.json").read_text())
+    assert plan["parameters"] == rows["recovered"]["parameters"]
+    assert plan == json.loads((finished.path / "search" / "best_plan.json").read_text())
+
+
+def test_the_model_card_has_the_numbers_the_recipe_and_no_path_of_this_machine(run):
+    finished, settings = run
+    card = (finished.model_path / "README.md").read_text()
+    assert f"{finished.metrics['rows'][-1]['parameters']:,}" in card
+    assert "sequence_length: 16" in card
+    assert "trust_remote_code=True" in card
+    assert str(Path(settings["data.source"]).parent) not in card
+
+
+def test_the_search_found_the_best_of_what_it_scored(run):
+    finished, _ = run
+    lines = [json.loads(line) for line in (finished.path / "search" / "history.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [0, 1, 2]
+    assert all(line["score"] == min(line["scores"]) for line in lines)
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(run, checkpoint):
+    finished, settings = run
+    before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}
+    again = prune(checkpoint("qwen3"), target=TARGET, out=finished.path, settings=settings)
+    assert again.metrics == finished.metrics
+    with pytest.raises(darwinlm.UserError, match=r"another recipe \(search.offspring: 3 -> 4\)"):
+        prune(checkpoint("qwen3"), target=TARGET, out=finished.path, settings={**settings, "search.offspring": 4})
+    assert before == {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+@pytest.mark.parametrize("nth", range(1, 34, 4))
+def test_a_run_that_crashes_at_any_file_it_writes_ends_the_same(nth, run, checkpoint, tmp_path, monkeypatch):
+    finished, settings = run
+    count = 0
+    replace = os.replace
+
+    def crash_at_nth(source, destination):
+        nonlocal count
+        count += 1
+        if count == nth:
+            raise Crash
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", crash_at_nth)
+    with pytest.raises(Crash):
+        prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    resumed = prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert files_of(resumed.path) == files_of(finished.path)
+
+
+KILLED = """
+import os, signal, sys
+part, nth = sys.argv[1], int(sys.argv[2])
+replace = os.replace
+def kill_at_nth(source, destination):
+    global nth
+    replace(source, destination)
+    nth -= part in str(destination)
+    if nth == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = kill_at_nth
+from darwinlm.cli import main
+sys.argv = ["darwinlm", *sys.argv[3:]]
+main()
+"""
+
+
+def test_kill_9_in_database_and_search_changes_no_byte_of_the_plan(run, checkpoint, tmp_path):
+    finished, settings = run
+    command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+
+    def start(*killed_at):
+        return subprocess.run([sys.executable, "-c", KILLED, *killed_at, *command], capture_output=True, text=True)
+
+    assert start("database/index.json", "3").returncode == -signal.SIGKILL
+    assert start("search/state.json", "2").returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model").exists()
+    last = start("nothing", "1")
+    assert last.returncode == 0, last.stderr
+    assert "recovered" in last.stdout
+    assert files_of(tmp_path / "run") == files_of(finished.path)
+
+
+def test_sigterm_ends_a_run_with_130_and_keeps_what_was_done(run, checkpoint, text, tmp_path):
+    _, settings = run
+    command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run")]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    script = KILLED.replace("SIGKILL", "SIGTERM")
+    done = subprocess.run(
+        [sys.executable, "-c", script, "search/state.json", "1", *command], capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1].startswith("interrupted; what was done is kept")
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["database"]["done"]
+
+
+def test_another_model_under_the_same_name_is_refused(run, checkpoint, tmp_path):
+    finished, settings = run
+    with pytest.raises(darwinlm.UserError, match="is a run of another recipe"):
+        prune(checkpoint("llama"), target=TARGET, out=finished.path, settings=settings)
+
+
+def test_removed_units_are_in_no_tensor_of_the_result(run):
+    finished, _ = run
+    tensors = load_file(finished.model_path / "model.safetensors")
+    plan = json.loads((finished.model_path / "plan.json").read_text())
+    for site, units in plan["units"].items():
+        _, layer, kind = site.split(".")
+        prefix = f"model.layers.{layer}."
+        if kind == "mlp":
+            name = prefix + "mlp.down_proj.weight"
+            assert (tensors[name].shape[1] if name in tensors else 0) == units
+        else:
+            name = prefix + "self_attn.k_proj.weight"
+            assert (tensors[name].shape[0] // 16 if name in tensors else 0) == units
+
+
+def test_a_model_written_by_a_run_can_be_told_from_a_dense_one(run):
+    finished, _ = run
+    model = darwinlm.load(finished.path)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(10).unsqueeze(0)).logits).all()

@@ -1,0 +1,101 @@
+"""Scores, trials, recovery and measurements, each against the plain way to get the same number."""
+
+import math
+
+import pytest
+import torch
+from conftest import VOCABULARY
+
+from darwinlm.adapters.cutting import build_model
+from darwinlm.errors import UserError
+from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
+from darwinlm.recipe import EvaluationRecipe, RecoveryRecipe
+from darwinlm.recovery.stage import recover, steps_for
+from darwinlm.scoring import DenseReference
+from darwinlm.training import train_briefly
+
+BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+
+
+def halved(dense, database, **kwargs):
+    plan = [1 + i % 2 for i in range(len(dense.sites))]
+    return build_model(
+        dense.config, dense.sites, dense.weights, database.cuts(dense.sites, plan, dense.device), **kwargs
+    )
+
+
+def test_kl_and_perplexity_are_those_of_the_full_logits_in_float64(pruned):
+    dense, database = pruned("qwen2", "kv_group")
+    model = halved(dense, database)
+    with torch.no_grad():
+        p = dense.model(BLOCKS.long()).logits.double().log_softmax(-1)
+        q = model(BLOCKS.long()).logits.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    loss = -q[:, :-1].gather(-1, BLOCKS[:, 1:, None].long()).mean().item()
+    found = DenseReference(dense.model, BLOCKS).compare(model)
+    assert found.kl == pytest.approx(kl, rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_model_is_at_no_distance_from_itself_and_a_prefix_is_a_prefix(pruned):
+    dense, database = pruned("qwen2", "kv_group")
+    model = halved(dense, database)
+    reference = DenseReference(dense.model, BLOCKS)
+    assert abs(reference.compare(dense.model).kl) < 1e-6
+    assert reference.compare(model, tokens=30).kl == DenseReference(dense.model, BLOCKS[:2]).compare(model).kl
+
+
+def test_a_trial_trains_the_candidate_and_leaves_the_dense_model_alone(pruned):
+    dense, database = pruned("llama", "query_head")
+    before = {name: tensor.clone() for name, tensor in dense.weights.items()}
+    model = halved(dense, database, trainable=True)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    first = train_briefly(model, BLOCKS[:1], learning_rate=1e-2, batch_size=1)
+    for _ in range(5):
+        last = train_briefly(model, BLOCKS[:1], learning_rate=1e-2, batch_size=1)
+    assert last < first
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.weights.items())
+
+
+def test_a_trial_that_diverges_says_so(pruned):
+    dense, database = pruned("llama", "kv_group")
+    model = halved(dense, database, trainable=True)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    assert train_briefly(model, BLOCKS, learning_rate=1e-3, batch_size=2) == math.inf
+
+
+def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_path):
+    dense, database = pruned("mistral", "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2)
+
+    def once(seed):
+        model = halved(dense, database, trainable=True)
+        return recover(model, BLOCKS, recipe, seed=seed, folder=tmp_path), model
+
+    (losses, model), (again, _), (other, _) = once(0), once(0), once(1)
+    assert len(losses) == steps_for(recipe, 24) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert losses == again != other
+    assert not model.training
+
+
+def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):
+    dense, database = pruned("mistral", "kv_group")
+    model = halved(dense, database, trainable=True)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"recovery diverged at learning rate 0\.001; lower recovery\.learning_rate"):
+        recover(model, BLOCKS, RecoveryRecipe(tokens=48, learning_rate=1e-3), seed=0, folder=tmp_path)
+
+
+def test_sizes_and_speeds_are_of_the_model_itself(pruned):
+    dense, database = pruned("qwen3", "kv_group")
+    model = halved(dense, database)
+    cache = model(BLOCKS.long()[:1], use_cache=True).past_key_values
+    stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if layer.keys is not None)
+    assert kv_cache_bytes(model, torch.bfloat16) == 2 * stored / BLOCKS.shape[1]
+    assert parameters_of(model) == sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+    timed = speeds({"dense": dense.model, "cut": model}, EvaluationRecipe(prefill_tokens=8, decode_tokens=2, repeats=2))
+    assert all(value > 0 for speed in timed.values() for value in speed.values())
