@@ -1,20 +1,41 @@
-"""The solver against plain one-at-a-time removal, paired in one run: `python benchmarks/database.py solver --shape 8b`.
+"""What the database costs: the solver against plain removal, the whole stage by phases, memory by depth.
 
-Both get the same output projection and Gram matrix, remove columns in greedy order, refit after every removal and keep ten
-snapshots. The plain way is what the formulas say: full matrices in float32, a rank-one update of the inverse and of the weight
-for each removal. Where that would take hours, `--removals` lets both stop early, and the ratio is of that part.
+    python benchmarks/database.py solver --shape 8b
+    python benchmarks/database.py stage [MODEL]
+    torchrun --nproc-per-node 2 benchmarks/database.py stage [MODEL]
+    python benchmarks/database.py memory
+
+`solver`: both get the same output projection and Gram matrix, remove columns in greedy order, refit after every removal
+and keep ten snapshots. The plain way is what the formulas say: full matrices in float32, a rank-one update of the
+inverse and of the weight for each removal. Where that would take hours, `--removals` lets both stop early, and the
+ratio is of that part. `stage`: random token ids, which cost what text costs. `memory`: random weights of one shape.
 """
 
 import argparse
 import json
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from darwinlm import dist
+from darwinlm.adapters.checkpoint import Checkpoint
+from darwinlm.adapters.families import dense_config, find_sites
+from darwinlm.adapters.loading import DenseModel, load_dense
+from darwinlm.database.build import build_database
 from darwinlm.database.solver import damped_inverse, damping_ridge, prune_site
+from darwinlm.demo import resolve
+from darwinlm.files import peak_memory_bytes
+from darwinlm.progress import Phases
+from darwinlm.recipe import DatabaseRecipe
 
 SHAPES = {
     "smollm2": (576, 1536),
@@ -94,8 +115,10 @@ def compare_solvers(shape: str, removals: int | None, seed: int, device: torch.d
     ours(weight[:, :256].clone(), gram[:256, :256].clone(), [128])  # the first call of anything is slow
     best = min((ours(weight, gram, sizes) for _ in range(repeats)), key=lambda result: result.seconds)
     reference = plain(weight, gram, sizes)
-    print(f"d = {columns}, rows {rows}, {columns - min(sizes)} of {columns} columns removed, {len(sizes)} snapshots, seed {seed}")
-    print(f"plain {reference.seconds:.2f} s, ours {best.seconds:.2f} s: {reference.seconds / best.seconds:.1f} times faster")
+    removed = f"{columns - min(sizes)} of {columns} columns removed, {len(sizes)} snapshots"
+    print(f"d = {columns}, rows {rows}, {removed}, seed {seed}")
+    ratio = reference.seconds / best.seconds
+    print(f"plain {reference.seconds:.2f} s, ours {best.seconds:.2f} s: {ratio:.1f} times faster")
     same = differ = 0
     worst = 0.0
     for size in sizes:
@@ -109,25 +132,93 @@ def compare_solvers(shape: str, removals: int | None, seed: int, device: torch.d
     print(f"true output error, ours against plain: at most {worst:+.4%} apart")
 
 
+def time_stage(model: str, blocks: int, length: int, device: torch.device, seed: int) -> None:
+    dist.start()
+    device = dist.local_device(device)
+    dense = load_dense(resolve(model), "kv_group", device)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, dense.config.vocab_size, (blocks, length), generator=generator)
+    phases = Phases(lambda: _wait(device))
+    with tempfile.TemporaryDirectory() as folder:
+        box = dist.gather(folder)
+        start = time.perf_counter()
+        database = build_database(dense, tokens, DatabaseRecipe(levels=LEVELS), Path(box[0]), phases)
+        seconds = time.perf_counter() - start
+        size = sum(file.stat().st_size for file in database.folder.iterdir())
+        if dist.rank() == 0:
+            print(f"{len(dense.sites)} sites, {blocks} x {length} tokens, {dist.world_size()} ranks: {seconds:.1f} s")
+            print(", ".join(f"{name} {spent:.1f} s" for name, spent in phases.seconds.items()))
+            print(f"on disk {size:,} bytes; peak memory {peak_memory_bytes() / 2**20:,.0f} MiB")
+            if device.type == "cuda":
+                print(f"peak device memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+        dist.stop()
+
+
+def measure_memory(depths: list[int], seed: int) -> None:
+    peaks = []
+    for depth in depths:
+        with tempfile.TemporaryDirectory() as folder:
+            config = AutoConfig.for_model(
+                "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=depth, num_attention_heads=16,
+                num_key_value_heads=4, vocab_size=4096, tie_word_embeddings=True, torch_dtype="bfloat16",
+            )  # fmt: skip
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+                folder, max_shard_size="200MB"
+            )
+            script = "import sys; sys.path.insert(0, sys.argv[2]); import database; database.only_build(sys.argv[1])"
+            run = [sys.executable, "-c", script, folder, str(Path(__file__).parent)]
+            out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        peaks.append(int(out.split()[-1]))
+        print(f"{depth} layers: peak memory {peaks[-1] / 2**20:,.0f} MiB", flush=True)
+    print(f"the largest is {max(peaks) / min(peaks) - 1:.1%} above the smallest")
+
+
+def only_build(folder: str) -> None:
+    """Build a database of a random checkpoint without tokenizer, and print the peak memory of this process."""
+    config = dense_config(AutoConfig.from_pretrained(folder))
+    config._attn_implementation = "sdpa"
+    dense = DenseModel(
+        source=folder, checkpoint=Checkpoint(folder), config=config, sites=find_sites(config, "kv_group"),
+        tokenizer=None, generation_config=None, device=torch.device("cpu"), dtype=torch.bfloat16, fingerprint="",
+    )  # fmt: skip
+    tokens = torch.randint(0, config.vocab_size, (16, 256))
+    build_database(dense, tokens, DatabaseRecipe(levels=4), Path(folder) / "database")
+    print(peak_memory_bytes())
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     solver = commands.add_parser("solver", help="our solver against the plain reference")
     solver.add_argument("--shape", choices=SHAPES, default="smollm2")
     solver.add_argument("--removals", type=int, help="stop both after so many columns")
     solver.add_argument("--repeats", type=int, default=3, help="runs of ours; the fastest counts")
-    for command in (solver,):
+    stage = commands.add_parser("stage", help="the whole stage on a model")
+    stage.add_argument("model", nargs="?", default="smollm2")
+    stage.add_argument("--blocks", type=int, default=32)
+    stage.add_argument("--length", type=int, default=512)
+    memory = commands.add_parser("memory", help="peak memory of the stage for models of several depths")
+    memory.add_argument("--depths", type=int, nargs="+", default=[4, 16, 48])
+    for command in (solver, stage, memory):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(json.dumps({"device": name, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"device": name, "machine": platform.machine(), "torch": torch.__version__}), flush=True)
+    if arguments.command == "stage":
+        time_stage(arguments.model, arguments.blocks, arguments.length, device, arguments.seed)
+        return
+    if arguments.command == "memory":
+        measure_memory(arguments.depths, arguments.seed)
+        return
     with torch.no_grad():
         compare_solvers(arguments.shape, arguments.removals, arguments.seed, device, arguments.repeats)
 

@@ -99,9 +99,11 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
 
     checked = load_recipe(recipe, overrides)
 
+    from darwinlm import dist
     from darwinlm.progress import set_up
 
-    set_up(quiet=quiet)
+    dist.start()
+    set_up(quiet=quiet, silent=dist.rank() > 0)
     _silence_libraries()
 
     from rich.console import Console
@@ -110,6 +112,10 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     from darwinlm.report.summary import show
 
     run = run_recipe(checked, out)
+    main_rank = dist.rank() == 0
+    dist.stop()
+    if not main_rank:
+        return
     # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     show(run.metrics, console)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ SPLITS = ("held_out", "score", "calibration", "trial")
 
 _TEXT, _JSON, _PARQUET = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 _MOST_CHARACTERS = 512 * 2**20
+_HUB_CHARACTERS_PER_TOKEN = 12
+"""Of a shuffled stream no more is read than this for each token needed; text has 3 to 5 of them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Corpus:
     """By split name: int32, blocks * sequence_length."""
 
     def tokens(self, split: str, count: int) -> Tensor:
-        """The first blocks of `split` that hold `count` tokens; the last block is cut short where it has more."""
+        """The first blocks of `split` that hold `count` tokens; of a single block only as much as that (2 or more)."""
         blocks_BT = self.blocks[split]
         length = blocks_BT.shape[1]
         if count >= length:
@@ -53,7 +56,12 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
     Raises:
         UserError: if the source is missing, unreadable or has too little text (with how much is there and needed).
     """
-    pieces = _pieces(find_documents(recipe.source, recipe.text_field, seed), 8 * recipe.sequence_length, seed)
+    documents, most = find_documents(recipe.source, recipe.text_field, seed), _MOST_CHARACTERS
+    if _local(recipe.source) is None:
+        # A split ends with a whole piece, and what of that does not fit is lost.
+        tokens = (sum(needed_blocks(recipe).values()) + len(SPLITS)) * recipe.sequence_length
+        most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
+    pieces = _pieces(documents, 8 * recipe.sequence_length, most, seed)
     end = tokenizer.eos_token_id
 
     def tokenised() -> Iterator[list[int]]:
@@ -88,7 +96,7 @@ def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
     parts = ", ".join(f"{name} {count * length:,}" for name, count in needed.items())
     raise UserError(
         f"data {recipe.source!r} holds {total:,} tokens, but the splits need {sum(needed.values()) * length:,} "
-        f"({parts}), each of whole documents; give more text or lower data.*_tokens"
+        f"({parts}) and share no document; give more text or lower data.*_tokens"
     )
 
 
@@ -104,17 +112,24 @@ def load_corpus(file: Path) -> Corpus:
 
 def find_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
     """Yield the documents of a local file or folder, or of a Hub data set (`owner/name` or `owner/name:config`)."""
-    path = Path(source).expanduser()
-    if path.exists():
+    path = _local(source)
+    if path is not None:
         return _local_documents(path, text_field, seed)
-    if source.startswith((".", "/", "~")) or path.suffix in (*_TEXT, *_JSON, *_PARQUET):
+    if source.startswith((".", "/", "~")) or source.endswith((*_TEXT, *_JSON, *_PARQUET)):
         raise UserError(f"data {source!r}: no such file or folder")
     return _hub_documents(source, text_field, seed)
 
 
+def _local(source: str) -> Path | None:
+    path = os.path.expanduser(source)
+    return Path(path) if os.path.exists(path) else None
+
+
 def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str]:
     known = (*_TEXT, *_JSON, *_PARQUET)
-    files = sorted(file for file in path.rglob("*") if file.suffix in known) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in known and file.is_file())
     if not files:
         raise UserError(f"data {str(path)!r}: the folder holds no {', '.join(known)} file")
     if path.is_file() and path.suffix not in known:
@@ -123,48 +138,66 @@ def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str]:
     for file in files:
         try:
             if file.suffix in _TEXT:
-                yield file.read_text(encoding="utf-8")
+                yield file.read_text(encoding="utf-8-sig")
             elif file.suffix in _JSON:
                 yield from _json_documents(file, text_field)
             else:
                 yield from _parquet_documents(file, text_field)
         except UnicodeDecodeError as error:
-            raise UserError(f"data {str(file)!r} is not UTF-8 text (byte {error.start})") from None
+            raise UserError(f"data {str(file)!r} is not UTF-8 text (byte {error.start}); convert it") from None
         except OSError as error:
             raise UserError(f"data {str(file)!r} cannot be read: {error.strerror or error}") from None
 
 
 def _json_documents(file: Path, text_field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"data {str(file)!r}, line {number}"
             try:
-                record = json.loads(line)
-            except ValueError:
-                raise UserError(f"data {str(file)!r}, line {number}: not JSON; one object a line is expected") from None
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                keys = ", ".join(record) if isinstance(record, dict) else "no keys at all"
-                raise UserError(
-                    f"data {str(file)!r}, line {number}: no text under {text_field!r} (it has {keys}); "
-                    "set data.text_field"
-                )
-            yield record[text_field]
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise UserError(f"{where}: not UTF-8 text; convert it") from None
+            except (ValueError, RecursionError):
+                raise UserError(f"{where}: not JSON; one object a line is expected") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: one object a line is expected, this is a {type(record).__name__}")
+            # JSON can hold halves of surrogate pairs (a cut emoji), which no tokenizer takes.
+            yield _text_of(record, text_field, where).encode("utf-8", "replace").decode("utf-8")
+
+
+def _text_of(record: Mapping[str, Any], text_field: str, where: str) -> str:
+    """The document of `record`; a null is an empty one. Raises UserError that begins with `where`."""
+    text = record.get(text_field)
+    if isinstance(text, str):
+        return text
+    if text_field not in record:
+        raise _lacks(text_field, record, where)
+    if text is None:
+        return ""
+    raise UserError(f"{where}: {text_field!r} holds no text but {type(text).__name__}; set data.text_field")
+
+
+def _lacks(text_field: str, names: Iterable[str], where: str) -> UserError:
+    found = ", ".join(map(repr, names)) or "nothing"
+    return UserError(f"{where}: there is no {text_field!r} (it has {found}); set data.text_field")
 
 
 def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
+    where = f"data {str(file)!r}"
     try:
         table = parquet.ParquetFile(file)
+        if text_field not in table.schema_arrow.names:
+            raise _lacks(text_field, table.schema_arrow.names, where)
+        for batch in table.iter_batches(columns=[text_field]):
+            yield from (_text_of({text_field: text}, text_field, where) for text in batch.column(0).to_pylist())
     except pyarrow.ArrowException as error:
-        raise UserError(f"data {str(file)!r} is not a Parquet file: {str(error).splitlines()[0]}") from None
-    if text_field not in table.schema_arrow.names:
-        names = ", ".join(table.schema_arrow.names)
-        raise UserError(f"data {str(file)!r}: no column {text_field!r} (it has {names}); set data.text_field")
-    for batch in table.iter_batches(columns=[text_field]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} cannot be read as a Parquet file: {reason}") from None
 
 
 def _hub_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
@@ -174,22 +207,22 @@ def _hub_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
     try:
         stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
         for record in stream.shuffle(seed=seed, buffer_size=10_000):
-            if not isinstance(record.get(text_field), str):
-                raise UserError(
-                    f"data {source!r}: no text under {text_field!r} (it has {', '.join(record)}); set data.text_field"
-                )
-            yield record[text_field]
+            yield _text_of(record, text_field, f"data {source!r}")
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises many kinds: connection, authorisation, configuration
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"data {source!r} is no local file, and as a Hub data set it cannot be read: {reason}"
+            f"data {source!r} is no local file, and as a Hub data set it cannot be read: {reason}; check the name, or "
+            "give a local file"
         ) from None
 
 
-def _pieces(documents: Iterable[str], most_characters: int, seed: int) -> Iterator[tuple[str, bool]]:
-    """Shuffled pieces of documents without repeats, each with whether its document ends there."""
+def _pieces(documents: Iterable[str], longest: int, most: int, seed: int) -> Iterator[tuple[str, bool]]:
+    """Shuffled pieces of documents without repeats, each with whether its document ends there.
+
+    A piece has at most `longest` characters. Documents are read until they hold `most` characters together.
+    """
     pieces, seen, read = list[tuple[str, bool]](), set[bytes](), 0
     for document in documents:
         fingerprint = hashlib.blake2b(document.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -197,15 +230,15 @@ def _pieces(documents: Iterable[str], most_characters: int, seed: int) -> Iterat
             continue
         seen.add(fingerprint)
         start = 0
-        while len(document) - start > most_characters:
-            middle = start + most_characters // 2
-            space = document.rfind(" ", middle, start + most_characters)
-            cut = space if space > 0 else start + most_characters
+        while len(document) - start > longest:
+            middle = start + longest // 2
+            space = document.rfind(" ", middle, start + longest)
+            cut = space if space > 0 else start + longest
             pieces.append((document[start:cut], False))
             start = cut
         pieces.append((document[start:], True))
         read += len(document)
-        if read > _MOST_CHARACTERS:
+        if read >= most:
             break
     random.Random(seed).shuffle(pieces)
     return iter(pieces)

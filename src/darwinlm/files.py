@@ -15,10 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from darwinlm import dist
 from darwinlm.errors import UserError
 from darwinlm.recipe import Recipe, differences, make_recipe
 
 FORMAT = 1
+
+_PLACE_FAULTS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+"""What is wrong with a place to write to, and not with our code."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -50,12 +57,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that this package wrote. Raises UserError if it is missing or damaged."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and run the same command again") from None
+        raise _damaged(path, error) from None
     if not isinstance(payload, dict):
-        raise UserError(f"{path} holds no JSON object; delete it and run the same command again")
+        raise _damaged(path, "not a JSON object")
     return payload
 
 
@@ -64,7 +69,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and run the same command again") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    if isinstance(reason, FileNotFoundError):
+        return UserError(f"{path} is missing; start the run again in a new folder")
+    return UserError(f"{path} is damaged ({reason}); start the run again in a new folder")
 
 
 @contextmanager
@@ -80,7 +91,7 @@ def naming_disk_faults(path: Path) -> Iterator[None]:
             raise UserError(
                 f"the disk is full while writing {path}; free some space and run the same command again"
             ) from None
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in _PLACE_FAULTS:
             raise UserError(f"{path} cannot be written: {os.strerror(error.errno)}") from None
         raise
 
@@ -124,19 +135,30 @@ class RunDirectory:
     @staticmethod
     def check(path: Path, recipe: Recipe) -> None:
         """Refuse, before any work, a folder that holds something else or another recipe's run. Writes nothing."""
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path} is a file; name a new folder or an earlier run")
-        if not path.exists() or not any(path.iterdir()):
-            return
-        if not (path / "manifest.json").exists() or not (path / "recipe.yaml").exists():
+        with naming_disk_faults(path):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {path} is a file; name a new folder or an earlier run")
+            above = next((folder for folder in path.absolute().parents if folder.exists()), path)
+            if not above.is_dir():
+                raise UserError(f"--out {path} cannot be made: {above} is a file")
+            if not path.exists() or all(entry.suffix == ".draft" for entry in path.iterdir()):
+                return
+            manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
+        if "format" not in manifest:
             raise UserError(f"--out {path} holds something that is not a DarwinLM run; name a new or an empty folder")
-        manifest = read_json(path / "manifest.json")
-        if manifest.get("format") != FORMAT:
+        if manifest["format"] != FORMAT:
             raise UserError(
-                f"--out {path} is a run of format {manifest.get('format')!r}, this version reads format {FORMAT}; "
+                f"--out {path} is a run of format {manifest['format']!r}, this version reads format {FORMAT}; "
                 "name a new folder"
             )
-        changed = differences(make_recipe(manifest["recipe"]), recipe)
+        if not all(isinstance(manifest.get(key), dict) for key in ("recipe", "facts", "stages")):
+            raise _damaged(path / "manifest.json", "it lacks recipe, facts or stages")
+        try:
+            changed = differences(make_recipe(manifest["recipe"]), recipe)
+        except UserError as error:
+            raise UserError(
+                f"--out {path} is a run whose recipe this version cannot read ({error}); name a new folder"
+            ) from None
         if changed:
             raise UserError(
                 f"--out {path} is a run of another recipe ({'; '.join(changed)}); name a new folder or go back to it"
@@ -154,10 +176,12 @@ class RunDirectory:
                         f"--out {path}: {key} was {manifest['facts'].get(key)!r} when this run began and is {value!r} "
                         "now; name a new folder, or bring it back"
                     )
-            return cls(path, manifest)
-        manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
-        write_bytes(path / "recipe.yaml", recipe.to_yaml().encode())
-        write_json(path / "manifest.json", manifest)
+        else:
+            manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
+            write_json(path / "manifest.json", manifest)
+        # After the manifest, which alone makes a folder a run: one that stops in between can be gone on with.
+        if not (path / "recipe.yaml").exists():
+            write_bytes(path / "recipe.yaml", recipe.to_yaml().encode())
         return cls(path, manifest)
 
     def done(self, stage: str) -> bool:
@@ -165,21 +189,26 @@ class RunDirectory:
         return bool(self.manifest["stages"].get(stage, {}).get("done"))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Run a stage; its seconds (over all attempts) and peak memory go to the manifest."""
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Run a stage; its seconds (over all attempts), peak memory and what the block puts into the dict it gets go to
+        the manifest.
+        """
         before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
         start = time.monotonic()
         done = False
+        facts: dict[str, Any] = {}
         try:
-            yield
+            yield facts
             done = True
         finally:
             self.manifest["stages"][name] = {
                 "done": done,
                 "seconds": round(before + time.monotonic() - start, 3),
                 "peak_memory_bytes": peak_memory_bytes(),
+                **facts,
             }
-            write_json(self.path / "manifest.json", self.manifest)
+            if dist.rank() == 0:
+                write_json(self.path / "manifest.json", self.manifest)
 
 
 def peak_memory_bytes() -> int:

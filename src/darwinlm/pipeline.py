@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import darwinlm
+from darwinlm import dist
 from darwinlm.adapters.cutting import build_model, copy_trained
 from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
@@ -23,7 +24,7 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
 from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
 from darwinlm.plan import Budget, Plan, check_target, parameter_budget
-from darwinlm.progress import log
+from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, load_recipe, parse_size
 from darwinlm.recovery.stage import recover
 from darwinlm.search.allocation import uniform_plan
@@ -74,37 +75,50 @@ def prune(
 
 
 def run_recipe(recipe: Recipe, out: Path) -> Run:
-    """Run every stage of `recipe` that is not done yet in the run directory `out`. Raises UserError."""
+    """Run every stage of `recipe` that is not done yet in the run directory `out`. Raises UserError.
+
+    Under torchrun all ranks build the database together; the other stages are rank 0's, and the others wait.
+    """
+    dist.start()
+    device = dist.local_device(choose_device(recipe.device))
     RunDirectory.check(out, recipe)
-    device = choose_device(recipe.device)
+    dist.barrier()
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     target = parse_size(recipe.target)
-    weights = dense.weights
-    check_target(
-        target,
-        dense=sum(tensor.numel() for tensor in weights.values()),
-        smallest=sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("model.layers.")),
-    )
+    check_target(target, dense=dense.parameters, smallest=dense.fixed_parameters)
+    with dist.main_first():
+        run, corpus = _begin(recipe, dense, out)
+
+    if not run.done("database"):
+        phases = Phases(lambda: _synchronise(device))
+        with run.stage("database") as facts:
+            build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database", phases)
+            facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
+    with dist.main_first():
+        if dist.rank() == 0:
+            _search_to_export(recipe, dense, corpus, Database(out / "database"), run)
+    return Run(out, read_json(out / "report" / "metrics.json"))
+
+
+def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, Corpus]:
+    """Open the run directory, and read or write the text."""
     corpus_file = out / "corpus.safetensors"
-    writes_itself = recipe.data.source == "self"
     corpus = None
-    if not writes_itself and not corpus_file.exists():
+    if recipe.data.source != "self" and not corpus_file.exists():
         # Read before the run directory exists, so that a mistake in the data leaves nothing behind.
         corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
     run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
     if not run.done("corpus"):
         with run.stage("corpus"):
             save_corpus(corpus or _own_text(dense, recipe), corpus_file)
-    corpus = load_corpus(corpus_file)
+    return run, load_corpus(corpus_file)
 
-    if not run.done("database"):
-        with run.stage("database"):
-            build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database")
-    database = Database(out / "database")
+
+def _search_to_export(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Database, run: RunDirectory) -> None:
+    out = run.path
     space = database.space(dense.sites)
-    budget = parameter_budget(target, space)
-
+    budget = parameter_budget(parse_size(recipe.target), space)
     if not run.done("search"):
         with run.stage("search"):
             search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, out / "search")
@@ -119,7 +133,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
             write_bytes(weights_file, save(_stored(model, dense.dtype)))
 
     metrics_file = out / "report" / "metrics.json"
-    if not (run.done("evaluation") and run.done("export")):
+    if not (run.done("evaluation") and run.done("export") and metrics_file.exists()):
         models = _models(dense, database, budget, plan)
         if recipe.recovery.tokens > 0:
             models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
@@ -131,13 +145,24 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
                 "before": write_sample(dense.model, dense.tokenizer),
                 "after": write_sample(last, dense.tokenizer),
             }
-        metrics = _metrics(recipe, rows, sample, dense, run)
+        metrics = {
+            "model": recipe.model,
+            "target": recipe.target,
+            "rows": rows,
+            "sample": sample,
+            "environment": environment(dense.device),
+            "seed": recipe.seed,
+        }
         with run.stage("export"):
             as_json = plan.to_dict(space)
             export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
         write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})
     log.info("done: %s", out / "model")
-    return Run(out, read_json(metrics_file))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
@@ -165,19 +190,6 @@ def _stored(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     return state
-
-
-def _metrics(
-    recipe: Recipe, rows: list[dict[str, Any]], sample: dict[str, str], dense: DenseModel, run: RunDirectory
-) -> dict[str, Any]:
-    return {
-        "model": recipe.model,
-        "target": recipe.target,
-        "rows": rows,
-        "sample": sample,
-        "environment": environment(dense.device),
-        "seed": recipe.seed,
-    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from darwinlm.errors import UserError
@@ -112,13 +113,13 @@ def parameter_budget(target: float | int, space: Space) -> Budget:
         UserError: if no plan is that small, or the dense model already is.
     """
     check_target(target, space.dense_parameters, space.parameters([len(s.units) - 1 for s in space.sites]))
-    maximum = int(space.dense_parameters * target) if isinstance(target, float) else target
+    maximum = _count(target, space.dense_parameters)
     return Budget(maximum=maximum, minimum=maximum - space.finest_step // 2)
 
 
 def check_target(target: float | int, dense: int, smallest: int) -> None:
     """Refuse a target that no plan can meet. `dense` and `smallest` count parameters. Raises UserError."""
-    maximum = int(dense * target) if isinstance(target, float) else target
+    maximum = _count(target, dense)
     if maximum > dense:
         raise UserError(
             f"target {target} is {maximum:,} parameters, but the dense model has only {dense:,}; ask for fewer"
@@ -126,9 +127,10 @@ def check_target(target: float | int, dense: int, smallest: int) -> None:
     if maximum < smallest:
         raise UserError(
             f"target {target} is {maximum:,} of {dense:,} parameters, but embeddings, head and last norm alone keep "
-            f"{smallest:,}; the smallest target that can be met is {_ceil4(smallest / dense)}"
+            f"{smallest:,}; the smallest target that can be met is {-(-smallest * 10_000 // dense) / 10_000}"
         )
 
 
-def _ceil4(fraction: float) -> float:
-    return -(-int(fraction * 1e8) // 10_000) / 1e4
+def _count(target: float | int, dense: int) -> int:
+    """The parameters that `target` allows; 0.29 of 100 is 29, though 100 * 0.29 is 28.999..."""
+    return int(dense * Fraction(str(target))) if isinstance(target, float) else target

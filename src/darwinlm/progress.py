@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -50,14 +50,14 @@ class _Lines:
         log.info("%s: %d/%d, %.0f s, about %.0f s left%s", self._name, self._done, self._total, spent, left, tail)
 
 
-def set_up(*, quiet: bool) -> None:
-    """Decide once how progress is shown, and send the package's log lines to standard error."""
+def set_up(*, quiet: bool, silent: bool = False) -> None:
+    """Decide once how progress is shown, and send the package's log lines to standard error; `silent`: errors alone."""
     global _bars
-    _bars = not quiet and sys.stderr.isatty()
+    _bars = not quiet and not silent and sys.stderr.isatty()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.ERROR if silent else logging.INFO)
     log.propagate = False
 
 
@@ -78,3 +78,32 @@ def task(name: str, total: int) -> Iterator[Task]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield _Bar(progress, name, total)
+
+
+class Phases:
+    """Seconds by phase of a stage. Phases nest: time inside an inner one is not counted in the outer."""
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
+        self._names: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the block's time as `name`."""
+        self._charge()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._names.pop()
+
+    def _charge(self) -> None:
+        if self._synchronize is not None:
+            self._synchronize()
+        now = time.perf_counter()
+        if self._names:
+            self.seconds[self._names[-1]] = self.seconds.get(self._names[-1], 0.0) + now - self._since
+        self._since = now

@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 
 from darwinlm.errors import UserError
 
+Offload = Literal["auto", "device", "cpu", "disk"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
@@ -58,10 +60,14 @@ class DatabaseRecipe(_Section):
     """lambda in H + lambda * mean(diag H) * I."""
     batch_size: int = Field(8, ge=1)
     """Blocks in one forward pass."""
+    offload: Offload = "auto"
+    """Where hidden states lie between blocks: `device`, `cpu` or `disk`; `auto` takes the fastest that has room."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the stored columns; `auto` is the checkpoint's."""
 
 
 class SearchRecipe(_Section):
-    """Evolution with training-aware, multi-step selection (paper, section 3: evolutionary search, training-aware selection)."""
+    """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
     generations: int = Field(6, ge=0)
     offspring: int = Field(6, ge=1)

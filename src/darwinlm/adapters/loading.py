@@ -1,48 +1,104 @@
 """From a checkpoint to a dense model in our modelling file, proved equal to transformers' own before it is used."""
 
+import copy
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from huggingface_hub.errors import GatedRepoError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.families import Granularity, Site, dense_config, family_of, find_sites
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
-from darwinlm.errors import InvalidTensorError, UserError
+from darwinlm.adapters.families import FAMILIES, Granularity, Site, dense_config, find_sites
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMForCausalLM
+from darwinlm.errors import UserError
 from darwinlm.files import digest
+
+_COMPARED_LAYERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModel:
-    """A dense checkpoint, ready to be pruned. Its weights are float32 whatever the checkpoint holds."""
+    """A dense checkpoint, ready to be pruned: whole (`model`, read when first asked for) or a block at a time."""
 
     source: str
-    model: DarwinLMForCausalLM
+    checkpoint: Checkpoint
     config: DarwinLMConfig
     sites: tuple[Site, ...]
     tokenizer: Any
     generation_config: GenerationConfig
+    device: torch.device
     dtype: torch.dtype
     """Of the checkpoint; the pruned model is saved in it."""
     fingerprint: str
     """Of config and weights: two checkpoints that differ have different ones."""
 
+    @cached_property
+    def model(self) -> DarwinLMForCausalLM:
+        """The whole model on the device, in float32."""
+        return build_model(self.config, self.sites, self.checkpoint.read(self.shapes, self.device, torch.float32), {})
+
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict; a tied head is not in it."""
+        """The state dict of `model`; a tied head is not in it."""
         state: dict[str, Tensor] = self.model.state_dict()
         if self.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         return state
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every weight; a tied head is not in it."""
+        return expected_shapes(self.config)
+
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.model.norm.weight.device  # type: ignore[no-any-return]
+    def fixed_parameters(self) -> int:
+        """Those outside every site: embeddings, head, last norm."""
+        return sum(prod(shape) for name, shape in self.shapes.items() if not name.startswith("model.layers."))
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of a block's forward pass in calibration: the checkpoint's on an accelerator, else float32."""
+        return self.dtype if self.device.type == "cuda" else torch.float32
+
+    def block(self, layer: int) -> nn.Module:
+        """One decoder layer on the device, read from the checkpoint, in `compute_dtype`."""
+        prefix = f"model.layers.{layer}."
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        tensors = self.checkpoint.read(names, self.device, self.compute_dtype)
+        with torch.device("meta"):
+            block = DarwinLMDecoderLayer(self.config, layer)
+        block.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items()}, assign=True)
+        return block.eval().requires_grad_(False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first block reads for the token ids `ids`, on the CPU, in `compute_dtype`."""
+        return nn.functional.embedding(ids.cpu(), self._embeddings).to(self.compute_dtype)
+
+    @cached_property
+    def _embeddings(self) -> Tensor:
+        name = "model.embed_tokens.weight"
+        return self.checkpoint.read([name], torch.device("cpu"))[name]
+
+
+def expected_shapes(config: DarwinLMConfig) -> dict[str, tuple[int, ...]]:
+    """Of every weight of a model, without making one; a tied head is not in it."""
+    with torch.device("meta"):
+        state = DarwinLMForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,11 +117,28 @@ def choose_device(name: str) -> torch.device:
 
 def load_config(source: str) -> Any:
     """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError."""
+    if os.path.isfile(source):
+        raise UserError(f"model {source!r} is a file; give a folder in Hugging Face format, or a Hub model id")
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except Exception as error:  # here and below: transformers and the Hub's client raise many kinds
+        if not os.path.exists(source) and not isinstance(error.__cause__, GatedRepoError):
+            raise UserError(
+                f"model {source!r}: there is no such local folder, and the Hub has no such model (or cannot be reached)"
+            ) from None
+        raise UserError(f"model {source!r}: its config.json cannot be read: {_reason(error, source)}") from None
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if not isinstance(model_type, str):
+        raise UserError(f"model {source!r} has no config.json with a model_type; give a folder in Hugging Face format")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model {source!r}: model type {model_type!r} is not supported; supported families: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {source!r}: {_first_line(error, source)}") from None
-    family_of(config)
+    except Exception as error:
+        raise UserError(f"model {source!r}: its config.json cannot be used: {_reason(error, source)}") from None
     architectures = config.architectures or []
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
         raise UserError(f"model {source!r} is a {architectures[0]}, not a causal language model (…ForCausalLM)")
@@ -84,49 +157,60 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
     """
     base_config = load_config(source)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {source!r}: its weights cannot be loaded: {_first_line(error, source)}") from None
-    native, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise UserError(f"model {source!r}: {len(missing)} weights are missing from its files, first {missing[0]!r}")
-    native = native.eval().to(device)
-    weights = native.state_dict()
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidTensorError(f"model {source!r}: {name} holds NaN or Inf; repair the checkpoint")
-    if base_config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-
-    config = dense_config(base_config)
-    config._attn_implementation = "sdpa"
-    sites = find_sites(config, granularity)
-    model = build_model(config, sites, weights, {})
-    _check_equal(native, model, source)
-    try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {_first_line(error, source)}") from None
-    dtype = base_config.dtype if isinstance(base_config.dtype, torch.dtype) else torch.float32
+    except Exception as error:
+        raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {_reason(error, source)}") from None
+    checkpoint = Checkpoint(source)
+    try:
+        config = dense_config(base_config)
+        shapes = expected_shapes(config)
+    except Exception as error:
+        raise UserError(
+            f"model {source!r}: no model can be built from its config.json: {_reason(error, source)}"
+        ) from None
+    config._attn_implementation = "sdpa"
+    checkpoint.check_names(shapes)
+    settings = {
+        key: value
+        for key, value in base_config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "dtype")
+    }
+    fingerprint = digest(json.dumps(settings, sort_keys=True, default=str), checkpoint.fingerprint(shapes))
+    _check_equal(base_config, checkpoint, source)
     return DenseModel(
         source=source,
-        model=model,
+        checkpoint=checkpoint,
         config=config,
-        sites=sites,
+        sites=find_sites(config, granularity),
         tokenizer=tokenizer,
-        generation_config=native.generation_config,
-        dtype=dtype,
-        fingerprint=_fingerprint(base_config, weights),
+        generation_config=_generation_config(base_config, source),
+        device=device,
+        dtype=base_config.dtype if isinstance(base_config.dtype, torch.dtype) else torch.float32,
+        fingerprint=fingerprint,
     )
 
 
-def _check_equal(native: Any, model: DarwinLMForCausalLM, source: str) -> None:
+def _check_equal(base_config: Any, checkpoint: Checkpoint, source: str) -> None:
+    """Compare transformers' own model, cut after its first layers, with ours of the tensors that we read."""
+    shortened = copy.deepcopy(base_config)
+    shortened.num_hidden_layers = min(_COMPARED_LAYERS, base_config.num_hidden_layers)
+    if getattr(shortened, "layer_types", None):
+        shortened.layer_types = shortened.layer_types[: shortened.num_hidden_layers]
+    try:
+        native: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=shortened, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise UserError(
+            f"model {source!r} cannot be built from its config.json and weights: {_reason(error, source)}"
+        ) from None
+    config = dense_config(shortened)
+    config._attn_implementation = "sdpa"
+    weights = checkpoint.read(expected_shapes(config), torch.device("cpu"), torch.float32)
+    model = build_model(config, find_sites(config, "kv_group"), weights, {})
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (1, 16), generator=generator).to(model.device)
-    expected, found = native(tokens).logits, model(tokens).logits
+    tokens = torch.randint(0, config.vocab_size, (1, 16), generator=generator)
+    expected, found = native.eval()(tokens).logits, model(tokens).logits
     scale = expected.abs().max().clamp_min(1e-6)
     difference = ((expected - found).abs().max() / scale).item()
     if not difference < 1e-4:
@@ -136,22 +220,16 @@ def _check_equal(native: Any, model: DarwinLMForCausalLM, source: str) -> None:
         )
 
 
-def _fingerprint(config: Any, weights: dict[str, Tensor]) -> str:
-    """Of the config and, of every tensor, up to 64 values spread over it and the sum of all."""
-    settings = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "dtype")
-    }
-    parts: list[bytes | str] = [json.dumps(settings, sort_keys=True, default=str)]
-    for name in sorted(weights):
-        flat = weights[name].detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
-        parts += [name, str(tuple(weights[name].shape)), sample.numpy().tobytes()]
-    return digest(*parts)
+def _generation_config(base_config: Any, source: str) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_model_config(base_config)
 
 
-def _first_line(error: BaseException, source: str) -> str:
-    if not Path(source).exists() and isinstance(error, OSError):
-        return "there is no such local folder, and the Hub has no such model (or cannot be reached)"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException, source: str) -> str:
+    if isinstance(error.__cause__, GatedRepoError):
+        return f"access must be asked for at https://huggingface.co/{source}; then log in with `hf auth login`"
+    text = " ".join(str(error).split())
+    named = isinstance(error, (OSError, ValueError, RuntimeError)) and text
+    return text if named else f"{type(error).__name__}: {text}"

@@ -254,6 +254,26 @@ class DarwinLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
+def attention_masks(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None):
+    """One mask for each kind of attention that the layers use."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    kinds = {kind for i, kind in enumerate(config.layer_types) if "attention" not in config.skipped(i)}
+    masks = {}
+    if "full_attention" in kinds:
+        masks["full_attention"] = create_causal_mask(**arguments)
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+    return masks
+
+
 class DarwinLMPreTrainedModel(PreTrainedModel):
     config_class = DarwinLMConfig
     base_model_prefix = "model"
@@ -278,25 +298,6 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
         self.rotary_emb = DarwinLMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def attention_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids):
-        """One mask for each kind of attention that the layers use."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        kinds = {layer.self_attn.sliding_window is not None for layer in self.layers if layer.has_attention}
-        masks = {}
-        if False in kinds:
-            masks["full_attention"] = create_causal_mask(**arguments)
-        if True in kinds:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
-        return masks
 
     @can_return_tuple
     def forward(
@@ -324,7 +325,7 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
 
-        masks = self.attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         all_hidden_states = [hidden_states]

@@ -1,14 +1,25 @@
-"""Gram matrices of every site's inputs, from one forward pass through the dense model, a block at a time."""
+"""Gram matrices of every site's inputs, from one forward pass through the dense model, a block at a time.
 
-from collections.abc import Iterator, Sequence
+Dimension letters: N tokens of a batch, I input columns of a site, B text blocks, T tokens of one, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from darwinlm import dist
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.modeling_darwinlm import DarwinLMRotaryEmbedding, attention_masks
+from darwinlm.calibration.activations import open_activations
 from darwinlm.errors import InvalidTensorError
+from darwinlm.progress import Phases
+from darwinlm.recipe import Offload
+
+_PANEL = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,65 +35,110 @@ class SiteStatistics:
 
 @torch.no_grad()
 def walk_blocks(
-    dense: DenseModel, tokens_BT: Tensor, *, batch_size: int, first_layer: int = 0
-) -> Iterator[tuple[Site, SiteStatistics]]:
+    dense: DenseModel,
+    tokens_BT: Tensor,
+    *,
+    batch_size: int,
+    scratch: Path,
+    owner: Callable[[Site], int] = lambda site: 0,
+    first_layer: int = 0,
+    offload: Offload = "auto",
+    phases: Phases | None = None,
+) -> Iterator[tuple[Site, SiteStatistics | None]]:
     """Yield each site with its statistics, in the model's order.
 
     The hidden states of all tokens go through one block at a time; the Gram matrices of a block and the inputs of the
-    next come from the same pass. Every site sees the dense model's activations.
+    next come from the same pass. Only that block's weights are in memory. Every site sees the dense model's
+    activations. With several ranks each takes its share of the text, and a site's sums end up with its owner alone.
 
     Args:
-        dense: the model; nothing in it is changed.
-        tokens_BT: token ids without padding, blocks * tokens.
-        batch_size: blocks in one pass.
+        dense: the model; its weights are read as they are needed.
+        tokens_BT: token ids without padding, blocks * tokens: the same on every rank.
+        batch_size: text blocks in one pass.
+        scratch: a folder for activations, should they go to disk.
+        owner: the rank that gets a site's statistics; the others get None.
         first_layer: earlier blocks are passed through without statistics (they are already in the database).
+        offload: where the hidden states lie between blocks.
+        phases: a clock for `forward` and `Gram`.
 
     Raises:
-        InvalidTensorError: naming the site and the batch whose activations hold NaN or Inf.
+        InvalidTensorError: naming the site whose activations hold NaN or Inf.
     """
-    model = dense.model.model
-    batches = [batch.to(dense.device, torch.long) for batch in tokens_BT.split(batch_size)]
-    hidden = [model.embed_tokens(batch) for batch in batches]
+    phases = phases or Phases()
+    mine_BT = tokens_BT[dist.rank() :: dist.world_size()]
+    batches = [batch.long() for batch in mine_BT.split(batch_size)]
     positions = torch.arange(tokens_BT.shape[1], device=dense.device).unsqueeze(0)
-    rotary = model.rotary_emb(hidden[0], positions)
-    masks = [model.attention_masks(states, None, None, positions) for states in hidden]
+    rotary = DarwinLMRotaryEmbedding(dense.config).to(dense.device)
     by_layer: dict[int, list[Site]] = {}
     for site in dense.sites:
         by_layer.setdefault(site.layer, []).append(site)
 
-    for index, layer in enumerate(model.layers):
-        sites = by_layer[index] if index >= first_layer else []
-        with _Recorder(layer, sites) as recorder:
-            for number, (states, mask) in enumerate(zip(hidden, masks, strict=True)):
-                recorder.batch = number
-                kind = dense.config.layer_types[index]
-                hidden[number] = layer(
-                    states, attention_mask=mask.get(kind), position_ids=positions, position_embeddings=rotary
-                )
-        for site in sites:
-            yield site, recorder.statistics(site)
+    shape = (*mine_BT.shape, dense.config.hidden_size)
+    with open_activations(shape, dense.compute_dtype, dense.device, offload, scratch) as hidden_BTD:
+        first = 0
+        for batch_BT in batches:
+            hidden_BTD[first : first + len(batch_BT)] = dense.embed(batch_BT)
+            first += len(batch_BT)
+        for index in range(dense.config.num_hidden_layers):
+            with phases("read"):
+                layer = dense.block(index)
+            sites = by_layer[index] if index >= first_layer else []
+            with _Recorder(layer, sites, phases) as recorder:
+                first = 0
+                for batch_BT in batches:
+                    rows = slice(first, first + len(batch_BT))
+                    with phases("forward"):
+                        states_BTD = hidden_BTD[rows].to(dense.device, non_blocking=True)
+                        mask = attention_masks(dense.config, states_BTD, position_ids=positions)
+                        hidden_BTD[rows] = layer(
+                            states_BTD,
+                            attention_mask=mask.get(dense.config.layer_types[index]),
+                            position_ids=positions,
+                            position_embeddings=rotary(states_BTD, positions),
+                        )
+                    first += len(batch_BT)
+                del layer
+                for site in sites:
+                    yield site, recorder.statistics(site, owner(site))
+
+
+def add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
+    """Add X^T X to the panels on and below the diagonal of `gram_II`: a symmetric update, without the other half."""
+    for start in range(0, len(gram_II), _PANEL):
+        end = min(start + _PANEL, len(gram_II))
+        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end])
+
+
+def mirror(gram_II: Tensor) -> None:
+    """Fill in what `add_gram` left out."""
+    for start in range(0, len(gram_II), _PANEL):
+        end = min(start + _PANEL, len(gram_II))
+        gram_II[start:end, end:] = gram_II[end:, start:end].T
 
 
 class _Recorder:
     """Hooks on one block that sum what its sites see."""
 
-    def __init__(self, layer: nn.Module, sites: Sequence[Site]) -> None:
-        self.batch = 0
+    def __init__(self, layer: nn.Module, sites: list[Site], phases: Phases) -> None:
+        self._phases = phases
         self._grams: dict[str, Tensor] = {}
         self._power: dict[str, list[Tensor]] = {}
-        self._tokens: dict[str, int] = {}
+        self._tokens = 0
         self._hooks = []
         for site in sites:
+            self._power[site.name] = []
             module = layer.get_submodule(site.output.split(".", 3)[3])
+            columns = site.num_units * site.columns_per_unit
+            device = next(module.parameters()).device
+            self._grams[site.name] = torch.zeros(columns, columns, device=device)
             self._hooks.append(module.register_forward_pre_hook(self._record_inputs(site)))
-        # The stream after attention is what the MLP's norm reads; after the MLP it is what the block returns.
-        for site in sites:
-            target = layer.get_submodule("post_attention_layernorm") if site.kind == "attention" else layer
+            # The stream after attention is what the MLP's norm reads; after the MLP it is what the block returns.
             hook = self._record_power(site)
             if site.kind == "attention":
-                self._hooks.append(target.register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0])))
+                norm = layer.get_submodule("post_attention_layernorm")
+                self._hooks.append(norm.register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0])))
             else:
-                self._hooks.append(target.register_forward_hook(lambda *args, hook=hook: hook(args[2])))
+                self._hooks.append(layer.register_forward_hook(lambda *args, hook=hook: hook(args[2])))
 
     def __enter__(self) -> "_Recorder":
         return self
@@ -91,30 +147,33 @@ class _Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def statistics(self, site: Site) -> SiteStatistics:
-        tokens = self._tokens[site.name]
-        power = torch.cat(self._power[site.name]).median().item()
-        return SiteStatistics(self._grams[site.name] / tokens, power)
+    def statistics(self, site: Site, owner: int) -> SiteStatistics | None:
+        """The site's sums over all ranks, on rank `owner`; its own are freed."""
+        with self._phases("Gram"):
+            gram_II = self._grams.pop(site.name)
+            own = torch.cat(self._power.pop(site.name) or [torch.empty(0)])
+            power_N = torch.cat(dist.gather(own.cpu()))
+            dist.sum_to(gram_II, owner)
+            if dist.rank() != owner:
+                return None
+            if not bool(torch.isfinite(gram_II.diagonal()).all()):
+                raise InvalidTensorError(
+                    f"{site.name}: its activations hold NaN or Inf on the calibration text; the checkpoint is damaged "
+                    f"or overflows in {str(gram_II.dtype).removeprefix('torch.')}"
+                )
+            gram_II /= len(power_N)
+            mirror(gram_II)
+            return SiteStatistics(gram_II, power_N.median().item())
 
     def _record_inputs(self, site: Site):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x_NI = inputs[0].flatten(0, -2).float()
-            gram_II = x_NI.T @ x_NI
-            if not bool(torch.isfinite(gram_II).all()):
-                raise InvalidTensorError(
-                    f"{site.name}: its activations hold NaN or Inf in calibration batch {self.batch}; the checkpoint "
-                    "is damaged or overflows in float32"
-                )
-            if site.name in self._grams:
-                self._grams[site.name] += gram_II
-            else:
-                self._grams[site.name] = gram_II
-            self._tokens[site.name] = self._tokens.get(site.name, 0) + len(x_NI)
+            with self._phases("Gram"):
+                add_gram(self._grams[site.name], inputs[0].flatten(0, -2).float())
 
         return hook
 
     def _record_power(self, site: Site):  # type: ignore[no-untyped-def]
         def hook(states: Tensor) -> None:
-            self._power.setdefault(site.name, []).append(states.float().square().sum(-1).flatten())
+            self._power[site.name].append(states.float().square().sum(-1).flatten())
 
         return hook

@@ -1,52 +1,107 @@
 """The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from darwinlm import dist
+from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import DenseModel
-from darwinlm.calibration.grams import walk_blocks
+from darwinlm.calibration.grams import SiteStatistics, walk_blocks
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.solver import prune_site, removal_error
 from darwinlm.database.store import Database
-from darwinlm.progress import task
+from darwinlm.progress import Phases, task
 from darwinlm.recipe import DatabaseRecipe
 
 
-def build_database(dense: DenseModel, tokens_BT: Tensor, recipe: DatabaseRecipe, folder: Path) -> Database:
-    """Prune every site of `dense` to every level, or what an interrupted build left undone, into `folder`."""
+def build_database(
+    dense: DenseModel, tokens_BT: Tensor, recipe: DatabaseRecipe, folder: Path, phases: Phases | None = None
+) -> Database:
+    """Prune every site of `dense` to every level, or what an interrupted build left undone, into `folder`.
+
+    With several ranks, each calibrates on its share of the text and solves its share of the sites: rank r those of the
+    layers r, r + ranks, r + 2 * ranks, ...; a site's owner writes its file, rank 0 the index.
+
+    Args:
+        dense: the model; its weights are read a block at a time.
+        tokens_BT: the calibration split.
+        recipe: levels, damping, batch size, offload, dtype.
+        folder: the database's.
+        phases: a clock for `read`, `forward`, `Gram`, `solve` and `write`.
+    """
+    phases = phases or Phases()
     database = Database(folder)
-    weights = dense.weights
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing = [site for site in dense.sites if site not in database]
     with task("database (sites)", len(dense.sites)) as progress:
         progress.advance(len(dense.sites) - len(missing))
         if missing:
-            first_layer = min(site.layer for site in missing)
-            walk = walk_blocks(dense, tokens_BT, batch_size=recipe.batch_size, first_layer=first_layer)
+            walk = walk_blocks(
+                dense,
+                tokens_BT,
+                batch_size=recipe.batch_size,
+                scratch=folder,
+                owner=_owner,
+                first_layer=min(site.layer for site in missing),
+                offload=recipe.offload,
+                phases=phases,
+            )
+            waiting: list[tuple[Site, SiteStatistics | None]] = []
             for site, statistics in walk:
                 if site in database:
                     continue
-                weight_OI = weights[f"{site.output}.weight"]
-                snapshots = prune_site(
-                    weight_OI,
-                    statistics.gram_II,
-                    columns_per_unit=site.columns_per_unit,
-                    sizes=level_sizes(site, recipe.levels)[1:-1],
-                    damping=recipe.damping,
-                )
-                database.write_site(
-                    site,
-                    snapshots,
-                    shapes=shapes,
-                    head_dim=dense.config.head_dim,
-                    removal_error=removal_error(weight_OI, statistics.gram_II),
-                    residual_power=statistics.residual_power,
-                    dtype=dense.dtype,
-                )
-                progress.advance(note=site.name)
-                if site is missing[-1]:
-                    break
-    in_sites = ("model.layers.",)
-    database.finish(sum(tensor.numel() for name, tensor in weights.items() if not name.startswith(in_sites)))
-    return database
+                waiting.append((site, statistics))
+                # Solve when every rank has a layer of its own to solve, so that none waits for another.
+                last_of_layer = site.kind == "mlp"
+                round_is_full = (site.layer + 1) % dist.world_size() == 0
+                if (last_of_layer and round_is_full) or site is missing[-1]:
+                    _solve(dense, waiting, recipe, database, phases)
+                    progress.advance(len(waiting), note=site.name)
+                    waiting = []
+    if dist.rank() == 0:
+        database.finish(dense.fixed_parameters)
+    dist.barrier()
+    return Database(folder)
+
+
+def _owner(site: Site) -> int:
+    return site.layer % dist.world_size()
+
+
+def _solve(
+    dense: DenseModel,
+    waiting: list[tuple[Site, SiteStatistics | None]],
+    recipe: DatabaseRecipe,
+    database: Database,
+    phases: Phases,
+) -> None:
+    """Prune and write this rank's sites of `waiting`; then rank 0 enters those of all ranks into the index."""
+    entries: dict[str, Any] = {}
+    dtype = dense.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    for site, statistics in waiting:
+        if statistics is None:
+            continue
+        with phases("solve"):
+            name = f"{site.output}.weight"
+            weight_OI = dense.checkpoint.read([name], dense.device, torch.float32)[name]
+            snapshots = prune_site(
+                weight_OI,
+                statistics.gram_II,
+                columns_per_unit=site.columns_per_unit,
+                sizes=level_sizes(site, recipe.levels)[1:-1],
+                damping=recipe.damping,
+            )
+        with phases("write"):
+            entries[site.name] = database.write_site(
+                site,
+                snapshots,
+                shapes=dense.shapes,
+                head_dim=dense.config.head_dim,
+                removal_error=removal_error(weight_OI, statistics.gram_II),
+                residual_power=statistics.residual_power,
+                dtype=dtype,
+            )
+    for ranks_entries in dist.gather(entries):
+        database.enter(ranks_entries, write=dist.rank() == 0)

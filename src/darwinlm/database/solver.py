@@ -2,10 +2,10 @@
 
 Removing the columns S of a unit from W, all others refitted, adds `tr(W_S (P_SS)^-1 W_S^T)` to the squared output error
 (score), where P is the inverse of the damped Gram matrix H; it moves `W <- W - W_S (P_SS)^-1 P_S` (refit) and
-`P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives how that is done in blocks without changing a decision.
+`P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives how that is done in blocks, without another outcome.
 
-Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, n columns in the working
-matrices, B removals in a block, R random probes.
+Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, n columns in the
+working matrices, B removals in a block, R random probes.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def prune_site(
     """Remove units one by one, always the one whose removal costs least, and keep a snapshot at each size.
 
     The inverse is computed in float64; the rest is float32 and watched: at each snapshot random probes estimate by how
-    much rounding has raised the error, and where that matters, inverse and refit are computed anew from the Gram matrix.
+    much rounding has raised the error, and where that matters, inverse and refit are computed anew.
 
     Args:
         weight_OI: the dense output projection.

@@ -1,5 +1,6 @@
 """The database on disk: `index.json` and one safetensors file a site, with surviving columns only."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from darwinlm.errors import UserError
 from darwinlm.files import read_json, write_bytes, write_json
 from darwinlm.plan import SiteLevels, Space
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Database:
     """Every site at every level; level 0 (dense) and the last (nothing) need no tensors.
 
-    Files are read lazily, a level at a time. A site counts as present once `index.json` names it.
+    Files are read lazily, a level at a time, and checked when first read. A site counts as present once `index.json`
+    names it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
+        self._verified: set[str] = set()
         if (folder / "index.json").exists():
             self._index = read_json(folder / "index.json")
             if self._index.get("format") != FORMAT:
@@ -49,8 +52,8 @@ class Database:
         removal_error: float,
         residual_power: float,
         dtype: torch.dtype,
-    ) -> None:
-        """Add a site: its file first, then its entry in the index.
+    ) -> dict[str, Any]:
+        """Write a site's file and return its entry for the index: `enter` makes it present.
 
         Args:
             site: the site.
@@ -65,18 +68,25 @@ class Database:
         for level, snapshot in enumerate(snapshots, 1):
             tensors[f"{level}.kept"] = torch.tensor(snapshot.kept, dtype=torch.int32)
             tensors[f"{level}.output"] = snapshot.weight_OK.to("cpu", dtype).contiguous()
-        write_bytes(self._file(site.name), save(tensors))
+        content = save(tensors)
+        write_bytes(self._file(site.name), content)
         kept = [range(site.num_units), *(snapshot.kept for snapshot in snapshots), ()]
         power = residual_power if residual_power > 0 else 1.0
-        self._index["sites"][site.name] = {
+        return {
             "layer": site.layer,
             "kind": site.kind,
+            "blake2b": checksum(content),
             "units": [len(units) for units in kept],
             "parameters": [count_parameters(site, shapes, units) for units in kept],
             "kv_elements": [kv_elements(site, units, head_dim) for units in kept],
             "errors": [0.0, *(snapshot.error / power for snapshot in snapshots), removal_error / power],
         }
-        write_json(self.folder / "index.json", self._index)
+
+    def enter(self, entries: Mapping[str, Any], *, write: bool) -> None:
+        """Note sites, by name, as present; on disk too where `write` says so (one process writes the index)."""
+        self._index["sites"] |= entries
+        if write:
+            write_json(self.folder / "index.json", self._index)
 
     def finish(self, fixed_parameters: int) -> None:
         """Say how many parameters no plan removes; the database is complete from here on."""
@@ -109,6 +119,10 @@ class Database:
             return Cut((), None)
         file = self._file(site.name)
         try:
+            if site.name not in self._verified:
+                if checksum(file.read_bytes()) != self._index["sites"][site.name]["blake2b"]:
+                    raise OSError("its checksum is another than when it was written")
+                self._verified.add(site.name)
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 kept = tensors.get_tensor(f"{level}.kept").tolist()
                 return Cut(tuple(kept), tensors.get_tensor(f"{level}.output").float())
@@ -121,3 +135,8 @@ class Database:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def checksum(content: bytes) -> str:
+    """Of a file's content; guards against damage, not against malice."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

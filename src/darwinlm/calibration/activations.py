@@ -1,0 +1,70 @@
+"""Where the hidden states of the calibration text lie between two blocks: on the device, in memory or on disk."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from darwinlm import dist
+from darwinlm.files import naming_disk_faults
+from darwinlm.progress import log
+from darwinlm.recipe import Offload
+
+_SHARE = 0.4
+"""Of what is free, what activations may take: weights, Gram matrices and the solver need the rest."""
+
+
+@contextmanager
+def open_activations(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, offload: Offload, scratch: Path
+) -> Iterator[Tensor]:
+    """A tensor of `shape` to write to and read from while the block runs, in the place that `offload` says."""
+    size = prod(shape) * dtype.itemsize
+    place = choose_place(size, device) if offload == "auto" else offload
+    log.debug("activations: %.2f GiB, on %s", size / 2**30, place)
+    if place == "disk":
+        file = scratch / f"activations.{dist.rank()}.draft"
+        with naming_disk_faults(file):
+            scratch.mkdir(parents=True, exist_ok=True)
+            try:
+                # Blocks are reserved now: a mapped file on a full disk would end the process without a word.
+                with open(file, "wb") as handle:
+                    _reserve(handle.fileno(), max(size, 1))
+                yield torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+            finally:
+                file.unlink(missing_ok=True)
+        return
+    pinned = place == "cpu" and device.type == "cuda"
+    yield torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu", pin_memory=pinned)
+
+
+def choose_place(size: int, device: torch.device) -> Offload:
+    """The fastest place with room for `size` bytes."""
+    if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    if size < _SHARE * available_memory():
+        return "cpu" if device.type == "cuda" else "device"
+    return "disk"
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process can still take: of the machine, or of its control group if that has less."""
+    available: int = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return min(available, int(limit) - used) if limit.isdigit() else available
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)

@@ -1,0 +1,80 @@
+"""Ranks: the one file that knows whether other processes work on the same run (`torchrun -m darwinlm …`).
+
+Without torchrun every function here is the single-process case: rank 0 of 1, sums that are already whole.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as process_group
+from torch import Tensor
+
+_Value = TypeVar("_Value")
+# One rank may write text or search for days while the others wait for it.
+_PATIENCE = timedelta(days=30)
+
+
+def start() -> None:
+    """Join the group that torchrun has prepared; nothing happens without one, or when called again."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not process_group.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        process_group.init_process_group(backend, timeout=_PATIENCE)
+
+
+def rank() -> int:
+    """This process's number."""
+    return process_group.get_rank() if process_group.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work on the run."""
+    return process_group.get_world_size() if process_group.is_initialized() else 1
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This rank's accelerator, by its number on this machine."""
+    if device == torch.device("cuda") and process_group.is_initialized():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def sum_to(tensor: Tensor, owner: int) -> None:
+    """Add up `tensor` over all ranks into that of rank `owner`, in place; elsewhere its content is lost."""
+    if world_size() > 1:
+        process_group.reduce(tensor, owner)
+
+
+def gather(value: _Value) -> list[_Value]:
+    """The values of all ranks, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    process_group.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        process_group.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others do."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def stop() -> None:
+    """Wait for all ranks and leave the group."""
+    if process_group.is_initialized():
+        barrier()
+        process_group.destroy_process_group()

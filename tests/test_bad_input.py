@@ -1,0 +1,667 @@
+"""Whatever is wrong with the input: one line says what, where and what to do; code 2, and nothing is half-written."""
+
+import builtins
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import pyarrow
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError
+from pyarrow import parquet
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from darwinlm import cli, files, progress
+from darwinlm.adapters import loading
+from darwinlm.errors import UserError
+from darwinlm.files import RunDirectory, naming_disk_faults, new_folder
+from darwinlm.plan import check_target
+from darwinlm.recipe import load_recipe, parse_override
+
+SMALL = [
+    "data.sequence_length=16",
+    "data.calibration_tokens=64",
+    "data.trial_tokens=32",
+    "data.score_tokens=32",
+    "data.held_out_tokens=32",
+    "database.levels=3",
+    "search.generations=1",
+    "search.offspring=2",
+    "search.trial_tokens=[16, 16]",
+    "search.score_tokens=[16, 32]",
+    "recovery.tokens=16",
+    "evaluation.prefill_tokens=8",
+    "evaluation.decode_tokens=2",
+    "evaluation.repeats=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """The command line sets up a process of its own; here it is a guest."""
+    handler, propagate = signal.getsignal(signal.SIGTERM), progress.log.propagate
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    progress.log.propagate = propagate
+    progress.log.handlers.clear()
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "good.txt"
+    file.write_text("".join(f"word{number} " for number in range(300)))
+    return file
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def one_line(code, stderr):
+    assert code == 2, stderr
+    assert stderr.startswith("error: ")
+    assert stderr.endswith("\n")
+    assert len(stderr.splitlines()) == 1, stderr
+    return stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def refused_command(tmp_path, capsys, monkeypatch):
+    """Run `darwinlm` and see that it is refused with `message` (a regular expression) and writes nothing."""
+    fail = cli._fail
+
+    def checked_fail(message):
+        assert "\n" not in message  # the command line would hide it, but in Python the message is seen as it is
+        return fail(message)
+
+    monkeypatch.setattr(cli, "_fail", checked_fail)
+
+    def run(message, command):
+        before = contents(tmp_path)
+        code = cli._exit_code(command)
+        printed = capsys.readouterr()
+        assert re.search(message, one_line(code, printed.err)), printed.err
+        assert printed.out == ""
+        assert contents(tmp_path) == before
+
+    return run
+
+
+@pytest.fixture
+def refused(refused_command, checkpoint, text, tmp_path):
+    """The same of `darwinlm prune`, with good input but for what is given."""
+
+    def run(message, *, model=None, target="0.8", data=None, out=None, recipe=None, settings=()):
+        command = ["prune", str(model or checkpoint("llama")), "--target", target, "--data", str(data or text)]
+        command += ["--out", str(out or tmp_path / "out"), *(["--recipe", str(recipe)] if recipe else [])]
+        for setting in [*SMALL, *settings]:
+            command += ["--set", setting]
+        refused_command(message, command)
+
+    return run
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("model", ["./nothing", "/nowhere/at/all", "owner/nothing", "a/b/c", "not a name?"])
+def test_a_model_that_is_nowhere(model, refused):
+    refused(f"model '{re.escape(model)}': there is no such local folder, and the Hub has no such model", model=model)
+
+
+def config_of(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def weights_of(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_one(weights, value):
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+
+def only_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def sharded(folder, index):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def only_gguf(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+
+FAMILIES = "supported families: llama, mistral, qwen2, qwen3$"
+UP = r"model\.layers\.1\.mlp\.up_proj\.weight"
+MODELS = {
+    "empty folder": (
+        lambda d: [f.unlink() for f in d.iterdir()],
+        "has no config.json with a model_type; give a folder",
+    ),
+    "only a GGUF": (only_gguf, "has no config.json with a model_type; give a folder in Hugging Face format"),
+    "config no JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        r"its config.json cannot be read: .*config\.json",
+    ),
+    "config a list": (lambda d: (d / "config.json").write_text("[1]"), "has no config.json with a model_type"),
+    "words for a number": (
+        lambda d: config_of(d, hidden_size="big"),
+        "config.json cannot be used: .*'hidden_size' exp",
+    ),
+    "unsupported family": (
+        lambda d: config_of(d, model_type="gpt2"),
+        f"model type 'gpt2' is not supported; {FAMILIES}",
+    ),
+    "unheard-of family": (lambda d: config_of(d, model_type="foo"), f"model type 'foo' is not supported; {FAMILIES}"),
+    "encoder": (
+        lambda d: config_of(d, model_type="bert", architectures=["BertModel"]),
+        f"model type 'bert' .*{FAMILIES}",
+    ),
+    "remote code": (
+        lambda d: config_of(d, model_type="foo", auto_map={"AutoConfig": "code.Config"}),
+        f"model type 'foo' is not supported; {FAMILIES}",
+    ),
+    "classifier": (
+        lambda d: config_of(d, architectures=["LlamaForSequenceClassification"]),
+        r"is a LlamaForSequenceClassification, not a causal language model \(…ForCausalLM\)",
+    ),
+    "GPTQ": (
+        lambda d: config_of(d, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantised; give the unquantised checkpoint it was made from",
+    ),
+    "GGUF in the config": (
+        lambda d: config_of(d, quantization_config={"quant_method": "gguf"}),
+        "is quantised; give the unquantised checkpoint it was made from",
+    ),
+    "unknown activation": (
+        lambda d: config_of(d, hidden_act="foo"),
+        "config.json.*: KeyError: 'foo'",
+    ),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        r"weights cannot be loaded: there is no model.safetensors \(only safetensors files are read; convert GGUF",
+    ),
+    "only pickled weights": (
+        only_pickle,
+        r"weights cannot be loaded: .*convert .* pickled .bin files, which can run code\)",
+    ),
+    "cut weights": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5_000]),
+        r"model.safetensors cannot be read \(.*\); get the whole checkpoint",
+    ),
+    "a shard too few": (
+        lambda d: sharded(d, {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}),
+        r"model-00002-of-00002.safetensors cannot be read \(.*\); get the whole checkpoint",
+    ),
+    "a shard from elsewhere": (
+        lambda d: sharded(d, {"weight_map": {"lm_head.weight": "../other.safetensors"}}),
+        r"model.safetensors.index.json cannot be read \(it names files outside its folder\); get the whole",
+    ),
+    "an index of nothing": (lambda d: sharded(d, []), "model.safetensors.index.json cannot be read .*; get the whole"),
+    "a weight too few": (
+        lambda d: weights_of(d, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
+        f"its files lack {UP}; get the whole checkpoint",
+    ),
+    "a layer too few": (
+        lambda d: config_of(d, num_hidden_layers=4),
+        r"its files lack model\.layers\.3\.input_layernorm\.weight and \d+ more weights; get",
+    ),
+    "another shape": (
+        lambda d: config_of(d, intermediate_size=32),
+        r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \[64, 48\] in its files, but .* asks for \[32, 48\]",
+    ),
+    "NaN": (lambda d: weights_of(d, lambda w: set_one(w, torch.nan)), f"{UP} holds NaN or Inf; repair the checkpoint"),
+    "Inf": (lambda d: weights_of(d, lambda w: set_one(w, torch.inf)), f"{UP} holds NaN or Inf; repair the checkpoint"),
+    "no tokenizer": (lambda d: [f.unlink() for f in d.glob("token*")], "its tokenizer cannot be loaded: .*tokenizer"),
+    "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be loaded: .*line 1"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_be_pruned(case, refused, checkpoint, tmp_path):
+    damage, message = MODELS[case]
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    damage(folder)
+    refused(f"model '{re.escape(str(folder))}'.*{message}", model=folder)
+
+
+def test_a_file_for_a_model(refused, text):
+    refused("good.txt' is a file; give a folder in Hugging Face format, or a Hub model id", model=text)
+
+
+def test_a_gated_model_of_the_hub(refused, monkeypatch):
+    def get_config_dict(source):
+        # As transformers raises it; the cause would need an answer of the Hub to be made in the ordinary way.
+        raise OSError("You are trying to access a gated repo.\nMake sure") from GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", get_config_dict)
+    refused("access must be asked for at https://huggingface.co/owner/it; then log in with `hf auth", model="owner/it")
+
+
+def test_a_model_of_the_hub_with_pickled_weights_only(refused, checkpoint, tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--owner--it"
+    shutil.copytree(checkpoint("llama"), cached / "snapshots" / "1")
+    only_pickle(cached / "snapshots" / "1")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    refused("model 'owner/it': its weights cannot be loaded: .*convert GGUF, or pickled .bin", model="owner/it")
+
+
+# ---- the target
+
+NEITHER = r"is neither a fraction of the parameters \(0.5\) nor a count of them \(2.7B, 500M\)"
+RANGE = r"must be above 0 and at most 1 \(a fraction\), or a count such as 2.7B"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("abc", f"target 'abc' {NEITHER}"),
+        ("", f"target '' {NEITHER}"),
+        ("50%", f"target '50%' {NEITHER}"),
+        ("0", f"target 0 {RANGE}"),
+        ("-0.5", f"target -0.5 {RANGE}"),
+        ("1.5", f"target 1.5 {RANGE}"),
+        ("500", f"target 500 {RANGE}"),
+        ("nan", f"target nan {RANGE}"),
+        ("inf", f"target inf {RANGE}"),
+        ("1e400", f"target 1e400 {RANGE}"),
+        ("2.7B", "target 2700000000 is 2,700,000,000 parameters, but the dense model has only 72,192; ask for fewer"),
+        ("72193", "target 72193 is 72,193 parameters, but the dense model has only 72,192; ask for fewer"),
+        (
+            "0.01",
+            "0.01 is 721 of 72,192 parameters, but .* keep 24,912; the smallest target that can be met is 0.3451$",
+        ),
+        ("0.345", "0.345 is 24,906 of 72,192 parameters.* the smallest target that can be met is 0.3451$"),
+        ("2K", "target 2000 is 2,000 of 72,192 parameters.* the smallest target that can be met is 0.3451$"),
+    ],
+)
+def test_a_target_that_is_none_or_cannot_be_met(target, message, refused):
+    refused(message, target=target)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "dense"), [(29, 100), (58, 100), (57, 1_000), (24_912, 72_192), (1, 3), (99, 100)]
+)
+def test_the_smallest_target_that_is_named_is_accepted(smallest, dense):
+    with pytest.raises(UserError) as caught:
+        check_target(smallest - 1, dense, smallest)
+    named = float(str(caught.value).rsplit(" ", 1)[1])
+    check_target(named, dense, smallest)
+    with pytest.raises(UserError):
+        check_target(named - 0.0001, dense, smallest)
+
+
+# ---- the data
+
+SPLITS = (
+    r"the splits need 160 \(held_out 32, score 32, calibration 64, trial 32\) and share no document; give more text"
+)
+DATA = {
+    "empty.txt": (b"", f"holds 0 tokens, but {SPLITS}"),
+    "blank.txt": (b" \n ", f"holds 0 tokens, but {SPLITS}"),
+    "empty.jsonl": (b"", f"holds 0 tokens, but {SPLITS}"),
+    "short.txt": (b"hello world", f"holds 12 tokens, but {SPLITS}"),
+    "table.csv": (b"a,b", r"unknown kind of file; known are \.txt, .*\.jsonl, .*\.parquet$"),
+    "none": (b"a,b", "unknown kind of file; known are"),
+    "binary.txt": (b"abc\xff\xfe", r"is not UTF-8 text \(byte 3\); convert it"),
+    "binary.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8 text; convert it"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text":\n', "line 3: not JSON; one object a line is expected"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: not JSON"),
+    "array.json": (b'[{"text": "a"}]', "line 1: one object a line is expected, this is a list"),
+    "other-key.jsonl": (
+        b'{"text": "a"}\n{"body": "a", "n": 1}',
+        r"line 2: there is no 'text' \(it has 'body', 'n'\); set d",
+    ),
+    "no-key.jsonl": (b"{}", r"line 1: there is no 'text' \(it has nothing\); set data.text_field"),
+    "number.jsonl": (b'{"text": 3}', "line 1: 'text' holds no text but int; set data.text_field"),
+    "broken.parquet": (b"PAR1xxxxxxxxPAR1", "cannot be read as a Parquet file: "),
+    "empty.parquet": (b"", "cannot be read as a Parquet file: .*0 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_that_is_not_what_it_should_be(name, refused, tmp_path):
+    content, message = DATA[name]
+    (tmp_path / name).write_bytes(content)
+    refused(f"data '{re.escape(str(tmp_path / name))}'.*{message}", data=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"], "id": [1]}, r"there is no 'text' \(it has 'body', 'id'\); set data.text_field"),
+        ({"text": [1, 2]}, "'text' holds no text but int; set data.text_field"),
+    ],
+)
+def test_a_table_without_text(columns, message, refused, tmp_path):
+    parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet")
+    refused(f"table.parquet': {message}", data=tmp_path / "table.parquet")
+
+
+def test_a_table_damaged_inside(refused, tmp_path):
+    file = tmp_path / "table.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"number {n}" for n in range(500)]}), file)
+    content = bytearray(file.read_bytes())
+    content[20:400] = bytes(380)
+    file.write_bytes(content)
+    refused("data '.*table.parquet' cannot be read", data=file)
+
+
+def test_a_folder_without_text(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused("data '.*empty': the folder holds no .txt, .text, .md, .rst, .jsonl", data=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("data", ["./nothing", "/nowhere/at/all", "~nobody/text", "nothing.txt", "a/b.parquet"])
+def test_data_that_is_nowhere(data, refused):
+    refused(f"data '{re.escape(data)}': no such file or folder", data=data)
+
+
+@pytest.mark.parametrize("data", ["owner/nothing", "word " * 100])
+def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
+    refused(
+        "' is no local file, and as a Hub data set it cannot be read: .*; check the name, or give a local", data=data
+    )
+
+
+# ---- the recipe
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("search", "--set 'search': write key=value, for example --set search.offspring=8"),
+        ("=3", "--set '=3': write key=value"),
+        ("seed=[1", r"--set 'seed=\[1': not valid YAML \(line 1: .*expected"),
+        ("seed=2024-13-45", "--set 'seed=2024-13-45': not valid YAML .*month must be in"),
+        ("search.offsprin=3", "unknown key 'search.offsprin'; did you mean 'search.offspring'?"),
+        ("searchh.offspring=3", "unknown key 'searchh'; did you mean 'search'?"),
+        ("offspring=3", "unknown key 'offspring'; did you mean 'search.offspring'?"),
+        ("learning_rate=3", "unknown key 'learning_rate'; did you mean '(search|recovery).learning_rate'?"),
+        ("seed.deep=1", "seed = {'deep': 1}: input should be a valid integer"),
+        ("data.source.deep=1", "'data.source.deep' cannot be set: 'source' is a value, not a section"),
+        ("search=1", "search = 1: this is a section; set what is in it, such as search.offspring"),
+        ("search=", "search = None: this is a section; set what is in it"),
+        ("model=", "model = None: input should be a valid string"),
+        ("model=''", "model = '': string should have at least 1 character"),
+        ("data.source=''", "data.source = '': string should have at least 1 character"),
+        ("search.offspring=many", "search.offspring = 'many': input should be a valid integer"),
+        ("search.offspring=1.5", "search.offspring = 1.5: input should be a valid integer"),
+        ("search.offspring=yes", "search.offspring = True: no setting is a yes or no"),
+        ("target=true", f"target True {NEITHER}"),
+        ("target=[1]", rf"target \[1\] {NEITHER}"),
+        ("search.offspring=0", "search.offspring = 0: input should be greater than or equal to 1"),
+        ("database.levels=65", "database.levels = 65: input should be less than or equal to 64"),
+        ("data.sequence_length=4", "data.sequence_length = 4: input should be greater than or equal to 8"),
+        ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
+        ("recovery.warmup_ratio=1", "recovery.warmup_ratio = 1: input should be less than 1"),
+        ("search.learning_rate=.nan", "search.learning_rate = nan: input should be a finite number"),
+        ("database.granularity=head", "database.granularity = 'head': input should be 'kv_group' or 'query_head'"),
+        ("search.survivors=1", r"search.survivors = 1: a list is expected, such as \[2, 1\]"),
+        ("search.survivors=[1]", r"search.survivors=\[1\], search.trial_tokens=\[16, 16\] and .* must be equally long"),
+        ("search.survivors=[2, 2]", r"search.survivors=\[2, 2\] must never grow and must end in 1"),
+        (
+            "search.survivors=[9, 1]",
+            r"search.survivors=\[9, 1\] keeps more than search.offspring=2; lower the first or",
+        ),
+        ("search.trial_tokens=[a, 2]", "search.trial_tokens.0 = 'a': input should be a valid integer"),
+        ("search.trial_tokens=[16, 64]", r"\[16, 64\] asks for more than data.trial_tokens=32; raise the latter"),
+        ("search.score_tokens=[16, 64]", r"\[16, 64\] asks for more than data.score_tokens=32; raise the latter"),
+        ("device=abacus", "device 'abacus' cannot be used here: "),
+        ("device=meta:x", "device 'meta:x' cannot be used here: "),
+    ],
+)
+def test_a_setting_that_is_wrong(setting, message, refused):
+    refused(message, settings=[setting])
+
+
+def test_two_faults_are_told_in_one_line(refused):
+    refused("recipe: seed = 'x': .*; search.offspring = 0: ", settings=["seed=x", "search.offspring=0"])
+
+
+@pytest.mark.parametrize("recipe", ["fast", "nothing.yaml", "./quick"])
+def test_a_recipe_that_is_nowhere(recipe, refused):
+    refused(f"recipe '{recipe}': no such file; the built-in recipes are demo, paper, quick$", recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: 1\ndata: [1\nsearch: 2", r"not valid YAML \(line 3: .*expected ',' or '\]'"),
+        (b"\tseed: 1", r"not valid YAML \(line 1: .*found character '\\t' that cannot start any token\)"),
+        (b"seed: 1\n---\nseed: 2", r"not valid YAML \(line 2: expected a single document"),
+        (b"a: \x01", "not valid YAML .*special characters are not allowed"),
+        (b"- seed\n- 1", "expected settings as `key: value` lines, for example `target: 0.5`"),
+        (b"just words", "expected settings as `key: value` lines"),
+        (b"\xff\xfe", "cannot be read as UTF-8 text"),
+        (b"seeed: 1", "unknown key 'seeed'; did you mean 'seed'?"),
+        (b"search:\n  offsprng: 1", "unknown key 'search.offsprng'; did you mean 'search.offspring'?"),
+        (b"search: [1]", "'search.generations' cannot be set: 'search' is a value, not a section"),
+    ],
+)
+def test_a_recipe_file_that_is_wrong(content, message, refused, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    refused(message, recipe=tmp_path / "recipe.yaml")
+
+
+def test_a_folder_for_a_recipe(refused, tmp_path):
+    refused(f"recipe '{tmp_path}' cannot be read: Is a directory", recipe=tmp_path)
+
+
+# ---- the run directory
+
+
+def begin_run(out, model, text, **changes):
+    """An earlier run that stopped before its first stage."""
+    settings = dict(parse_override(setting) for setting in SMALL)
+    overrides = {"model": str(model), "target": "0.8", "data.source": str(text), **settings}
+    recipe = load_recipe("quick", {**overrides, **changes})
+    RunDirectory.open(out, recipe, {"model": "another", "darwinlm": "0"})
+
+
+def test_a_file_for_a_run_directory(refused, text):
+    refused("--out .*good.txt is a file; name a new folder or an earlier run", out=text)
+
+
+def test_a_name_of_two_lines_is_told_in_one(checkpoint, tmp_path, capsys):
+    out = tmp_path / "two\nlines"
+    out.write_text("mine")
+    code = cli._exit_code(["prune", str(checkpoint("llama")), "--target", "0.5", "--out", str(out)])
+    assert "two lines is a file" in one_line(code, capsys.readouterr().err)
+
+
+def test_a_run_directory_under_a_file(refused, text):
+    refused("--out .*good.txt/deeper/run cannot be made: .*good.txt is a file", out=text / "deeper" / "run")
+
+
+def test_a_run_directory_whose_name_is_too_long(refused, tmp_path):
+    refused("cannot be written: File name too long", out=tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "recipe.yaml"])
+def test_a_folder_that_holds_something_else(name, refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    refused("--out .* holds something that is not a DarwinLM run; name a new or an empty folder")
+
+
+def test_a_run_of_another_recipe(refused, checkpoint, text, tmp_path):
+    begin_run(tmp_path / "out", checkpoint("llama"), text, target=0.5, seed=7)
+    refused(r"--out .* is a run of another recipe \(target: 0.5 -> 0.8; seed: 7 -> 0\); name a new folder or go back")
+
+
+def test_a_run_of_another_checkpoint_in_the_same_place(refused, checkpoint, text, tmp_path):
+    begin_run(tmp_path / "out", checkpoint("llama"), text)
+    refused("--out .*: model was 'another' when this run began and is '[0-9a-f]+' now; name a new folder, or bring it")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: "{", r"manifest.json is damaged \(.*\); start the run again in a new folder"),
+        (lambda manifest: "[]", r"manifest.json is damaged \(not a JSON object\); start the run again in a new folder"),
+        (lambda manifest: {"name": "some web page"}, "--out .* holds something that is not a DarwinLM run; name a new"),
+        (
+            lambda manifest: {**manifest, "format": 9},
+            "is a run of format 9, this version reads format 1; name a new folder",
+        ),
+        (lambda manifest: {"format": 1}, "manifest.json is damaged .*it lacks recipe, facts or stages"),
+        (
+            lambda manifest: {**manifest, "recipe": {**manifest["recipe"], "colour": 1}},
+            r"a run whose recipe this version cannot read \(recipe: unknown key 'colour'.*\); name a new folder",
+        ),
+    ],
+)
+def test_a_run_whose_manifest_is_damaged_or_of_another_version(change, message, refused, checkpoint, text, tmp_path):
+    begin_run(tmp_path / "out", checkpoint("llama"), text)
+    file = tmp_path / "out" / "manifest.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    refused(message)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["prun"], r"No such command 'prun'. .*\(see darwinlm --help\)"),
+        (["--colour"], r"No such option: --colour .*\(see darwinlm --help\)"),
+        (["prune", "m", "--colour"], r"No such option: --colour .*\(see darwinlm prune --help\)"),
+        (["prune"], r"Missing argument 'model'. \(see darwinlm prune --help\)"),
+        (["prune", "m", "--target", "0.5"], r"Missing option '--out'. \(see darwinlm prune --help\)"),
+        (["prune", "m", "--out", "o"], r"Missing option '--target'. \(see darwinlm prune --help\)"),
+        (["prune", "m", "--target"], "Option '--target' requires an argument"),
+        (["prune", "m", "n", "--target", "0.5", "--out", "o"], r"unexpected extra argument\(s\) \(n\)"),
+        (["demo", "--set", "x"], "--set 'x': write key=value"),
+    ],
+)
+def test_a_command_that_is_wrong(command, message, refused_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused_command(message, command)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["prune", "./nothing", "--target", "0.5", "--out", "out"], "model './nothing': there is no such local folder"),
+        (["prune", "./nothing", "--target", "1.5", "--out", "out"], f"target 1.5 {RANGE}"),
+    ],
+)
+def test_a_process_of_its_own_says_the_same(command, message, tmp_path):
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "darwinlm", *command]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert re.search(message, one_line(done.returncode, done.stderr))
+    assert done.stdout == ""
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert cli._exit_code([]) == 0
+    assert "prune " in capsys.readouterr().out
+
+
+# ---- the disk
+
+
+class FullDisk:
+    """Has room for so many files, then for none."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def fsync(self, descriptor):
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open(self, path, mode="r", **options):
+        if "w" in mode and self.room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return builtins.open(path, mode, **options)
+
+
+def drafts(folder):
+    return [path for path in folder.rglob("*") if ".draft" in path.name]
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 5, 15, 20])
+def test_on_a_full_disk_a_run_says_so_and_the_same_command_goes_on_from_there(
+    room, checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    command = ["prune", str(checkpoint("llama")), "--target", "0.8", "--out", str(out), "--data", str(text)]
+    for setting in SMALL:
+        command += ["--set", setting]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", FullDisk(room).fsync)
+        assert cli._exit_code(command) == 2
+    told = capsys.readouterr().err.splitlines()
+    faults = [line for line in told if line.startswith("error: ")]
+    assert faults == told[-1:]
+    assert re.fullmatch(
+        f"error: the disk is full while writing {out}/.+; free some space and run the same command again", faults[0]
+    )
+    assert not drafts(tmp_path)
+    assert cli._exit_code(command) == 0
+    assert (out / "recipe.yaml").exists()
+    assert (out / "model" / "model.safetensors").exists()
+    assert not drafts(tmp_path)
+
+
+def test_a_file_that_cannot_be_begun_leaves_the_old_one(tmp_path, monkeypatch):
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    monkeypatch.setattr(files, "open", FullDisk(0).open, raising=False)
+    with pytest.raises(UserError, match=r"the disk is full while writing .*a.json; free some space and run the same"):
+        files.write_json(tmp_path / "a.json", {"a": 2})
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+    assert not drafts(tmp_path)
+
+
+def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    for content in ("old", "new"):
+        try:
+            with new_folder(tmp_path / "model") as draft:
+                (draft / "file").write_text(content)
+                if content == "new":
+                    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        except UserError as error:
+            told = str(error)
+    assert told.startswith(f"the disk is full while writing {tmp_path / 'model'}; free some space")
+    assert (tmp_path / "model" / "file").read_text() == "old"
+    assert not drafts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only file system"), (errno.EIO, "Input/output error")],
+)
+def test_a_place_that_cannot_be_written_is_named_with_the_reason(number, reason, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written: {reason}"), naming_disk_faults(tmp_path):
+        raise OSError(number, "whatever")
+
+
+def test_a_fault_of_ours_is_not_taken_for_one_of_the_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), naming_disk_faults(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "whatever")

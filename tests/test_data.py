@@ -1,0 +1,358 @@
+"""Text to blocks: every token in one split at most, long and short documents alike, and text a model writes itself."""
+
+import itertools
+import json
+from collections import Counter
+
+import datasets
+import pyarrow
+import pytest
+import torch
+from conftest import make_tokenizer
+from pyarrow import parquet
+
+from darwinlm import self_text
+from darwinlm.adapters.loading import load_dense
+from darwinlm.data import SPLITS, find_documents, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.errors import UserError
+from darwinlm.recipe import DataRecipe
+from darwinlm.self_text import write_documents
+
+END = -1
+
+
+class Words:
+    """A tokenizer that knows words such as `w17`, and gives each its number."""
+
+    eos_token_id = END
+
+    def __call__(self, texts):
+        return {"input_ids": [[int(word[1:]) for word in text.split()] for text in texts]}
+
+
+def words(start, stop):
+    return " ".join(f"w{number}" for number in range(start, stop))
+
+
+def write_lines(file, documents):
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return str(file)
+
+
+def recipe(source, tokens=64, **changes):
+    counts = {f"{split}_tokens": tokens for split in SPLITS}
+    return DataRecipe(source=source, sequence_length=16, **{**counts, **changes})
+
+
+LONG, SHORT, LENGTH = 5_000, 1_000, 5
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """One document of 5,000 words and 1,000 of 5, no word twice: what is below 5,000 is of the long one."""
+    short = [words(LONG + LENGTH * i, LONG + LENGTH * (i + 1)) for i in range(SHORT)]
+    return write_lines(tmp_path / "mixed.jsonl", [*short[:300], words(0, LONG), *short[300:]])
+
+
+def is_last(word):
+    """Whether a document of `mixed` ends with it."""
+    return word == LONG - 1 or (word >= LONG and word % LENGTH == LENGTH - 1)
+
+
+def test_no_token_of_the_text_is_in_two_splits_or_twice_in_one(mixed):
+    corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
+    used = [word for blocks in corpus.blocks.values() for word in blocks.flatten().tolist() if word != END]
+    assert len(used) > 3_000
+    assert Counter(used).most_common(1)[0][1] == 1
+
+
+def test_every_split_has_the_blocks_it_needs_and_none_is_padded(mixed):
+    asked = recipe(mixed, tokens=64, held_out_tokens=1, score_tokens=17, trial_tokens=1_000)
+    corpus = read_corpus(asked, Words(), seed=0)
+    assert needed_blocks(asked) == {"held_out": 1, "score": 2, "calibration": 4, "trial": 63}
+    for split, count in needed_blocks(asked).items():
+        assert corpus.blocks[split].shape == (count, 16)
+        assert corpus.blocks[split].dtype == torch.int32
+        # Two ends in a row would be an empty document: padding.
+        assert "-1, -1" not in str(corpus.blocks[split].flatten().tolist())
+
+
+def test_documents_end_with_the_end_token_and_only_they_do(mixed):
+    corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
+    for blocks in corpus.blocks.values():
+        tokens = blocks.flatten().tolist()
+        assert END in tokens
+        for word, following in itertools.pairwise(tokens):
+            if word != END:
+                assert (following == END) == is_last(word), word
+                assert following in (END, word + 1) or word < LONG
+
+
+def test_no_document_reaches_into_two_splits():
+    asked = recipe("any", tokens=1, held_out_tokens=32)
+    documents = [range(10), range(10, 40), range(40, 60), range(60, 80), range(80, 90), range(90, 96), range(96, 99)]
+    blocks = pack(map(list, documents), asked).blocks
+    assert blocks["held_out"].flatten().tolist() == list(range(32))
+    assert blocks["score"].flatten().tolist() == list(range(40, 56))
+    assert blocks["calibration"].flatten().tolist() == list(range(60, 76))
+    assert blocks["trial"].flatten().tolist() == list(range(80, 96))
+    with pytest.raises(UserError, match="holds 90 tokens, but the splits need 80"):
+        pack(map(list, documents[:5]), asked)
+
+
+def test_the_seed_alone_decides_what_is_read(mixed):
+    corpora = [read_corpus(recipe(mixed), Words(), seed).blocks for seed in (3, 3, 4)]
+    assert all(torch.equal(corpora[0][split], corpora[1][split]) for split in SPLITS)
+    assert not any(torch.equal(corpora[0][split], corpora[2][split]) for split in SPLITS)
+
+
+def test_long_documents_are_used_in_proportion(mixed):
+    shares = []
+    for seed in range(5):
+        for blocks in read_corpus(recipe(mixed, tokens=900), Words(), seed).blocks.values():
+            drawn = [word for word in blocks.flatten().tolist() if word != END]
+            shares.append(sum(word < LONG for word in drawn) / len(drawn))
+    assert abs(sum(shares) / len(shares) - 0.5) < 0.04
+    assert 0.25 < min(shares) < max(shares) < 0.75
+
+
+def test_a_repeated_document_counts_once(tmp_path):
+    source = write_lines(tmp_path / "repeated.jsonl", [words(0, 9), f"  {words(0, 9)}\n", words(0, 9), words(9, 18)])
+    with pytest.raises(UserError, match=r"holds 20 tokens, but the splits need 256 \(held_out 64, score 64, cali"):
+        read_corpus(recipe(source), Words(), seed=0)
+
+
+def test_any_kind_of_source_gives_the_same_documents(tmp_path):
+    documents = ["eins zwei\n", "drei", "vier é 😀\n\nfünf"]
+    folder = tmp_path / "folder"
+    (folder / "deeper" / "not-a-file.txt").mkdir(parents=True)
+    for number, name in enumerate(["a.txt", "b.md", "deeper/c.rst"]):
+        (folder / name).write_text(documents[number], encoding="utf-8")
+    (folder / "ignored.csv").write_text("1,2")
+    write_lines(tmp_path / "lines.jsonl", documents)
+    table = pyarrow.table({"text": documents, "number": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "table.parquet", row_group_size=2)
+    for source in (folder, tmp_path / "lines.jsonl", tmp_path / "table.parquet"):
+        assert sorted(find_documents(str(source), "text", seed=0)) == sorted(documents), source
+    assert list(find_documents(str(folder / "a.txt"), "text", seed=0)) == documents[:1]
+
+
+def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfab")
+    (tmp_path / "lines.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": null}\n{"text": "\\ud83d"}\n{"text": "b"}'
+    )
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "table.parquet")
+    found = {file.suffix: list(find_documents(str(file), "text", seed=0)) for file in tmp_path.iterdir()}
+    assert found == {".txt": ["ab"], ".jsonl": ["a", "", "?", "b"], ".parquet": ["a", "", "b"]}
+    # ab, a, ? and b with an end each: `a` and `b` of the second file are repeats.
+    with pytest.raises(UserError, match="holds 9 tokens"):
+        read_corpus(recipe(str(tmp_path)), make_tokenizer(), seed=0)
+
+
+def test_another_text_field_can_be_named(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": 1, "body": "a"}\n')
+    assert list(find_documents(str(tmp_path / "lines.jsonl"), "body", seed=0)) == ["a"]
+
+
+def test_a_corpus_is_the_same_after_saving(mixed, tmp_path):
+    corpus = read_corpus(recipe(mixed), Words(), seed=0)
+    save_corpus(corpus, tmp_path / "run" / "corpus.safetensors")
+    loaded = load_corpus(tmp_path / "run" / "corpus.safetensors")
+    assert set(loaded.blocks) == set(SPLITS)
+    for split in SPLITS:
+        assert loaded.blocks[split].dtype == torch.int32
+        assert torch.equal(loaded.blocks[split], corpus.blocks[split])
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 2)), (5, (1, 5)), (16, (1, 16)), (17, (2, 16)), (64, (4, 16))])
+def test_fewer_tokens_are_the_beginning_of_more(mixed, count, shape):
+    corpus = read_corpus(recipe(mixed), Words(), seed=0)
+    tokens = corpus.tokens("trial", count)
+    assert tokens.shape == shape
+    assert torch.equal(tokens, corpus.blocks["trial"][: shape[0], : shape[1]])
+
+
+class Stream:
+    """A Hub data set of endless documents that counts how many were taken."""
+
+    def __init__(self, records):
+        self.records, self.taken, self.shuffled = records, 0, None
+
+    def shuffle(self, *, seed, buffer_size):
+        self.shuffled = seed
+        return self
+
+    def __iter__(self):
+        for record in self.records:
+            self.taken += 1
+            if isinstance(record, Exception):
+                raise record
+            yield record
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put `records` on the Hub; what was asked of it is in `asked`."""
+
+    def put(records):
+        stream = Stream(records)
+
+        def load_dataset(name, config, *, split, streaming):
+            stream.asked = (name, config, split, streaming)
+            return stream
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return stream
+
+    return put
+
+
+def endless(characters):
+    """Documents of so many characters, in words of 8."""
+    for number in itertools.count(step=characters // 8):
+        yield {"text": " ".join(f"w{word:06d}" for word in range(number, number + characters // 8))}
+
+
+@pytest.mark.parametrize("characters", [80, 4_000])
+def test_of_a_hub_stream_only_what_the_splits_need_is_read(characters, hub):
+    stream = hub(endless(characters))
+    corpus = read_corpus(recipe("owner/name:en"), Words(), seed=5)
+    assert stream.asked == ("owner/name", "en", "train", True)
+    assert stream.shuffled == 5
+    assert corpus.blocks["trial"].shape == (4, 16)
+    needed = 4 * 64
+    assert stream.taken * characters <= 12 * (needed + 4 * 16) + 2 * characters
+
+
+def test_a_hub_stream_of_one_token_a_character_is_enough(hub):
+    hub({"text": f"{number:040d}"} for number in range(10**9))
+    asked = recipe("owner/name", tokens=16)
+    corpus = read_corpus(asked, make_tokenizer(), seed=0)
+    assert [len(corpus.blocks[split]) for split in SPLITS] == [1, 1, 1, 1]
+
+
+def test_local_files_are_read_whole(tmp_path):
+    # The first documents of a sorted file are no sample of it.
+    source = write_lines(tmp_path / "sorted.jsonl", [words(10 * i, 10 * i + 10) for i in range(2_000)])
+    corpus = read_corpus(recipe(source, tokens=16), Words(), seed=0)
+    assert max(blocks.max().item() for blocks in corpus.blocks.values()) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([ConnectionError("no route\nto host")], "no local file, and as a Hub data set it cannot be read: no route to"),
+        ([{"text": words(0, 3)}, TimeoutError()], "cannot be read: TimeoutError; check the name, or give a local file"),
+        ([{"body": "a", "id": 1}], r"there is no 'text' \(it has 'body', 'id'\); set data.text_field"),
+        ([{"text": 3}], "'text' holds no text but int; set data.text_field"),
+        ([{"text": words(0, 3)}], "'owner/name' holds 4 tokens, but the splits need 256"),
+    ],
+)
+def test_a_hub_that_fails_gives_one_line(records, message, hub):
+    hub(iter(records))
+    with pytest.raises(UserError, match=message) as caught:
+        read_corpus(recipe("owner/name"), Words(), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+# ---- text the model writes itself
+
+
+@pytest.fixture(scope="module")
+def dense(checkpoint):
+    return load_dense(str(checkpoint("llama")), "kv_group", torch.device("cpu"))
+
+
+def ends_of(dense):
+    return {257, dense.tokenizer.eos_token_id}
+
+
+def test_own_text_is_seeded_and_enough(dense):
+    texts = [list(write_documents(dense, tokens=2_000, longest=64, seed=seed)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    for documents in texts:
+        assert sum(len(document) for document in documents) >= 2_000
+        assert len(set(map(tuple, documents))) > 0.9 * len(documents)
+
+
+def test_an_own_document_begins_with_the_first_token_and_stops_at_its_end_token(dense):
+    documents = list(write_documents(dense, tokens=6_000, longest=96, seed=0))
+    assert {document[0] for document in documents} == {dense.tokenizer.bos_token_id}
+    for document in documents:
+        assert 2 <= len(document) <= 96
+        assert not ends_of(dense) & set(document[:-1])
+        assert len(document) == 96 or document[-1] in ends_of(dense)
+    assert any(len(document) < 96 for document in documents)
+
+
+def test_own_documents_are_written_side_by_side_and_leave_when_they_end(dense):
+    sizes = []
+    hook = dense.model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+    documents = list(write_documents(dense, tokens=64 * 32, longest=32, seed=0))
+    hook.remove()
+    assert sizes[0] == (64, 1)
+    assert len(sizes) < 200
+    assert {length for _, length in sizes} == {1}
+    assert sum(rows for rows, _ in sizes) == sum(len(document) - 1 for document in documents)
+
+
+def test_own_text_is_what_the_model_writes_without_cache_or_batching_tricks(dense, monkeypatch):
+    expected = list(write_documents(dense, tokens=200, longest=20, seed=3))
+
+    def write_batch(dense, first, ends, longest, count, generator):
+        documents = [[first] for _ in range(count)]
+        for _ in range(longest - 1):
+            alive = [document for document in documents if len(document) == 1 or document[-1] not in ends.tolist()]
+            if not alive:
+                break
+            logits = dense.model(torch.tensor(alive)).logits[:, -1]
+            for document, token in zip(alive, self_text._sample(logits, generator)[:, 0].tolist(), strict=True):
+                document.append(token)
+        return documents
+
+    monkeypatch.setattr(self_text, "_write_batch", write_batch)
+    assert list(write_documents(dense, tokens=200, longest=20, seed=3)) == expected
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely():
+    likely = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    drawn = self_text._sample(likely.log().expand(20_000, 4), torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn[:, 0], minlength=4) / 20_000
+    assert share[1] == 0
+    assert (share - likely).abs().max() < 0.015
+
+
+def test_own_text_fills_the_splits_of_a_recipe(dense):
+    asked = recipe("self", tokens=100)
+    needed = (sum(needed_blocks(asked).values()) + len(SPLITS)) * 16
+    corpus = pack(write_documents(dense, tokens=needed, longest=16, seed=0), asked)
+    assert {split: len(blocks) for split, blocks in corpus.blocks.items()} == needed_blocks(asked)
+
+
+def with_ends(dense, monkeypatch, *, tokenizer=(256, 257), configured=257):
+    monkeypatch.setattr(dense.generation_config, "eos_token_id", configured)
+    for name, token in zip(("bos_token_id", "eos_token_id"), tokenizer, strict=True):
+        monkeypatch.setattr(type(dense.tokenizer), name, token, raising=False)
+    return dense
+
+
+def test_a_model_that_only_stops_is_refused(dense, monkeypatch):
+    with pytest.raises(UserError, match="'self': the model writes only empty documents; give --data a text instead"):
+        list(
+            write_documents(with_ends(dense, monkeypatch, configured=list(range(259))), tokens=5_000, longest=8, seed=0)
+        )
+
+
+def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can(dense, monkeypatch):
+    documents = list(
+        write_documents(with_ends(dense, monkeypatch, tokenizer=(None, 257)), tokens=90, longest=9, seed=0)
+    )
+    assert {document[0] for document in documents} == {257}
+    with pytest.raises(UserError, match="the tokenizer has no beginning- or end-of-text token; give --data a text"):
+        list(write_documents(with_ends(dense, monkeypatch, tokenizer=(None, None)), tokens=9, longest=9, seed=0))
+
+
+def test_without_an_end_token_documents_are_as_long_as_they_may(dense, monkeypatch):
+    endless = with_ends(dense, monkeypatch, tokenizer=(256, None), configured=None)
+    assert {len(document) for document in write_documents(endless, tokens=90, longest=9, seed=0)} == {9}
