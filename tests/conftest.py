@@ -19,6 +19,8 @@ from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.recipe import DatabaseRecipe
 
+transformers.utils.logging.disable_progress_bar()
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GRANULARITIES = ("kv_group", "query_head")
 VOCABULARY = 259

@@ -117,6 +117,26 @@ def test_a_model_that_is_nowhere(model, refused):
     refused(f"model '{re.escape(model)}': there is no such local folder, and the Hub has no such model", model=model)
 
 
+def test_blocks_longer_than_the_context(refused):
+    refused(
+        r"data\.sequence_length=256 is more than the 128 positions that the model knows",
+        settings=["data.sequence_length=256", "data.score_tokens=256", "data.trial_tokens=256"],
+    )
+
+
+def test_a_tokenizer_of_another_model(refused, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    config_of(folder, vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+
+    def shorten(weights):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = weights[name][:100].clone()
+
+    weights_of(folder, shorten)
+    refused(r"its tokenizer gives the id \d+, but its embeddings hold 100 tokens", model=folder)
+
+
 def config_of(folder, **changes):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

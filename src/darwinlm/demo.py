@@ -1,6 +1,8 @@
 """The model of the `demo` extra, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder."""
 
+import contextlib
 import importlib.util
+import io
 import os
 from pathlib import Path
 
@@ -48,9 +50,10 @@ def _convert(file: Path, folder: Path) -> None:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
     )
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, which nothing else turns off
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

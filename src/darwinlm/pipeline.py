@@ -19,6 +19,7 @@ from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
+from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, measure, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
@@ -86,6 +87,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     target = parse_size(recipe.target)
+    _check_length(recipe, dense)
     check_target(target, dense=dense.parameters, smallest=dense.fixed_parameters)
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out)
@@ -101,6 +103,12 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     return Run(out, read_json(out / "report" / "metrics.json"))
 
 
+def _check_length(recipe: Recipe, dense: DenseModel) -> None:
+    longest, context = recipe.data.sequence_length, dense.config.max_position_embeddings
+    if longest > context:
+        raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
+
+
 def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, Corpus]:
     """Open the run directory, and read or write the text."""
     corpus_file = out / "corpus.safetensors"
@@ -108,8 +116,14 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, 
     if recipe.data.source != "self" and not corpus_file.exists():
         # Read before the run directory exists, so that a mistake in the data leaves nothing behind.
         corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
+        highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
+        if highest >= dense.config.vocab_size:
+            raise UserError(
+                f"model {recipe.model!r}: its tokenizer gives the id {highest}, but its embeddings hold "
+                f"{dense.config.vocab_size} tokens; the tokenizer is another model's"
+            )
     run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
-    if not run.done("corpus"):
+    if not (run.done("corpus") and corpus_file.exists()):
         with run.stage("corpus"):
             save_corpus(corpus or _own_text(dense, recipe), corpus_file)
     return run, load_corpus(corpus_file)

@@ -191,22 +191,24 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
 
 
 def _check_equal(base_config: Any, checkpoint: Checkpoint, source: str) -> None:
-    """Compare transformers' own model, cut after its first layers, with ours of the tensors that we read."""
+    """Compare transformers' own model with ours, both cut after the first layers, on the tensors that we read."""
     shortened = copy.deepcopy(base_config)
     shortened.num_hidden_layers = min(_COMPARED_LAYERS, base_config.num_hidden_layers)
     if getattr(shortened, "layer_types", None):
         shortened.layer_types = shortened.layer_types[: shortened.num_hidden_layers]
+    config = dense_config(shortened)
+    config._attn_implementation = "sdpa"
+    weights = checkpoint.read(expected_shapes(config), torch.device("cpu"), torch.float32)
     try:
-        native: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=shortened, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        with torch.device("meta"):
+            native: Any = AutoModelForCausalLM.from_config(shortened, trust_remote_code=False)
+        native.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
+        native.tie_weights()
+        native.model.rotary_emb = type(native.model.rotary_emb)(config=shortened)
     except Exception as error:
         raise UserError(
             f"model {source!r} cannot be built from its config.json and weights: {_reason(error, source)}"
         ) from None
-    config = dense_config(shortened)
-    config._attn_implementation = "sdpa"
-    weights = checkpoint.read(expected_shapes(config), torch.device("cpu"), torch.float32)
     model = build_model(config, find_sites(config, "kv_group"), weights, {})
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (1, 16), generator=generator)
