@@ -9,9 +9,12 @@ from conftest import VOCABULARY
 from darwinlm.adapters.cutting import build_model
 from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
+from darwinlm.plan import Plan
 from darwinlm.recipe import EvaluationRecipe, RecoveryRecipe
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.scoring import DenseReference
+from darwinlm.search.descent import neighbours
+from darwinlm.search.sensitivity import Neighbourhood
 from darwinlm.training import train_briefly
 
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
@@ -43,6 +46,18 @@ def test_a_model_is_at_no_distance_from_itself_and_a_prefix_is_a_prefix(pruned):
     reference = DenseReference(dense.model, BLOCKS)
     assert abs(reference.compare(dense.model).kl) < 1e-6
     assert reference.compare(model, tokens=30).kl == DenseReference(dense.model, BLOCKS[:2]).compare(model).kl
+
+
+def test_a_plan_near_another_is_scored_as_if_cut_whole(pruned):
+    dense, database = pruned("mistral", "query_head")
+    base = Plan(levels=tuple(i % 3 for i in range(len(dense.sites))))
+    reference = DenseReference(dense.model, BLOCKS)
+    near = Neighbourhood(dense, reference, lambda i, k: database.cut(dense.sites[i], k, dense.device), base, blocks=4)
+    space = database.space(dense.sites)
+    for plan in [base, *neighbours(space, base), Plan(levels=tuple(len(site.units) - 1 for site in space.sites))]:
+        cuts = database.cuts(dense.sites, plan.levels, dense.device)
+        whole = build_model(dense.config, dense.sites, dense.weights, cuts)
+        assert near.kl(plan.levels) == pytest.approx(reference.compare(whole, tokens=4 * 24).kl, rel=1e-5)
 
 
 def test_a_trial_trains_the_candidate_and_leaves_the_dense_model_alone(pruned):

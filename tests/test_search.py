@@ -11,6 +11,7 @@ from darwinlm.errors import UserError
 from darwinlm.plan import Budget, Plan, SiteLevels, Space, parameter_budget
 from darwinlm.recipe import SearchRecipe
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
+from darwinlm.search.descent import neighbours, steepest
 from darwinlm.search.evolution import Evolution
 
 
@@ -143,6 +144,33 @@ def test_uniform_is_even_and_least_error_spares_the_sensitive():
     assert max(uniform.levels[:4]) - min(uniform.levels[:4]) <= 1
     least = error_plan(SPACE, budget)
     assert sum(least.levels[:2]) >= sum(least.levels[4:])
+
+
+def additive(plan):
+    """A score without interactions, in which the cheapest plan by slopes is the best one within a level."""
+    return sum(
+        (3 + i) ** 2 * site.errors[level] for i, (site, level) in enumerate(zip(SPACE.sites, plan.levels, strict=True))
+    )
+
+
+def test_the_steepest_step_is_the_best_plan_within_a_level_of_the_base():
+    budget = parameter_budget(0.6, SPACE)
+    base = uniform_plan(SPACE, budget)
+    near = neighbours(SPACE, base)
+    assert all(sum(a != b for a, b in zip(plan.levels, base.levels, strict=True)) == 1 for plan in near)
+    assert len(set(near)) == len(near)
+    found = steepest(SPACE, budget, base, additive(base), [additive(plan) for plan in near])
+    choices = [[k for k in range(4) if abs(k - level) <= 1] for level in base.levels]
+    within = [Plan(levels=levels) for levels in itertools.product(*choices)]
+    best = min(additive(plan) for plan in within if budget.holds(SPACE.parameters(plan.levels)))
+    assert additive(found) == pytest.approx(best)
+    assert budget.holds(SPACE.parameters(found.levels))
+
+
+def test_where_every_step_is_uphill_the_base_stays():
+    budget = parameter_budget(0.6, SPACE)
+    base = uniform_plan(SPACE, budget)
+    assert steepest(SPACE, budget, base, 0.0, [1.0 for _ in neighbours(SPACE, base)]) == base
 
 
 def test_a_target_out_of_reach_is_refused_with_what_can_be_met():

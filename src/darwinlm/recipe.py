@@ -69,7 +69,10 @@ class DatabaseRecipe(_Section):
 class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
-    generations: int = Field(6, ge=0)
+    descent_rounds: int = Field(2, ge=0)
+    """Before the evolution: at most so many steps downhill by slopes, measured without training on the first of
+    `score_tokens`; 0 leaves them out."""
+    generations: int = Field(4, ge=0)
     offspring: int = Field(6, ge=1)
     max_flips: int = Field(3, ge=1)
     """A mutation exchanges min(U{1..max_flips}, U{1..max_flips}) pairs of sites."""

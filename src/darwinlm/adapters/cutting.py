@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from darwinlm.adapters.families import Rows, Site
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMRotaryEmbedding
+from darwinlm.adapters.modeling_darwinlm import (
+    DarwinLMConfig,
+    DarwinLMDecoderLayer,
+    DarwinLMForCausalLM,
+    DarwinLMRotaryEmbedding,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,20 @@ def build_model(
     if trainable:
         tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     return _assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
+
+
+def build_layer(
+    config: DarwinLMConfig, layer: int, sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Mapping[str, Cut]
+) -> DarwinLMDecoderLayer:
+    """One layer of what `build_model` gives, its tensors shared with the dense `weights`; `sites` are the layer's."""
+    prefix = f"model.layers.{layer}."
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
+    with torch.device("meta"):
+        module = DarwinLMDecoderLayer(pruned_config(config, sites, cuts), layer)
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+    return module.requires_grad_(False).eval()
 
 
 def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from darwinlm.adapters.cutting import build_model
 from darwinlm.adapters.loading import DenseModel
@@ -15,7 +16,9 @@ from darwinlm.progress import log, task
 from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import error_plan, uniform_plan
+from darwinlm.search.descent import neighbours, steepest
 from darwinlm.search.evolution import Evolution
+from darwinlm.search.sensitivity import Neighbourhood
 from darwinlm.training import train_briefly
 
 DIVERGED = 1e9
@@ -54,6 +57,49 @@ def starting_plans(space: Space, budget: Budget) -> list[Plan]:
     return plans
 
 
+def descend(
+    dense: DenseModel,
+    database: Database,
+    corpus: Corpus,
+    budget: Budget,
+    recipe: SearchRecipe,
+    start: Plan,
+    file: Path,
+) -> Plan:
+    """Go downhill from `start` by measured slopes, for as long as that helps, at most `recipe.descent_rounds` times.
+
+    Goes on from the rounds in `file`.
+    """
+    space = database.space(dense.sites)
+    blocks = len(corpus.tokens("score", recipe.score_tokens[0]))
+    rounds: list[dict[str, Any]] = read_json(file)["rounds"] if file.exists() else []
+    reference: DenseReference | None = None
+    plans = len(neighbours(space, start)) + 2
+    with task("descent (plans)", plans * recipe.descent_rounds) as progress:
+        progress.advance(plans * len(rounds))
+        while len(rounds) < recipe.descent_rounds and (not rounds or rounds[-1]["improved"]):
+            base = Plan(levels=tuple(rounds[-1]["levels"])) if rounds else start
+            reference = reference or DenseReference(dense.model, corpus.tokens("score", recipe.score_tokens[0]))
+            near = Neighbourhood(
+                dense, reference, lambda i, k: database.cut(dense.sites[i], k, dense.device), base, blocks
+            )
+
+            def score(plan: Plan, near: Neighbourhood = near) -> float:
+                kl = near.kl(plan.levels)
+                progress.advance()
+                return kl if math.isfinite(kl) else DIVERGED
+
+            base_score = score(base)
+            found = steepest(space, budget, base, base_score, [score(plan) for plan in neighbours(space, base)])
+            found_score = score(found) if found is not None else math.inf
+            improved = found is not None and found_score < base_score
+            best, best_score = (found, found_score) if improved and found is not None else (base, base_score)
+            rounds.append({"before": base_score, "score": best_score, "improved": improved, "levels": best.levels})
+            write_json(file, {"rounds": rounds})
+            log.info("descent: KL %.4f -> %.4f without training", base_score, best_score)
+    return Plan(levels=tuple(rounds[-1]["levels"]))
+
+
 def search_plan(
     dense: DenseModel,
     database: Database,
@@ -65,7 +111,8 @@ def search_plan(
 ) -> Plan:
     """Search until the recipe's generations are done, or go on from the state in `folder`.
 
-    Writes `state.json` after every step, `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
+    Writes `descent.json` after every round of the descent, `state.json` after every step of the evolution,
+    `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
     """
     space = database.space(dense.sites)
     state_file = folder / "state.json"
@@ -73,7 +120,10 @@ def search_plan(
         search = Evolution.resume(space, budget, recipe, read_json(state_file))
         log.info("search: going on at generation %d", search.generation)
     else:
-        search = Evolution(space, budget, recipe, starting_plans(space, budget), seed)
+        starts = starting_plans(space, budget)
+        if recipe.descent_rounds > 0:
+            starts.append(descend(dense, database, corpus, budget, recipe, starts[-1], folder / "descent.json"))
+        search = Evolution(space, budget, recipe, starts, seed)
     scorer: TrialScorer | None = None
     with task("search (generations)", recipe.generations + 1) as progress:
         progress.advance(search.generation, note=_best(search))
