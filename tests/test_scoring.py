@@ -52,12 +52,12 @@ def test_a_plan_near_another_is_scored_as_if_cut_whole(pruned):
     dense, database = pruned("mistral", "query_head")
     base = Plan(levels=tuple(i % 3 for i in range(len(dense.sites))))
     reference = DenseReference(dense.model, BLOCKS)
-    near = Neighbourhood(dense, reference, lambda i, k: database.cut(dense.sites[i], k, dense.device), base, blocks=4)
+    near = Neighbourhood(dense, reference, lambda i, k: database.cut(dense.sites[i], k, dense.device), base)
     space = database.space(dense.sites)
     for plan in [base, *neighbours(space, base), Plan(levels=tuple(len(site.units) - 1 for site in space.sites))]:
         cuts = database.cuts(dense.sites, plan.levels, dense.device)
         whole = build_model(dense.config, dense.sites, dense.weights, cuts)
-        assert near.kl(plan.levels) == pytest.approx(reference.compare(whole, tokens=4 * 24).kl, rel=1e-5)
+        assert near.kl(plan.levels) == pytest.approx(reference.compare(whole).kl, rel=1e-5)
 
 
 def test_a_trial_trains_the_candidate_and_leaves_the_dense_model_alone(pruned):

@@ -70,8 +70,8 @@ class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
     descent_rounds: int = Field(2, ge=0)
-    """Before the evolution: at most so many steps downhill by slopes, measured without training on the first of
-    `score_tokens`; 0 leaves them out."""
+    """Before the evolution: at most so many steps downhill by slopes, each measured without training on as many tokens
+    as the first of `score_tokens` says; 0 leaves them out."""
     generations: int = Field(4, ge=0)
     offspring: int = Field(6, ge=1)
     max_flips: int = Field(3, ge=1)

@@ -36,8 +36,8 @@ class DenseReference:
         self._batch = max(1, _BATCH_TOKENS // blocks_BT.shape[1])
         self._hidden_BTD = torch.cat([_hidden(dense, batch) for batch in self._blocks_BT.split(self._batch)])
 
-    def batches(self, count: int) -> tuple[Tensor, ...]:
-        """The token ids of the first `count` blocks, in the batches that comparisons go by."""
+    def batches(self, count: int | None = None) -> tuple[Tensor, ...]:
+        """The token ids of the first `count` blocks (all by default), in the batches that comparisons go by."""
         batches: tuple[Tensor, ...] = self._blocks_BT[:count].split(self._batch)
         return batches
 
@@ -50,9 +50,10 @@ class DenseReference:
         return self.compare_hidden(hidden, model.lm_head.weight, count)
 
     @torch.no_grad()
-    def compare_hidden(self, hidden: Iterable[Tensor], head_VD: Tensor, count: int) -> Fidelity:
+    def compare_hidden(self, hidden: Iterable[Tensor], head_VD: Tensor, count: int | None = None) -> Fidelity:
         """The same from a model's last hidden states on the first `count` blocks, in batches of `batches(count)`."""
         length = self._blocks_BT.shape[1]
+        count = len(self._blocks_BT) if count is None else count
         kl = loss = 0.0
         for hidden_BTD, ids_BT, dense_BTD in zip(
             hidden,

@@ -26,7 +26,6 @@ class Neighbourhood:
         reference: DenseReference,
         cut: Callable[[int, int], Cut],
         base: Plan,
-        blocks: int,
     ) -> None:
         """Run the base plan once.
 
@@ -35,9 +34,8 @@ class Neighbourhood:
             reference: its hidden states on the score text.
             cut: the database's cut of site number i at a level above 0.
             base: the plan in the middle.
-            blocks: score blocks to use.
         """
-        self._dense, self._reference, self._cut, self._blocks = dense, reference, cut, blocks
+        self._dense, self._reference, self._cut = dense, reference, cut
         self._base = base.levels
         self._weights = dense.weights
         self._sites_of: dict[int, list[int]] = {}
@@ -48,7 +46,7 @@ class Neighbourhood:
         """By batch, the hidden states before each layer and after the last."""
         self._inputs = []
         model = dense.model.model
-        for ids_BT in reference.batches(blocks):
+        for ids_BT in reference.batches():
             states = model.embed_tokens(ids_BT)
             positions = torch.arange(ids_BT.shape[1], device=dense.device).unsqueeze(0)
             masks = attention_masks(dense.config, states, position_ids=positions)
@@ -75,7 +73,7 @@ class Neighbourhood:
             return normed
 
         last_hidden = (hidden(batch) for batch in range(len(self._before)))
-        return self._reference.compare_hidden(last_hidden, self._dense.model.lm_head.weight, self._blocks).kl
+        return self._reference.compare_hidden(last_hidden, self._dense.model.lm_head.weight).kl
 
     def _run(self, module: DarwinLMDecoderLayer, layer: int, states: Tensor, batch: int) -> Tensor:
         positions, masks, rotary = self._inputs[batch]

@@ -42,8 +42,7 @@ class TrialScorer:
         if trial_tokens > 0:
             blocks_BT = self._corpus.tokens("trial", trial_tokens)
             train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
-        kl = self._reference.compare(model, recipe.score_tokens[step]).kl
-        return kl if math.isfinite(kl) else DIVERGED
+        return _finite(self._reference.compare(model, recipe.score_tokens[step]).kl)
 
 
 def starting_plans(space: Space, budget: Budget) -> list[Plan]:
@@ -68,36 +67,43 @@ def descend(
 ) -> Plan:
     """Go downhill from `start` by measured slopes, for as long as that helps, at most `recipe.descent_rounds` times.
 
-    Goes on from the rounds in `file`.
+    Each round measures slopes on a few score blocks of its own, and its step counts only if it helps on all the others:
+    a step found and judged on the same text fits that text. Goes on from the rounds in `file`.
     """
     space = database.space(dense.sites)
-    blocks = len(corpus.tokens("score", recipe.score_tokens[0]))
+    blocks_BT = corpus.blocks["score"]
+    window = len(corpus.tokens("score", recipe.score_tokens[0]))
     rounds: list[dict[str, Any]] = read_json(file)["rounds"] if file.exists() else []
-    reference: DenseReference | None = None
-    plans = len(neighbours(space, start)) + 2
+    plans = len(neighbours(space, start)) + 1
+
+    def kl_of(reference: DenseReference, plan: Plan) -> float:
+        cuts = database.cuts(dense.sites, plan.levels, dense.device)
+        return _finite(reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl)
+
     with task("descent (plans)", plans * recipe.descent_rounds) as progress:
         progress.advance(plans * len(rounds))
         while len(rounds) < recipe.descent_rounds and (not rounds or rounds[-1]["improved"]):
             base = Plan(levels=tuple(rounds[-1]["levels"])) if rounds else start
-            reference = reference or DenseReference(dense.model, corpus.tokens("score", recipe.score_tokens[0]))
-            near = Neighbourhood(
-                dense, reference, lambda i, k: database.cut(dense.sites[i], k, dense.device), base, blocks
-            )
-
-            def score(plan: Plan, near: Neighbourhood = near) -> float:
-                kl = near.kl(plan.levels)
+            rolled_BT = blocks_BT.roll(-window * len(rounds), dims=0)
+            others_BT = rolled_BT[window:] if len(rolled_BT) > window else rolled_BT
+            slopes_on = DenseReference(dense.model, rolled_BT[:window])
+            near = Neighbourhood(dense, slopes_on, lambda i, k: database.cut(dense.sites[i], k, dense.device), base)
+            scores = []
+            for plan in [base, *neighbours(space, base)]:
+                scores.append(_finite(near.kl(plan.levels)))
                 progress.advance()
-                return kl if math.isfinite(kl) else DIVERGED
-
-            base_score = score(base)
-            found = steepest(space, budget, base, base_score, [score(plan) for plan in neighbours(space, base)])
-            found_score = score(found) if found is not None else math.inf
-            improved = found is not None and found_score < base_score
-            best, best_score = (found, found_score) if improved and found is not None else (base, base_score)
-            rounds.append({"before": base_score, "score": best_score, "improved": improved, "levels": best.levels})
+            found = steepest(space, budget, base, scores[0], scores[1:]) or base
+            judged_on = DenseReference(dense.model, others_BT)
+            before, after = kl_of(judged_on, base), kl_of(judged_on, found)
+            best = found if after < before else base
+            rounds.append({"before": before, "after": after, "improved": after < before, "levels": best.levels})
             write_json(file, {"rounds": rounds})
-            log.info("descent: KL %.4f -> %.4f without training", base_score, best_score)
+            log.info("descent: KL %.4f -> %.4f without training", before, after)
     return Plan(levels=tuple(rounds[-1]["levels"]))
+
+
+def _finite(kl: float) -> float:
+    return kl if math.isfinite(kl) else DIVERGED
 
 
 def search_plan(
