@@ -8,10 +8,13 @@ Dimension letters: O output rows, I input columns, U units, C columns of a unit,
 working matrices, B removals in a block, R random probes.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 BLOCK = 128
@@ -19,6 +22,8 @@ BLOCK = 128
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
 _PROBES = 8
+_LEAF = 256
+"""Size below which a Cholesky factorisation inverts faster than products of halves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +66,14 @@ def prune_site(
     weight_OI = weight_OI.float()
     ridge = damping_ridge(gram_II, damping)
     state = (_Columns if columns_per_unit == 1 else _Blocks)(weight_OI, gram_II, ridge, columns_per_unit)
+    total = weight_OI.square().sum()
     snapshots = []
     for size in sizes:
         state.remove(state.units_left - size)
         units_U, weight_OK = state.refitted()
         columns_K = _columns_of(units_U, columns_per_unit)
-        moved = (weight_OI.square().sum() - weight_OI[:, columns_K].square().sum()).double()
-        moved += (weight_OI[:, columns_K] - weight_OK).square().sum()
+        dense_OK = weight_OI.index_select(1, columns_K)
+        moved = (total - dense_OK.square().sum()).double() + (dense_OK - weight_OK).square().sum()
         error = max(0.0, (state.damped_error - ridge * moved).item())
         snapshots.append(Snapshot(tuple(units_U.tolist()), weight_OK, error))
     return snapshots
@@ -80,13 +86,33 @@ def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
 
 
 def damped_inverse(gram_II: Tensor, ridge: float) -> Tensor:
-    """(G + ridge * I)^-1 in float32, by a Cholesky factorisation in float64, which takes two such matrices."""
+    """(G + ridge * I)^-1 in float32, computed in float64, which takes one such matrix and a quarter of another."""
     # The one device without float64 leaves this to the CPU.
     place = torch.device("cpu") if gram_II.device.type == "mps" else gram_II.device
     work_II = gram_II.to(place, torch.float64, copy=True)
     work_II.diagonal().add_(ridge)
-    torch.cholesky_inverse(torch.linalg.cholesky(work_II), out=work_II)
+    _invert(work_II)
     return work_II.to(gram_II.device, torch.float32)
+
+
+def _invert(matrix_nn: Tensor) -> None:
+    """Invert a positive definite matrix in place, by halves: nearly all of it is matrix products.
+
+    With A, B, D the quarters (B above the diagonal) and S = D - B^T A^-1 B, the inverse has S^-1 below,
+    -A^-1 B S^-1 beside it, and A^-1 + A^-1 B S^-1 B^T A^-1 above.
+    """
+    if len(matrix_nn) <= _LEAF:
+        torch.cholesky_inverse(torch.linalg.cholesky(matrix_nn), out=matrix_nn)
+        return
+    half = len(matrix_nn) // 2
+    A, B, D = matrix_nn[:half, :half], matrix_nn[:half, half:], matrix_nn[half:, half:]
+    _invert(A)
+    product = A @ B
+    D.addmm_(B.T, product, alpha=-1)
+    _invert(D)
+    torch.mm(product, D, out=B).neg_()
+    A.addmm_(B, product.T, alpha=-1)
+    matrix_nn[half:, :half] = B.T
 
 
 class _State:
@@ -144,7 +170,7 @@ class _State:
         return units_U, self.weight_On.index_select(1, _columns_of(order_U, self.C))
 
     def _times_hessian(self, rows_RI: Tensor, columns: Tensor | slice) -> Tensor:
-        return rows_RI @ self.gram_II[:, columns] + self.ridge * rows_RI[:, columns]
+        return (rows_RI @ self.gram_II)[:, columns] + self.ridge * rows_RI[:, columns]
 
     def _residual(self, columns_K: Tensor) -> Tensor:
         """W_K H_KK - (W H)_K for the probes' random sums of rows: zero where the refit is exact."""
@@ -221,25 +247,32 @@ class _Columns(_State):
         self.squares_nn.addmm_(terms_Bn.T, swapped_Bn, alpha=-1)
 
     def choose(self, terms_Bn: Tensor) -> tuple[Tensor, Tensor]:
-        """The next columns in greedy order and their scores; fills `terms_Bn`. For the CPU, where a scalar is cheap."""
+        """The next columns in greedy order and their scores; fills `terms_Bn`.
+
+        For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one
+        thread, since NumPy's own threads would keep PyTorch's from running.
+        """
         block = len(terms_Bn) // 2
-        inverse_n, squares_n = self._diagonals()
-        score_n = torch.empty_like(inverse_n)
+        inverse_n, squares_n = (diagonal.numpy() for diagonal in self._diagonals())
+        inverse_nn, squares_nn, terms = self.inverse_nn.numpy(), self.squares_nn.numpy(), terms_Bn.numpy()
+        scratch_n = np.empty_like(inverse_n)
         removed, scores = [], []
-        for step in range(block):
-            s = int(torch.div(squares_n, inverse_n, out=score_n).argmin())
-            terms, u_n, h_n = terms_Bn[: 2 * step], terms_Bn[2 * step], terms_Bn[2 * step + 1]
-            at_s = terms[:, s]
-            torch.addmv(self.inverse_nn[s], terms[::2].T, at_s[::2], alpha=-1, out=u_n)
-            torch.addmv(self.squares_nn[s], terms.T, at_s.view(-1, 2).flip(1).view(-1), alpha=-1, out=h_n)
-            pivot, square = u_n[s].item(), h_n[s].item()
-            u_n.mul_(pivot**-0.5)
-            h_n.mul_(pivot**-0.5).sub_(u_n, alpha=0.5 * square / pivot)
-            inverse_n.addcmul_(u_n, u_n, value=-1)
-            squares_n.addcmul_(u_n, h_n, value=-2)
-            squares_n[s], inverse_n[s] = torch.inf, 1.0
-            removed.append(s)
-            scores.append(square / pivot)
+        with _numpy_threads().limit(limits=1):
+            for step in range(block):
+                s = int(np.divide(squares_n, inverse_n, out=scratch_n).argmin())
+                u_n, h_n = terms[2 * step], terms[2 * step + 1]
+                pairs = terms[: 2 * step, s].reshape(-1, 2)
+                np.subtract(inverse_nn[s], pairs[:, 0] @ terms[: 2 * step : 2], out=u_n)
+                np.subtract(squares_nn[s], pairs[:, ::-1].reshape(-1) @ terms[: 2 * step], out=h_n)
+                pivot, square = float(u_n[s]), float(h_n[s])
+                u_n *= pivot**-0.5
+                h_n *= pivot**-0.5
+                h_n -= np.multiply(u_n, 0.5 * square / pivot, out=scratch_n)
+                inverse_n -= np.multiply(u_n, u_n, out=scratch_n)
+                squares_n -= np.multiply(np.multiply(u_n, h_n, out=scratch_n), 2.0, out=scratch_n)
+                squares_n[s], inverse_n[s] = np.inf, 1.0
+                removed.append(s)
+                scores.append(square / pivot)
         return torch.tensor(removed), torch.tensor(scores, dtype=torch.float64)
 
     def choose_without_waiting(self, terms_Bn: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,6 +330,11 @@ class _Blocks(_State):
             self.gone_n.index_fill_(0, unit, True)
             self.units_left -= 1
             self.compact()
+
+
+@functools.lru_cache(maxsize=1)
+def _numpy_threads() -> ThreadpoolController:
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def _columns_of(units_U: Tensor, columns_per_unit: int) -> Tensor:
