@@ -324,11 +324,11 @@ def test_a_target_that_is_none_or_cannot_be_met(target, message, refused):
 )
 def test_the_smallest_target_that_is_named_is_accepted(smallest, dense):
     with pytest.raises(UserError) as caught:
-        check_target(smallest - 1, dense, smallest)
+        check_target("params", smallest - 1, dense, smallest)
     named = float(str(caught.value).rsplit(" ", 1)[1])
-    check_target(named, dense, smallest)
+    check_target("params", named, dense, smallest)
     with pytest.raises(UserError):
-        check_target(named - 0.0001, dense, smallest)
+        check_target("params", named - 0.0001, dense, smallest)
 
 
 # ---- the data

@@ -6,15 +6,16 @@ import pytest
 import torch
 from conftest import VOCABULARY
 
-from darwinlm.adapters.cutting import build_model
+from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
 from darwinlm.plan import Plan
 from darwinlm.recipe import EvaluationRecipe, RecoveryRecipe
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.scoring import DenseReference
-from darwinlm.search.descent import neighbours
-from darwinlm.search.sensitivity import Neighbourhood
+from darwinlm.search import sensitivity
+from darwinlm.search.neighbourhood import Neighbourhood
+from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.training import train_briefly
 
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
@@ -48,16 +49,93 @@ def test_a_model_is_at_no_distance_from_itself_and_a_prefix_is_a_prefix(pruned):
     assert reference.compare(model, tokens=30).kl == DenseReference(dense.model, BLOCKS[:2]).compare(model).kl
 
 
+def one_level_away(space, base, index):
+    level = base.levels[index]
+    moved = level + 1 if level + 1 < len(space.sites[index].units) else level - 1
+    return Plan(levels=(*base.levels[:index], moved, *base.levels[index + 1 :]))
+
+
 def test_a_plan_near_another_is_scored_as_if_cut_whole(pruned):
     dense, database = pruned("mistral", "query_head")
     base = Plan(levels=tuple(i % 3 for i in range(len(dense.sites))))
     reference = DenseReference(dense.model, BLOCKS)
     near = Neighbourhood(dense, reference, lambda i, k: database.cut(dense.sites[i], k, dense.device), base)
     space = database.space(dense.sites)
-    for plan in [base, *neighbours(space, base), Plan(levels=tuple(len(site.units) - 1 for site in space.sites))]:
+    one_off = [one_level_away(space, base, index) for index in range(len(space.sites))]
+    for plan in [base, *one_off, Plan(levels=tuple(len(site.units) - 1 for site in space.sites))]:
         cuts = database.cuts(dense.sites, plan.levels, dense.device)
         whole = build_model(dense.config, dense.sites, dense.weights, cuts)
         assert near.kl(plan.levels) == pytest.approx(reference.compare(whole).kl, rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "granularity"), [("llama", "kv_group"), ("qwen3", "query_head")])
+def test_sensitivities_are_the_derivatives_of_kl_by_the_share_of_a_level(pruned, family, granularity, monkeypatch):
+    monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
+    dense, database = pruned(family, granularity)
+    space = database.space(dense.sites)
+    base = Plan(levels=tuple(i % len(site.units) for i, site in enumerate(space.sites)))
+
+    def cut(index, level):
+        return database.cut(dense.sites[index], level, dense.device)
+
+    found = measure_sensitivity(dense, cut, space, base, BLOCKS, draws=400, seed=0)
+    reference = DenseReference(dense.model, BLOCKS)
+
+    def wide(index, level):
+        """A level's output projection, as wide as the dense one."""
+        site, last = dense.sites[index], len(space.sites[index].units) - 1
+        weight, bias = (dense.weights.get(f"{site.output}.{kind}") for kind in ("weight", "bias"))
+        whole = torch.zeros_like(weight)
+        if level == 0:
+            whole = weight
+        elif level < last:
+            kept, width = cut(index, level).kept, site.columns_per_unit
+            columns = [unit * width + column for unit in kept for column in range(width)]
+            whole[:, columns] = cut(index, level).output_weight
+        return whole, bias * (level < last) if bias is not None else None
+
+    def kl(index=0, level=0, share=0.0):
+        """Of the base plan, one site a small share of the way to another level."""
+        weights = dict(dense.weights)
+        for i, (site, here) in enumerate(zip(dense.sites, base.levels, strict=True)):
+            for kind, there, start in zip(("weight", "bias"), wide(i, level), wide(i, here), strict=True):
+                if start is not None:
+                    moved = share * (there - start) if i == index else 0
+                    weights[f"{site.output}.{kind}"] = start + moved
+        with torch.no_grad():
+            p = dense.model(BLOCKS.long()).logits.double().log_softmax(-1)
+            q = build_model(dense.config, dense.sites, weights, {})(BLOCKS.long()).logits.double().log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    assert reference.compare(build_model(
+        dense.config, dense.sites, dense.weights, database.cuts(dense.sites, base.levels, dense.device)
+    )).kl == pytest.approx(kl(), rel=1e-4)  # fmt: skip
+    for index, site in enumerate(space.sites):
+        for level in range(len(site.units)):
+            slope = (kl(index, level, 0.02) - kl(index, level, -0.02)) / 0.04
+            assert found.first[index][level] == pytest.approx(slope, rel=0.02, abs=2e-4)
+
+
+def test_near_the_dense_model_the_second_order_is_the_whole_change(pruned, monkeypatch):
+    """Without a first order, KL is half the Fisher form: the sampled one must agree with KL measured directly."""
+    monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
+    dense, database = pruned("mistral", "kv_group")
+    space = database.space(dense.sites)
+
+    def nearly_dense(index, level):
+        found = database.cut(dense.sites[index], level, dense.device)
+        return Cut(found.kept, found.output_weight)
+
+    base = Plan(levels=(0,) * len(space.sites))
+    found = measure_sensitivity(dense, nearly_dense, space, base, BLOCKS, draws=600, seed=0)
+    assert all(abs(one) < 1e-5 for row in found.first for one in row)
+    assert all(row[0] == 0 for row in found.second)
+    reference = DenseReference(dense.model, BLOCKS)
+    index = min(range(len(space.sites)), key=lambda i: found.second[i][1])
+    plan = Plan(levels=tuple(int(i == index) for i in range(len(space.sites))))
+    cuts = database.cuts(dense.sites, plan.levels, dense.device)
+    measured = reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl
+    assert found.second[index][1] == pytest.approx(measured, rel=0.5)
 
 
 def test_a_trial_trains_the_candidate_and_leaves_the_dense_model_alone(pruned):

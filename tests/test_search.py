@@ -2,16 +2,17 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darwinlm.errors import UserError
-from darwinlm.plan import Budget, Plan, SiteLevels, Space, parameter_budget
+from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space, make_budget, parameter_budget, parameter_limit
 from darwinlm.recipe import SearchRecipe
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
-from darwinlm.search.descent import neighbours, steepest
+from darwinlm.search.descent import Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
 
 
@@ -68,7 +69,7 @@ def test_every_plan_asked_for_is_within_the_budget(seed, target):
     search = Evolution(SPACE, budget, RECIPE, [start], seed)
     for request in run(search):
         for plan in request.plans:
-            assert budget.holds(SPACE.parameters(plan.levels))
+            assert budget.holds(plan.levels)
 
 
 def test_a_plan_is_scored_once_a_step_and_only_survivors_go_on():
@@ -106,7 +107,7 @@ def test_resuming_after_any_step_changes_nothing(stop_after):
 
 def test_a_search_with_nothing_left_to_try_ends():
     space = space_of([[10, 0], [10, 0]], fixed=0)
-    budget = Budget(maximum=10, minimum=10)
+    budget = Budget(limits=(replace(parameter_limit(space), maximum=10, minimum=10),))
     recipe = SearchRecipe(generations=50, offspring=2, survivors=(1,), trial_tokens=(0,), score_tokens=(1,))
     search = Evolution(space, budget, recipe, [Plan(levels=(0, 1))], seed=0)
     while (request := search.ask()) is not None:
@@ -123,18 +124,18 @@ def test_the_allocation_is_the_best_of_all_plans(data):
     space = space_of(sizes, fixed=7)
     costs = {(i, level): data.draw(st.integers(0, 50)) for i, site in enumerate(sizes) for level in range(len(site))}
     low = data.draw(st.integers(7, 7 + sum(site[0] for site in sizes)))
-    budget = Budget(maximum=low + 5, minimum=low)
+    budget = Budget(limits=(replace(parameter_limit(space), maximum=low + 5, minimum=low),))
     found = cheapest_plan(space, budget, lambda site, level: costs[site.layer, level])
     every = [
         sum(costs[i, level] for i, level in enumerate(levels))
         for levels in itertools.product(*(range(len(site)) for site in sizes))
-        if budget.holds(space.parameters(levels))
+        if budget.holds(levels)
     ]
     if not every:
         assert found is None
     else:
         assert found is not None
-        assert budget.holds(space.parameters(found.levels))
+        assert budget.holds(found.levels)
         assert sum(costs[i, level] for i, level in enumerate(found.levels)) == min(every)
 
 
@@ -146,31 +147,100 @@ def test_uniform_is_even_and_least_error_spares_the_sensitive():
     assert sum(least.levels[:2]) >= sum(least.levels[4:])
 
 
-def additive(plan):
-    """A score without interactions, in which the cheapest plan by slopes is the best one within a level."""
-    return sum(
-        (3 + i) ** 2 * site.errors[level] for i, (site, level) in enumerate(zip(SPACE.sites, plan.levels, strict=True))
+def sensitivity_around(base):
+    """A first order that is worth following and a second that punishes long moves, different in each site."""
+    first = [[(3 + i) * (level - here) for level in range(4)] for i, here in enumerate(base.levels)]
+    second = [[(1 + i % 3) * (level - here) ** 2 for level in range(4)] for i, here in enumerate(base.levels)]
+    return Sensitivity(first, second)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.6, 0.7])
+def test_downhill_plans_are_the_best_within_reach_of_the_base(target):
+    budget = parameter_budget(target, SPACE)
+    base = uniform_plan(SPACE, budget)
+    sensitivity = sensitivity_around(base)
+
+    def best(reach, caution):
+        choices = [[k for k in range(4) if abs(k - level) <= reach] for level in base.levels]
+        return min(
+            sum(sensitivity.first[i][k] + caution * sensitivity.second[i][k] for i, k in enumerate(levels))
+            for levels in itertools.product(*choices)
+            if budget.holds(levels)
+        )
+
+    def worth(plan, caution):
+        return sum(sensitivity.first[i][k] + caution * sensitivity.second[i][k] for i, k in enumerate(plan.levels))
+
+    found = downhill(SPACE, budget, base, sensitivity)
+    assert base not in found and len(set(found)) == len(found)
+    assert all(budget.holds(plan.levels) for plan in found)
+    for reach, caution in [(1, 1.0), (2, 2.0)]:
+        assert min(worth(plan, caution) for plan in [base, *found]) <= best(reach, caution)
+
+
+def test_where_every_step_is_uphill_there_is_nowhere_to_go():
+    budget = parameter_budget(0.6, SPACE)
+    base = uniform_plan(SPACE, budget)
+    flat = [[0.0] * 4 for _ in base.levels]
+    uphill = [[float(level != here) for level in range(4)] for here in base.levels]
+    assert downhill(SPACE, budget, base, Sensitivity(flat, uphill)) == []
+
+
+def test_known_costs_draw_better_offspring():
+    budget = parameter_budget(0.6, SPACE)
+    start = uniform_plan(SPACE, budget)
+    costs = [[score(Plan(levels=tuple(k if j == i else 0 for j in range(6)))) for k in range(4)] for i in range(6)]
+
+    def first_offspring(costs):
+        search = Evolution(SPACE, budget, RECIPE, [start], 3, costs)
+        search.tell([score(start)])
+        return [score(plan) for plan in search.ask().plans]
+
+    assert sum(first_offspring(costs)) < sum(first_offspring(None))
+
+
+def two_limits(target):
+    """Parameters, and a resource that the last sites take most of."""
+    other = Limit(
+        name="kv_cache",
+        unit="bytes a token",
+        fixed=3,
+        costs=tuple(
+            tuple((i * i + 1) * len(site.units) * (3 - k) for k in range(4)) for i, site in enumerate(SPACE.sites)
+        ),
+        maximum=0,
     )
+    return make_budget(target, {"params": parameter_limit(SPACE), "kv_cache": other})
 
 
-def test_the_steepest_step_is_the_best_plan_within_a_level_of_the_base():
-    budget = parameter_budget(0.6, SPACE)
-    base = uniform_plan(SPACE, budget)
-    near = neighbours(SPACE, base)
-    assert all(sum(a != b for a, b in zip(plan.levels, base.levels, strict=True)) == 1 for plan in near)
-    assert len(set(near)) == len(near)
-    found = steepest(SPACE, budget, base, additive(base), [additive(plan) for plan in near])
-    choices = [[k for k in range(4) if abs(k - level) <= 1] for level in base.levels]
-    within = [Plan(levels=levels) for levels in itertools.product(*choices)]
-    best = min(additive(plan) for plan in within if budget.holds(SPACE.parameters(plan.levels)))
-    assert additive(found) == pytest.approx(best)
-    assert budget.holds(SPACE.parameters(found.levels))
+@settings(max_examples=40, deadline=None)
+@given(params=st.floats(0.35, 1), kv=st.floats(0.1, 1), seed=st.integers(0, 1000))
+def test_every_limit_of_a_budget_holds_for_every_plan(params, kv, seed):
+    budget = two_limits({"params": params, "kv_cache": kv})
+    starts = [plan for plan in (uniform_plan(SPACE, budget), error_plan(SPACE, budget)) if plan is not None]
+    assert starts, "there is room for many plans here"
+    assert all(budget.holds(plan.levels) for plan in starts)
+    search = Evolution(SPACE, budget, RECIPE, starts, seed)
+    for request in run(search):
+        for plan in request.plans:
+            assert SPACE.parameters(plan.levels) <= params * SPACE.dense_parameters
+            assert budget.limits[1].cost(plan.levels) <= kv * budget.limits[1].dense
 
 
-def test_where_every_step_is_uphill_the_base_stays():
-    budget = parameter_budget(0.6, SPACE)
-    base = uniform_plan(SPACE, budget)
-    assert steepest(SPACE, budget, base, 0.0, [1.0 for _ in neighbours(SPACE, base)]) == base
+def test_prices_find_nearly_the_best_plan_under_two_limits():
+    budget = two_limits({"params": 0.7, "kv_cache": 0.5})
+    every = [Plan(levels=levels) for levels in itertools.product(range(4), repeat=6) if budget.holds(levels)]
+    best = min(sum(s.errors[k] for s, k in zip(SPACE.sites, plan.levels, strict=True)) for plan in every)
+    found = error_plan(SPACE, budget)
+    assert sum(s.errors[k] for s, k in zip(SPACE.sites, found.levels, strict=True)) <= 1.1 * best
+
+
+def test_only_a_lone_limit_must_be_used_up():
+    lone, both = two_limits({"kv_cache": 0.5}), two_limits({"kv_cache": 0.5, "params": 0.9})
+    assert lone.limits[0].minimum > 0
+    assert [limit.minimum for limit in both.limits] == [0, 0]
+    with pytest.raises(UserError, match=r"target kv_cache=0.001 is .* bytes a token"):
+        two_limits({"kv_cache": 0.001})
 
 
 def test_a_target_out_of_reach_is_refused_with_what_can_be_met():
@@ -181,7 +251,7 @@ def test_a_target_out_of_reach_is_refused_with_what_can_be_met():
         parameter_budget(0.01, SPACE)
     with pytest.raises(UserError, match="dense model has only"):
         parameter_budget(dense + 1, SPACE)
-    assert parameter_budget(dense, SPACE).maximum == dense
+    assert parameter_budget(dense, SPACE).limits[0].maximum == dense
 
 
 def test_plans_survive_json_and_refuse_what_does_not_fit():

@@ -20,15 +20,16 @@ from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
-from darwinlm.evaluation.measure import SAMPLE_PROMPT, measure, write_sample
+from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
 from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
-from darwinlm.plan import Budget, Plan, check_target, parameter_budget
+from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe, load_recipe, parse_size
+from darwinlm.recipe import Recipe, load_recipe, parse_target, split_targets
 from darwinlm.recovery.stage import recover
 from darwinlm.search.allocation import uniform_plan
+from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
 
@@ -78,7 +79,7 @@ def prune(
 def run_recipe(recipe: Recipe, out: Path) -> Run:
     """Run every stage of `recipe` that is not done yet in the run directory `out`. Raises UserError.
 
-    Under torchrun all ranks build the database together; the other stages are rank 0's, and the others wait.
+    Under torchrun all ranks build the database and search together; the other stages are rank 0's, and the others wait.
     """
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
@@ -86,9 +87,11 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     dist.barrier()
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
-    target = parse_size(recipe.target)
     _check_length(recipe, dense)
-    check_target(target, dense=dense.parameters, smallest=dense.fixed_parameters)
+    sizes = _sizes(recipe, out)
+    for size in sizes:
+        if "params" in size.target:
+            check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out)
 
@@ -97,10 +100,54 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         with run.stage("database") as facts:
             build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database", phases)
             facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
-    with dist.main_first():
-        if dist.rank() == 0:
-            _search_to_export(recipe, dense, corpus, Database(out / "database"), run)
+    database = Database(out / "database")
+    space = database.space(dense.sites)
+    larger: Path | None = None
+    for size in sizes:
+        limits = resource_limits(dense, space, size.target, recipe.workload, out / "search" / "latency.json")
+        budget = make_budget(size.target, limits)
+        search_folder = size.folder / "search"
+        if not run.done(f"{size.prefix}search"):
+            with run.stage(f"{size.prefix}search"):
+                search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, search_folder, larger)
+        larger = search_folder if recipe.search.descent_rounds > 0 else None
+        with dist.main_first():
+            if dist.rank() == 0:
+                _recovery_to_export(recipe, dense, corpus, database, budget, run, size)
+    if len(sizes) > 1 and dist.rank() == 0:
+        write_json(out / "report" / "metrics.json", _family_metrics(sizes, run))
+    dist.barrier()
     return Run(out, read_json(out / "report" / "metrics.json"))
+
+
+@dataclass(frozen=True)
+class _Size:
+    """One of the sizes that a run is to give."""
+
+    name: str
+    target: Mapping[str, float | int]
+    folder: Path
+    prefix: str
+    """Of the names of its stages."""
+
+
+def _sizes(recipe: Recipe, out: Path) -> list[_Size]:
+    """The sizes of a family, the largest first, each in a folder of its own; or the one that is asked for."""
+    targets = split_targets(recipe.target)
+    if len(targets) == 1:
+        return [_Size(str(targets[0]), parse_target(targets[0]), out, "")]
+    names = [str(target) for target in targets]
+    sizes = [_Size(name, parse_target(name), out / "sizes" / name, f"{name}: ") for name in names]
+    return sorted(sizes, key=lambda size: -size.target["params"])
+
+
+def _family_metrics(sizes: list[_Size], run: RunDirectory) -> dict[str, Any]:
+    """Of all sizes: the dense model's row, and the last of each."""
+    each = [read_json(size.folder / "report" / "metrics.json") for size in sizes]
+    rows = [metrics["rows"][-1] | {"name": size.name} for size, metrics in zip(sizes, each, strict=True)]
+    whole = each[-1] | {"target": ", ".join(size.name for size in sizes), "rows": [each[0]["rows"][0], *rows]}
+    del whole["limits"]
+    return whole | {"stages": run.manifest["stages"]}
 
 
 def _check_length(recipe: Recipe, dense: DenseModel) -> None:
@@ -129,45 +176,59 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, 
     return run, load_corpus(corpus_file)
 
 
-def _search_to_export(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Database, run: RunDirectory) -> None:
-    out = run.path
+def _recovery_to_export(
+    recipe: Recipe,
+    dense: DenseModel,
+    corpus: Corpus,
+    database: Database,
+    budget: Budget,
+    run: RunDirectory,
+    size: _Size,
+) -> None:
+    out = size.folder
     space = database.space(dense.sites)
-    budget = parameter_budget(parse_size(recipe.target), space)
-    if not run.done("search"):
-        with run.stage("search"):
-            search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, out / "search")
     plan = Plan.from_dict(read_json(out / "search" / "best_plan.json"), space)
 
     weights_file = out / "recovery" / "weights.safetensors"
-    if recipe.recovery.tokens > 0 and not run.done("recovery"):
-        with run.stage("recovery"):
+    if recipe.recovery.tokens > 0 and not run.done(f"{size.prefix}recovery"):
+        with run.stage(f"{size.prefix}recovery"):
             model = _cut(dense, database, plan, trainable=True)
             losses = recover(model, corpus.blocks["trial"], recipe.recovery, seed=recipe.seed, folder=out / "recovery")
             write_json(out / "recovery" / "losses.json", {"loss": losses})
             write_bytes(weights_file, save(_stored(model, dense.dtype)))
 
     metrics_file = out / "report" / "metrics.json"
-    if not (run.done("evaluation") and run.done("export") and metrics_file.exists()):
+    if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and metrics_file.exists()):
         models = _models(dense, database, budget, plan)
         if recipe.recovery.tokens > 0:
             models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
         last = models[next(reversed(models))]
-        with run.stage("evaluation"):
+        with run.stage(f"{size.prefix}evaluation"):
             rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
             sample = {
                 "prompt": SAMPLE_PROMPT,
                 "before": write_sample(dense.model, dense.tokenizer),
                 "after": write_sample(last, dense.tokenizer),
             }
+        limits: list[dict[str, Any]] = [
+            {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
+            for limit in budget.limits
+        ]
+        for limit in limits:
+            if limit["name"] == "latency":
+                timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
+                seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
+                limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
         metrics = {
             "model": recipe.model,
-            "target": recipe.target,
+            "target": size.name,
             "rows": rows,
+            "limits": limits,
             "sample": sample,
             "environment": environment(dense.device),
             "seed": recipe.seed,
         }
-        with run.stage("export"):
+        with run.stage(f"{size.prefix}export"):
             as_json = plan.to_dict(space)
             export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
         write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})

@@ -1,7 +1,8 @@
 """Plans (a level for every site) and the space they live in, as plain data."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -49,15 +50,6 @@ class Space:
         """Parameters of the dense model."""
         return self.parameters([0] * len(self.sites))
 
-    @property
-    def finest_step(self) -> int:
-        """The smallest difference in parameters between neighbouring levels of any site."""
-        return min(
-            larger - smaller
-            for site in self.sites
-            for larger, smaller in zip(site.parameters, site.parameters[1:], strict=False)
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -93,44 +85,100 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """How many parameters a plan may have."""
+class Limit:
+    """The most that a plan may take of one resource."""
 
+    name: str
+    """`params`, `flops`, `kv_cache`, `memory` or `latency`."""
+    unit: str
+    """What is counted: `parameters`, `FLOPs`, `bytes a token`, `bytes`, `ns`."""
+    fixed: int
+    """What every plan takes."""
+    costs: tuple[tuple[int, ...], ...]
+    """What a site takes at a level, in the order of the space."""
     maximum: int
     """Never exceeded."""
-    minimum: int
-    """Half of the finest level step below `maximum`: a plan under it leaves capacity unused."""
+    minimum: int = 0
+    """A plan below it leaves capacity unused; 0 where there are several limits."""
 
-    def holds(self, parameters: int) -> bool:
-        """Whether a plan of so many parameters meets the budget."""
-        return self.minimum <= parameters <= self.maximum
+    def cost(self, levels: Sequence[int]) -> int:
+        """What the plan with these levels takes."""
+        return self.fixed + sum(site[level] for site, level in zip(self.costs, levels, strict=True))
+
+    @property
+    def dense(self) -> int:
+        """What the dense model takes."""
+        return self.cost([0] * len(self.costs))
+
+    @property
+    def smallest(self) -> int:
+        """What the smallest plan takes."""
+        return self.fixed + sum(min(site) for site in self.costs)
 
 
-def parameter_budget(target: float | int, space: Space) -> Budget:
-    """The budget for `target`, a fraction (float) or a count (int) of parameters.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What every plan must meet: one limit or several."""
+
+    limits: tuple[Limit, ...]
+
+    def holds(self, levels: Sequence[int]) -> bool:
+        """Whether the plan with these levels meets every limit."""
+        return self.holds_costs([limit.cost(levels) for limit in self.limits])
+
+    def holds_costs(self, costs: Sequence[int]) -> bool:
+        """Whether a plan that takes so much, in the order of the limits, meets them."""
+        return all(limit.minimum <= cost <= limit.maximum for limit, cost in zip(self.limits, costs, strict=True))
+
+
+def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit]) -> Budget:
+    """The budget for `target`: by resource a fraction of the dense model's (float) or a count (int).
+
+    Args:
+        target: what was asked for.
+        limits: by resource, what plans take; the maximum is filled in here.
 
     Raises:
         UserError: if no plan is that small, or the dense model already is.
     """
-    check_target(target, space.dense_parameters, space.parameters([len(s.units) - 1 for s in space.sites]))
-    maximum = _count(target, space.dense_parameters)
-    return Budget(maximum=maximum, minimum=maximum - space.finest_step // 2)
+    chosen = []
+    for name, size in target.items():
+        limit = limits[name]
+        check_target(name, size, limit.dense, limit.smallest)
+        chosen.append(replace(limit, maximum=_count(size, limit.dense)))
+    if len(chosen) == 1:
+        only = chosen[0]
+        steps = [abs(a - b) for site in only.costs for a, b in itertools.pairwise(site) if a != b]
+        chosen = [replace(only, minimum=max(0, only.maximum - min(steps, default=0) // 2))]
+    return Budget(limits=tuple(chosen))
 
 
-def check_target(target: float | int, dense: int, smallest: int) -> None:
-    """Refuse a target that no plan can meet. `dense` and `smallest` count parameters. Raises UserError."""
-    maximum = _count(target, dense)
+def parameter_budget(target: float | int, space: Space) -> Budget:
+    """The budget for a fraction (float) or a count (int) of parameters. Raises UserError."""
+    return make_budget({"params": target}, {"params": parameter_limit(space)})
+
+
+def parameter_limit(space: Space) -> Limit:
+    """Parameters, not yet limited."""
+    costs = tuple(site.parameters for site in space.sites)
+    return Limit(name="params", unit="parameters", fixed=space.fixed_parameters, costs=costs, maximum=0)
+
+
+def check_target(name: str, size: float | int, dense: int, smallest: int) -> None:
+    """Refuse a target that no plan can meet. `dense` and `smallest` are what those models take. Raises UserError."""
+    maximum = _count(size, dense)
+    asked = f"target {size}" if name == "params" else f"target {name}={size}"
+    unit = {"params": "parameters", "flops": "FLOPs", "memory": "bytes", "latency": "ns"}.get(name, "bytes a token")
     if maximum > dense:
-        raise UserError(
-            f"target {target} is {maximum:,} parameters, but the dense model has only {dense:,}; ask for fewer"
-        )
+        raise UserError(f"{asked} is {maximum:,} {unit}, but the dense model has only {dense:,}; ask for fewer")
     if maximum < smallest:
+        left = "embeddings, head and last norm alone keep" if name == "params" else "a model without any site takes"
         raise UserError(
-            f"target {target} is {maximum:,} of {dense:,} parameters, but embeddings, head and last norm alone keep "
-            f"{smallest:,}; the smallest target that can be met is {-(-smallest * 10_000 // dense) / 10_000}"
+            f"{asked} is {maximum:,} of {dense:,} {unit}, but {left} {smallest:,}; the smallest target that can be met "
+            f"is {-(-smallest * 10_000 // dense) / 10_000}"
         )
 
 
-def _count(target: float | int, dense: int) -> int:
-    """The parameters that `target` allows; 0.29 of 100 is 29, though 100 * 0.29 is 28.999..."""
-    return int(dense * Fraction(str(target))) if isinstance(target, float) else target
+def _count(size: float | int, dense: int) -> int:
+    """What `size` allows; 0.29 of 100 is 29, though 100 * 0.29 is 28.999..."""
+    return int(dense * Fraction(str(size))) if isinstance(size, float) else size

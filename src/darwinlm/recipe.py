@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 
 from darwinlm.errors import UserError
 
+RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
+"""What a target can limit."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -69,9 +71,10 @@ class DatabaseRecipe(_Section):
 class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
-    descent_rounds: int = Field(2, ge=0)
-    """Before the evolution: at most so many steps downhill by slopes, each measured without training on as many tokens
-    as the first of `score_tokens` says; 0 leaves them out."""
+    descent_rounds: int = Field(4, ge=0)
+    """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
+    sensitivity_tokens: int = Field(8_192, ge=1)
+    """Tokens of the trial split on which a step's sensitivities are measured; the score split judges the step."""
     generations: int = Field(4, ge=0)
     offspring: int = Field(6, ge=1)
     max_flips: int = Field(3, ge=1)
@@ -105,6 +108,14 @@ class SearchRecipe(_Section):
         return self
 
 
+class WorkloadRecipe(_Section):
+    """The request that budgets of FLOPs, memory and latency are counted for."""
+
+    batch_size: int = Field(1, ge=1)
+    prompt_tokens: int = Field(512, ge=1)
+    new_tokens: int = Field(128, ge=0)
+
+
 class RecoveryRecipe(_Section):
     """Training of the plan found (the paper's post-training)."""
 
@@ -132,13 +143,15 @@ class Recipe(_Section):
     model: str = Field(min_length=1)
     """A local folder, a Hub model id, or `smollm2` (the model in the `demo` extra)."""
     target: float | str
-    """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B)."""
+    """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B); limits by resource
+    (`params=0.5,kv_cache=0.5`: see `parse_target`); or the sizes of a family (`0.8,0.6,0.45`)."""
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     data: DataRecipe = DataRecipe()
     database: DatabaseRecipe = DatabaseRecipe()
     search: SearchRecipe = SearchRecipe()
+    workload: WorkloadRecipe = WorkloadRecipe()
     recovery: RecoveryRecipe = RecoveryRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
@@ -148,11 +161,18 @@ class Recipe(_Section):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(_neither(value))
         value = value.strip() if isinstance(value, str) else value
+        for target in split_targets(value):
+            for name, size in parse_target(target).items():
+                if isinstance(size, float) and not 0 < size <= 1:
+                    count = ", or a count such as 2.7B" if name == "params" else ""
+                    raise ValueError(f"target {target} must be above 0 and at most 1 (a fraction){count}")
+        if isinstance(value, str) and ("=" in value or "," in value):
+            if len(set(split_targets(value))) < len(split_targets(value)):
+                raise ValueError(f"target {_show(value)}: a size is asked for twice")
+            return value
         size = parse_size(value)
         if isinstance(size, int):
             return value if isinstance(value, str) else str(size)
-        if not 0 < size <= 1:
-            raise ValueError(f"target {value} must be above 0 and at most 1 (a fraction), or a count such as 2.7B")
         return size
 
     @model_validator(mode="after")
@@ -193,6 +213,44 @@ def parse_size(value: float | str) -> float | int:
     if value >= 1_000 and value % 1 == 0:
         return int(value)
     return float(value)
+
+
+def split_targets(value: float | str) -> list[float | str]:
+    """The sizes of a family (`0.8,0.6,0.45`), or the one target that is asked for."""
+    if isinstance(value, str) and "," in value and "=" not in value:
+        return [part.strip() for part in value.split(",")]
+    return [value]
+
+
+def parse_target(value: float | str) -> dict[str, float | int]:
+    """Read a target as limits by resource; a size alone limits `params`.
+
+    `params` takes a fraction (float) or a count (int), `memory` a fraction or bytes (`8GB`); `flops`, `kv_cache` and
+    `latency` take a fraction of the dense model's.
+
+    Raises:
+        ValueError: if it is none of this.
+    """
+    if not isinstance(value, str) or "=" not in value:
+        return {"params": parse_size(value)}
+    limits: dict[str, float | int] = {}
+    for part in value.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in RESOURCES:
+            near = difflib.get_close_matches(name, RESOURCES, n=1, cutoff=0.0)[0]
+            raise ValueError(f"target {_show(value)}: {name!r} cannot be limited; did you mean {near!r}?")
+        if name in limits:
+            raise ValueError(f"target {_show(value)}: {name} is limited twice")
+        in_bytes = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)B", size, re.IGNORECASE) if name == "memory" else None
+        if in_bytes:
+            base = 1024 if len(in_bytes[2]) == 2 else 1000
+            limits[name] = int(Decimal(in_bytes[1]) * base ** ("KMGT".index(in_bytes[2][0].upper()) + 1))
+            continue
+        limits[name] = parse_size(size)
+        if isinstance(limits[name], int) and name != "params":
+            known = "a fraction (0.5) or bytes (8GB)" if name == "memory" else "a fraction (0.5) of the dense model's"
+            raise ValueError(f"target {_show(value)}: {name} takes {known}")
+    return limits
 
 
 def _neither(value: object) -> str:

@@ -1,6 +1,6 @@
 """KL divergence from the dense model and perplexity, in float32, without ever holding tokens * vocabulary of a set.
 
-Dimension letters: B blocks, T tokens of a block, N tokens of a chunk, D hidden size, V vocabulary.
+Dimension letters: B blocks, T tokens of a block, N tokens of a chunk, D hidden size, V vocabulary, R random draws.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 
-_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = 128
 _BATCH_TOKENS = 4096
 
 
@@ -24,6 +24,8 @@ class Fidelity:
     """KL(dense || model) in nats, mean over all positions."""
     perplexity: float
     """exp of the mean next-token loss over all positions but each block's last."""
+    kl_by_block: tuple[float, ...]
+    """Of each block; `kl` is their mean."""
 
 
 class DenseReference:
@@ -32,9 +34,14 @@ class DenseReference:
     @torch.no_grad()
     def __init__(self, dense: DarwinLMForCausalLM, blocks_BT: Tensor) -> None:
         self._blocks_BT = blocks_BT.to(dense.device, torch.long)
-        self._head_VD = dense.lm_head.weight
+        self._head_VD = dense.lm_head.weight.float()
         self._batch = max(1, _BATCH_TOKENS // blocks_BT.shape[1])
         self._hidden_BTD = torch.cat([_hidden(dense, batch) for batch in self._blocks_BT.split(self._batch)])
+
+    def count(self, tokens: int | None) -> int:
+        """How many blocks hold the first `tokens` tokens; all of them by default."""
+        blocks, length = self._blocks_BT.shape
+        return blocks if tokens is None else min(blocks, -(-tokens // length))
 
     def batches(self, count: int | None = None) -> tuple[Tensor, ...]:
         """The token ids of the first `count` blocks (all by default), in the batches that comparisons go by."""
@@ -42,42 +49,85 @@ class DenseReference:
         return batches
 
     @torch.no_grad()
-    def compare(self, model: DarwinLMForCausalLM, tokens: int | None = None) -> Fidelity:
-        """KL and perplexity of `model` on the first `tokens` tokens (all of them by default), in whole blocks."""
-        length = self._blocks_BT.shape[1]
-        count = len(self._blocks_BT) if tokens is None else min(len(self._blocks_BT), -(-tokens // length))
+    def compare(
+        self, model: DarwinLMForCausalLM, tokens: int | None = None, *, head_VD: Tensor | None = None
+    ) -> Fidelity:
+        """KL and perplexity of `model` on the first `tokens` tokens (all of them by default), in whole blocks.
+
+        The model may compute in bfloat16: its last hidden states are multiplied with its head, or with `head_VD`, in
+        float32.
+        """
+        count = self.count(tokens)
         hidden = (_hidden(model, ids_BT) for ids_BT in self.batches(count))
-        return self.compare_hidden(hidden, model.lm_head.weight, count)
+        return self.compare_hidden(hidden, model.lm_head.weight if head_VD is None else head_VD, count)
 
     @torch.no_grad()
     def compare_hidden(self, hidden: Iterable[Tensor], head_VD: Tensor, count: int | None = None) -> Fidelity:
         """The same from a model's last hidden states on the first `count` blocks, in batches of `batches(count)`."""
         length = self._blocks_BT.shape[1]
         count = len(self._blocks_BT) if count is None else count
-        kl = loss = 0.0
-        for hidden_BTD, ids_BT, dense_BTD in zip(
-            hidden,
-            self.batches(count),
-            self._hidden_BTD[:count].split(self._batch),
-            strict=True,
-        ):
-            hidden_ND = hidden_BTD.flatten(0, 1)
-            # A block's last position has no next token to predict: -100 is left out of the loss.
-            targets_N = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100).flatten()
-            for here_ND, there_ND, labels_N in zip(
-                hidden_ND.split(_CHUNK_TOKENS),
-                dense_BTD.flatten(0, 1).split(_CHUNK_TOKENS),
-                targets_N.split(_CHUNK_TOKENS),
-                strict=True,
-            ):
-                log_q_NV = torch.nn.functional.linear(here_ND, head_VD).float().log_softmax(-1)
-                loss += torch.nn.functional.nll_loss(log_q_NV, labels_N, reduction="sum").item()
-                log_p_NV = torch.nn.functional.linear(there_ND, self._head_VD).float().log_softmax(-1)
-                log_q_NV.neg_().add_(log_p_NV)
-                kl += torch.einsum("nv,nv->", log_p_NV.exp_(), log_q_NV).item()
-        predictions = count * (length - 1)
-        mean = loss / predictions
-        return Fidelity(kl / (count * length), math.exp(mean) if mean < 700 else math.inf)
+        head_VD = head_VD.float()
+        # Reused for all chunks: on the CPU, fresh memory of this size costs more than what is computed in it.
+        buffers = [torch.empty(_CHUNK_TOKENS, len(head_VD), device=head_VD.device) for _ in range(3)]
+        kls, loss = [], 0.0
+        dense_blocks = iter(self._hidden_BTD[:count])
+        for hidden_BTD, ids_BT in zip(hidden, self.batches(count), strict=True):
+            for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
+                # A block's last position has no next token to predict: -100 is left out of the loss.
+                targets_T = torch.nn.functional.pad(ids_T[1:], (0, 1), value=-100)
+                kl = 0.0
+                for here_ND, there_ND, labels_N in zip(
+                    hidden_TD.split(_CHUNK_TOKENS),
+                    next(dense_blocks).split(_CHUNK_TOKENS),
+                    targets_T.split(_CHUNK_TOKENS),
+                    strict=True,
+                ):
+                    logits_NV, log_q_NV, log_p_NV = (buffer[: len(here_ND)] for buffer in buffers)
+                    torch.mm(here_ND.float(), head_VD.T, out=logits_NV)
+                    torch.log_softmax(logits_NV, -1, out=log_q_NV)
+                    loss += torch.nn.functional.nll_loss(log_q_NV, labels_N, reduction="sum").item()
+                    torch.mm(there_ND.float(), self._head_VD.T, out=logits_NV)
+                    torch.log_softmax(logits_NV, -1, out=log_p_NV)
+                    torch.sub(log_p_NV, log_q_NV, out=log_q_NV)
+                    kl += torch.dot(log_p_NV.exp_().view(-1), log_q_NV.view(-1)).item()
+                kls.append(kl / length)
+        mean = loss / (count * (length - 1))
+        return Fidelity(sum(kls) / count, math.exp(mean) if mean < 700 else math.inf, tuple(kls))
+
+    @torch.no_grad()
+    def gradients(self, hidden_TD: Tensor, block: int, head_VD: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+        """How KL(dense || model) on one block changes with the model's last hidden states, to second order.
+
+        With G the first result, a small change E of the hidden states changes the mean KL by about
+        `sum(G * E) + mean over r of sum(F[r] * E)^2 / 2`. F are scores of tokens drawn from the model's own
+        predictions: their second moment is the Fisher matrix, which is the Hessian of KL by the logits.
+
+        Args:
+            hidden_TD: the model's last hidden states on the block.
+            block: its number.
+            head_VD: the model's head.
+            draws: R.
+            seed: of the draws.
+
+        Returns:
+            G, tokens * hidden, and F, draws * tokens * hidden; both float32.
+        """
+        length = len(hidden_TD)
+        gradient_TD = torch.empty(hidden_TD.shape, device=hidden_TD.device)
+        scores_RTD = torch.empty(draws, *hidden_TD.shape, device=hidden_TD.device)
+        head_VD = head_VD.float()
+        generator = torch.Generator(hidden_TD.device).manual_seed(seed)
+        for start in range(0, length, _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            there_ND = self._hidden_BTD[block, rows]
+            p_NV = torch.nn.functional.linear(there_ND, self._head_VD).float().softmax(-1)
+            q_NV = torch.nn.functional.linear(hidden_TD[rows].float(), head_VD).softmax(-1)
+            mean_ND = q_NV @ head_VD
+            gradient_TD[rows] = (mean_ND - p_NV @ head_VD) / length
+            if draws > 0:
+                drawn_NR = torch.multinomial(q_NV, draws, replacement=True, generator=generator)
+                scores_RTD[:, rows] = (head_VD[drawn_NR.T] - mean_ND) / length**0.5
+        return gradient_TD, scores_RTD
 
 
 def _hidden(model: DarwinLMForCausalLM, ids_BT: Tensor) -> Tensor:

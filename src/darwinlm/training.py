@@ -5,16 +5,19 @@ import math
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 
 
 def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rate: float, batch_size: int) -> float:
-    """Train `model` in place on next-token loss, once over `blocks_BT`, with AdamW and a constant learning rate.
+    """Train the layers of `model` in place on next-token loss, once over `blocks_BT`, with AdamW at a constant rate.
 
-    Weights and computation are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move.
+    Weights are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move. Where the hardware is
+    faster in bfloat16, a working copy of them in that does the computing. Embeddings and head stay as they are: they
+    are the same in all candidates.
 
     Args:
-        model: trainable, float32.
+        model: float32; afterwards in the dtype that it was trained in, rounded from the float32 weights.
         blocks_BT: token ids, blocks * tokens, on any device.
         learning_rate: AdamW's, without weight decay.
         batch_size: blocks in one optimiser step.
@@ -22,9 +25,15 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
     Returns:
         The last step's loss in nats; infinite if the training diverged (the model is then useless).
     """
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    model.requires_grad_(False).train()
+    model.model.layers.requires_grad_(True)
+    parameters = list(model.model.layers.parameters())
+    dtype = fast_dtype(model.device)
+    masters = parameters
+    if dtype != torch.float32:
+        masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
+        model.to(dtype)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
     loss = math.nan
     for batch_BT in blocks_BT.split(batch_size):
         batch_BT = batch_BT.to(model.device, torch.long)
@@ -33,8 +42,14 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
         loss = output.loss.item()
         if not math.isfinite(loss):
             return math.inf
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for master, parameter in zip(masters, parameters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if masters is not parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, masters)
     model.eval()
     return loss

@@ -115,6 +115,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        fast = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def load_config(source: str) -> Any:
     """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError."""
     if os.path.isfile(source):

@@ -2,7 +2,6 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.progress import task
-from darwinlm.recipe import EvaluationRecipe
+from darwinlm.recipe import EvaluationRecipe, WorkloadRecipe
 from darwinlm.scoring import DenseReference
+from darwinlm.timing import time_request
 
 SAMPLE_PROMPT = "The best way to learn something new is"
 _SAMPLE_TOKENS = 40
@@ -50,10 +50,14 @@ def measure(
             )
             progress.advance(note=name)
     del reference
-    cast = {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}  # type: ignore[arg-type]
-    for row, speed in zip(rows, speeds(cast, recipe).values(), strict=True):
+    for row, speed in zip(rows, speeds(as_stored(models, dtype), recipe).values(), strict=True):
         row |= speed
     return rows
+
+
+def as_stored(models: Mapping[str, DarwinLMForCausalLM], dtype: torch.dtype) -> dict[str, DarwinLMForCausalLM]:
+    """The models in the dtype that they are stored in."""
+    return {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}  # type: ignore[arg-type]
 
 
 def parameters_of(model: DarwinLMForCausalLM) -> int:
@@ -71,44 +75,39 @@ def kv_cache_bytes(model: DarwinLMForCausalLM, dtype: torch.dtype) -> int:
     return int(heads * dtype.itemsize)
 
 
-@torch.no_grad()
 def speeds(models: Mapping[str, DarwinLMForCausalLM], recipe: EvaluationRecipe) -> dict[str, dict[str, float]]:
-    """Median prefill and decode tokens/s at batch 1; every repeat times all models in turn, after one untimed pass."""
+    """Median prefill and decode tokens/s at batch 1."""
+    workload = WorkloadRecipe(prompt_tokens=recipe.prefill_tokens, new_tokens=recipe.decode_tokens)
+    return {
+        name: {
+            "prefill_tokens_per_second": recipe.prefill_tokens / prompt,
+            "decode_tokens_per_second": recipe.decode_tokens / new,
+        }
+        for name, (prompt, new) in request_seconds(models, workload, recipe.repeats).items()
+    }
+
+
+def request_seconds(
+    models: Mapping[str, DarwinLMForCausalLM], workload: WorkloadRecipe, repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Median seconds for a request's prompt and for its new tokens; all models in turns, after one untimed pass."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with task("evaluation (speed)", recipe.repeats + 1) as progress:
-        for repeat in range(recipe.repeats + 1):
+    with task("evaluation (speed)", repeats + 1) as progress:
+        for repeat in range(repeats + 1):
             for name, model in models.items():
-                timed = _time_once(model, recipe)
+                timed = time_request(
+                    model,
+                    batch_size=workload.batch_size,
+                    prompt_tokens=workload.prompt_tokens,
+                    new_tokens=workload.new_tokens,
+                )
                 if repeat > 0:
                     times[name].append(timed)
             progress.advance()
     return {
-        name: {
-            "prefill_tokens_per_second": recipe.prefill_tokens / statistics.median(t[0] for t in timed),
-            "decode_tokens_per_second": recipe.decode_tokens / statistics.median(t[1] for t in timed),
-        }
+        name: (statistics.median(t[0] for t in timed), statistics.median(t[1] for t in timed))
         for name, timed in times.items()
     }
-
-
-def _time_once(model: DarwinLMForCausalLM, recipe: EvaluationRecipe) -> tuple[float, float]:
-    vocabulary = model.config.vocab_size
-    ids_1T = (torch.arange(recipe.prefill_tokens, device=model.device) * 7919 % vocabulary).unsqueeze(0)
-    _synchronise(model.device)
-    start = time.perf_counter()
-    output = model(ids_1T, use_cache=True, logits_to_keep=1)
-    _synchronise(model.device)
-    prefilled = time.perf_counter()
-    for _ in range(recipe.decode_tokens):
-        token_11 = output.logits[:, -1:].argmax(-1)
-        output = model(token_11, use_cache=True, past_key_values=output.past_key_values)
-    _synchronise(model.device)
-    return prefilled - start, time.perf_counter() - prefilled
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def write_sample(model: DarwinLMForCausalLM, tokenizer: Any) -> str:

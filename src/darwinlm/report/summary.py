@@ -34,6 +34,11 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
             f"{row['decode_tokens_per_second']:.1f}",
         )
     console.print(table)
+    for limit in metrics.get("limits", []):
+        line = f"{limit['name']}: {limit['found'] / limit['dense']:.4f} of the dense model's"
+        if "measured" in limit:
+            line += f" predicted, {limit['measured']['found'] / limit['measured']['dense']:.4f} measured"
+        console.print(line, highlight=False)
     sample = metrics["sample"]
     console.print(f"[bold]{escape(sample['prompt'])}[/bold] …")
     for name in ("before", "after"):

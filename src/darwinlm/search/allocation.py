@@ -5,57 +5,102 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from darwinlm.plan import Budget, Plan, SiteLevels, Space
+from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space
 
 _MOST_CELLS = 1 << 21
+_FEW_CELLS = 1 << 14
+"""Where many problems are solved one after another."""
+_PRICE_STEPS = 60
 
 
 def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int], float]) -> Plan | None:
     """The plan within `budget` that minimises the sum of `cost(site, level)` over sites.
 
-    Parameters are counted in their greatest common divisor, exactly; only where that needs more than two million cells
-    are they rounded (up, so that the maximum holds), and the plan is then the best of the rounded problem.
+    With one limit it is exact: what a plan takes is counted in the greatest common divisor of all costs; only where
+    that needs more than two million cells are they rounded (up, so that the maximum holds), and the plan is then the
+    best of the rounded problem. Of several limits the first is met so and the others by prices (Lagrange multipliers)
+    on what they count, raised until they hold: the plan is then within the budget, and the best for these prices.
 
     Returns:
-        The plan, or None if no plan meets the budget.
+        The plan, or None if none was found.
     """
-    sizes = [site.parameters for site in space.sites]
-    room = budget.maximum - space.fixed_parameters
-    unit = math.gcd(*(size for site in sizes for size in site)) or 1
-    unit = max(unit, -(-room // _MOST_CELLS))
+    table = [np.array([cost(site, level) for level in range(len(site.units))]) for site in space.sites]
+    first, *others = budget.limits
+    if not others:
+        return _cheapest(table, first, budget, _MOST_CELLS)
+    finite = np.concatenate([row[np.isfinite(row)] for row in table])
+    scale = max(float(np.ptp(finite)), 1e-12)
+    prices = np.zeros(len(others))
+    found: Plan | None = None
+    for step in range(_PRICE_STEPS):
+        priced = [
+            row + sum(
+                price * np.array(limit.costs[index]) / max(1, limit.maximum)
+                for price, limit in zip(prices, others, strict=True)
+            )
+            for index, row in enumerate(table)
+        ]  # fmt: skip
+        plan = _cheapest(priced, first, Budget(limits=(first,)), _FEW_CELLS)
+        if plan is None:
+            return found
+        over = np.array([limit.cost(plan.levels) / max(1, limit.maximum) - 1 for limit in others])
+        if (over <= 0).all() and (found is None or _total(table, plan) < _total(table, found)):
+            found = plan
+        # Prices move less and less, down where there is room: the last plans are near the best price.
+        prices = np.maximum(0.0, prices + scale * len(table) * over / (1 + step) ** 0.5)
+    return found
+
+
+def _total(table: Sequence[np.ndarray], plan: Plan) -> float:
+    return float(sum(row[level] for row, level in zip(table, plan.levels, strict=True)))
+
+
+def _cheapest(table: Sequence[np.ndarray], limit: Limit, budget: Budget, most_cells: int) -> Plan | None:
+    """Dynamic programming over one limit; `table` holds what is minimised, by site and level."""
+    room = limit.maximum - limit.fixed
+    unit = math.gcd(*(size for site in limit.costs for size in site)) or 1
+    unit = max(unit, -(-room // most_cells))
     capacity = room // unit
     if capacity < 0:
         return None
-    weights = [[-(-size // unit) for size in site] for site in sizes]
+    weights = [[-(-size // unit) for size in site] for site in limit.costs]
 
     best = np.full(capacity + 1, np.inf)
     best[0] = 0.0
-    choices = np.zeros((len(sizes), capacity + 1), dtype=np.int8)
-    for index, (site, site_weights) in enumerate(zip(space.sites, weights, strict=True)):
+    choices = np.zeros((len(weights), capacity + 1), dtype=np.int8)
+    for index, (costs, site_weights) in enumerate(zip(table, weights, strict=True)):
         following = np.full(capacity + 1, np.inf)
         for level, weight in enumerate(site_weights):
             if weight > capacity:
                 continue
-            candidate = best[: capacity + 1 - weight] + cost(site, level)
+            candidate = best[: capacity + 1 - weight] + costs[level]
             better = candidate < following[weight:]
             following[weight:][better] = candidate[better]
             choices[index, weight:][better] = level
         best = following
 
-    for cell in _by_cost(best, budget, space.fixed_parameters, unit):
+    for cell in _by_cost(best, limit, unit):
         levels = _trace(choices, weights, cell)
-        if budget.holds(space.parameters(levels)):
+        if budget.holds(levels):
             return Plan(levels=levels)
     return None
 
 
 def uniform_plan(space: Space, budget: Budget) -> Plan | None:
-    """The plan within `budget` whose sites all keep as nearly the same fraction of their parameters as can be."""
-    dense = sum(site.parameters[0] for site in space.sites)
-    fraction = (budget.maximum - space.fixed_parameters) / dense
+    """The plan within `budget` whose sites all keep as nearly the same fraction of their parameters as can be.
+
+    With several limits, or one that some sites do not touch, a site's fraction is the least that the limits on it ask.
+    """
+    fractions = [1.0] * len(space.sites)
+    for limit in budget.limits:
+        fraction = (limit.maximum - limit.fixed) / max(1, limit.dense - limit.fixed)
+        for index, costs in enumerate(limit.costs):
+            if costs[0] > 0:
+                fractions[index] = min(fractions[index], fraction)
+    goal = {site.name: fraction for site, fraction in zip(space.sites, fractions, strict=True)}
 
     def unevenness(site: SiteLevels, level: int) -> float:
-        return site.parameters[0] * (site.parameters[level] / site.parameters[0] - fraction) ** 2
+        return site.parameters[0] * (site.parameters[level] / site.parameters[0] - goal[site.name]) ** 2
 
     return cheapest_plan(space, budget, unevenness)
 
@@ -65,9 +110,9 @@ def error_plan(space: Space, budget: Budget) -> Plan | None:
     return cheapest_plan(space, budget, lambda site, level: site.errors[level])
 
 
-def _by_cost(best: np.ndarray, budget: Budget, fixed: int, unit: int) -> Sequence[int]:
-    """Reachable cells within the budget, cheapest first. Rounded cells may hold a little less than they say."""
-    first = max(0, (budget.minimum - fixed) // unit)
+def _by_cost(best: np.ndarray, limit: Limit, unit: int) -> Sequence[int]:
+    """Reachable cells within the limit, cheapest first. Rounded cells may hold a little less than they say."""
+    first = max(0, (limit.minimum - limit.fixed) // unit)
     cells = np.arange(first, len(best))
     cells = cells[np.isfinite(best[cells])]
     order: list[int] = cells[np.argsort(best[cells], kind="stable")].tolist()

@@ -14,6 +14,8 @@ from darwinlm.plan import Budget, Plan, Space
 from darwinlm.recipe import SearchRecipe
 
 _TRIES = 200
+_TOURNAMENT = 16
+"""Where costs are known, an offspring is the one of so many mutations that they say is best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,35 @@ class Evolution:
     starting plans alone, with the last step's tokens. A plan is scored at most once at each step.
     """
 
-    def __init__(self, space: Space, budget: Budget, recipe: SearchRecipe, starts: Sequence[Plan], seed: int) -> None:
+    def __init__(
+        self,
+        space: Space,
+        budget: Budget,
+        recipe: SearchRecipe,
+        starts: Sequence[Plan],
+        seed: int,
+        costs: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """Begin a search.
+
+        Args:
+            space: what sites can become.
+            budget: that every plan meets.
+            recipe: generations, offspring, selection.
+            starts: plans within `budget`, compared in generation 0.
+            seed: of all random choices.
+            costs: by site and level, what is expected of it; offspring are drawn by these.
+        """
         assert starts, "a search needs a plan to start from"
-        assert all(budget.holds(space.parameters(plan.levels)) for plan in starts)
+        assert all(budget.holds(plan.levels) for plan in starts)
         self._space, self._budget, self._recipe = space, budget, recipe
         self._rng = random.Random(seed)
         self._last_step = len(recipe.survivors) - 1
         self._scores: list[dict[Plan, float]] = [{} for _ in recipe.survivors]
         self._proposed: set[Plan] = set(starts)
+        self._costs = costs
+        self._flips = recipe.max_flips
+        """The most exchanges in a mutation: fewer after a generation without success, more after one with it."""
         self._stuck = False
         self.generation = 0
         self.parent = starts[0]
@@ -81,6 +104,8 @@ class Evolution:
             return
         improved = ranked[0] != self.parent
         self.parent = ranked[0]
+        if self.generation > 0:
+            self._flips = min(self._recipe.max_flips, self._flips + 1) if improved else max(1, self._flips - 1)
         self.history.append(
             {
                 "generation": self.generation,
@@ -105,18 +130,25 @@ class Evolution:
 
     def _offspring(self) -> list[Plan]:
         found: list[Plan] = []
-        for _ in range(_TRIES * self._recipe.offspring):
+        for _ in range(_TRIES):
             if len(found) == self._recipe.offspring:
                 break
-            plan = self._mutate(self.parent)
-            if plan is not None and plan not in self._proposed:
-                self._proposed.add(plan)
-                found.append(plan)
+            drawn = [self._mutate(self.parent) for _ in range(_TOURNAMENT if self._costs else 1)]
+            new = [plan for plan in drawn if plan is not None and plan not in self._proposed]
+            if new:
+                best = min(new, key=self._expected)
+                self._proposed.add(best)
+                found.append(best)
         return found
+
+    def _expected(self, plan: Plan) -> float:
+        if self._costs is None:
+            return 0.0
+        return sum(self._costs[index][level] for index, level in enumerate(plan.levels))
 
     def _mutate(self, parent: Plan) -> Plan | None:
         """Exchange capacity between sites min(U, U) times; every exchange keeps the budget."""
-        flips = min(self._rng.randint(1, self._recipe.max_flips), self._rng.randint(1, self._recipe.max_flips))
+        flips = min(self._rng.randint(1, self._flips), self._rng.randint(1, self._flips))
         levels = list(parent.levels)
         for _ in range(flips):
             if not self._exchange(levels):
@@ -125,20 +157,24 @@ class Evolution:
 
     def _exchange(self, levels: list[int]) -> bool:
         """Prune one site a level or two further and give others of any kind what that frees, within the budget."""
-        sites = self._space.sites
+        sites, limits = self._space.sites, self._budget.limits
         giver = self._rng.randrange(len(sites))
         last = len(sites[giver].units) - 1
         if levels[giver] == last:
             return False
-        before = self._space.parameters(levels)
         taken = min(last, levels[giver] + self._rng.choice((1, 1, 2)))
-        freed = before - sites[giver].parameters[levels[giver]] + sites[giver].parameters[taken]
+        freed = [limit.cost(levels) - limit.costs[giver][levels[giver]] + limit.costs[giver][taken] for limit in limits]
         takers = [
             (index, level)
-            for index, site in enumerate(sites)
+            for index in range(len(sites))
             if index != giver
             for level in range(levels[index])
-            if self._budget.holds(freed - site.parameters[levels[index]] + site.parameters[level])
+            if self._budget.holds_costs(
+                [
+                    total - limit.costs[index][levels[index]] + limit.costs[index][level]
+                    for total, limit in zip(freed, limits, strict=True)
+                ]
+            )
         ]
         if not takers:
             return False
@@ -158,6 +194,8 @@ class Evolution:
             "proposed": sorted(list(plan.levels) for plan in self._proposed),
             "scores": [[[list(plan.levels), score] for plan, score in known.items()] for known in self._scores],
             "stuck": self._stuck,
+            "flips": self._flips,
+            "costs": self._costs,
             "history": self.history,
             "rng": [version, list(internal), gauss],
         }
@@ -165,7 +203,8 @@ class Evolution:
     @classmethod
     def resume(cls, space: Space, budget: Budget, recipe: SearchRecipe, state: Mapping[str, Any]) -> "Evolution":
         """Continue from `state()`."""
-        search = cls(space, budget, recipe, [Plan(levels=tuple(state["parent"]))], seed=0)
+        search = cls(space, budget, recipe, [Plan(levels=tuple(state["parent"]))], seed=0, costs=state["costs"])
+        search._flips = state["flips"]
         version, internal, gauss = state["rng"]
         search._rng.setstate((version, tuple(internal), gauss))
         search.generation, search._step, search._stuck = state["generation"], state["step"], state["stuck"]

@@ -1,88 +1,160 @@
-"""How the whole model takes a change in one site: KL without training, computed from the changed layer on."""
+"""What the whole model makes of every level of every site, from a few backward passes.
 
-from collections.abc import Callable, Sequence
+Around a base plan, KL(dense || plan) is modelled to second order in the change of each site's output:
+`KL(base) + sum of first[i][l] + second[i][l]` over sites i at levels l. The first order is the gradient by the site's
+output times the change; one backward pass gives it for *all* levels of *all* sites. The second is the Fisher
+information along the same change: a backward pass from tokens drawn from the model's own predictions samples it, in
+every window of tokens anew. Running each neighbour of the plan would take a forward pass each.
+
+Dimension letters: N tokens of a block, W windows of a block, O output rows, I input columns, K columns of all levels
+together, L levels.
+"""
+
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from darwinlm.adapters.cutting import Cut, build_layer
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer, attention_masks
-from darwinlm.plan import Plan
+from darwinlm import dist
+from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.families import Site
+from darwinlm.adapters.loading import DenseModel, fast_dtype
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.plan import Plan, Space
 from darwinlm.scoring import DenseReference
+from darwinlm.search.descent import Sensitivity
+
+_WINDOW = 16
+"""Tokens whose changes are summed before they are squared. What changes at tokens further apart do to the same
+prediction together is left out (it is about a seventh of the second order), and in return each draw is one sample a
+window, not one a block."""
 
 
-class Neighbourhood:
-    """Plans near a base plan, scored without training.
+def measure_sensitivity(
+    dense: DenseModel,
+    cut: Callable[[int, int], Cut],
+    space: Space,
+    base: Plan,
+    blocks_BT: Tensor,
+    *,
+    seed: int,
+    draws: int = 1,
+    after_block: Callable[[], None] = lambda: None,
+) -> Sensitivity:
+    """Expand KL around `base`; each rank takes its share of the blocks, and the result is the same for any number.
 
-    The base plan's hidden states before every layer are kept (tokens * hidden * layers, float32), so a plan that
-    differs from it first in layer l costs the layers from l on, and builds only those that differ.
+    Args:
+        dense: the model.
+        cut: the database's cut of site number i at a level above 0.
+        space: the levels of every site.
+        base: the plan in the middle.
+        blocks_BT: token ids, blocks * tokens.
+        seed: of the draws.
+        draws: random draws in each block for the second order.
+        after_block: called whenever a block is done.
     """
+    sites = [_WidenedSite(dense, index, cut, space, base) for index in range(len(dense.sites))]
+    model = _widened_model(dense, sites)
+    mine = range(dist.rank(), len(blocks_BT), dist.world_size())
+    reference = DenseReference(dense.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
+    changes: dict[int, list[Tensor]] = {}
+    """By block: the first order and the second, sites * levels."""
+    for row, block in enumerate(mine):
+        assert reference is not None
+        ids_1N = blocks_BT[block].to(dense.device, torch.long).unsqueeze(0)
+        # Gradients by outputs alone: they need something at the bottom to flow to.
+        embedded = model.model.embed_tokens(ids_1N).requires_grad_(True)
+        hidden_ND = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+        gradient_ND, scores_RND = reference.gradients(
+            hidden_ND.detach(), row, dense.model.lm_head.weight, draws, seed=seed * len(blocks_BT) + block
+        )
+        hidden_ND.backward(gradient_ND.to(hidden_ND.dtype), retain_graph=draws > 0)
+        first = torch.stack([site.changes_WL.sum(0) for site in sites])
+        second = torch.zeros_like(first)
+        for draw in range(draws):
+            hidden_ND.backward(scores_RND[draw].to(hidden_ND.dtype), retain_graph=draw + 1 < draws)
+            second += torch.stack([site.changes_WL.square().sum(0) for site in sites]) / (2 * draws)
+        changes[block] = [first.cpu(), second.cpu()]
+        after_block()
+    everything: dict[int, list[Tensor]] = {}
+    for part in dist.gather(changes):
+        everything |= part
+    first, second = torch.stack([torch.stack(everything[block]) for block in sorted(everything)]).mean(0)
+    counts = [len(site.units) for site in space.sites]
+    return Sensitivity(
+        *(tuple(tuple(row[:n]) for row, n in zip(table.tolist(), counts, strict=True)) for table in (first, second))
+    )
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        dense: DenseModel,
-        reference: DenseReference,
-        cut: Callable[[int, int], Cut],
-        base: Plan,
-    ) -> None:
-        """Run the base plan once.
 
-        Args:
-            dense: the model.
-            reference: its hidden states on the score text.
-            cut: the database's cut of site number i at a level above 0.
-            base: the plan in the middle.
-        """
-        self._dense, self._reference, self._cut = dense, reference, cut
-        self._base = base.levels
-        self._weights = dense.weights
-        self._sites_of: dict[int, list[int]] = {}
-        for index, site in enumerate(dense.sites):
-            self._sites_of.setdefault(site.layer, []).append(index)
-        self._layers = [self._build(layer, base.levels) for layer in sorted(self._sites_of)]
-        self._before: list[list[Tensor]] = []
-        """By batch, the hidden states before each layer and after the last."""
-        self._inputs = []
-        model = dense.model.model
-        for ids_BT in reference.batches():
-            states = model.embed_tokens(ids_BT)
-            positions = torch.arange(ids_BT.shape[1], device=dense.device).unsqueeze(0)
-            masks = attention_masks(dense.config, states, position_ids=positions)
-            self._inputs.append((positions, masks, model.rotary_emb(states, positions)))
-            self._before.append([states])
-            for layer, module in enumerate(self._layers):
-                self._before[-1].append(self._run(module, layer, self._before[-1][-1], len(self._before) - 1))
+class _WidenedSite:
+    """A site's output projection at its base level, as wide as the dense one, and its columns at all levels."""
 
-    @torch.no_grad()
-    def kl(self, levels: Sequence[int]) -> float:
-        """KL(dense || plan) of the plan `levels`, in nats."""
-        changed = {self._dense.sites[i].layer for i, level in enumerate(levels) if level != self._base[i]}
-        first = min(changed, default=len(self._layers))
-        modules = [
-            self._build(layer, levels) if layer in changed else self._layers[layer]
-            for layer in range(first, len(self._layers))
-        ]
+    def __init__(self, dense: DenseModel, index: int, cut: Callable[[int, int], Cut], space: Space, base: Plan) -> None:
+        self.site, self.base = dense.sites[index], base.levels[index]
+        self.last = len(space.sites[index].units) - 1
+        self.dtype = fast_dtype(dense.device)
+        dense_OI = dense.weights[f"{self.site.output}.weight"]
+        columns, weights = [torch.arange(dense_OI.shape[1], device=dense.device)], [dense_OI]
+        for level in range(1, self.last):
+            found = cut(index, level)
+            assert found.output_weight is not None
+            columns.append(_columns(self.site, found.kept).to(dense.device))
+            weights.append(found.output_weight)
+        self.weight_OI = torch.zeros_like(dense_OI)
+        if self.base < self.last:
+            self.weight_OI[:, columns[self.base]] = weights[self.base]
+        self.bias_O = dense.weights.get(f"{self.site.output}.bias")
+        self.columns_K, self.weights_OK = torch.cat(columns), torch.cat(weights, dim=1).to(self.dtype)
+        self.widths = [len(one) for one in columns]
+        self._inputs_NI: Tensor | None = None
+        most = max(len(site.units) for site in space.sites)
+        self.changes_WL = torch.zeros(0, most, device=dense.device)
+        """What the last backward pass found: by window of tokens and level, gradient times change of the output."""
 
-        def hidden(batch: int) -> Tensor:
-            states = self._before[batch][first]
-            for layer, module in enumerate(modules, first):
-                states = self._run(module, layer, states, batch)
-            normed: Tensor = self._dense.model.model.norm(states)
-            return normed
+    def tensors(self) -> dict[str, Tensor]:
+        """What stands in the model for the dense output projection."""
+        found = {f"{self.site.output}.weight": self.weight_OI}
+        if self.bias_O is not None:
+            found[f"{self.site.output}.bias"] = self.bias_O if self.base < self.last else torch.zeros_like(self.bias_O)
+        return found
 
-        last_hidden = (hidden(batch) for batch in range(len(self._before)))
-        return self._reference.compare_hidden(last_hidden, self._dense.model.lm_head.weight).kl
+    def watch(self, module: nn.Module) -> None:
+        """Have every backward pass through `module`, the output projection, leave its `changes_WL` here."""
 
-    def _run(self, module: DarwinLMDecoderLayer, layer: int, states: Tensor, batch: int) -> Tensor:
-        positions, masks, rotary = self._inputs[batch]
-        mask = masks.get(self._dense.config.layer_types[layer])
-        after: Tensor = module(states, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-        return after
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._inputs_NI = inputs[0].detach()[0]
 
-    def _build(self, layer: int, levels: Sequence[int]) -> DarwinLMDecoderLayer:
-        indices = self._sites_of[layer]
-        sites = [self._dense.sites[i] for i in indices]
-        cuts = {self._dense.sites[i].name: self._cut(i, levels[i]) for i in indices if levels[i] > 0}
-        return build_layer(self._dense.config, layer, sites, self._weights, cuts)
+        def after(_: nn.Module, __: object, outputs: Tensor) -> None:
+            outputs.register_hook(self._project)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def _project(self, gradient_1NO: Tensor) -> None:
+        assert self._inputs_NI is not None
+        gradient_NO = gradient_1NO[0]
+        products_NK = (gradient_NO @ self.weights_OK).mul_(self._inputs_NI.index_select(1, self.columns_K))
+        length, most = len(gradient_NO), self.changes_WL.shape[1]
+        changes_NL = gradient_NO.new_zeros(-(-length // _WINDOW) * _WINDOW, most, dtype=torch.float32)
+        for level, part in enumerate(products_NK.split(self.widths, dim=1)):
+            changes_NL[:length, level] = part.sum(1, dtype=torch.float32)
+        if self.bias_O is not None:
+            changes_NL[:length, : self.last] += (gradient_NO.float() @ self.bias_O)[:, None]
+        changes_NL -= changes_NL[:, self.base].clone()[:, None]
+        self.changes_WL = changes_NL.view(-1, _WINDOW, most).sum(1)
+
+
+def _widened_model(dense: DenseModel, sites: list[_WidenedSite]) -> DarwinLMForCausalLM:
+    weights = dict(dense.weights)
+    for site in sites:
+        weights |= site.tensors()
+    model = build_model(dense.config, dense.sites, weights, {})
+    model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
+    for site in sites:
+        site.watch(model.get_submodule(site.site.output))
+    return model
+
+
+def _columns(site: Site, kept: tuple[int, ...]) -> Tensor:
+    width = site.columns_per_unit
+    return (torch.tensor(kept)[:, None] * width + torch.arange(width)).flatten()

@@ -2,11 +2,17 @@
 
 import json
 import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import DenseModel
+from torch import Tensor
+
+from darwinlm import dist
+from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -16,9 +22,10 @@ from darwinlm.progress import log, task
 from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import error_plan, uniform_plan
-from darwinlm.search.descent import neighbours, steepest
+from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
-from darwinlm.search.sensitivity import Neighbourhood
+from darwinlm.search.neighbourhood import Neighbourhood
+from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.training import train_briefly
 
 DIVERGED = 1e9
@@ -32,26 +39,36 @@ class TrialScorer:
         self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
         self._weights = dense.weights
         self._reference = DenseReference(dense.model, corpus.tokens("score", max(recipe.score_tokens)))
+        self._near: tuple[Plan, Neighbourhood] | None = None
 
-    def score(self, plan: Plan, step: int) -> float:
-        """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value."""
-        recipe, dense = self._recipe, self._dense
-        trial_tokens = recipe.trial_tokens[step]
+    def score(self, plan: Plan, step: int, parent: Plan) -> float:
+        """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value.
+
+        Without a trial, what `plan` has in common with `parent` is not computed again.
+        """
+        recipe, dense, dtype = self._recipe, self._dense, fast_dtype(self._dense.device)
+        trial_tokens, score_tokens = recipe.trial_tokens[step], recipe.score_tokens[step]
+        if trial_tokens == 0:
+            if self._near is None or self._near[0] != parent:
+                self._near = parent, Neighbourhood(dense, self._reference, self._cut, parent, dtype)
+            return _finite(self._near[1].kl(plan.levels, score_tokens))
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
-        model = build_model(dense.config, dense.sites, self._weights, cuts, trainable=trial_tokens > 0)
-        if trial_tokens > 0:
-            blocks_BT = self._corpus.tokens("trial", trial_tokens)
-            train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
-        return _finite(self._reference.compare(model, recipe.score_tokens[step]).kl)
+        model = build_model(dense.config, dense.sites, self._weights, cuts, trainable=True)
+        blocks_BT = self._corpus.tokens("trial", trial_tokens)
+        train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
+        return _finite(self._reference.compare(model, score_tokens, head_VD=dense.model.lm_head.weight).kl)
+
+    def _cut(self, index: int, level: int) -> Cut:
+        return self._database.cut(self._dense.sites[index], level, self._dense.device)
 
 
 def starting_plans(space: Space, budget: Budget) -> list[Plan]:
     """The plans a search begins with: uniform sizes, and least total output error. Raises UserError if none fits."""
     plans = [plan for plan in (uniform_plan(space, budget), error_plan(space, budget)) if plan is not None]
     if not plans:
+        asked = " and ".join(f"{one.minimum:,} to {one.maximum:,} {one.unit}" for one in budget.limits)
         raise UserError(
-            f"no plan has between {budget.minimum:,} and {budget.maximum:,} parameters with this database's levels; "
-            "change target a little or raise database.levels"
+            f"no plan takes {asked} with this database's levels; change target a little or raise database.levels"
         )
     return plans
 
@@ -62,44 +79,112 @@ def descend(
     corpus: Corpus,
     budget: Budget,
     recipe: SearchRecipe,
-    start: Plan,
+    starts: Sequence[Plan],
+    seed: int,
     file: Path,
-) -> Plan:
-    """Go downhill from `start` by measured slopes, for as long as that helps, at most `recipe.descent_rounds` times.
+) -> tuple[Plan, Sensitivity]:
+    """Go downhill from the best of `starts` for as long as that helps, at most `recipe.descent_rounds` times.
 
-    Each round measures slopes on a few score blocks of its own, and its step counts only if it helps on all the others:
-    a step found and judged on the same text fits that text. Goes on from the rounds in `file`.
+    Each round measures sensitivities on trial text of its own, and the plans that they propose are judged on the score
+    text. Ends after two rounds in a row without success. Goes on from the rounds in `file`.
+
+    Returns:
+        The best plan, and the sensitivities last measured.
     """
     space = database.space(dense.sites)
-    blocks_BT = corpus.blocks["score"]
-    window = len(corpus.tokens("score", recipe.score_tokens[0]))
+    text_BT = corpus.blocks["trial"]
+    window = min(len(corpus.tokens("trial", recipe.sensitivity_tokens)), len(text_BT))
+    judge = _Judge(dense, database, corpus.blocks["score"])
     rounds: list[dict[str, Any]] = read_json(file)["rounds"] if file.exists() else []
-    plans = len(neighbours(space, start)) + 1
+    start = starts[0]
+    if len(starts) > 1 and not rounds:
+        start = starts[judge.best(starts)[0]]
 
-    def kl_of(reference: DenseReference, plan: Plan) -> float:
-        cuts = database.cuts(dense.sites, plan.levels, dense.device)
-        return _finite(reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl)
-
-    with task("descent (plans)", plans * recipe.descent_rounds) as progress:
-        progress.advance(plans * len(rounds))
-        while len(rounds) < recipe.descent_rounds and (not rounds or rounds[-1]["improved"]):
+    with task("descent (blocks)", window * recipe.descent_rounds) as progress:
+        progress.advance(window * len(rounds))
+        while len(rounds) < recipe.descent_rounds and (len(rounds) < 2 or any(one["improved"] for one in rounds[-2:])):
             base = Plan(levels=tuple(rounds[-1]["levels"])) if rounds else start
-            rolled_BT = blocks_BT.roll(-window * len(rounds), dims=0)
-            others_BT = rolled_BT[window:] if len(rolled_BT) > window else rolled_BT
-            slopes_on = DenseReference(dense.model, rolled_BT[:window])
-            near = Neighbourhood(dense, slopes_on, lambda i, k: database.cut(dense.sites[i], k, dense.device), base)
-            scores = []
-            for plan in [base, *neighbours(space, base)]:
-                scores.append(_finite(near.kl(plan.levels)))
-                progress.advance()
-            found = steepest(space, budget, base, scores[0], scores[1:]) or base
-            judged_on = DenseReference(dense.model, others_BT)
-            before, after = kl_of(judged_on, base), kl_of(judged_on, found)
-            best = found if after < before else base
-            rounds.append({"before": before, "after": after, "improved": after < before, "levels": best.levels})
-            write_json(file, {"rounds": rounds})
-            log.info("descent: KL %.4f -> %.4f without training", before, after)
-    return Plan(levels=tuple(rounds[-1]["levels"]))
+            sensitivity = measure_sensitivity(
+                dense,
+                lambda index, level: database.cut(dense.sites[index], level, dense.device),
+                space,
+                base,
+                text_BT.roll(-window * len(rounds), dims=0)[:window],
+                seed=seed + len(rounds),
+                after_block=progress.advance,
+            )
+            plans = [base, *downhill(space, budget, base, sensitivity)]
+            best, scores = judge.best(plans)
+            rounds.append(
+                {
+                    "scores": scores,
+                    "improved": best > 0,
+                    "base": base.levels,
+                    "levels": plans[best].levels,
+                    "first": sensitivity.first,
+                    "second": sensitivity.second,
+                }
+            )
+            if dist.rank() == 0:
+                write_json(file, {"rounds": rounds})
+            log.info("descent: KL %.4f without training%s", scores[best], "" if best else ", no step helped")
+    last = rounds[-1]
+    return Plan(levels=tuple(last["levels"])), Sensitivity(last["first"], last["second"])
+
+
+class _Judge:
+    """Compares plans without training, as a race: one that cannot win any more is given up before all text is read."""
+
+    def __init__(self, dense: DenseModel, database: Database, blocks_BT: Tensor) -> None:
+        self._dense, self._database = dense, database
+        quarter = -(-len(blocks_BT) // 4)
+        heats = [blocks_BT[:quarter], blocks_BT[quarter : 2 * quarter], blocks_BT[2 * quarter :]]
+        self._heats = [DenseReference(dense.model, heat_BT) for heat_BT in heats if len(heat_BT)]
+
+    def best(self, plans: Sequence[Plan]) -> tuple[int, list[float]]:
+        """The number of the plan of least KL(dense || plan), and the KL of each on what it was judged on."""
+        running = list(range(len(plans)))
+        kls: list[list[float]] = [[] for _ in plans]
+        for heat in self._heats:
+            for number, found in zip(
+                running, _in_turns([plans[n] for n in running], partial(self._kls, heat)), strict=True
+            ):
+                kls[number] += found
+            leader = min(running, key=lambda number: sum(kls[number]))
+            running = [number for number in running if not _beaten(kls[number], kls[leader])]
+        best = min(running, key=lambda number: sum(kls[number]))
+        return best, [sum(found) / len(found) for found in kls]
+
+    def _kls(self, reference: DenseReference, plan: Plan) -> list[float]:
+        dense = self._dense
+        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
+        model = build_model(dense.config, dense.sites, dense.weights, cuts)
+        model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
+        found = reference.compare(model, head_VD=dense.model.lm_head.weight).kl_by_block
+        return [_finite(kl) for kl in found]
+
+
+def _beaten(kls: Sequence[float], leader: Sequence[float]) -> bool:
+    """Whether the mean difference on common blocks is more than three times its standard error."""
+    differences = [one - other for one, other in zip(kls, leader, strict=True)]
+    if len(differences) < 3:
+        return False
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return bool(mean > 3 * error)
+
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
+
+def _in_turns(items: Sequence[_Item], score: Callable[[_Item], _Found]) -> list[_Found]:
+    """`score` of all `items`: each rank takes every so-manyth of them, and all get to know all."""
+    mine = {number: score(items[number]) for number in range(dist.rank(), len(items), dist.world_size())}
+    everything: dict[int, _Found] = {}
+    for part in dist.gather(mine):
+        everything |= part
+    return [everything[number] for number in range(len(items))]
 
 
 def _finite(kl: float) -> float:
@@ -114,8 +199,11 @@ def search_plan(
     recipe: SearchRecipe,
     seed: int,
     folder: Path,
+    larger: Path | None = None,
 ) -> Plan:
     """Search until the recipe's generations are done, or go on from the state in `folder`.
+
+    `larger` is the folder of a finished search for another budget, whose last sensitivities propose plans for this one.
 
     Writes `descent.json` after every round of the descent, `state.json` after every step of the evolution,
     `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
@@ -127,23 +215,39 @@ def search_plan(
         log.info("search: going on at generation %d", search.generation)
     else:
         starts = starting_plans(space, budget)
+        costs = None
         if recipe.descent_rounds > 0:
-            starts.append(descend(dense, database, corpus, budget, recipe, starts[-1], folder / "descent.json"))
-        search = Evolution(space, budget, recipe, starts, seed)
+            file = folder / "descent.json"
+            begin = [starts[-1], *_from_other_budget(space, budget, larger)]
+            plan, sensitivity = descend(dense, database, corpus, budget, recipe, begin, seed, file)
+            starts.append(plan)
+            costs = sensitivity.costs()
+        search = Evolution(space, budget, recipe, starts, seed, costs)
     scorer: TrialScorer | None = None
     with task("search (generations)", recipe.generations + 1) as progress:
         progress.advance(search.generation, note=_best(search))
         while (request := search.ask()) is not None:
             scorer = scorer or TrialScorer(dense, database, corpus, recipe)
-            search.tell([scorer.score(plan, request.step) for plan in request.plans])
-            write_json(state_file, search.state())
+            search.tell(_in_turns(request.plans, partial(scorer.score, step=request.step, parent=search.parent)))
+            if dist.rank() == 0:
+                write_json(state_file, search.state())
             if search.generation > request.generation:
                 progress.advance(note=_best(search))
     log.info("search: %s", search.stop())
+    if dist.rank() > 0:
+        return search.parent
     lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in search.history]
     write_bytes(folder / "history.jsonl", "".join(lines).encode())
     write_json(folder / "best_plan.json", search.parent.to_dict(space))
     return search.parent
+
+
+def _from_other_budget(space: Space, budget: Budget, folder: Path | None) -> list[Plan]:
+    if folder is None:
+        return []
+    last = read_json(folder / "descent.json")["rounds"][-1]
+    sensitivity = Sensitivity(last["first"], last["second"])
+    return downhill(space, budget, Plan(levels=tuple(last["base"])), sensitivity, LONG_STEPS)
 
 
 def _best(search: Evolution) -> str:

@@ -1,0 +1,248 @@
+"""What the search finds, against other ways to spend the same time.
+
+    python benchmarks/search.py compare --data FOLDER --evaluation FILE --seeds 0 1 2
+    python benchmarks/search.py trial
+
+`compare`: for each seed one database; then plans of the same budget from uniform sizes, from weight magnitudes, from
+the database's output errors (knapsack), from our search, and, each for as long as ours took, from the paper's search
+(uniform start, exchanges within a kind of site, every candidate trained before it is scored) and from the same without
+training. All are judged on text that no method has seen, before and after the same recovery. `trial`: seconds for a
+candidate, ours against a deep copy of the dense model with zeros in it, trained and scored in bfloat16.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.cutting import build_model
+from darwinlm.adapters.loading import DenseModel, load_dense
+from darwinlm.data import Corpus, read_corpus
+from darwinlm.database.build import build_database
+from darwinlm.database.store import Database
+from darwinlm.demo import resolve
+from darwinlm.plan import Budget, Plan, Space, parameter_budget
+from darwinlm.recipe import RecoveryRecipe, SearchRecipe, load_recipe
+from darwinlm.recovery.stage import recover
+from darwinlm.scoring import DenseReference
+from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
+from darwinlm.search.evolution import Evolution
+from darwinlm.search.stage import TrialScorer, search_plan
+
+PAPER = SearchRecipe(
+    descent_rounds=0, generations=1000, offspring=8, max_flips=3, survivors=(4, 2, 1),
+    trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048), learning_rate=1e-5,
+)  # fmt: skip
+"""As in the published code, with tokens scaled to this model."""
+UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
+
+
+class PaperEvolution(Evolution):
+    """Exchanges within a kind of site: one site a level up, another a level down."""
+
+    def _exchange(self, levels: list[int]) -> bool:
+        sites = self._space.sites
+        for _ in range(100):
+            giver, taker = self._rng.sample(range(len(sites)), 2)
+            if sites[giver].kind != sites[taker].kind:
+                continue
+            if levels[giver] == len(sites[giver].units) - 1 or levels[taker] == 0:
+                continue
+            levels[giver] += 1
+            levels[taker] -= 1
+            if self._budget.holds(levels):
+                return True
+            levels[giver] -= 1
+            levels[taker] += 1
+        return False
+
+
+def evolve(search: Evolution, scorer: TrialScorer, seconds: float) -> Plan:
+    """The best plan when the time is up; a generation that has begun is finished only if it is in time."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end and (request := search.ask()) is not None:
+        search.tell([scorer.score(plan, request.step, search.parent) for plan in request.plans])
+    return search.parent
+
+
+def magnitude_plan(dense: DenseModel, database: Database, space: Space, budget: Budget) -> Plan | None:
+    """The plan that removes the least share of the squared output weights."""
+    lost: dict[str, list[float]] = {}
+    for site, levels in zip(dense.sites, space.sites, strict=True):
+        weight = dense.weights[f"{site.output}.weight"]
+        power = weight.square().sum(0).view(-1, site.columns_per_unit).sum(1)
+        kept = [torch.arange(len(power))]
+        kept += [torch.tensor(database.cut(site, k, dense.device).kept) for k in range(1, len(levels.units) - 1)]
+        lost[site.name] = [1 - (power[units].sum() / power.sum()).item() for units in kept] + [1.0]
+    return cheapest_plan(space, budget, lambda site, level: lost[site.name][level])
+
+
+def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tensor:
+    ids = dense.tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: tokens // length * length]
+    return torch.tensor(ids).view(-1, length)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for seed in arguments.seeds:
+        recipe = load_recipe(
+            "quick", {"model": "smollm2", "target": arguments.target, "data.source": arguments.data, "seed": seed}
+        )
+        dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
+        corpus = read_corpus(recipe.data, dense.tokenizer, seed)
+        judge = DenseReference(
+            dense.model, judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+            space = database.space(dense.sites)
+            budget = parameter_budget(float(arguments.target), space)
+            start = time.perf_counter()
+            ours = search_plan(dense, database, corpus, budget, recipe.search, seed, Path(folder) / "search")
+            seconds = time.perf_counter() - start
+            uniform = uniform_plan(space, budget)
+            assert uniform is not None
+            plans = {"uniform": uniform, "ours": ours}
+            plans["knapsack"] = error_plan(space, budget) or uniform
+            plans["magnitude"] = magnitude_plan(dense, database, space, budget) or uniform
+            for name, settings in (("paper's search", PAPER), ("evolution, no trials", UNTRAINED)):
+                if name in arguments.without:
+                    continue
+                search = PaperEvolution(space, budget, settings, [uniform], seed)
+                plans[name] = evolve(search, TrialScorer(dense, database, corpus, settings), seconds)
+                print(f"seed {seed}: {name}: {search.generation} generations", flush=True)
+            for name, plan in plans.items():
+                found = _row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)
+                rows.setdefault(name, []).append(found)
+                shown = ", ".join(f"{value:.4f}" for value in found)
+                print(f"seed {seed}: {name}: {space.parameters(plan.levels):,} parameters; {shown}", flush=True)
+        print(f"seed {seed}: every search {seconds:.0f} s", flush=True)
+    print("method: KL, perplexity" + (", after recovery: KL, perplexity" if arguments.recovery_tokens else ""))
+    for name, found in rows.items():
+        columns = list(zip(*found, strict=True))
+        shown = [
+            f"{statistics.mean(column):.3f} ± {statistics.stdev(column) if len(column) > 1 else 0:.3f}"
+            for column in columns
+        ]
+        print(f"{name}: {', '.join(shown)}")
+
+
+def _row(
+    dense: DenseModel, database: Database, corpus: Corpus, plan: Plan, judge: DenseReference, tokens: int, seed: int
+) -> tuple[float, ...]:
+    cuts = database.cuts(dense.sites, plan.levels, dense.device)
+    before = judge.compare(build_model(dense.config, dense.sites, dense.weights, cuts))
+    if not tokens:
+        return before.kl, before.perplexity
+    model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
+    with tempfile.TemporaryDirectory() as folder:
+        recover(model, corpus.blocks["trial"], RecoveryRecipe(tokens=tokens), seed=seed, folder=Path(folder))
+    after = judge.compare(model)
+    return before.kl, before.perplexity, after.kl, after.perplexity
+
+
+def time_trials(arguments: argparse.Namespace) -> None:
+    """Both ways on the same plan, tokens and settings, in turns."""
+    recipe = load_recipe("quick", {"model": "smollm2", "target": arguments.target})
+    dense = load_dense(resolve("smollm2"), "kv_group", torch.device(arguments.device))
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, dense.config.vocab_size, (4, 512), generator=generator)
+    corpus = Corpus({"calibration": blocks, "trial": blocks[:1], "score": blocks[1:2]})
+    settings = recipe.search.model_copy(update={"trial_tokens": (512,), "score_tokens": (512,), "survivors": (1,)})
+    with tempfile.TemporaryDirectory() as folder:
+        database = build_database(dense, blocks, recipe.database, Path(folder))
+        space = database.space(dense.sites)
+        plan = error_plan(space, parameter_budget(float(arguments.target), space))
+        assert plan is not None
+        scorer = TrialScorer(dense, database, corpus, settings)
+        half = copy.deepcopy(dense.model).to(torch.bfloat16)
+        with torch.no_grad():
+            expected = half(blocks[1:2].to(dense.device)).logits
+        seconds: dict[str, list[float]] = {"ours": [], "deep copy": []}
+        for repeat in range(arguments.repeats + 1):
+            start = time.perf_counter()
+            scorer.score(plan, 0, plan)
+            _wait(dense.device)
+            between = time.perf_counter()
+            _deep_copy_trial(half, dense, database, plan, blocks, expected, settings.learning_rate)
+            _wait(dense.device)
+            if repeat > 0:
+                seconds["ours"].append(between - start)
+                seconds["deep copy"].append(time.perf_counter() - between)
+    ours, other = (statistics.median(seconds[name]) for name in ("ours", "deep copy"))
+    print(f"a candidate (trial 512, score 512 tokens): ours {ours:.2f} s, deep copy {other:.2f} s: {other / ours:.2f}x")
+    if dense.device.type == "cuda":
+        print(f"peak device memory {torch.cuda.max_memory_allocated(dense.device) / 2**30:.2f} GiB")
+
+
+def _deep_copy_trial(
+    half: torch.nn.Module, dense: DenseModel, database: Database, plan: Plan, blocks: Tensor, expected: Tensor,
+    learning_rate: float,
+) -> float:  # fmt: skip
+    """The published way: the dense model copied, pruned columns set to zero, everything in bfloat16."""
+    model = copy.deepcopy(half).train().requires_grad_(True)
+    with torch.no_grad():
+        for site, level in zip(dense.sites, plan.levels, strict=True):
+            if level == 0:
+                continue
+            weight = model.get_submodule(site.output).weight
+            weight.zero_()
+            cut = database.cut(site, level, dense.device)
+            if cut.output_weight is not None:
+                columns = torch.tensor(cut.kept)[:, None] * site.columns_per_unit + torch.arange(site.columns_per_unit)
+                weight[:, columns.flatten()] = cut.output_weight.to(weight.dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    ids = blocks[:1].to(dense.device)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        logits = model(blocks[1:2].to(dense.device), use_cache=False).logits
+        p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    comparison = commands.add_parser("compare", help="plans of one budget from several methods")
+    comparison.add_argument("--data", required=True, help="text for calibration, trials and scores")
+    comparison.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
+    comparison.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
+    comparison.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    comparison.add_argument("--recovery-tokens", type=int, default=0)
+    comparison.add_argument("--without", nargs="*", default=[], help="methods to leave out, by name")
+    trial = commands.add_parser("trial", help="seconds for a candidate")
+    trial.add_argument("--repeats", type=int, default=5)
+    trial.add_argument("--device", default="cpu")
+    for command in (comparison, trial):
+        command.add_argument("--target", default="0.6", help="fraction of parameters")
+    arguments = parser.parse_args()
+    print(
+        json.dumps(
+            {
+                "threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+                "torch": torch.__version__,
+                **{key: value for key, value in vars(arguments).items() if key not in ("data", "evaluation")},
+            }
+        ),
+        flush=True,
+    )
+    {"compare": compare, "trial": time_trials}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What plans take of each resource that a budget can limit: parameters, FLOPs, KV cache, memory, measured latency."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from darwinlm import dist
+from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.families import Site
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.files import read_json, write_json
+from darwinlm.plan import Limit, SiteKind, Space, parameter_limit
+from darwinlm.progress import task
+from darwinlm.recipe import WorkloadRecipe
+from darwinlm.timing import time_request
+
+_TIMED_TOKENS = 16
+"""New tokens that are timed; each takes about as long as the next."""
+_REPEATS = 5
+
+
+def resource_limits(
+    dense: DenseModel, space: Space, names: Iterable[str], workload: WorkloadRecipe, latency_file: Path
+) -> dict[str, Limit]:
+    """What plans take of the resources `names`, their maxima not filled in.
+
+    Args:
+        dense: the model.
+        space: the levels of every site.
+        names: of `params`, `flops`, `kv_cache`, `memory`, `latency`.
+        workload: the request that FLOPs, memory and latency are counted for.
+        latency_file: holds the measured latencies, or will; needed for `latency` alone.
+    """
+    made = {
+        "params": lambda: parameter_limit(space),
+        "flops": lambda: _flops(dense, space, workload),
+        "kv_cache": lambda: _kv_cache(dense, space),
+        "memory": lambda: _memory(dense, space, workload),
+        "latency": lambda: _latency(dense, space, workload, latency_file),
+    }
+    return {name: made[name]() for name in names}
+
+
+def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
+    """Of one request: two a parameter and token, and the attention over what came before."""
+    tokens = workload.prompt_tokens + workload.new_tokens
+    config = dense.config
+
+    def attended(layer: int) -> int:
+        window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+        return sum(min(position + 1, window or tokens) for position in range(tokens))
+
+    by_layer = [attended(layer) for layer in range(config.num_hidden_layers)]
+    costs = []
+    for site, levels in zip(dense.sites, space.sites, strict=True):
+        # Queries by keys, and weights by values: 2 * 2 * head_dim for each pair of positions.
+        per_unit = 4 * config.head_dim * site.heads_per_unit * by_layer[site.layer]
+        costs.append(
+            tuple(
+                workload.batch_size * (2 * parameters * tokens + per_unit * units)
+                for parameters, units in zip(levels.parameters, levels.units, strict=True)
+            )
+        )
+    # Logits are needed for every new token alone.
+    head = 2 * config.vocab_size * config.hidden_size * max(1, workload.new_tokens) * workload.batch_size
+    return Limit(name="flops", unit="FLOPs", fixed=head, costs=tuple(costs), maximum=0)
+
+
+def _kv_cache(dense: DenseModel, space: Space) -> Limit:
+    costs = tuple(tuple(count * dense.dtype.itemsize for count in site.kv_elements) for site in space.sites)
+    return Limit(name="kv_cache", unit="bytes a token", fixed=0, costs=costs, maximum=0)
+
+
+def _memory(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
+    """Weights, and the KV cache of a whole request."""
+    size, tokens = dense.dtype.itemsize, workload.batch_size * (workload.prompt_tokens + workload.new_tokens)
+    costs = tuple(
+        tuple(size * (one + kv * tokens) for one, kv in zip(site.parameters, site.kv_elements, strict=True))
+        for site in space.sites
+    )
+    return Limit(name="memory", unit="bytes", fixed=size * space.fixed_parameters, costs=costs, maximum=0)
+
+
+def _latency(dense: DenseModel, space: Space, workload: WorkloadRecipe, file: Path) -> Limit:
+    if dist.rank() == 0 and not file.exists():
+        write_json(file, measure_latencies(dense, space, workload))
+    # The same numbers on every rank, whoever measured them.
+    table = dist.gather(read_json(file) if dist.rank() == 0 else {})[0]
+    costs = tuple(tuple(table[site.kind].get(str(units), 0) for units in site.units) for site in space.sites)
+    return Limit(name="latency", unit="ns", fixed=table["fixed"], costs=costs, maximum=0)
+
+
+def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> dict[str, Any]:
+    """Nanoseconds of one request by kind of site and units kept, and what is left without any site.
+
+    A stack of all layers with one kind of site at one size (the other kind removed) is timed, prompt and new tokens,
+    against the stack with neither; a single layer would stay in the cache and look faster than it is. All stacks are
+    timed in turns and the median counts, so that a slow moment of the machine hurts no size alone.
+
+    Returns:
+        `{"fixed": ns, "attention": {"3": ns, ...}, "mlp": {"1536": ns, ...}}`
+    """
+    weights = {name: tensor.to(dense.dtype) for name, tensor in dense.weights.items()}
+    kinds: tuple[SiteKind, ...] = ("attention", "mlp")
+    sizes = {kind: sorted({n for site in space.sites if site.kind == kind for n in site.units} - {0}) for kind in kinds}
+    stacks: dict[tuple[str, int], DarwinLMForCausalLM] = {("none", 0): _stack(dense, weights, {})}
+    for kind in kinds:
+        stacks |= {(kind, size): _stack(dense, weights, {kind: size}) for size in sizes[kind]}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in stacks}
+    timed = min(_TIMED_TOKENS, workload.new_tokens)
+    with task("latencies (timings)", len(stacks) * (_REPEATS + 1)) as progress:
+        for repeat in range(_REPEATS + 1):
+            for key, model in stacks.items():
+                prompt, new = time_request(
+                    model, batch_size=workload.batch_size, prompt_tokens=workload.prompt_tokens, new_tokens=timed
+                )
+                if repeat > 0:
+                    times[key].append(prompt + (new / timed * workload.new_tokens if timed else 0.0))
+                progress.advance()
+    seconds = {key: statistics.median(values) for key, values in times.items()}
+    fixed, layers = seconds["none", 0], dense.config.num_hidden_layers
+    table: dict[str, Any] = {"fixed": round(1e9 * fixed)}
+    for kind in kinds:
+        table[kind] = {str(size): max(0, round(1e9 * (seconds[kind, size] - fixed) / layers)) for size in sizes[kind]}
+    return table
+
+
+def _stack(dense: DenseModel, weights: Mapping[str, Tensor], units: Mapping[SiteKind, int]) -> DarwinLMForCausalLM:
+    cuts = {site.name: _first_units(site, weights, units.get(site.kind, 0)) for site in dense.sites}
+    return build_model(dense.config, dense.sites, weights, cuts)
+
+
+def _first_units(site: Site, weights: Mapping[str, Tensor], units: int) -> Cut:
+    units = min(units, site.num_units)
+    if units == 0:
+        return Cut((), None)
+    output = weights[f"{site.output}.weight"][:, : units * site.columns_per_unit]
+    return Cut(tuple(range(units)), output.contiguous())
