@@ -98,6 +98,38 @@ def test_the_search_found_the_best_of_what_it_scored(run):
     assert all(line["score"] == min(line["scores"]) for line in lines)
 
 
+def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoint, tmp_path):
+    _, settings = run
+    settings = {**settings, "search.generations": 1, "recovery.tokens": 0}
+    family = prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
+    rows = family.metrics["rows"]
+    assert [row["name"] for row in rows] == ["dense", "0.8", "0.6"]
+    for row in rows[1:]:
+        assert row["parameters"] <= float(row["name"]) * rows[0]["parameters"]
+        model = darwinlm.load(tmp_path / "family" / "sizes" / row["name"] / "model")
+        assert sum(parameter.numel() for parameter in model.parameters()) == row["parameters"]
+    stages = family.metrics["stages"]
+    assert {"database", "0.8: search", "0.6: search", "0.6: export"} <= set(stages)
+    before = files_of(tmp_path / "family")
+    prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
+    assert files_of(tmp_path / "family") == before
+
+
+def test_several_limits_hold_for_the_model_that_is_written(run, checkpoint, tmp_path):
+    _, settings = run
+    settings = {**settings, "recovery.tokens": 0, "workload.prompt_tokens": 8, "workload.new_tokens": 2}
+    target = "params=0.8,kv_cache=0.5,latency=0.99"
+    finished = prune(checkpoint("qwen3"), target=target, out=tmp_path / "run", settings=settings)
+    dense, found = (next(row for row in finished.metrics["rows"] if row["name"] == name) for name in ("dense", "found"))
+    assert found["parameters"] <= 0.8 * dense["parameters"]
+    assert found["kv_cache_bytes_per_token"] <= 0.5 * dense["kv_cache_bytes_per_token"]
+    limits = {limit["name"]: limit for limit in finished.metrics["limits"]}
+    assert limits["params"]["found"] == found["parameters"]
+    assert limits["kv_cache"]["found"] == found["kv_cache_bytes_per_token"]
+    assert limits["latency"]["found"] <= 0.99 * limits["latency"]["dense"]
+    assert set(limits["latency"]["measured"]) == {"dense", "found"}
+
+
 def test_the_same_command_again_does_nothing_and_another_is_refused(run, checkpoint):
     finished, settings = run
     before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}

@@ -9,7 +9,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from darwinlm.errors import UserError
-from darwinlm.recipe import Recipe, differences, load_recipe, make_recipe, parse_override, parse_size
+from darwinlm.recipe import (
+    Recipe,
+    differences,
+    load_recipe,
+    make_recipe,
+    parse_override,
+    parse_size,
+    parse_target,
+    split_targets,
+)
 
 GIVEN = {"model": "some/model", "target": 0.5}
 
@@ -38,7 +47,7 @@ def test_a_recipe_file_is_read_and_overridden_key_by_key(tmp_path):
 def test_a_complete_recipe_has_every_setting_in_its_yaml():
     written = yaml.safe_load(make_recipe(GIVEN).to_yaml())
     assert set(written) == set(Recipe.model_fields)
-    for name in ("data", "database", "search", "recovery", "evaluation"):
+    for name in ("data", "database", "search", "workload", "recovery", "evaluation"):
         assert set(written[name]) == set(type(getattr(make_recipe(GIVEN), name)).model_fields)
 
 
@@ -83,6 +92,29 @@ def test_what_is_no_size_is_refused_with_an_example_of_each_kind(text):
 )
 def test_a_recipe_keeps_a_count_as_it_was_written(target, kept):
     assert make_recipe({**GIVEN, "target": target}).target == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        (0.5, {"params": 0.5}),
+        ("2.7B", {"params": 2_700_000_000}),
+        ("params=2.7B, kv_cache=0.5", {"params": 2_700_000_000, "kv_cache": 0.5}),
+        ("latency=0.6,flops=1", {"latency": 0.6, "flops": 1.0}),
+        ("memory=8GB", {"memory": 8 * 10**9}),
+        ("memory=1.5GiB", {"memory": 3 * 2**29}),
+        ("memory=0.25", {"memory": 0.25}),
+    ],
+)
+def test_a_target_is_a_limit_for_each_resource(text, limits):
+    assert parse_target(text) == limits
+    assert parse_target(make_recipe({**GIVEN, "target": text}).target) == limits
+
+
+def test_sizes_with_commas_between_are_a_family():
+    assert split_targets("0.8, 0.6,100M") == ["0.8", "0.6", "100M"]
+    assert split_targets("params=0.5,kv_cache=0.5") == ["params=0.5,kv_cache=0.5"]
+    assert split_targets(0.5) == [0.5]
 
 
 def test_differences_name_the_setting_and_both_values():

@@ -53,7 +53,9 @@ def demo(
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A local folder, a Hub model id, or smollm2.")],
-    target: Annotated[str, typer.Option(help="Parameters to keep: a fraction (0.5) or a count (2.7B).")],
+    target: Annotated[
+        str, typer.Option(help="Parameters to keep (0.5 or 2.7B), limits (params=0.5,latency=0.6), or sizes (0.8,0.6).")
+    ],
     out: Annotated[Path, typer.Option(help="The run directory: new, or an earlier run to go on with.")],
     recipe: Annotated[str, typer.Option(help="A YAML file, or one of quick, paper, demo.")] = "quick",
     data: Annotated[

@@ -1,0 +1,145 @@
+"""The search with tensors: scores without trials, races, and that ranks change nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from safetensors.torch import save_file
+
+from darwinlm.adapters.cutting import build_model
+from darwinlm.adapters.loading import load_dense
+from darwinlm.data import Corpus
+from darwinlm.database.build import build_database
+from darwinlm.plan import Plan, parameter_budget
+from darwinlm.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.scoring import DenseReference
+from darwinlm.search import stage
+from darwinlm.search.allocation import error_plan, uniform_plan
+from darwinlm.search.stage import DIVERGED, TrialScorer, search_plan
+
+RECIPE = SearchRecipe(
+    descent_rounds=2,
+    sensitivity_tokens=72,
+    generations=2,
+    offspring=4,
+    survivors=(3, 2, 1),
+    trial_tokens=(0, 24, 48),
+    score_tokens=(48, 72, 96),
+    learning_rate=1e-3,
+)
+
+
+def text(seed):
+    return torch.randint(0, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+
+
+CORPUS = Corpus({"trial": text(1), "score": text(2)})
+
+
+@pytest.fixture(params=["mistral", "qwen2"])
+def scored(request, pruned):
+    dense, database = pruned(request.param, "query_head")
+    space = database.space(dense.sites)
+    return dense, database, space, parameter_budget(0.7, space)
+
+
+def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monkeypatch):
+    monkeypatch.setattr(stage, "fast_dtype", lambda device: torch.float32)
+    dense, database, space, budget = scored
+    scorer = TrialScorer(dense, database, CORPUS, RECIPE)
+    parent, plan = error_plan(space, budget), uniform_plan(space, budget)
+    for one in (parent, plan, Plan(levels=(0,) * len(space.sites))):
+        whole = build_model(
+            dense.config, dense.sites, dense.weights, database.cuts(dense.sites, one.levels, dense.device)
+        )
+        expected = DenseReference(dense.model, CORPUS.tokens("score", 48)).compare(whole).kl
+        assert scorer.score(one, 0, parent) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, monkeypatch, tmp_path):
+    dense, database, _, budget = scored
+    trained = []
+
+    def explode(model, *args, **kwargs):
+        trained.append(model)
+        if len(trained) % 3 == 0:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(torch.nan)
+
+    monkeypatch.setattr(stage, "train_briefly", explode)
+    plan = search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
+    assert budget.holds(plan.levels)
+    lines = (tmp_path / "history.jsonl").read_text()
+    assert str(DIVERGED) in lines or f"{DIVERGED:.1f}" in lines
+
+
+def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
+    dense, database, space, budget = scored
+    plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
+    hopeless = Plan(levels=tuple(len(site.units) - 1 for site in space.sites))
+    reference = DenseReference(dense.model, CORPUS.blocks["score"])
+
+    def whole(plan):
+        cuts = database.cuts(dense.sites, plan.levels, dense.device)
+        return reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl
+
+    best, found = stage._Judge(dense, database, CORPUS.blocks["score"]).best([hopeless, *plans])
+    kls = [whole(plan) for plan in [hopeless, *plans]]
+    assert kls[best] <= 1.02 * min(kls)
+    assert found[best] == pytest.approx(kls[best], rel=0.02)
+
+
+def test_the_paired_difference_decides_a_race():
+    assert stage._beaten([2.0, 3.1, 4.0, 2.6], [1.0, 2.0, 3.1, 1.5])
+    assert not stage._beaten([2.0, 3.0, 4.0, 2.6], [1.0, 4.0, 3.0, 3.5])
+    assert not stage._beaten([9.0, 9.0], [1.0, 1.0]), "two blocks say too little"
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from darwinlm import dist
+from darwinlm.adapters.loading import load_dense
+from darwinlm.data import Corpus
+from darwinlm.database.store import Database
+from darwinlm.plan import parameter_budget
+from darwinlm.recipe import SearchRecipe
+from darwinlm.search.stage import search_plan
+dist.start()
+root = Path(sys.argv[2])
+dense = load_dense(sys.argv[1], "kv_group", torch.device("cpu"))
+database = Database(root / "database")
+budget = parameter_budget(0.7, database.space(dense.sites))
+recipe = SearchRecipe.model_validate_json((root / "recipe.json").read_text())
+corpus = Corpus(load_file(root / "corpus.safetensors"))
+search_plan(dense, database, corpus, budget, recipe, 0, root / f"ranks{dist.world_size()}")
+dist.stop()
+"""
+
+
+def test_one_two_and_three_ranks_write_the_same_bytes(checkpoint, calibration, tmp_path):
+    folder = checkpoint("llama")
+    dense = load_dense(str(folder), "kv_group", torch.device("cpu"))
+    build_database(dense, calibration, DatabaseRecipe(levels=4), tmp_path / "database")
+    save_file(dict(CORPUS.blocks), tmp_path / "corpus.safetensors")
+    (tmp_path / "recipe.json").write_text(RECIPE.model_dump_json())
+    (tmp_path / "ranks.py").write_text(RANKS)
+    for ranks in (1, 2, 3):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+                *(str(tmp_path / "ranks.py"), str(folder), str(tmp_path)),
+            ],
+            env={**os.environ, "MASTER_ADDR": "localhost"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    files = ("descent.json", "state.json", "history.jsonl", "best_plan.json")
+    written = [[(tmp_path / f"ranks{ranks}" / file).read_bytes() for file in files] for ranks in (1, 2, 3)]
+    assert written[0] == written[1] == written[2]
