@@ -143,7 +143,8 @@ def _row(
         return before.kl, before.perplexity
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
-        recover(model, corpus.blocks["trial"], RecoveryRecipe(tokens=tokens), seed=seed, folder=Path(folder))
+        recipe = RecoveryRecipe(tokens=tokens)
+        recover(model, dense.model, corpus.blocks["trial"], recipe, seed=seed, folder=Path(folder))
     after = judge.compare(model)
     return before.kl, before.perplexity, after.kl, after.perplexity
 

@@ -30,15 +30,20 @@ def cut(request, pruned, tmp_path):
 
 def test_flops_are_those_that_pytorch_counts(cut):
     _, _, plan, model, limits = cut
+    model.config._attn_implementation = "eager"  # of the others PyTorch does not count all kernels
     ids = torch.zeros(WORKLOAD.batch_size, WORKLOAD.prompt_tokens, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, logits_to_keep=1)
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    attention = sum(count for name, count in counts.items() if "attention" in name)
+    attention = sum(count for name, count in counts.items() if "bmm" in name)
+    assert attention > 0
     # PyTorch counts all pairs of positions; a causal model needs those up to the diagonal.
     tokens = WORKLOAD.prompt_tokens
     expected = sum(counts.values()) - attention + attention * (tokens + 1) / (2 * tokens)
-    assert limits["flops"].cost(plan.levels) == pytest.approx(expected, rel=0.03)  # norms and biases are counted in
+    # Norms and biases count like other parameters.
+    vectors = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.ndim == 1)
+    expected += 2 * vectors * WORKLOAD.batch_size * tokens
+    assert limits["flops"].cost(plan.levels) == pytest.approx(expected, rel=1e-3)
 
 
 def test_parameters_cache_and_memory_are_those_of_the_cut_model(cut):

@@ -14,6 +14,7 @@ from darwinlm.recipe import SearchRecipe
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
 from darwinlm.search.descent import Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
+from darwinlm.search.forecast import spearman
 
 
 def space_of(sizes, fixed=100):
@@ -241,6 +242,42 @@ def test_only_a_lone_limit_must_be_used_up():
     assert [limit.minimum for limit in both.limits] == [0, 0]
     with pytest.raises(UserError, match=r"target kv_cache=0.001 is .* bytes a token"):
         two_limits({"kv_cache": 0.001})
+
+
+def test_relatives_keep_the_budget_and_leave_the_search_as_it_was():
+    one, budget = begin(seed=5)
+    other, _ = begin(seed=5)
+    found = one.relatives(8)
+    assert len(set(found)) == 8
+    assert all(budget.holds(plan.levels) for plan in found)
+    run(one)
+    run(other)
+    assert one.state() == other.state()
+
+
+@pytest.mark.parametrize(
+    ("ones", "others", "rho"),
+    [
+        ([1, 2, 3, 4, 5], [10, 20, 30, 40, 50], 1.0),
+        ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1], -1.0),
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),
+        # Ties share their mean rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+        ([0.1, 0.7, 0.7, 0.9], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),
+        ([3, 3, 3, 3], [1, 2, 3, 4], 0.0),
+    ],
+)
+def test_spearman_is_the_correlation_of_ranks(ones, others, rho):
+    found = spearman(ones, others)
+    assert found.rho == pytest.approx(rho)
+    assert -1 <= found.low <= found.rho + 1e-5 and found.rho - 1e-5 <= found.high <= 1
+
+
+def test_more_plans_make_the_interval_of_a_rank_correlation_narrower():
+    def width(count):
+        found = spearman(range(count), [x ^ 1 for x in range(count)])
+        return found.high - found.low
+
+    assert width(3) == 2 and width(6) > width(12) > width(40)
 
 
 def test_a_target_out_of_reach_is_refused_with_what_can_be_met():

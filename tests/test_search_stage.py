@@ -1,5 +1,6 @@
 """The search with tensors: scores without trials, races, and that ranks change nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, mon
     assert budget.holds(plan.levels)
     lines = (tmp_path / "history.jsonl").read_text()
     assert str(DIVERGED) in lines or f"{DIVERGED:.1f}" in lines
+
+
+def test_a_forecast_compares_every_step_with_the_long_training(scored, tmp_path):
+    dense, database, _, budget = scored
+    recipe = RECIPE.model_copy(update={"forecast_candidates": 5, "descent_rounds": 0})
+    found = search_plan(dense, database, CORPUS, budget, recipe, 0, tmp_path / "with")
+    without = search_plan(
+        dense, database, CORPUS, budget, RECIPE.model_copy(update={"descent_rounds": 0}), 0, tmp_path / "without"
+    )
+    assert found == without
+    forecast = json.loads((tmp_path / "with" / "forecast.json").read_text())
+    assert len(forecast["scores"]) == 5 and forecast["training_tokens"] == 8 * 24
+    assert [step["step"] for step in forecast["steps"]] == [0, 1, 2]
+    assert all(
+        -1 <= step["low"] <= step["rho"] + 1e-5 and step["rho"] <= step["high"] + 1e-5 for step in forecast["steps"]
+    )
 
 
 def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):

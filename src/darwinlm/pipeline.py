@@ -27,7 +27,8 @@ from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, w
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, load_recipe, parse_target, split_targets
-from darwinlm.recovery.stage import recover
+from darwinlm.recovery.refit import refit
+from darwinlm.recovery.stage import recover, remove_checkpoints
 from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
@@ -190,17 +191,21 @@ def _recovery_to_export(
     plan = Plan.from_dict(read_json(out / "search" / "best_plan.json"), space)
 
     weights_file = out / "recovery" / "weights.safetensors"
-    if recipe.recovery.tokens > 0 and not run.done(f"{size.prefix}recovery"):
+    if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
         with run.stage(f"{size.prefix}recovery"):
             model = _cut(dense, database, plan, trainable=True)
-            losses = recover(model, corpus.blocks["trial"], recipe.recovery, seed=recipe.seed, folder=out / "recovery")
+            text_BT, folder = corpus.blocks["trial"], out / "recovery"
+            if recipe.recovery.refit_tokens > 0:
+                refit(model, dense.model, corpus.tokens("trial", recipe.recovery.refit_tokens))
+            losses = recover(model, dense.model, text_BT, recipe.recovery, seed=recipe.seed, folder=folder)
             write_json(out / "recovery" / "losses.json", {"loss": losses})
             write_bytes(weights_file, save(_stored(model, dense.dtype)))
+            remove_checkpoints(folder)
 
     metrics_file = out / "report" / "metrics.json"
     if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and metrics_file.exists()):
         models = _models(dense, database, budget, plan)
-        if recipe.recovery.tokens > 0:
+        if recipe.recovery.wanted:
             models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
         last = models[next(reversed(models))]
         with run.stage(f"{size.prefix}evaluation"):

@@ -88,6 +88,8 @@ class SearchRecipe(_Section):
     learning_rate: float = Field(1e-4, gt=0, le=1)
     batch_size: int = Field(1, ge=1)
     """Blocks in one optimiser step of a trial."""
+    forecast_candidates: int = Field(0, ge=0)
+    """After the search, train so many plans on the whole trial split, and say how well each step's score ranks them."""
 
     @model_validator(mode="after")
     def _steps_agree(self) -> "SearchRecipe":
@@ -117,15 +119,26 @@ class WorkloadRecipe(_Section):
 
 
 class RecoveryRecipe(_Section):
-    """Training of the plan found (the paper's post-training)."""
+    """Refit and training of the plan found (the paper's post-training)."""
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be done."""
+        return self.tokens > 0 or self.refit_tokens > 0
+
+    refit_tokens: int = Field(32_768, ge=0)
+    """Before the training, output projections are solved once more on so many tokens of the trial split; 0: not."""
     tokens: int = Field(32_768, ge=0)
-    """Training tokens in all; 0 skips recovery. Beyond `data.trial_tokens` the text is read again."""
+    """Training tokens in all; 0: none. Beyond `data.trial_tokens` the text is read again."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     batch_size: int = Field(2, ge=1)
     """Blocks in one optimiser step."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, le=1)
+    distillation: float = Field(0.5, ge=0, le=1)
+    """The share of KL(dense || model) in the loss; the rest is next-token loss."""
+    checkpoint_steps: int = Field(100, ge=1)
+    """An interrupted recovery repeats at most so many optimiser steps."""
 
 
 class EvaluationRecipe(_Section):

@@ -10,7 +10,9 @@ from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space
 _MOST_CELLS = 1 << 21
 _FEW_CELLS = 1 << 14
 """Where many problems are solved one after another."""
-_PRICE_STEPS = 60
+_PRICE_STEPS = 48
+_FIRST_FACTOR, _SLOWER = 4.0, 0.9
+"""By what a price is multiplied or divided, and how this falls."""
 
 
 def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int], float]) -> Plan | None:
@@ -29,10 +31,11 @@ def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int]
     if not others:
         return _cheapest(table, first, budget, _MOST_CELLS)
     finite = np.concatenate([row[np.isfinite(row)] for row in table])
-    scale = max(float(np.ptp(finite)), 1e-12)
-    prices = np.zeros(len(others))
+    # What a site takes is about 1 / sites of a limit: at this price, limits count a thousandth of what costs differ by.
+    lowest = max(1e-3 * len(table) * float(np.ptp(finite)), 1e-12)
+    prices, factor = np.zeros(len(others)), _FIRST_FACTOR
     found: Plan | None = None
-    for step in range(_PRICE_STEPS):
+    for _ in range(_PRICE_STEPS):
         priced = [
             row + sum(
                 price * np.array(limit.costs[index]) / max(1, limit.maximum)
@@ -43,11 +46,13 @@ def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int]
         plan = _cheapest(priced, first, Budget(limits=(first,)), _FEW_CELLS)
         if plan is None:
             return found
-        over = np.array([limit.cost(plan.levels) / max(1, limit.maximum) - 1 for limit in others])
-        if (over <= 0).all() and (found is None or _total(table, plan) < _total(table, found)):
+        over = np.array([limit.cost(plan.levels) > limit.maximum for limit in others])
+        if not over.any() and (found is None or _total(table, plan) < _total(table, found)):
             found = plan
-        # Prices move less and less, down where there is room: the last plans are near the best price.
-        prices = np.maximum(0.0, prices + scale * len(table) * over / (1 + step) ** 0.5)
+        # Up where a limit is passed, down where it holds; in smaller and smaller steps once all of them hold.
+        prices = np.where(over, np.maximum(prices * factor, lowest), prices / factor)
+        if found is not None:
+            factor = 1 + _SLOWER * (factor - 1)
     return found
 
 

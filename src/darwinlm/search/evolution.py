@@ -141,6 +141,20 @@ class Evolution:
                 found.append(best)
         return found
 
+    def relatives(self, count: int) -> list[Plan]:
+        """`count` different plans from near the parent to far from it, drawn without `costs`; the search goes on as if
+        they had not been asked for.
+        """
+        before, found = self._rng.getstate(), dict[Plan, None]()
+        for number in range(_TRIES * count):
+            if len(found) == count:
+                break
+            levels = list(self.parent.levels)
+            if all(self._exchange(levels) for _ in range(1 + number % (2 * self._recipe.max_flips))):
+                found[Plan(levels=tuple(levels))] = None
+        self._rng.setstate(before)
+        return list(found)
+
     def _expected(self, plan: Plan) -> float:
         if self._costs is None:
             return 0.0

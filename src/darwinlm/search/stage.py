@@ -24,6 +24,7 @@ from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import error_plan, uniform_plan
 from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
+from darwinlm.search.forecast import spearman
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.training import train_briefly
@@ -52,6 +53,11 @@ class TrialScorer:
             if self._near is None or self._near[0] != parent:
                 self._near = parent, Neighbourhood(dense, self._reference, self._cut, parent, dtype)
             return _finite(self._near[1].kl(plan.levels, score_tokens))
+        return self.score_after(plan, trial_tokens, score_tokens)
+
+    def score_after(self, plan: Plan, trial_tokens: int, score_tokens: int) -> float:
+        """The plan's KL in nats on `score_tokens` after a trial of `trial_tokens`, or `DIVERGED`."""
+        recipe, dense = self._recipe, self._dense
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
         model = build_model(dense.config, dense.sites, self._weights, cuts, trainable=True)
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
@@ -234,12 +240,44 @@ def search_plan(
             if search.generation > request.generation:
                 progress.advance(note=_best(search))
     log.info("search: %s", search.stop())
+    if recipe.forecast_candidates > 0:
+        scorer = scorer or TrialScorer(dense, database, corpus, recipe)
+        _forecast(search, scorer, corpus, recipe, folder / "forecast.json")
     if dist.rank() > 0:
         return search.parent
     lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in search.history]
     write_bytes(folder / "history.jsonl", "".join(lines).encode())
     write_json(folder / "best_plan.json", search.parent.to_dict(space))
     return search.parent
+
+
+def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: SearchRecipe, file: Path) -> None:
+    """Say how alike each step's score and a much longer training rank plans around the one found."""
+    plans = search.relatives(recipe.forecast_candidates)
+    long = corpus.blocks["trial"].numel()
+    with task("forecast (plans)", (len(recipe.survivors) + 1) * len(plans)) as progress:
+
+        def scores(score: Callable[[Plan], float]) -> list[float]:
+            found = _in_turns(plans, score)
+            progress.advance(len(plans))
+            return found
+
+        last = scores(partial(scorer.score_after, trial_tokens=long, score_tokens=max(recipe.score_tokens)))
+        steps = [
+            scores(partial(scorer.score, step=step, parent=search.parent)) for step in range(len(recipe.survivors))
+        ]
+    found = []
+    for step, early in enumerate(steps):
+        alike = spearman(early, last)
+        found.append({"step": step, "scores": early, "rho": alike.rho, "low": alike.low, "high": alike.high})
+        log.info(
+            "forecast: step %d (%d trial, %d score tokens) ranks %d plans as %d training tokens do with a Spearman "
+            "correlation of %.2f (%.2f to %.2f)",
+            *(step + 1, recipe.trial_tokens[step], recipe.score_tokens[step], len(plans), long),
+            *(alike.rho, alike.low, alike.high),
+        )
+    if dist.rank() == 0:
+        write_json(file, {"training_tokens": long, "scores": last, "steps": found})
 
 
 def _from_other_budget(space: Space, budget: Budget, folder: Path | None) -> list[Plan]:
