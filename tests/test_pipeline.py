@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm.pipeline import prune
+from darwinlm.pipeline import prune, recover_again
 
 SETTINGS = {
     "data.sequence_length": 16,
@@ -138,6 +140,46 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(run, checkpo
     with pytest.raises(darwinlm.UserError, match=r"another recipe \(search.offspring: 3 -> 4\)"):
         prune(checkpoint("qwen3"), target=TARGET, out=finished.path, settings={**settings, "search.offspring": 4})
     assert before == {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}
+
+
+def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(run, tmp_path):
+    finished, _ = run
+    out = tmp_path / "run"
+    shutil.copytree(finished.path, out)
+    again = recover_again(out, {"recovery.tokens": "0.128K", "recovery.lora_rank": 2})
+    losses = json.loads((out / "recovery" / "losses.json").read_text())
+    assert (len(losses["loss"]), losses["evaluations"][-1]["step"]) == (4, 4)
+    assert again.metrics["rows"][:3] != finished.metrics["rows"][:3]  # speeds, measured again
+    assert [row["kl"] for row in again.metrics["rows"][:3]] == [row["kl"] for row in finished.metrics["rows"][:3]]
+    assert again.metrics["rows"][3]["kl"] != finished.metrics["rows"][3]["kl"]
+    before, after = files_of(finished.path), files_of(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"recovery/losses.json", "recovery/weights.safetensors", "model/model.safetensors"}
+    assert "tokens: 128" in (out / "recipe.yaml").read_text()
+    assert recover_again(out).metrics == again.metrics
+    with pytest.raises(darwinlm.UserError, match=r"recover cannot change search.offspring: 3 -> 4; name a new run"):
+        recover_again(out, {"search.offspring": 4})
+    with pytest.raises(darwinlm.UserError, match="is not a DarwinLM run"):
+        recover_again(tmp_path)
+    assert files_of(out) == after
+
+
+def test_two_ranks_that_shard_the_training_write_a_model_that_transformers_loads(run, checkpoint, tmp_path):
+    finished, settings = run
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
+    command += ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
+    for key, value in {**settings, "recovery.sharding": "fsdp"}.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
+    plans = [json.loads((path / "model" / "plan.json").read_text()) for path in (tmp_path / "run", finished.path)]
+    assert plans[0] == plans[1]
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        here, there = model(tokens).logits, finished.load()(tokens).logits
+    # The two trained in bfloat16, where the hardware is fast in it, and added up in another order.
+    assert (here - there).abs().max() < 0.02 * there.abs().max()
 
 
 class Crash(BaseException):

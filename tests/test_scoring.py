@@ -1,21 +1,15 @@
-"""Scores, trials, recovery and measurements, each against the plain way to get the same number."""
+"""Scores, trials and measurements, each against the plain way to get the same number."""
 
 import math
 
 import pytest
 import torch
 from conftest import VOCABULARY
-from transformers import TrainerCallback
 
 from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
 from darwinlm.plan import Plan
-from darwinlm.recipe import EvaluationRecipe, RecoveryRecipe
-from darwinlm.recovery import objective, stage
-from darwinlm.recovery.objective import Objective
-from darwinlm.recovery.refit import refit
-from darwinlm.recovery.stage import recover, remove_checkpoints, steps_for
+from darwinlm.recipe import EvaluationRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
 from darwinlm.search.neighbourhood import Neighbourhood
@@ -161,130 +155,6 @@ def test_a_trial_that_diverges_says_so(pruned):
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.inf)
     assert train_briefly(model, BLOCKS, learning_rate=1e-3, batch_size=2) == math.inf
-
-
-def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_path):
-    dense, database = pruned("mistral", "kv_group")
-    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2)
-
-    def once(seed):
-        model = halved(dense, database, trainable=True)
-        losses = recover(model, dense.model, BLOCKS, recipe, seed=seed, folder=tmp_path)
-        remove_checkpoints(tmp_path)
-        return losses, model
-
-    (losses, model), (again, _), (other, _) = once(0), once(0), once(1)
-    assert len(losses) == steps_for(recipe, 24) == 12
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert losses == again != other
-    assert not model.training
-
-
-def test_a_refit_is_ridge_regression_from_what_the_model_computes_to_what_the_stream_lacks(pruned):
-    dense, database = pruned("llama", "kv_group")
-    weights = {name: tensor.clone() for name, tensor in dense.weights.items()}
-    before, model = halved(dense, database), halved(dense, database)
-    refit(model, dense.model, BLOCKS)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in dense.weights.items())
-
-    def streams(one):
-        """Inputs of the first layer's output projections, and the stream after attention and after the layer."""
-        seen, layer = {}, one.model.layers[0]
-        hooks = [
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs[0])),
-            layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.update(mlp=inputs[0])),
-            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: seen.update(middle=inputs[0])),
-            layer.register_forward_hook(lambda _, __, output: seen.update(end=output)),
-        ]
-        one(BLOCKS.long())
-        for hook in hooks:
-            hook.remove()
-        return {name: tensor.detach().flatten(0, 1).double() for name, tensor in seen.items()}
-
-    wanted, old, new = streams(dense.model), streams(before), streams(model)
-    middle = wanted["middle"] - old["middle"]
-    for kind, module, lacking in [
-        ("attention", "self_attn.o_proj", middle),
-        ("mlp", "mlp.down_proj", wanted["end"] - (new["end"] - new_output(model, before, new["mlp"]))),
-    ]:
-        x = old[kind] if kind == "attention" else new[kind]
-        gram = x.T @ x
-        ridge = 0.3 * gram.diagonal().mean()
-        stacked = torch.cat([x, ridge.sqrt() * torch.eye(len(gram), dtype=torch.double)])
-        target = torch.cat([lacking, torch.zeros(len(gram), lacking.shape[1], dtype=torch.double)])
-        change = torch.linalg.lstsq(stacked, target).solution.T
-        layers = [one.model.layers[0].get_submodule(module).weight.double() for one in (model, before)]
-        assert torch.allclose(layers[0] - layers[1], change, atol=1e-4 * layers[1].abs().max().item())
-
-
-def new_output(model, before, x):
-    """What the correction of the first MLP adds to the stream."""
-    weights = [one.model.layers[0].mlp.down_proj.weight.double() for one in (model, before)]
-    return x @ (weights[0] - weights[1]).T
-
-
-def test_a_refit_of_the_dense_model_changes_nothing(pruned):
-    dense, _ = pruned("qwen3", "query_head")
-    model = build_model(dense.config, dense.sites, dense.weights, {})
-    refit(model, dense.model, BLOCKS)
-    for one, other in zip(model.parameters(), dense.model.parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, monkeypatch):
-    monkeypatch.setattr(objective, "_CHUNK_TOKENS", 40)
-    dense, database = pruned("qwen2", "kv_group")
-    ids = BLOCKS.long()
-    labels = ids.clone()
-    labels[:, :5] = -100
-    model, again = (halved(dense, database, trainable=True) for _ in range(2))
-    Objective(model, dense.model, share)(ids, labels)["loss"].backward()
-    log_q = again(ids).logits.log_softmax(-1)
-    log_p = dense.model(ids).logits.log_softmax(-1).detach()
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    next_token = torch.nn.functional.cross_entropy(log_q[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    ((1 - share) * next_token + share * kl).backward()
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("stop_at", [1, 5, 11])
-def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_path, monkeypatch, stop_at):
-    dense, database = pruned("llama", "kv_group")
-    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, checkpoint_steps=2)
-    whole = halved(dense, database, trainable=True)
-    losses = recover(whole, dense.model, BLOCKS, recipe, seed=0, folder=tmp_path / "whole")
-
-    class Killed(BaseException):
-        pass
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == stop_at:
-                raise Killed
-
-    broken = halved(dense, database, trainable=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "_Advance", lambda progress: Kill())
-        with pytest.raises(Killed):
-            recover(broken, dense.model, BLOCKS, recipe, seed=0, folder=tmp_path / "broken")
-    kept = sorted(path.name for path in (tmp_path / "broken").glob("*"))
-    assert kept == ([f"checkpoint-{(stop_at - 1) // 2 * 2}"] if stop_at > 2 else [])
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    resumed = halved(dense, database, trainable=True)
-    assert recover(resumed, dense.model, BLOCKS, recipe, seed=0, folder=tmp_path / "broken") == losses
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):
-    dense, database = pruned("mistral", "kv_group")
-    model = halved(dense, database, trainable=True)
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.inf)
-    with pytest.raises(UserError, match=r"recovery diverged at learning rate 0\.001; lower recovery\.learning_rate"):
-        recover(model, dense.model, BLOCKS, RecoveryRecipe(tokens=48, learning_rate=1e-3), seed=0, folder=tmp_path)
 
 
 def test_sizes_and_speeds_are_of_the_model_itself(pruned):

@@ -4,11 +4,14 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from darwinlm.errors import UserError
+
+if TYPE_CHECKING:
+    from darwinlm.pipeline import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -72,6 +75,21 @@ def prune(
     _run(recipe, overrides | _overrides(settings), out, quiet)
 
 
+@app.command()
+def recover(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    settings: Setting = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the model that RUN has found once more, with other settings (--set recovery.tokens=1B), or go on."""
+    overrides = _overrides(settings)
+    _start(quiet)
+
+    from darwinlm.pipeline import recover_again
+
+    _finish(recover_again(run, overrides))
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     sys.exit(_exit_code(sys.argv[1:]))
@@ -100,7 +118,15 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     from darwinlm.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides)
+    _start(quiet)
 
+    from darwinlm.pipeline import run_recipe
+
+    _finish(run_recipe(checked, out))
+
+
+def _start(quiet: bool) -> None:
+    """What comes before long work."""
     from darwinlm import dist
     from darwinlm.progress import set_up
 
@@ -108,12 +134,14 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     set_up(quiet=quiet, silent=dist.rank() > 0)
     _silence_libraries()
 
+
+def _finish(run: "Run") -> None:
+    """Leave the other ranks, and show what came of it."""
     from rich.console import Console
 
-    from darwinlm.pipeline import run_recipe
+    from darwinlm import dist
     from darwinlm.report.summary import show
 
-    run = run_recipe(checked, out)
     main_rank = dist.rank() == 0
     dist.stop()
     if not main_rank:

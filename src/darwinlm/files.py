@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,26 @@ class RunDirectory:
         if not (path / "recipe.yaml").exists():
             write_bytes(path / "recipe.yaml", recipe.to_yaml().encode())
         return cls(path, manifest)
+
+    @classmethod
+    def recipe_of(cls, path: Path) -> Recipe:
+        """The recipe of the run in `path`. Raises UserError if there is no run, or none that this version reads."""
+        manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
+        if not isinstance(manifest.get("recipe"), dict):
+            raise UserError(f"{path} is not a DarwinLM run (there is no manifest.json with a recipe in it)")
+        recipe = make_recipe(manifest["recipe"])
+        cls.check(path, recipe)
+        return recipe
+
+    @staticmethod
+    def change_recipe(path: Path, recipe: Recipe, stages: Collection[str]) -> None:
+        """Give the run in `path` another recipe, with all `stages` (of each size) to be done anew."""
+        manifest = read_json(path / "manifest.json")
+        kept = {name: facts for name, facts in manifest["stages"].items() if name.split(": ")[-1] not in stages}
+        manifest |= {"recipe": recipe.model_dump(mode="json"), "stages": kept}
+        # Written again by `open`; a run that stops in between has none rather than a wrong one.
+        (path / "recipe.yaml").unlink(missing_ok=True)
+        write_json(path / "manifest.json", manifest)
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has ended well."""

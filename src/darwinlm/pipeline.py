@@ -26,9 +26,10 @@ from darwinlm.export.hf import export_hf, load
 from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe, load_recipe, parse_target, split_targets
+from darwinlm.recipe import Recipe, change_recipe, differences, load_recipe, parse_target, split_targets
+from darwinlm.recovery.checkpoints import remove_checkpoints
 from darwinlm.recovery.refit import refit
-from darwinlm.recovery.stage import recover, remove_checkpoints
+from darwinlm.recovery.stage import recover
 from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
@@ -77,10 +78,37 @@ def prune(
     return run_recipe(load_recipe(recipe, overrides), Path(out))
 
 
+def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) -> Run:
+    """Train the plans that a run has found, with other settings of `recovery` than before; go on if nothing changes.
+
+    Args:
+        run: the run directory.
+        settings: changes to the run's recipe, `{"recovery.tokens": "1B"}`; nothing but `recovery` can change.
+
+    Raises:
+        UserError: with one line that says what is wrong and what to do.
+    """
+    dist.start()
+    out = Path(run)
+    before = RunDirectory.recipe_of(out)
+    after = change_recipe(before, dict(settings or {}))
+    changed = differences(before, after)
+    others = [line for line in changed if not line.startswith("recovery.")]
+    if others:
+        raise UserError(f"{out}: recover cannot change {'; '.join(others)}; name a new run with `darwinlm prune`")
+    dist.barrier()
+    if changed and dist.rank() == 0:
+        for folder in (out / "recovery", *out.glob("sizes/*/recovery")):
+            _forget_recovery(folder)
+        RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export"))
+    dist.barrier()
+    return run_recipe(after, out)
+
+
 def run_recipe(recipe: Recipe, out: Path) -> Run:
     """Run every stage of `recipe` that is not done yet in the run directory `out`. Raises UserError.
 
-    Under torchrun all ranks build the database and search together; the other stages are rank 0's, and the others wait.
+    Under torchrun all ranks build the database, search and train together; the other stages are rank 0's.
     """
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
@@ -111,10 +139,15 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         if not run.done(f"{size.prefix}search"):
             with run.stage(f"{size.prefix}search"):
                 search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, search_folder, larger)
+                dist.barrier()
         larger = search_folder if recipe.search.descent_rounds > 0 else None
+        plan = Plan.from_dict(read_json(search_folder / "best_plan.json"), space)
+        if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
+            with run.stage(f"{size.prefix}recovery"):
+                _recover(recipe, dense, corpus, database, plan, size.folder / "recovery")
         with dist.main_first():
             if dist.rank() == 0:
-                _recovery_to_export(recipe, dense, corpus, database, budget, run, size)
+                _evaluate_and_export(recipe, dense, corpus, database, budget, plan, run, size)
     if len(sizes) > 1 and dist.rank() == 0:
         write_json(out / "report" / "metrics.json", _family_metrics(sizes, run))
     dist.barrier()
@@ -177,36 +210,50 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, 
     return run, load_corpus(corpus_file)
 
 
-def _recovery_to_export(
+def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Database, plan: Plan, folder: Path) -> None:
+    """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`."""
+    model = _cut(dense, database, plan, trainable=True)
+    if recipe.recovery.refit_tokens > 0:
+        refitted = folder / "refit.safetensors"
+        with dist.main_first():
+            if dist.rank() == 0 and not refitted.exists():
+                refit(model, dense.model, corpus.tokens("trial", recipe.recovery.refit_tokens))
+                write_bytes(refitted, save(_stored(model, torch.float32)))
+        model = copy_trained(model, read_tensors(refitted)).requires_grad_(True)
+    text_BT, validation_BT = corpus.blocks["trial"], corpus.blocks["score"]
+    model, done = recover(model, dense.model, text_BT, validation_BT, recipe.recovery, seed=recipe.seed, folder=folder)
+    if dist.rank() == 0:
+        history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
+        write_json(folder / "losses.json", history)
+        write_bytes(folder / "weights.safetensors", save(_stored(model, dense.dtype)))
+        _forget_recovery(folder)
+    dist.barrier()
+
+
+def _forget_recovery(folder: Path) -> None:
+    """Remove what lets an interrupted recovery go on."""
+    remove_checkpoints(folder)
+    (folder / "refit.safetensors").unlink(missing_ok=True)
+
+
+def _evaluate_and_export(
     recipe: Recipe,
     dense: DenseModel,
     corpus: Corpus,
     database: Database,
     budget: Budget,
+    plan: Plan,
     run: RunDirectory,
     size: _Size,
 ) -> None:
     out = size.folder
     space = database.space(dense.sites)
-    plan = Plan.from_dict(read_json(out / "search" / "best_plan.json"), space)
-
-    weights_file = out / "recovery" / "weights.safetensors"
-    if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
-        with run.stage(f"{size.prefix}recovery"):
-            model = _cut(dense, database, plan, trainable=True)
-            text_BT, folder = corpus.blocks["trial"], out / "recovery"
-            if recipe.recovery.refit_tokens > 0:
-                refit(model, dense.model, corpus.tokens("trial", recipe.recovery.refit_tokens))
-            losses = recover(model, dense.model, text_BT, recipe.recovery, seed=recipe.seed, folder=folder)
-            write_json(out / "recovery" / "losses.json", {"loss": losses})
-            write_bytes(weights_file, save(_stored(model, dense.dtype)))
-            remove_checkpoints(folder)
-
     metrics_file = out / "report" / "metrics.json"
     if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and metrics_file.exists()):
         models = _models(dense, database, budget, plan)
         if recipe.recovery.wanted:
-            models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
+            weights = read_tensors(out / "recovery" / "weights.safetensors")
+            models["recovered"] = copy_trained(models["found"], weights)
         last = models[next(reversed(models))]
         with run.stage(f"{size.prefix}evaluation"):
             rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)

@@ -6,10 +6,18 @@ import reprlib
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from darwinlm.errors import UserError
@@ -17,6 +25,16 @@ from darwinlm.errors import UserError
 RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
 Offload = Literal["auto", "device", "cpu", "disk"]
+
+
+def _count(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMBT]\s*", value, re.IGNORECASE):
+        return parse_size(value)
+    return value
+
+
+Tokens = Annotated[int, BeforeValidator(_count)]
+"""A number of tokens, which may be written `10B` or `32K`."""
 
 
 class _Section(BaseModel):
@@ -40,11 +58,11 @@ class DataRecipe(_Section):
     """The key (JSONL) or column (Parquet, Hub) that holds a document."""
     sequence_length: int = Field(512, ge=8, le=131_072)
     """Tokens in a block."""
-    calibration_tokens: int = Field(16_384, ge=1)
-    trial_tokens: int = Field(32_768, ge=1)
+    calibration_tokens: Tokens = Field(16_384, ge=1)
+    trial_tokens: Tokens = Field(32_768, ge=1)
     """Training text: trials read its beginning, recovery all of it."""
-    score_tokens: int = Field(8_192, ge=1)
-    held_out_tokens: int = Field(16_384, ge=1)
+    score_tokens: Tokens = Field(8_192, ge=1)
+    held_out_tokens: Tokens = Field(16_384, ge=1)
 
     def blocks(self, tokens: int) -> int:
         """How many whole blocks hold `tokens` tokens."""
@@ -73,7 +91,7 @@ class SearchRecipe(_Section):
 
     descent_rounds: int = Field(4, ge=0)
     """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
-    sensitivity_tokens: int = Field(8_192, ge=1)
+    sensitivity_tokens: Tokens = Field(8_192, ge=1)
     """Tokens of the trial split on which a step's sensitivities are measured; the score split judges the step."""
     generations: int = Field(4, ge=0)
     offspring: int = Field(6, ge=1)
@@ -126,19 +144,38 @@ class RecoveryRecipe(_Section):
         """Whether anything is to be done."""
         return self.tokens > 0 or self.refit_tokens > 0
 
-    refit_tokens: int = Field(32_768, ge=0)
+    refit_tokens: Tokens = Field(32_768, ge=0)
     """Before the training, output projections are solved once more on so many tokens of the trial split; 0: not."""
-    tokens: int = Field(32_768, ge=0)
+    tokens: Tokens = Field(32_768, ge=0)
     """Training tokens in all; 0: none. Beyond `data.trial_tokens` the text is read again."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
-    batch_size: int = Field(2, ge=1)
-    """Blocks in one optimiser step."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Of the learning rate after the warm-up; `wsd`: constant, and in the last fifth of the steps down to zero."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    batch_size: int = Field(2, ge=1)
+    """Blocks in one optimiser step, on all devices together."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Blocks that a device computes at a time, gradients adding up; by default all of its share."""
+    activations: Literal["keep", "recompute"] = "keep"
+    """`recompute`: each layer's are computed again for its gradient; a third more time, a fraction of the memory."""
     weight_decay: float = Field(0.0, ge=0, le=1)
+    lora_rank: int = Field(0, ge=0)
+    """Train low-rank updates of this rank, merged at the end; 0: train the weights themselves."""
     distillation: float = Field(0.5, ge=0, le=1)
     """The share of KL(dense || model) in the loss; the rest is next-token loss."""
+    temperature: float = Field(1.0, gt=0, le=100)
+    """Of distillation."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the dense model in distillation; `auto`: bfloat16 where the hardware is faster with it."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """With several processes: each holds the whole model, or (FSDP2) a part of weights, gradients and optimiser."""
+    evaluations: int = Field(2, ge=0)
+    """How often the loss is measured on the score split, evenly spread, besides before the first step; the weights that
+    did best are the result."""
     checkpoint_steps: int = Field(100, ge=1)
     """An interrupted recovery repeats at most so many optimiser steps."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where losses are sent besides the run directory."""
 
 
 class EvaluationRecipe(_Section):
@@ -276,7 +313,15 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
     Raises:
         UserError: naming the key, what is allowed, and for an unknown key the nearest known one.
     """
-    settings = _read(recipe)
+    return _changed(_read(recipe), overrides)
+
+
+def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """`recipe` with other settings ({"recovery.tokens": "1B"}). Raises UserError."""
+    return _changed(recipe.model_dump(mode="json"), overrides)
+
+
+def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
     for key, value in overrides.items():
         section = settings
         *parents, leaf = key.split(".")

@@ -130,11 +130,13 @@ def build_layer(
     return module.requires_grad_(False).eval()
 
 
-def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:
-    """A model of the sizes of `model` with other `tensors`, float32, on its device; a tied head is not in them."""
+def copy_trained(
+    model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> DarwinLMForCausalLM:
+    """A model of the sizes of `model` with other `tensors`, on its device; a tied head need not be in them."""
     return _assemble(
         copy.deepcopy(cast(DarwinLMConfig, model.config)),
-        {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()},
+        {name: tensor.to(model.device, dtype) for name, tensor in tensors.items()},
         trainable=False,
     )
 

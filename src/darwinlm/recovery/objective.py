@@ -3,6 +3,8 @@
 Dimension letters: B blocks, T tokens, N tokens of a chunk, D hidden size, V vocabulary.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,47 +17,79 @@ _CHUNK_TOKENS = 1024
 class Objective(nn.Module):
     """A model with its loss; logits exist for a chunk of tokens at a time, and are computed again for the gradient."""
 
-    def __init__(self, model: DarwinLMForCausalLM, teacher: DarwinLMForCausalLM | None, share: float) -> None:
+    accepts_loss_kwargs = True
+    """The Trainer hands over how many predictions an optimiser step has in all, on all ranks."""
+
+    def __init__(
+        self, model: DarwinLMForCausalLM, teacher: DarwinLMForCausalLM | None, share: float, temperature: float = 1.0
+    ) -> None:
         """Wrap `model`.
 
         Args:
             model: trained.
             teacher: the dense model; needed where `share` is above 0.
             share: of KL(teacher || model) in the loss; the rest is next-token loss.
+            temperature: that both models' logits are divided by in KL, which is multiplied by its square.
         """
         super().__init__()
         self.model = model
         self._share = share
+        self._temperature = temperature
         # In a tuple: its weights are not this module's.
         self._teacher = (teacher,)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`loss` (nats a token) of the blocks `input_ids`, B * T; label -100 is left out of the next-token loss."""
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher."""
+        return self._teacher[0] is not None
+
+    def mix(self, next_token: Any, kl: Any) -> Any:
+        """The loss of its two parts."""
+        return (1 - self._share) * next_token + self._share * kl
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> dict[str, Tensor]:
+        """`loss` in nats a prediction, and the `sums` it is made of: next-token loss, KL, predictions.
+
+        Args:
+            input_ids: B * T.
+            labels: B * T; where the label is -100, the prediction of this token counts in neither part.
+            num_items_in_batch: what `loss` divides the sums by, if these blocks are a part of a larger batch.
+        """
         hidden_ND = self.model.model(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         # A block's last position has no next token.
         targets_N = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         (teacher,) = self._teacher
         taught_ND = hidden_ND
-        if teacher is not None and self._share > 0:
+        if teacher is not None:
             with torch.no_grad():
                 taught_ND = teacher.model(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         sums = torch.zeros(2, device=hidden_ND.device)
         for rows in torch.arange(len(hidden_ND), device=hidden_ND.device).split(_CHUNK_TOKENS):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            sums = sums + checkpoint(
-                self._sums, hidden_ND[part], taught_ND[part].detach(), targets_N[part], use_reentrant=False
+            # Traced even without gradients, FSDP needs the head's weights whole: this runs inside the root's forward.
+            sums = sums + cast(
+                Tensor,
+                checkpoint(self._sums, hidden_ND[part], taught_ND[part].detach(), targets_N[part], use_reentrant=False),
             )
-        next_token = sums[0] / (targets_N != -100).sum().clamp_min(1)
-        return {"loss": (1 - self._share) * next_token + self._share * sums[1] / len(hidden_ND)}
+        predictions = (targets_N != -100).sum()
+        count = predictions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        loss = self.mix(sums[0], sums[1]) / count
+        return {"loss": loss, "sums": torch.cat([sums.detach(), predictions.to(sums.dtype)[None]])}
 
     def _sums(self, hidden_ND: Tensor, taught_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Of next-token loss and of KL over a chunk, in float32."""
-        log_q_NV = self.model.lm_head(hidden_ND).float().log_softmax(-1)
+        logits_NV = self.model.lm_head(hidden_ND).float()
+        log_q_NV = logits_NV.log_softmax(-1)
         loss = nn.functional.nll_loss(log_q_NV, targets_N, ignore_index=-100, reduction="sum")
         kl = loss.new_zeros(())
         (teacher,) = self._teacher
-        if teacher is not None and self._share > 0:
+        if teacher is not None:
             with torch.no_grad():
-                log_p_NV = teacher.lm_head(taught_ND).float().log_softmax(-1)
-            kl = nn.functional.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")
+                log_p_NV = (teacher.lm_head(taught_ND).float() / self._temperature).log_softmax(-1)
+            if self._temperature != 1:
+                log_q_NV = (logits_NV / self._temperature).log_softmax(-1)
+            each_N = nn.functional.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="none").sum(-1)
+            kl = self._temperature**2 * each_N.masked_fill(targets_N == -100, 0).sum()
         return torch.stack([loss, kl])

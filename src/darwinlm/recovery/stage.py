@@ -1,100 +1,144 @@
 """The recovery stage: training of the found model with the Hugging Face Trainer, resumed where it stopped."""
 
-import json
-import shutil
+import dataclasses
+import importlib.util
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from darwinlm import dist
+from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.errors import UserError
-from darwinlm.files import new_folder, read_json, read_tensors
 from darwinlm.progress import log, task
 from darwinlm.recipe import RecoveryRecipe
+from darwinlm.recovery.checkpoints import (
+    checkpoints,
+    load_best,
+    load_optimizer,
+    load_weights,
+    save_best,
+    save_checkpoint,
+    step_of,
+    whole,
+)
 from darwinlm.recovery.objective import Objective
+from darwinlm.recovery.sharding import shard
 
-_PREFIX = "checkpoint-"
+_SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linear", "constant": "constant_with_warmup"}
+_DECAY = 0.2
+"""The share of the steps in which schedule `wsd` comes down."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What happened in a recovery."""
+
+    losses: list[float]
+    """Of every optimiser step, in nats."""
+    evaluations: list[dict[str, float]]
+    """`step`, and on the validation text `loss`, `next_token` and `kl` (nats; `kl` only with distillation)."""
+    taken: int
+    """The step whose weights are the result: the one with the lowest validation loss."""
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __init__(self, blocks_BT: Tensor) -> None:
+    """All samples of the training in their order: the blocks, shuffled anew each time they have run out.
+
+    The order is the same for any number of ranks, and after resuming.
+    """
+
+    def __init__(self, blocks_BT: Tensor, samples: int, seed: int) -> None:
         self._blocks_BT = blocks_BT.long()
+        generator = torch.Generator().manual_seed(seed)
+        passes = -(-samples // len(blocks_BT))
+        self._order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])[:samples]
 
     def __len__(self) -> int:
-        return len(self._blocks_BT)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._blocks_BT[index], "labels": self._blocks_BT[index]}
+        block_T = self._blocks_BT[self._order[index]]
+        return {"input_ids": block_T, "labels": block_T}
 
 
-class _Advance(TrainerCallback):
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
+class _Follow(TrainerCallback):
+    """Shows how far it is, stops at a loss that is not finite, and says when to evaluate."""
+
+    def __init__(self, progress: Any, recipe: RecoveryRecipe, evaluate_at: frozenset[int]) -> None:
+        self._progress, self._recipe, self._evaluate_at = progress, recipe, evaluate_at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = state.global_step in self._evaluate_at
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            if not math.isfinite(float(logs["loss"])):
+                raise UserError(
+                    f"recovery diverged at learning rate {self._recipe.learning_rate}, step {state.global_step}; "
+                    "lower recovery.learning_rate (in a new run)"
+                )
             self._progress.advance(note=f"loss {logs['loss']:.3f}")
 
 
-class _ResumableTrainer(Trainer):
-    """Checkpoints that appear whole or not at all, in safetensors and JSON: the Trainer's own are pickles in part."""
+class _Trainer(Trainer):
+    """The Trainer with our checkpoints (its own are pickles in part), our order of text and our evaluation."""
+
+    validation_BT: Tensor | None = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Losses on the validation text: all of it on every rank, so that all know which weights are the best."""
+        assert self.validation_BT is not None
+        self.model_wrapped.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch_BT in self.validation_BT.to(self.args.device, torch.long).split(self.args.train_batch_size):
+                sums += self.model_wrapped(batch_BT, batch_BT)["sums"].double().cpu()
+        self.model_wrapped.train()
+        next_token, kl = (sums[:2] / sums[2]).tolist()
+        objective = cast(Objective, self.model)
+        metrics = {"eval_loss": objective.mix(next_token, kl), "eval_next_token": next_token}
+        if objective.distils:
+            metrics["eval_kl"] = kl
+        before = [entry["loss"] for entry in _evaluations(self.state)]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metrics["eval_loss"] < min(before, default=math.inf):
+            save_best(Path(str(self.args.output_dir)), objective)
+        return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
-        folder = Path(str(self.args.output_dir))
-        optimizer = self.optimizer.state_dict()
-        tensors: dict[str, Tensor] = {}
-        for index, state in optimizer["state"].items():
-            tensors |= {f"{index}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.named_parameters()}
-        state = {"groups": optimizer["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
-        with new_folder(folder / f"{_PREFIX}{self.state.global_step}") as draft:
-            save_file(weights, draft / "weights.safetensors")
-            save_file(tensors, draft / "optimizer.safetensors")
-            (draft / "optimizer.json").write_text(json.dumps(state))
-            self.state.save_to_json(str(draft / "trainer_state.json"))
-        for older in _checkpoints(folder)[:-1]:
-            shutil.rmtree(older)
+        save_checkpoint(
+            Path(str(self.args.output_dir)),
+            self.state.global_step,
+            self.model,
+            self.optimizer,
+            self.lr_scheduler.state_dict(),
+            dataclasses.asdict(self.state),
+        )
+        dist.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self.model is not None
-        weights = read_tensors(Path(resume_from_checkpoint) / "weights.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
+        load_weights(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        saved = read_json(Path(checkpoint) / "optimizer.json")
-        states: dict[int, dict[str, Tensor]] = {}
-        for key, value in read_tensors(Path(checkpoint) / "optimizer.safetensors").items():
-            index, _, name = key.partition(".")
-            states.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": states, "param_groups": saved["groups"]})
-        self.lr_scheduler.load_state_dict(saved["scheduler"])
+        if checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            self.lr_scheduler.load_state_dict(load_optimizer(Path(checkpoint), self.optimizer))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: the order of the text comes from the seed, and the model draws no random numbers."""
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """By step."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """To be called when what they were for is safe elsewhere."""
-    for checkpoint in _checkpoints(folder):
-        shutil.rmtree(checkpoint)
 
 
 def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
@@ -106,73 +150,150 @@ def recover(
     model: DarwinLMForCausalLM,
     dense: DarwinLMForCausalLM,
     blocks_BT: Tensor,
+    validation_BT: Tensor,
     recipe: RecoveryRecipe,
     *,
     seed: int,
     folder: Path,
-) -> list[float]:
-    """Train `model` in place for `recipe.tokens` tokens: AdamW, warm-up, cosine to zero; float32 weights.
+) -> tuple[DarwinLMForCausalLM, Training]:
+    """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
 
     Args:
-        model: trainable, float32; where it lies is where it is trained.
-        dense: the model it was cut from, the teacher in distillation.
+        model: trainable, float32; where it lies is where it is trained. The same on all ranks. It is used up.
+        dense: the model it was cut from, the teacher in distillation; it is not changed.
         blocks_BT: token ids, blocks * tokens; shuffled by `seed`, read again when they run out.
+        validation_BT: other text, blocks * tokens, to choose the best weights by.
         recipe: how long, how fast and on what.
         seed: of the order.
-        folder: of checkpoints; if there is one, training goes on from it, to the same losses. The last one stays until
+        folder: of checkpoints; if there is one, training goes on from it, to the same losses. They stay until
             `remove_checkpoints`.
 
     Returns:
-        The loss of every step, in nats.
+        The trained model, whole on every rank, and what happened.
 
     Raises:
-        UserError: if the loss stops being finite.
+        UserError: if the loss stops being finite, or a setting cannot be met here.
     """
     steps = steps_for(recipe, blocks_BT.shape[1])
     if steps == 0:
-        model.eval()
-        return []
+        return model.eval(), Training([], [], 0)
+    if recipe.lora_rank > 0 and recipe.sharding != "none":
+        raise UserError("recovery.lora_rank and recovery.sharding=fsdp do not go together; leave one of them out")
+    micro, accumulation = _micro_batches(recipe)
+    dtype = fast_dtype(model.device)
+    sharded = recipe.sharding == "fsdp" and dist.world_size() > 1
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=min(recipe.batch_size, len(blocks_BT)),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        lr_scheduler_kwargs={"num_decay_steps": round(_DECAY * steps)} if recipe.schedule == "wsd" else {},
         warmup_steps=round(steps * recipe.warmup_ratio),
         weight_decay=recipe.weight_decay,
         max_grad_norm=1.0,
-        optim="adamw_torch",
-        bf16=fast_dtype(model.device) == torch.bfloat16,
+        optim="adamw_torch_fused" if model.device.type == "cuda" else "adamw_torch",
+        bf16=dtype == torch.bfloat16,
         seed=seed,
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
-        report_to=[],
+        # Ours save the optimiser too; the Trainer does not know that of sharded models.
+        save_only_model=sharded,
+        report_to=_available(recipe.loggers),
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=False,
-        dataloader_drop_last=len(blocks_BT) >= recipe.batch_size,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
-    last = next(reversed(_checkpoints(folder)), None)
+    last = next(reversed(checkpoints(folder)), None)
+    evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
+    arguments.eval_on_start = recipe.evaluations > 0 and last is None
+    teacher = _teacher(dense, recipe, dtype) if recipe.distillation > 0 else None
+    adapted = _with_lora(model, recipe.lora_rank) if recipe.lora_rank > 0 else None
+    if recipe.activations == "recompute":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    objective = Objective(model.train(), teacher, recipe.distillation, recipe.temperature)
+    if sharded:
+        shard(objective, teacher, dtype)
     with task("recovery (steps)", steps) as progress:
-        trainer = _ResumableTrainer(
-            model=Objective(model.train(), dense, recipe.distillation),
+        trainer = _Trainer(
+            model=objective,
             args=arguments,
-            train_dataset=_Blocks(blocks_BT),
-            callbacks=[_Advance(progress)],
+            train_dataset=_Blocks(blocks_BT, steps * recipe.batch_size, seed),
+            callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
+        trainer.validation_BT = validation_BT
         trainer.pop_callback(PrinterCallback)
         if last is not None:
-            done = int(last.name.removeprefix(_PREFIX))
-            progress.advance(done)
-            log.info("recovery: going on at step %d", done)
+            progress.advance(step_of(last))
+            log.info("recovery: going on at step %d", step_of(last))
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-    model.eval()
+    evaluations = _evaluations(trainer.state)
+    best = min(evaluations, key=lambda entry: entry["loss"], default=None)
+    if best is not None and best["step"] < steps:
+        log.info("recovery: the weights after step %d did best on the validation text, and are taken", best["step"])
+        load_best(folder, objective)
+    if recipe.activations == "recompute":
+        model.activation_checkpointing_disable()
+    if adapted is not None:
+        adapted.merge_and_unload()
+    if sharded:
+        # FSDP has made the modules its own; a plain model of the same tensors is built.
+        model = copy_trained(model, {name: whole(tensor.detach()) for name, tensor in model.named_parameters()})
+    model.requires_grad_(False).eval()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    if not all(torch.isfinite(torch.tensor(losses))):
+    return model, Training(losses, evaluations, int(best["step"]) if best is not None else steps)
+
+
+def _evaluations(state: TrainerState) -> list[dict[str, float]]:
+    return [
+        {"step": entry["step"]}
+        | {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        for entry in state.log_history
+        if "eval_loss" in entry
+    ]
+
+
+def _micro_batches(recipe: RecoveryRecipe) -> tuple[int, int]:
+    """Blocks that a device computes at a time, and how often in an optimiser step."""
+    ranks, batch = dist.world_size(), recipe.batch_size
+    micro = recipe.micro_batch_size or max(1, batch // ranks)
+    if batch % (ranks * micro) > 0:
         raise UserError(
-            f"recovery diverged at learning rate {recipe.learning_rate}; lower recovery.learning_rate (in a new run)"
+            f"recovery.batch_size={batch} is not a multiple of {ranks} processes * recovery.micro_batch_size={micro}; "
+            f"set it to {-(-batch // (ranks * micro)) * ranks * micro} (in a new run)"
         )
-    return losses
+    return micro, batch // (ranks * micro)
+
+
+def _available(loggers: Sequence[str]) -> list[str]:
+    for name in loggers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"recovery.loggers: {name} is not installed; pip install {name}")
+    return list(loggers)
+
+
+def _teacher(dense: DarwinLMForCausalLM, recipe: RecoveryRecipe, dtype: torch.dtype) -> DarwinLMForCausalLM:
+    """The dense model in its dtype for distillation; a copy where it is sharded, as `dense` is still needed."""
+    wanted = dtype if recipe.teacher_dtype == "auto" else getattr(torch, recipe.teacher_dtype)
+    if wanted == dense.dtype and recipe.sharding == "none":
+        return dense
+    tensors: Mapping[str, Tensor] = {name: tensor.to(wanted, copy=True) for name, tensor in dense.state_dict().items()}
+    return copy_trained(dense, tensors, wanted)
+
+
+def _with_lora(model: DarwinLMForCausalLM, rank: int) -> Any:
+    """Freeze `model` and put trainable low-rank updates beside all projections of its layers, in place."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("recovery.lora_rank needs PEFT; pip install 'darwinlm[lora]'") from None
+    with warnings.catch_warnings():
+        # It asks transformers for what is called otherwise by now.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

@@ -1,0 +1,133 @@
+"""Checkpoints of a recovery: safetensors and JSON, whole or not at all, and the same whatever the number of ranks.
+
+A sharded tensor is gathered before it is written and cut up again when it is read, so that a recovery that began on
+eight devices can go on on one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from darwinlm import dist
+from darwinlm.files import new_folder, read_json, read_tensors
+
+_PREFIX = "checkpoint-"
+_BEST = "best"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All that are whole, the oldest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many optimiser steps were done."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """To be called when what they were for is safe elsewhere."""
+    for checkpoint in [*checkpoints(folder), folder / _BEST]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: dict[str, Any],
+    trainer_state: dict[str, Any],
+) -> None:
+    """Write what training needs to go on after `step`, and remove the older ones; all ranks call it, rank 0 writes.
+
+    Args:
+        folder: of the recovery.
+        step: optimiser steps done.
+        model: its trained parameters are written, by name.
+        optimizer: of these.
+        scheduler: its state, as JSON.
+        trainer_state: the Trainer's, as JSON.
+    """
+    weights = dict(_gathered(trained(model)))
+    saved = optimizer.state_dict()
+    moments = dict(
+        _gathered({f"{i}.{name}": value for i, each in saved["state"].items() for name, value in each.items()})
+    )
+    if dist.rank() > 0:
+        return
+    with new_folder(folder / f"{_PREFIX}{step}") as draft:
+        save_file(weights, draft / "weights.safetensors")
+        save_file(moments, draft / "optimizer.safetensors")
+        (draft / "optimizer.json").write_text(json.dumps({"groups": saved["param_groups"], "scheduler": scheduler}))
+        (draft / "trainer_state.json").write_text(json.dumps(trainer_state))
+    for older in checkpoints(folder)[:-1]:
+        shutil.rmtree(older)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put what `save_checkpoint` or `save_best` wrote into the trained parameters of `model`."""
+    weights = read_tensors(folder / "weights.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(_placed_as(weights[name], parameter))
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put what `save_checkpoint` wrote into `optimizer`; returns the scheduler's state."""
+    saved = read_json(checkpoint / "optimizer.json")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in read_tensors(checkpoint / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        like = parameters[int(index)]
+        states.setdefault(int(index), {})[name] = _placed_as(value, like) if value.shape == like.shape else value
+    optimizer.load_state_dict({"state": states, "param_groups": saved["groups"]})
+    scheduler: dict[str, Any] = saved["scheduler"]
+    return scheduler
+
+
+def save_best(folder: Path, model: nn.Module) -> None:
+    """Keep the trained parameters of `model` as the best so far; all ranks call it, rank 0 writes."""
+    weights = dict(_gathered(trained(model)))
+    if dist.rank() == 0:
+        with new_folder(folder / _BEST) as draft:
+            save_file(weights, draft / "weights.safetensors")
+
+
+def load_best(folder: Path, model: nn.Module) -> None:
+    """Go back to what `save_best` kept last."""
+    load_weights(folder / _BEST, model)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded, on its device; a collective."""
+    # The clone waits for the collective: what full_tensor gives can still be a promise, without storage of its own.
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(tensors: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """On rank 0 all `tensors` in CPU memory; elsewhere none, but every rank takes part."""
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if dist.rank() == 0:
+            yield name, full.cpu().contiguous()
+
+
+def _placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor

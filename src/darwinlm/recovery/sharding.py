@@ -1,0 +1,43 @@
+"""FSDP2: weights, gradients and optimiser state of each layer shared out over all ranks.
+
+The model is sharded here, before the Trainer sees it, because Accelerate shards on accelerators only: so the same code
+runs on GPUs and, to be tested, on CPUs. The Trainer knows models that arrive sharded by the marks that are set below.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from darwinlm import dist
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.recovery.objective import Objective
+
+
+def shard(objective: Objective, teacher: DarwinLMForCausalLM | None, dtype: torch.dtype) -> None:
+    """Shard the model of `objective`, and the layers of `teacher`, in place.
+
+    Args:
+        objective: float32; its layers are gathered one at a time, in `dtype`; its embeddings and head stay whole from
+            the forward to the end of the backward pass.
+        teacher: the same object as the objective's; what is not in its layers stays whole.
+        dtype: to compute in; gradients are added up in float32.
+    """
+    device = objective.model.device
+    mesh = init_device_mesh(device.type, (dist.world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in objective.model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    if teacher is not None:
+        for layer in teacher.model.layers:
+            # Each is a root of its own, and a root would keep its weights gathered.
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    marks: nn.Module = objective
+    marks.is_distributed_loading_by_transformers = True  # type: ignore[assignment]
+    marks._is_fsdp_managed_module = True  # type: ignore[assignment]
+    marks.config = SimpleNamespace(  # type: ignore[assignment]
+        distributed_config=SimpleNamespace(dp_replicate_size=1, tp_size=1)
+    )

@@ -1,0 +1,285 @@
+"""Recovery: the objective and the refit against plain formulas, resuming, ranks, sharding and LoRA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY
+
+from darwinlm.adapters.cutting import build_model
+from darwinlm.errors import UserError
+from darwinlm.recipe import RecoveryRecipe
+from darwinlm.recovery import objective, stage
+from darwinlm.recovery.checkpoints import remove_checkpoints
+from darwinlm.recovery.objective import Objective
+from darwinlm.recovery.refit import refit
+from darwinlm.recovery.stage import recover, steps_for
+
+BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+VALIDATION = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+
+
+def halved(dense, database, **kwargs):
+    plan = [1 + i % 2 for i in range(len(dense.sites))]
+    return build_model(
+        dense.config, dense.sites, dense.weights, database.cuts(dense.sites, plan, dense.device), **kwargs
+    )
+
+
+def train(model, dense, recipe, folder, seed=0):
+    """Recover `model`; without sharding it is trained in place."""
+    return recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=seed, folder=folder)[1]
+
+
+def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_path):
+    dense, database = pruned("mistral", "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2)
+
+    def once(seed):
+        model = halved(dense, database, trainable=True)
+        losses = train(model, dense, recipe, tmp_path, seed).losses
+        remove_checkpoints(tmp_path)
+        return losses, model
+
+    (losses, model), (again, _), (other, _) = once(0), once(0), once(1)
+    assert len(losses) == steps_for(recipe, 24) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert losses == again != other
+    assert not model.training
+
+
+def test_a_refit_is_ridge_regression_from_what_the_model_computes_to_what_the_stream_lacks(pruned):
+    dense, database = pruned("llama", "kv_group")
+    weights = {name: tensor.clone() for name, tensor in dense.weights.items()}
+    before, model = halved(dense, database), halved(dense, database)
+    refit(model, dense.model, BLOCKS)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in dense.weights.items())
+
+    def streams(one):
+        """Inputs of the first layer's output projections, and the stream after attention and after the layer."""
+        seen, layer = {}, one.model.layers[0]
+        hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs[0])),
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.update(mlp=inputs[0])),
+            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: seen.update(middle=inputs[0])),
+            layer.register_forward_hook(lambda _, __, output: seen.update(end=output)),
+        ]
+        one(BLOCKS.long())
+        for hook in hooks:
+            hook.remove()
+        return {name: tensor.detach().flatten(0, 1).double() for name, tensor in seen.items()}
+
+    wanted, old, new = streams(dense.model), streams(before), streams(model)
+    middle = wanted["middle"] - old["middle"]
+    for kind, module, lacking in [
+        ("attention", "self_attn.o_proj", middle),
+        ("mlp", "mlp.down_proj", wanted["end"] - (new["end"] - new_output(model, before, new["mlp"]))),
+    ]:
+        x = old[kind] if kind == "attention" else new[kind]
+        gram = x.T @ x
+        ridge = 0.3 * gram.diagonal().mean()
+        stacked = torch.cat([x, ridge.sqrt() * torch.eye(len(gram), dtype=torch.double)])
+        target = torch.cat([lacking, torch.zeros(len(gram), lacking.shape[1], dtype=torch.double)])
+        change = torch.linalg.lstsq(stacked, target).solution.T
+        layers = [one.model.layers[0].get_submodule(module).weight.double() for one in (model, before)]
+        assert torch.allclose(layers[0] - layers[1], change, atol=1e-4 * layers[1].abs().max().item())
+
+
+def new_output(model, before, x):
+    """What the correction of the first MLP adds to the stream."""
+    weights = [one.model.layers[0].mlp.down_proj.weight.double() for one in (model, before)]
+    return x @ (weights[0] - weights[1]).T
+
+
+def test_a_refit_of_the_dense_model_changes_nothing(pruned):
+    dense, _ = pruned("qwen3", "query_head")
+    model = build_model(dense.config, dense.sites, dense.weights, {})
+    refit(model, dense.model, BLOCKS)
+    for one, other in zip(model.parameters(), dense.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, monkeypatch):
+    monkeypatch.setattr(objective, "_CHUNK_TOKENS", 40)
+    dense, database = pruned("qwen2", "kv_group")
+    ids = BLOCKS.long()
+    labels = ids.clone()
+    labels[:, :5] = -100
+    model, again = (halved(dense, database, trainable=True) for _ in range(2))
+    Objective(model, dense.model, share)(ids, labels)["loss"].backward()
+    log_q = again(ids).logits.log_softmax(-1)
+    log_p = dense.model(ids).logits.log_softmax(-1).detach()
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, 4:-1].mean()  # where the next token counts
+    next_token = torch.nn.functional.cross_entropy(log_q[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    ((1 - share) * next_token + share * kl).backward()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 11])
+def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_path, monkeypatch, stop_at):
+    dense, database = pruned("llama", "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, checkpoint_steps=2)
+    whole = halved(dense, database, trainable=True)
+    losses = train(whole, dense, recipe, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(stage._Follow):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == stop_at:
+                raise Killed
+            super().on_step_end(args, state, control)
+
+    broken = halved(dense, database, trainable=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_Follow", Kill)
+        with pytest.raises(Killed):
+            train(broken, dense, recipe, tmp_path / "broken")
+    kept = sorted(path.name for path in (tmp_path / "broken").glob("checkpoint-*"))
+    assert kept == ([f"checkpoint-{(stop_at - 1) // 2 * 2}"] if stop_at > 2 else [])
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    resumed = halved(dense, database, trainable=True)
+    assert train(resumed, dense, recipe, tmp_path / "broken") == losses
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):
+    dense, database = pruned("mistral", "kv_group")
+    model = halved(dense, database, trainable=True)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(
+        UserError, match=r"recovery diverged at learning rate 0\.001, step 1; lower recovery\.learning_rate"
+    ):
+        train(model, dense, RecoveryRecipe(tokens=48, learning_rate=1e-3), tmp_path)
+
+
+def test_the_weights_that_did_best_on_the_validation_text_are_taken(pruned, tmp_path):
+    dense, database = pruned("qwen2", "kv_group")
+    # Far too fast, so that what is learnt from the few blocks is soon wrong for others.
+    recipe = RecoveryRecipe(tokens=24 * 48, learning_rate=3e-2, batch_size=2, evaluations=24, checkpoint_steps=5)
+    model = halved(dense, database, trainable=True)
+    done = train(model, dense, recipe, tmp_path)
+    assert [entry["step"] for entry in done.evaluations] == list(range(25))
+    assert 0 < done.taken < 24
+    with torch.no_grad():
+        found = Objective(model, dense.model, recipe.distillation)(VALIDATION.long(), VALIDATION.long())["loss"]
+    losses = {entry["step"]: entry["loss"] for entry in done.evaluations}
+    assert losses[done.taken] == min(losses.values()) == pytest.approx(found.item(), rel=1e-3)
+
+
+def test_a_batch_in_parts_gives_the_same_training(pruned, tmp_path):
+    dense, database = pruned("qwen3", "kv_group")
+    trained = []
+    for name, micro in (("whole", None), ("parts", 1)):
+        recipe = RecoveryRecipe(tokens=24 * 16, batch_size=4, micro_batch_size=micro, activations="recompute")
+        model = halved(dense, database, trainable=True)
+        trained.append((train(model, dense, recipe, tmp_path / name).losses, model))
+    (losses, whole), (again, parts) = trained
+    assert again == pytest.approx(losses, rel=5e-3)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=3e-3)
+    with pytest.raises(
+        UserError, match=r"batch_size=4 is not a multiple of 1 processes \* .*micro_batch_size=3; set it to 6"
+    ):
+        train(whole, dense, RecoveryRecipe(tokens=96, batch_size=4, micro_batch_size=3), tmp_path / "odd")
+
+
+def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_path):
+    dense, database = pruned("llama", "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=1e-2, batch_size=2, lora_rank=2, checkpoint_steps=4)
+    before, model = halved(dense, database), halved(dense, database, trainable=True)
+    done = train(model, dense, recipe, tmp_path)
+    assert sum(done.losses[-3:]) < sum(done.losses[:3])
+    assert list(model.state_dict()) == list(before.state_dict())
+    for (name, one), other in zip(model.named_parameters(), before.parameters(), strict=True):
+        rank = int(torch.linalg.matrix_rank((one - other).double(), atol=1e-5)) if one.dim() == 2 else 0
+        assert rank == (2 if "proj" in name and name.endswith("weight") else 0), name
+    resumed = halved(dense, database, trainable=True)
+    assert train(resumed, dense, recipe, tmp_path).losses == done.losses
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from darwinlm import dist
+from darwinlm.adapters import loading
+from darwinlm.adapters.loading import load_dense
+from darwinlm.database.store import Database
+from darwinlm.recipe import RecoveryRecipe
+from darwinlm.recovery import stage
+sys.path.insert(0, sys.argv[1])
+from test_recovery import BLOCKS, VALIDATION, halved
+checkpoint, database, folder, settings, stop_at = sys.argv[2:]
+stage.fast_dtype = lambda device: torch.float32
+dist.start()
+dense = load_dense(checkpoint, "kv_group", torch.device("cpu"))
+model = halved(dense, Database(Path(database)), trainable=True)
+share = []
+class Stop(stage._Follow):
+    def on_step_end(self, args, state, control, model, **kwargs):
+        parameters = list(model.parameters())
+        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
+        share.append(held / sum(p.numel() for p in parameters))
+        super().on_step_end(args, state, control)
+        control.should_training_stop |= state.global_step == int(stop_at)
+stage._Follow = Stop
+recipe = RecoveryRecipe(**json.loads(settings))
+model, done = stage.recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=0, folder=Path(folder))
+if dist.rank() == 0:
+    total = sum(p.double().abs().sum().item() for p in model.parameters())
+    print(json.dumps({"losses": done.losses, "sum": total, "share": max(share)}))
+dist.stop()
+"""
+
+
+def run_ranks(ranks, checkpoint, database, folder, recipe, stop_at=-1):
+    """Recover in `ranks` processes, in float32; losses, all weights' magnitudes, the share of them that a rank held."""
+    arguments = [str(Path(__file__).parent), str(checkpoint), str(database.folder), str(folder), json.dumps(recipe)]
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*launcher, str(script), *arguments, str(stop_at)], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+RANKS_RECIPE = {"tokens": 24 * 4 * 50, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def one_rank(checkpoint, pruned, tmp_path_factory):
+    _, database = pruned("qwen3", "kv_group")
+    return run_ranks(1, checkpoint("qwen3"), database, tmp_path_factory.mktemp("one") / "run", RANKS_RECIPE)
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(
+    sharding, one_rank, checkpoint, pruned, tmp_path
+):
+    _, database = pruned("qwen3", "kv_group")
+    recipe = {**RANKS_RECIPE, "sharding": sharding}
+    stopped = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "run", recipe, stop_at=25)
+    assert stopped["share"] == pytest.approx(0.5 if sharding == "fsdp" else 1, abs=0.02)
+    assert len(stopped["losses"]) == 25
+    resumed = run_ranks(1, checkpoint("qwen3"), database, tmp_path / "run", recipe)
+    assert len(one_rank["losses"]) == 50
+    assert resumed["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
+    assert resumed["sum"] == pytest.approx(one_rank["sum"], rel=1e-5)
+    two = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "two", recipe)
+    assert two["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
+    assert two["sum"] == pytest.approx(one_rank["sum"], rel=1e-5)
