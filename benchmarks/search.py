@@ -144,7 +144,8 @@ def _row(
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
         recipe = RecoveryRecipe(tokens=tokens)
-        recover(model, dense.model, corpus.blocks["trial"], recipe, seed=seed, folder=Path(folder))
+        text, validation = corpus.blocks["trial"], corpus.blocks["score"]
+        model, _ = recover(model, dense.model, text, validation, recipe, seed=seed, folder=Path(folder))
     after = judge.compare(model)
     return before.kl, before.perplexity, after.kl, after.perplexity
 

@@ -11,9 +11,9 @@ import torch
 from conftest import make_tokenizer
 from pyarrow import parquet
 
-from darwinlm import self_text
+from darwinlm import data, self_text
 from darwinlm.adapters.loading import load_dense
-from darwinlm.data import SPLITS, find_documents, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.data import SPLITS, TextStream, find_documents, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe
 from darwinlm.self_text import write_documents
@@ -356,3 +356,66 @@ def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can
 def test_without_an_end_token_documents_are_as_long_as_they_may(dense, monkeypatch):
     endless = with_ends(dense, monkeypatch, tokenizer=(256, None), configured=None)
     assert {len(document) for document in write_documents(endless, tokens=90, longest=9, seed=0)} == {9}
+
+
+def streamed(stream, count, state=None):
+    """Token ids of `count` blocks, and the state after them as JSON."""
+    blocks = stream.blocks(state)
+    ids, state = [], state
+    for _ in range(count):
+        block_T, state = next(blocks)
+        ids.append(block_T.tolist())
+    return ids, json.loads(json.dumps({**state, "tokens": list(map(int, state["tokens"]))}))
+
+
+def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path):
+    tokenizer = make_tokenizer()
+    documents = [f"document {number}: " + "word " * (number % 30) for number in range(400)]
+    with (tmp_path / "text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    asked = DataRecipe(
+        source=str(tmp_path), sequence_length=32, calibration_tokens=320, trial_tokens=320, score_tokens=640,
+        held_out_tokens=640,
+    )  # fmt: skip
+    save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
+    corpus = load_corpus(tmp_path / "corpus.safetensors")
+    assert corpus.judged == read_corpus(asked, tokenizer, 0).judged
+    stream = TextStream(asked, tokenizer, 0, corpus.judged)
+
+    whole, _ = streamed(stream, 1500)
+    for cut in (1, 777, 1400):
+        before, state = streamed(stream, cut)
+        after, _ = streamed(stream, 1500 - cut, state)
+        assert before + after == whole
+
+    text = tokenizer.decode([token for block in whole for token in block])
+    judging = "</s>".join(tokenizer.decode(corpus.blocks[name].flatten().tolist()) for name in ("held_out", "score"))
+    seen = {piece.strip() for piece in text.split("</s>")}
+    judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.judged}
+    assert len(judge) > 10
+    # 1500 blocks are more than one pass: all else has come.
+    assert {text.strip() for text in documents} - seen == judge
+    whole_ones = {piece.strip() for piece in judging.split("</s>")} & {text.strip() for text in documents}
+    assert whole_ones <= judge and len(judge - whole_ones) <= 2  # those cut short at the end of a split
+
+
+def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 100)
+    asked = DataRecipe(source=str(tmp_path / "text.txt"), sequence_length=32)
+    stream = TextStream(asked, make_tokenizer(), 0, frozenset())
+    assert len(streamed(stream, 3)[0]) == 3
+    everything = frozenset(data._fingerprint(piece) for piece, _ in data._cut("word " * 100, 8 * 32))
+    with pytest.raises(UserError, match=r"holds less than a block of 32 tokens beside what judges; give more text"):
+        next(TextStream(asked, make_tokenizer(), 0, everything).blocks())
+
+
+def test_a_hub_stream_goes_on_from_the_data_sets_own_state(monkeypatch):
+    rows = [{"text": f"row {number} " * 5} for number in range(500)]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+    )
+    asked = DataRecipe(source="owner/name", sequence_length=32)
+    stream = TextStream(asked, make_tokenizer(), 0, frozenset())
+    whole, _ = streamed(stream, 900)
+    before, state = streamed(stream, 333)
+    assert before + streamed(stream, 567, state)[0] == whole

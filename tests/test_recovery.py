@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, make_tokenizer
 
 from darwinlm.adapters.cutting import build_model
+from darwinlm.data import TextStream
 from darwinlm.errors import UserError
-from darwinlm.recipe import RecoveryRecipe
+from darwinlm.recipe import DataRecipe, RecoveryRecipe
 from darwinlm.recovery import objective, stage
 from darwinlm.recovery.checkpoints import remove_checkpoints
 from darwinlm.recovery.objective import Objective
@@ -256,6 +257,35 @@ def run_ranks(ranks, checkpoint, database, folder, recipe, stop_at=-1):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_path, monkeypatch):
+    dense, database = pruned("qwen2", "kv_group")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))
+    data = DataRecipe(source=str(tmp_path / "text.jsonl"), sequence_length=24)
+    stream = TextStream(data, make_tokenizer(), 0, frozenset())
+    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, micro_batch_size=1, checkpoint_steps=3)
+
+    def once(folder):
+        model = halved(dense, database, trainable=True)
+        return recover(model, dense.model, stream, VALIDATION, recipe, seed=0, folder=folder)[1]
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(stage._Follow):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                raise Killed
+            super().on_step_end(args, state, control)
+
+    whole = once(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_Follow", Kill)
+        with pytest.raises(Killed):
+            once(tmp_path / "broken")
+    assert once(tmp_path / "broken") == whole
+    assert len(whole.losses) == 12
 
 
 RANKS_RECIPE = {"tokens": 24 * 4 * 50, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_steps": 10}

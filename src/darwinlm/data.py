@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -21,6 +22,11 @@ SPLITS = ("held_out", "score", "calibration", "trial")
 """In filling order. `held_out` judges at the end and is read by nothing else."""
 
 _TEXT, _JSON, _PARQUET = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json"), (".parquet",)
+_Item = TypeVar("_Item")
+_FINGERPRINT_BYTES = 16
+_JUDGED = "judged"
+_STREAM_BATCH = 64
+"""Documents that a stream reads and tokenises together."""
 _MOST_CHARACTERS = 512 * 2**20
 _HUB_CHARACTERS_PER_TOKEN = 12
 """Of a shuffled stream no more is read than this for each token needed; text has 3 to 5 of them."""
@@ -32,6 +38,8 @@ class Corpus:
 
     blocks: Mapping[str, Tensor]
     """By split name: int32, blocks * sequence_length."""
+    judged: frozenset[bytes] = frozenset()
+    """Fingerprints of the pieces of text in the splits that judge, `held_out` and `score`."""
 
     def tokens(self, split: str, count: int) -> Tensor:
         """The first blocks of `split` that hold `count` tokens; of a single block only as much as that (2 or more)."""
@@ -57,19 +65,21 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
         UserError: if the source is missing, unreadable or has too little text (with how much is there and needed).
     """
     documents, most = find_documents(recipe.source, recipe.text_field, seed), _MOST_CHARACTERS
+    taken: list[bytes] = []
     if _local(recipe.source) is None:
         # A split ends with a whole piece, and what of that does not fit is lost.
         tokens = (sum(needed_blocks(recipe).values()) + len(SPLITS)) * recipe.sequence_length
         most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
-    pieces = _pieces(documents, 8 * recipe.sequence_length, most, seed)
-    end = tokenizer.eos_token_id
+    pieces = _pieces(documents, _longest_piece(recipe), most, seed)
 
     def tokenised() -> Iterator[list[int]]:
         for batch in _batches(pieces, 256):
-            for (_, ends), ids in zip(batch, tokenizer([text for text, _ in batch])["input_ids"], strict=True):
-                yield [*ids, end] if ends and end is not None else ids
+            for (text, _), ids in zip(batch, _tokenise(batch, tokenizer), strict=True):
+                taken.append(_fingerprint(text))
+                yield ids
 
-    return pack(tokenised(), recipe)
+    corpus, judging = _pack(tokenised(), recipe)
+    return Corpus(corpus.blocks, frozenset(taken[:judging]))
 
 
 def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
@@ -78,12 +88,18 @@ def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
     Raises:
         UserError: if they are too few, with how many tokens there are and how many are needed.
     """
+    return _pack(documents, recipe)[0]
+
+
+def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, int]:
+    """The corpus, and how many documents the splits that judge have taken."""
     needed, length = needed_blocks(recipe), recipe.sequence_length
     filled: dict[str, Tensor] = {}
-    total, splits = 0, iter(SPLITS)
+    total, judging, splits = 0, 0, iter(SPLITS)
     split, buffer = next(splits), list[int]()
     for tokens in documents:
         total += len(tokens)
+        judging += split in ("held_out", "score")
         buffer += tokens
         if len(buffer) >= needed[split] * length:
             kept = torch.tensor(buffer[: needed[split] * length], dtype=torch.int32)
@@ -91,7 +107,7 @@ def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
             buffer = []
             following = next(splits, None)
             if following is None:
-                return Corpus(filled)
+                return Corpus(filled), judging
             split = following
     parts = ", ".join(f"{name} {count * length:,}" for name, count in needed.items())
     raise UserError(
@@ -102,12 +118,85 @@ def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
 
 def save_corpus(corpus: Corpus, file: Path) -> None:
     """Keep the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
-    write_bytes(file, save({split: blocks_BT.contiguous() for split, blocks_BT in corpus.blocks.items()}))
+    tensors = {split: blocks_BT.contiguous() for split, blocks_BT in corpus.blocks.items()}
+    judged = torch.frombuffer(bytearray(b"".join(sorted(corpus.judged))), dtype=torch.uint8) if corpus.judged else None
+    write_bytes(file, save(tensors | ({} if judged is None else {_JUDGED: judged})))
 
 
 def load_corpus(file: Path) -> Corpus:
     """Read what `save_corpus` wrote. Raises UserError."""
-    return Corpus(read_tensors(file))
+    tensors = read_tensors(file)
+    judged = bytes(tensors.pop(_JUDGED, torch.empty(0, dtype=torch.uint8)).tolist())
+    starts = range(0, len(judged), _FINGERPRINT_BYTES)
+    return Corpus(tensors, frozenset(judged[start : start + _FINGERPRINT_BYTES] for start in starts))
+
+
+class TextStream:
+    """Blocks from a source that is read as it is needed, again from its beginning when it ends.
+
+    Documents come in the source's own order. What the splits that judge hold is left out.
+    """
+
+    def __init__(self, recipe: DataRecipe, tokenizer: Any, seed: int, judged: frozenset[bytes]) -> None:
+        self._recipe, self._tokenizer, self._seed, self._judged = recipe, tokenizer, seed, judged
+
+    def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+        """Yield each block (int32, tokens) with the state from which the blocks after it can be had.
+
+        A state is plain data but for `tokens`, a tensor or a list of token ids.
+
+        Raises:
+            UserError: if the source cannot be read, or there is nothing but what judges.
+        """
+        length = self._recipe.sequence_length
+        begin = None if state is None else state["place"]
+        left_N = torch.tensor([] if state is None else state["tokens"], dtype=torch.int32)
+        while True:
+            empty = True
+            for ids, place in self._tokens(begin):
+                left_N = torch.cat([left_N, torch.tensor(ids, dtype=torch.int32)])
+                while len(left_N) >= length:
+                    empty = False
+                    block_T, left_N = left_N[:length], left_N[length:]
+                    yield block_T, {"place": place, "tokens": left_N}
+            if empty and begin is None:
+                raise UserError(
+                    f"data {self._recipe.source!r} holds less than a block of {length} tokens beside what judges; give "
+                    "more text, or set recovery.text=trial"
+                )
+            begin = None
+
+    def _tokens(self, place: Any) -> Iterator[tuple[list[int], Any]]:
+        """Tokens of some documents, and the place behind them; from `place` to the end of the source."""
+        for documents, behind in _documents_from(self._recipe, self._seed, place):
+            pieces = [
+                piece
+                for document in documents
+                for piece in _cut(document, _longest_piece(self._recipe))
+                if piece[0].strip() and _fingerprint(piece[0]) not in self._judged
+            ]
+            if pieces:
+                yield [token for ids in _tokenise(pieces, self._tokenizer) for token in ids], behind
+
+
+def _documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple[list[str], Any]]:
+    """Batches of documents, each with the place behind it: a count for local text, a data set's own state else."""
+    if _local(recipe.source) is not None:
+        documents = find_documents(recipe.source, recipe.text_field, seed)
+        done = place or 0
+        for _ in range(done):
+            next(documents, None)
+        for batch in _batches(documents, _STREAM_BATCH):
+            done += len(batch)
+            yield batch, done
+        return
+    with _naming_hub_faults(recipe.source):
+        stream = _hub_stream(recipe.source)
+        if place is not None:
+            stream.load_state_dict(place)
+        texts = (_text_of(record, recipe.text_field, f"data {recipe.source!r}") for record in stream)
+        for batch in _batches(texts, _STREAM_BATCH):
+            yield batch, stream.state_dict()
 
 
 def find_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
@@ -201,13 +290,22 @@ def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
 
 
 def _hub_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
+    with _naming_hub_faults(source):
+        for record in _hub_stream(source).shuffle(seed=seed, buffer_size=10_000):
+            yield _text_of(record, text_field, f"data {source!r}")
+
+
+def _hub_stream(source: str) -> Any:
     import datasets
 
     name, _, config = source.partition(":")
+    return datasets.load_dataset(name, config or None, split="train", streaming=True)
+
+
+@contextmanager
+def _naming_hub_faults(source: str) -> Iterator[None]:
     try:
-        stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        for record in stream.shuffle(seed=seed, buffer_size=10_000):
-            yield _text_of(record, text_field, f"data {source!r}")
+        yield
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises many kinds: connection, authorisation, configuration
@@ -225,18 +323,11 @@ def _pieces(documents: Iterable[str], longest: int, most: int, seed: int) -> Ite
     """
     pieces, seen, read = list[tuple[str, bool]](), set[bytes](), 0
     for document in documents:
-        fingerprint = hashlib.blake2b(document.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        fingerprint = _fingerprint(document.strip())
         if not document.strip() or fingerprint in seen:
             continue
         seen.add(fingerprint)
-        start = 0
-        while len(document) - start > longest:
-            middle = start + longest // 2
-            space = document.rfind(" ", middle, start + longest)
-            cut = space if space > 0 else start + longest
-            pieces.append((document[start:cut], False))
-            start = cut
-        pieces.append((document[start:], True))
+        pieces += _cut(document, longest)
         read += len(document)
         if read >= most:
             break
@@ -244,8 +335,36 @@ def _pieces(documents: Iterable[str], longest: int, most: int, seed: int) -> Ite
     return iter(pieces)
 
 
-def _batches(items: Iterator[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
-    batch: list[tuple[str, bool]] = []
+def _longest_piece(recipe: DataRecipe) -> int:
+    """In characters: two blocks or so."""
+    return 8 * recipe.sequence_length
+
+
+def _cut(document: str, longest: int) -> Iterator[tuple[str, bool]]:
+    """Pieces of at most `longest` characters, each with whether it is the last."""
+    start = 0
+    while len(document) - start > longest:
+        middle = start + longest // 2
+        space = document.rfind(" ", middle, start + longest)
+        end = space if space > 0 else start + longest
+        yield document[start:end], False
+        start = end
+    yield document[start:], True
+
+
+def _fingerprint(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_FINGERPRINT_BYTES).digest()
+
+
+def _tokenise(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
+    """The token ids of each piece; the last of a document is followed by the end-of-text token."""
+    end = tokenizer.eos_token_id
+    tokenised = tokenizer([text for text, _ in pieces])["input_ids"]
+    return [[*ids, end] if last and end is not None else ids for (_, last), ids in zip(pieces, tokenised, strict=True)]
+
+
+def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
+    batch: list[_Item] = []
     for item in items:
         batch.append(item)
         if len(batch) == size:

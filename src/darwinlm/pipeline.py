@@ -15,7 +15,7 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import build_model, copy_trained
 from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
-from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
@@ -220,8 +220,11 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
                 refit(model, dense.model, corpus.tokens("trial", recipe.recovery.refit_tokens))
                 write_bytes(refitted, save(_stored(model, torch.float32)))
         model = copy_trained(model, read_tensors(refitted)).requires_grad_(True)
-    text_BT, validation_BT = corpus.blocks["trial"], corpus.blocks["score"]
-    model, done = recover(model, dense.model, text_BT, validation_BT, recipe.recovery, seed=recipe.seed, folder=folder)
+    text: Tensor | TextStream = corpus.blocks["trial"]
+    if recipe.recovery.text == "stream":
+        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged)
+    validation_BT = corpus.blocks["score"]
+    model, done = recover(model, dense.model, text, validation_BT, recipe.recovery, seed=recipe.seed, folder=folder)
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
         write_json(folder / "losses.json", history)

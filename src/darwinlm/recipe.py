@@ -147,7 +147,9 @@ class RecoveryRecipe(_Section):
     refit_tokens: Tokens = Field(32_768, ge=0)
     """Before the training, output projections are solved once more on so many tokens of the trial split; 0: not."""
     tokens: Tokens = Field(32_768, ge=0)
-    """Training tokens in all; 0: none. Beyond `data.trial_tokens` the text is read again."""
+    """Training tokens in all; 0: none. Text that has run out is read again."""
+    text: Literal["trial", "stream"] = "trial"
+    """`trial`: that split of the run's text; `stream`: all of `data.source` but what judges, read as it is needed."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Of the learning rate after the warm-up; `wsd`: constant, and in the last fifth of the steps down to zero."""
@@ -224,6 +226,12 @@ class Recipe(_Section):
         if isinstance(size, int):
             return value if isinstance(value, str) else str(size)
         return size
+
+    @model_validator(mode="after")
+    def _text_can_be_streamed(self) -> "Recipe":
+        if self.recovery.text == "stream" and self.data.source == "self":
+            raise ValueError("recovery.text=stream needs a source of text; data.source=self has none beyond the splits")
+        return self
 
     @model_validator(mode="after")
     def _tokens_suffice(self) -> "Recipe":

@@ -46,6 +46,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: dict[str, Any],
     trainer_state: dict[str, Any],
+    text: dict[str, Any] | None,
 ) -> None:
     """Write what training needs to go on after `step`, and remove the older ones; all ranks call it, rank 0 writes.
 
@@ -56,6 +57,7 @@ def save_checkpoint(
         optimizer: of these.
         scheduler: its state, as JSON.
         trainer_state: the Trainer's, as JSON.
+        text: where a stream of text goes on, as JSON.
     """
     weights = dict(_gathered(trained(model)))
     saved = optimizer.state_dict()
@@ -69,6 +71,8 @@ def save_checkpoint(
         save_file(moments, draft / "optimizer.safetensors")
         (draft / "optimizer.json").write_text(json.dumps({"groups": saved["param_groups"], "scheduler": scheduler}))
         (draft / "trainer_state.json").write_text(json.dumps(trainer_state))
+        if text is not None:
+            (draft / "text.json").write_text(json.dumps(text))
     for older in checkpoints(folder)[:-1]:
         shutil.rmtree(older)
 

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,9 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.data import TextStream
 from darwinlm.errors import UserError
+from darwinlm.files import read_json
 from darwinlm.progress import log, task
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.checkpoints import (
@@ -67,8 +69,33 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block_T = self._blocks_BT[self._order[index]]
-        return {"input_ids": block_T, "labels": block_T}
+        return _sample(self._blocks_BT[self._order[index]])
+
+
+class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """Samples from a stream. Rank 0 reads and hands out, some batches before they are needed."""
+
+    def __init__(self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None) -> None:
+        self._stream, self._batch_size = stream, batch_size
+        self._steps_done, self._state = steps_done, state
+        self._states: dict[int, Mapping[str, Any]] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        samples = self._steps_done * self._batch_size
+        for block_T, state in self._stream.blocks(self._state):
+            samples += 1
+            if samples % self._batch_size == 0:
+                self._states[samples // self._batch_size] = state
+            yield _sample(block_T.long())
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        """Where the stream was after the batch of this optimiser step, as plain data; forgets the steps before."""
+        self._states = {number: state for number, state in self._states.items() if number >= step}
+        return {**self._states[step], "tokens": self._states[step]["tokens"].tolist()}
+
+
+def _sample(block_T: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": block_T, "labels": block_T}
 
 
 class _Follow(TrainerCallback):
@@ -125,6 +152,9 @@ class _Trainer(Trainer):
             self.optimizer,
             self.lr_scheduler.state_dict(),
             dataclasses.asdict(self.state),
+            self.train_dataset.state_after(self.state.global_step)
+            if isinstance(self.train_dataset, _Stream) and dist.rank() == 0
+            else None,
         )
         dist.barrier()
 
@@ -149,7 +179,7 @@ def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
 def recover(
     model: DarwinLMForCausalLM,
     dense: DarwinLMForCausalLM,
-    blocks_BT: Tensor,
+    text: Tensor | TextStream,
     validation_BT: Tensor,
     recipe: RecoveryRecipe,
     *,
@@ -161,8 +191,8 @@ def recover(
     Args:
         model: trainable, float32; where it lies is where it is trained. The same on all ranks. It is used up.
         dense: the model it was cut from, the teacher in distillation; it is not changed.
-        blocks_BT: token ids, blocks * tokens; shuffled by `seed`, read again when they run out.
-        validation_BT: other text, blocks * tokens, to choose the best weights by.
+        text: token ids, blocks * tokens, shuffled by `seed` and read again when they run out; or a stream of blocks.
+        validation_BT: other text, blocks * tokens (as many in a block), to choose the best weights by.
         recipe: how long, how fast and on what.
         seed: of the order.
         folder: of checkpoints; if there is one, training goes on from it, to the same losses. They stay until
@@ -174,7 +204,7 @@ def recover(
     Raises:
         UserError: if the loss stops being finite, or a setting cannot be met here.
     """
-    steps = steps_for(recipe, blocks_BT.shape[1])
+    steps = steps_for(recipe, validation_BT.shape[1])
     if steps == 0:
         return model.eval(), Training([], [], 0)
     if recipe.lora_rank > 0 and recipe.sharding != "none":
@@ -208,6 +238,8 @@ def recover(
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        # A stream is told where to go on; blocks are passed over.
+        ignore_data_skip=isinstance(text, TextStream),
         ddp_find_unused_parameters=False,
     )
     last = next(reversed(checkpoints(folder)), None)
@@ -224,7 +256,7 @@ def recover(
         trainer = _Trainer(
             model=objective,
             args=arguments,
-            train_dataset=_Blocks(blocks_BT, steps * recipe.batch_size, seed),
+            train_dataset=_samples(text, steps, recipe.batch_size, seed, last),
             callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
         trainer.validation_BT = validation_BT
@@ -248,6 +280,14 @@ def recover(
     model.requires_grad_(False).eval()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return model, Training(losses, evaluations, int(best["step"]) if best is not None else steps)
+
+
+def _samples(text: Tensor | TextStream, steps: int, batch_size: int, seed: int, last: Path | None) -> _Blocks | _Stream:
+    if isinstance(text, Tensor):
+        return _Blocks(text, steps * batch_size, seed)
+    if last is None:
+        return _Stream(text, batch_size, 0, None)
+    return _Stream(text, batch_size, step_of(last), read_json(last / "text.json"))
 
 
 def _evaluations(state: TrainerState) -> list[dict[str, float]]:
