@@ -1,18 +1,22 @@
 """What the search finds, against other ways to spend the same time.
 
     python benchmarks/search.py compare --data FOLDER --evaluation FILE --seeds 0 1 2
+    python benchmarks/search.py selection --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py trial
 
 `compare`: for each seed one database; then plans of the same budget from uniform sizes, from weight magnitudes, from
 the database's output errors (knapsack), from our search, and, each for as long as ours took, from the paper's search
 (uniform start, exchanges within a kind of site, every candidate trained before it is scored) and from the same without
 training. All are judged on text that no method has seen, before and after the same recovery. `trial`: seconds for a
-candidate, ours against a deep copy of the dense model with zeros in it, trained and scored in bfloat16.
+candidate, ours against a deep copy of the dense model with zeros in it, trained and scored in bfloat16. `selection`:
+does training candidates before they are judged choose better ones? Evolution from uniform sizes with and without it, in
+one selection step and in three, all with the same number of tokens (trained or scored) in each generation.
 """
 
 import argparse
 import copy
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -29,7 +33,7 @@ from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
-from darwinlm.recipe import RecoveryRecipe, SearchRecipe, load_recipe
+from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe, load_recipe
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
@@ -42,6 +46,19 @@ PAPER = SearchRecipe(
 )  # fmt: skip
 """As in the published code, with tokens scaled to this model."""
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
+
+
+_SELECTION = {"descent_rounds": 0, "generations": 6, "offspring": 8}
+SELECTIONS = {
+    "trained, three steps": SearchRecipe(
+        **_SELECTION, survivors=(4, 2, 1), trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048)
+    ),
+    "trained, one step": SearchRecipe(**_SELECTION, survivors=(1,), trial_tokens=(1536,), score_tokens=(1536,)),
+    "not trained, three steps": SearchRecipe(
+        **_SELECTION, survivors=(4, 2, 1), trial_tokens=(0, 0, 0), score_tokens=(1024, 2048, 4096)
+    ),
+    "not trained, one step": SearchRecipe(**_SELECTION, survivors=(1,), trial_tokens=(0,), score_tokens=(3072,)),
+}
 
 
 class PaperEvolution(Evolution):
@@ -89,17 +106,18 @@ def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tens
     return torch.tensor(ids).view(-1, length)
 
 
+def prepare(arguments: argparse.Namespace, seed: int) -> tuple[Recipe, DenseModel, Corpus, DenseReference]:
+    settings = {"model": "smollm2", "target": arguments.target, "data.source": arguments.data, "seed": seed}
+    recipe = load_recipe("quick", settings)
+    dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
+    blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
+    return recipe, dense, read_corpus(recipe.data, dense.tokenizer, seed), DenseReference(dense.model, blocks)
+
+
 def compare(arguments: argparse.Namespace) -> None:
     rows: dict[str, list[tuple[float, ...]]] = {}
     for seed in arguments.seeds:
-        recipe = load_recipe(
-            "quick", {"model": "smollm2", "target": arguments.target, "data.source": arguments.data, "seed": seed}
-        )
-        dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
-        corpus = read_corpus(recipe.data, dense.tokenizer, seed)
-        judge = DenseReference(
-            dense.model, judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
-        )
+        recipe, dense, corpus, judge = prepare(arguments, seed)
         with tempfile.TemporaryDirectory() as folder:
             database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
             space = database.space(dense.sites)
@@ -124,7 +142,34 @@ def compare(arguments: argparse.Namespace) -> None:
                 shown = ", ".join(f"{value:.4f}" for value in found)
                 print(f"seed {seed}: {name}: {space.parameters(plan.levels):,} parameters; {shown}", flush=True)
         print(f"seed {seed}: every search {seconds:.0f} s", flush=True)
-    print("method: KL, perplexity" + (", after recovery: KL, perplexity" if arguments.recovery_tokens else ""))
+    summarise(rows, arguments.recovery_tokens)
+
+
+def compare_selections(arguments: argparse.Namespace) -> None:
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for seed in arguments.seeds:
+        recipe, dense, corpus, judge = prepare(arguments, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+            space = database.space(dense.sites)
+            budget = parameter_budget(float(arguments.target), space)
+            uniform = uniform_plan(space, budget)
+            assert uniform is not None
+            for name, settings in SELECTIONS.items():
+                start = time.perf_counter()
+                search = Evolution(space, budget, settings, [uniform], seed)
+                plan = evolve(search, TrialScorer(dense, database, corpus, settings), math.inf)
+                seconds = time.perf_counter() - start
+                found = _row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)
+                rows.setdefault(name, []).append(found)
+                shown = ", ".join(f"{value:.4f}" for value in found)
+                print(f"seed {seed}: {name}: {seconds:.0f} s; {shown}", flush=True)
+    summarise(rows, arguments.recovery_tokens)
+
+
+def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) -> None:
+    """Mean and standard deviation over the seeds."""
+    print("method: KL, perplexity" + (", after recovery: KL, perplexity" if recovery_tokens else ""))
     for name, found in rows.items():
         columns = list(zip(*found, strict=True))
         shown = [
@@ -220,16 +265,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     comparison = commands.add_parser("compare", help="plans of one budget from several methods")
-    comparison.add_argument("--data", required=True, help="text for calibration, trials and scores")
-    comparison.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
-    comparison.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
-    comparison.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    comparison.add_argument("--recovery-tokens", type=int, default=0)
     comparison.add_argument("--without", nargs="*", default=[], help="methods to leave out, by name")
+    selection = commands.add_parser("selection", help="evolution with and without training, in one step and three")
+    for command in (comparison, selection):
+        command.add_argument("--data", required=True, help="text for calibration, trials and scores")
+        command.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
+        command.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        command.add_argument("--recovery-tokens", type=int, default=0)
     trial = commands.add_parser("trial", help="seconds for a candidate")
     trial.add_argument("--repeats", type=int, default=5)
     trial.add_argument("--device", default="cpu")
-    for command in (comparison, trial):
+    for command in (comparison, selection, trial):
         command.add_argument("--target", default="0.6", help="fraction of parameters")
     arguments = parser.parse_args()
     print(
@@ -243,7 +290,7 @@ def main() -> None:
         ),
         flush=True,
     )
-    {"compare": compare, "trial": time_trials}[arguments.command](arguments)
+    {"compare": compare, "selection": compare_selections, "trial": time_trials}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -115,6 +116,23 @@ def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoi
     before = files_of(tmp_path / "family")
     prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
     assert files_of(tmp_path / "family") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("llama2_7b_2.7b", "llama"), ("llama3.1_8b_4.6b", "llama"), ("qwen2.5_14b_8.4b", "qwen2")]
+)
+def test_a_case_of_the_paper_runs_on_a_model_of_its_shape_made_small(name, family, run, checkpoint, tmp_path):
+    _, settings = run
+    kept = ("search.survivors", "search.offspring", "search.learning_rate")
+    small = {key: value for key, value in settings.items() if key not in kept}
+    small |= {"search.generations": 1, "search.trial_tokens": [16, 32, 48, 64], "search.score_tokens": [16, 32, 48, 64]}
+    small |= {"recovery.tokens": "0.256K", "recovery.batch_size": 4, "recovery.evaluations": 2}
+    finished = prune(checkpoint(family), target=TARGET, out=tmp_path / "run", recipe=name, settings=small)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["database"]["granularity"] == "query_head"
+    assert recipe["recovery"]["text"] == "stream"
+    dense, recovered = finished.metrics["rows"][0], finished.metrics["rows"][-1]
+    assert recovered["name"] == "recovered" and recovered["parameters"] <= TARGET * dense["parameters"]
 
 
 def test_several_limits_hold_for_the_model_that_is_written(run, checkpoint, tmp_path):

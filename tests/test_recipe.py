@@ -25,11 +25,22 @@ GIVEN = {"model": "some/model", "target": 0.5}
 patient = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.mark.parametrize("name", ["quick", "paper", "demo"])
+PAPERS = ["llama2_7b_2.7b", "llama3.1_8b_4.6b", "qwen2.5_14b_8.4b"]
+
+
+@pytest.mark.parametrize("name", ["quick", "paper", "demo", *PAPERS])
 def test_a_built_in_recipe_loads_and_survives_yaml(name):
     recipe = load_recipe(name, GIVEN)
     assert recipe.model == "some/model"
     assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_case_of_the_paper_is_complete(name):
+    recipe = load_recipe(name, {})
+    assert recipe.recovery.tokens == 10_000_000_000
+    assert recipe.search == load_recipe("paper", GIVEN).search
+    assert recipe.target == name.split("_")[-1].upper()
 
 
 def test_quick_is_the_defaults_written_out():
