@@ -475,7 +475,8 @@ def test_two_faults_are_told_in_one_line(refused):
 @pytest.mark.parametrize("recipe", ["fast", "nothing.yaml", "./quick"])
 def test_a_recipe_that_is_nowhere(recipe, refused):
     refused(
-        f"recipe '{recipe}': no such file; the built-in recipes are demo, llama2_7b_2.7b, .*, paper, quick, qwen2.5_14b_8.4b$", recipe=recipe
+        f"recipe '{recipe}': no such file; the built-in recipes are demo, llama2_7b_2.7b, .*, paper, quick, ",
+        recipe=recipe,
     )
 
 

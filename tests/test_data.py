@@ -13,12 +13,22 @@ from pyarrow import parquet
 
 from darwinlm import data, self_text
 from darwinlm.adapters.loading import load_dense
-from darwinlm.data import SPLITS, TextStream, find_documents, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.data import (
+    SPLITS,
+    TextStream,
+    find_documents,
+    load_corpus,
+    needed_blocks,
+    pack,
+    read_corpus,
+    save_corpus,
+    unmark,
+)
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe
 from darwinlm.self_text import write_documents
 
-END = -1
+END = 10**6
 
 
 class Words:
@@ -404,7 +414,7 @@ def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
     asked = DataRecipe(source=str(tmp_path / "text.txt"), sequence_length=32)
     stream = TextStream(asked, make_tokenizer(), 0, frozenset())
     assert len(streamed(stream, 3)[0]) == 3
-    everything = frozenset(data._fingerprint(piece) for piece, _ in data._cut("word " * 100, 8 * 32))
+    everything = frozenset(data._fingerprint(piece.text) for piece in data._cut("word " * 100, asked, None))
     with pytest.raises(UserError, match=r"holds less than a block of 32 tokens beside what judges; give more text"):
         next(TextStream(asked, make_tokenizer(), 0, everything).blocks())
 
@@ -419,3 +429,80 @@ def test_a_hub_stream_goes_on_from_the_data_sets_own_state(monkeypatch):
     whole, _ = streamed(stream, 900)
     before, state = streamed(stream, 333)
     assert before + streamed(stream, 567, state)[0] == whole
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chats(count):
+    rng = itertools.count()
+    return [
+        [
+            {"role": "user", "content": f"question {next(rng)}?"},
+            {"role": "assistant", "content": f"answer {next(rng)} " * (number % 5 + 1)},
+            {"role": "user", "content": f"again {next(rng)}?"},
+            {"role": "assistant", "content": f"and again {next(rng)}"},
+        ]
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub", "field"])
+def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    field = "conversation" if kind == "field" else "messages"
+    rows = [{field: chat} for chat in chats(60)]
+    source = tmp_path / ("text.parquet" if kind == "parquet" else "text.jsonl")
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows).to_iterable_dataset()
+    )
+    asked = DataRecipe(
+        source="owner/name" if kind == "hub" else str(source), text_field="text" if kind != "field" else field,
+        sequence_length=32, calibration_tokens=320, trial_tokens=640, score_tokens=320, held_out_tokens=320,
+    )  # fmt: skip
+    save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
+    corpus = load_corpus(tmp_path / "corpus.safetensors")
+    ids, labels = unmark(corpus.marked["trial"].flatten())
+    assert torch.equal(ids, corpus.blocks["trial"].flatten())
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    text = tokenizer.decode(ids.tolist())
+    assert "<|user|>question" in text
+    # What is learnt, told apart by the words alone: the answers and the end of each.
+    learnt = tokenizer.decode(labels[labels != -100].tolist())
+    answers = [part.split("<|")[0] for part in text.split("<|assistant|>")[1:]]
+    assert learnt in ("".join(answers), text.split("<|")[0] + "".join(answers))
+    # A stream marks the same way.
+    blocks = TextStream(asked, tokenizer, 0, frozenset()).blocks()
+    streamed = torch.cat([next(blocks)[0] for _ in range(9)])
+    words = tokenizer.decode(streamed[streamed >= 0].tolist())
+    assert "answer 1" in words and "question" not in words
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([{"role": "user"}], CHATML, "line 1: a chat is a list of messages with 'role' and 'content', both text"),
+        (["hello"], CHATML, "line 1: a chat is a list of messages with 'role' and 'content', both text"),
+        (chats(1)[0], None, "holds chats, but the model's tokenizer has no chat template; give text instead"),
+        (chats(1)[0], "{{ raise_exception('no') }}", "holds a chat that the model's chat template refuses: no"),
+        (
+            chats(1)[0],
+            "{{ messages | length }}{{ messages[0].content }}",
+            "writes a message in another way when others",
+        ),
+    ],
+)
+def test_a_chat_that_cannot_be_read_is_one_clear_line(messages, template, message, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    (tmp_path / "text.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_corpus(DataRecipe(source=str(tmp_path)), tokenizer, 0)

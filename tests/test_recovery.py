@@ -259,6 +259,24 @@ def run_ranks(ranks, checkpoint, database, folder, recipe, stop_at=-1):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_what_is_not_to_be_learnt_moves_no_weight(pruned, tmp_path):
+    dense, database = pruned("qwen2", "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 8, learning_rate=5e-3, batch_size=2, evaluations=0)
+    marked = BLOCKS.clone()
+    marked[:, 12:] = ~marked[:, 12:]
+    other = marked.clone()
+    other[:, 12:] = ~torch.flip(BLOCKS, [1])[:, 12:]
+    models = []
+    for name, blocks in (("one", marked), ("other", other), ("all", BLOCKS)):
+        model = halved(dense, database, trainable=True)
+        recover(model, dense.model, blocks, VALIDATION, recipe, seed=0, folder=tmp_path / name)
+        models.append(model.state_dict())
+    one, changed, whole = models
+    # Causal attention: what comes after the last token that is learnt changes nothing.
+    assert all(torch.allclose(one[name], changed[name], atol=1e-6) for name in one)
+    assert not all(torch.allclose(one[name], whole[name], atol=1e-3) for name in one)
+
+
 def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_path, monkeypatch):
     dense, database = pruned("qwen2", "kv_group")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -25,6 +26,7 @@ _TEXT, _JSON, _PARQUET = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson",
 _Item = TypeVar("_Item")
 _FINGERPRINT_BYTES = 16
 _JUDGED = "judged"
+_MESSAGES = "messages"
 _STREAM_BATCH = 64
 """Documents that a stream reads and tokenises together."""
 _MOST_CHARACTERS = 512 * 2**20
@@ -32,14 +34,33 @@ _HUB_CHARACTERS_PER_TOKEN = 12
 """Of a shuffled stream no more is read than this for each token needed; text has 3 to 5 of them."""
 
 
+Chat = list[dict[str, str]]
+"""Messages with `role` and `content`."""
+
+
+class Piece(NamedTuple):
+    """Text that is tokenised as a whole."""
+
+    text: str
+    ends: bool
+    """Whether its document ends here."""
+    said: tuple[tuple[int, int], ...] | None = None
+    """Of a chat: where in `text` the assistant speaks, first and behind the last character."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token blocks of every split; no token of the text is in two of them."""
 
-    blocks: Mapping[str, Tensor]
-    """By split name: int32, blocks * sequence_length."""
+    marked: Mapping[str, Tensor]
+    """By split name: int32, blocks * sequence_length; a token that is read but not to be learnt is `~id` (negative)."""
     judged: frozenset[bytes] = frozenset()
     """Fingerprints of the pieces of text in the splits that judge, `held_out` and `score`."""
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Tensor]:
+        """The token ids of every split."""
+        return {split: unmark(marked_BT)[0] for split, marked_BT in self.marked.items()}
 
     def tokens(self, split: str, count: int) -> Tensor:
         """The first blocks of `split` that hold `count` tokens; of a single block only as much as that (2 or more)."""
@@ -48,6 +69,11 @@ class Corpus:
         if count >= length:
             return blocks_BT[: -(-count // length)]
         return blocks_BT[:1, : max(2, count)]
+
+
+def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids, and labels for training: the same, but -100 where a token is not to be learnt."""
+    return torch.where(marked < 0, ~marked, marked), marked.masked_fill(marked < 0, -100)
 
 
 def needed_blocks(recipe: DataRecipe) -> dict[str, int]:
@@ -70,20 +96,22 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
         # A split ends with a whole piece, and what of that does not fit is lost.
         tokens = (sum(needed_blocks(recipe).values()) + len(SPLITS)) * recipe.sequence_length
         most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
-    pieces = _pieces(documents, _longest_piece(recipe), most, seed)
+    pieces = _pieces(documents, recipe, tokenizer, most, seed)
 
     def tokenised() -> Iterator[list[int]]:
         for batch in _batches(pieces, 256):
-            for (text, _), ids in zip(batch, _tokenise(batch, tokenizer), strict=True):
-                taken.append(_fingerprint(text))
+            for piece, ids in zip(batch, _tokenise(batch, tokenizer), strict=True):
+                taken.append(_fingerprint(piece.text))
                 yield ids
 
     corpus, judging = _pack(tokenised(), recipe)
-    return Corpus(corpus.blocks, frozenset(taken[:judging]))
+    return Corpus(corpus.marked, frozenset(taken[:judging]))
 
 
 def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
-    """Concatenate tokenised documents into the blocks of each split; no document reaches into two splits.
+    """Concatenate tokenised documents (ids, marked as in `Corpus`) into the blocks of each split.
+
+    No document reaches into two splits.
 
     Raises:
         UserError: if they are too few, with how many tokens there are and how many are needed.
@@ -118,7 +146,7 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
 
 def save_corpus(corpus: Corpus, file: Path) -> None:
     """Keep the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
-    tensors = {split: blocks_BT.contiguous() for split, blocks_BT in corpus.blocks.items()}
+    tensors = {split: marked_BT.contiguous() for split, marked_BT in corpus.marked.items()}
     judged = torch.frombuffer(bytearray(b"".join(sorted(corpus.judged))), dtype=torch.uint8) if corpus.judged else None
     write_bytes(file, save(tensors | ({} if judged is None else {_JUDGED: judged})))
 
@@ -141,7 +169,7 @@ class TextStream:
         self._recipe, self._tokenizer, self._seed, self._judged = recipe, tokenizer, seed, judged
 
     def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-        """Yield each block (int32, tokens) with the state from which the blocks after it can be had.
+        """Yield each block (int32, tokens, marked as in `Corpus`) with the state that the next ones can be had from.
 
         A state is plain data but for `tokens`, a tensor or a list of token ids.
 
@@ -172,14 +200,14 @@ class TextStream:
             pieces = [
                 piece
                 for document in documents
-                for piece in _cut(document, _longest_piece(self._recipe))
-                if piece[0].strip() and _fingerprint(piece[0]) not in self._judged
+                for piece in _cut(document, self._recipe, self._tokenizer)
+                if piece.text.strip() and _fingerprint(piece.text) not in self._judged
             ]
             if pieces:
                 yield [token for ids in _tokenise(pieces, self._tokenizer) for token in ids], behind
 
 
-def _documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple[list[str], Any]]:
+def _documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple[list[str | Chat], Any]]:
     """Batches of documents, each with the place behind it: a count for local text, a data set's own state else."""
     if _local(recipe.source) is not None:
         documents = find_documents(recipe.source, recipe.text_field, seed)
@@ -199,8 +227,11 @@ def _documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple
             yield batch, stream.state_dict()
 
 
-def find_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
-    """Yield the documents of a local file or folder, or of a Hub data set (`owner/name` or `owner/name:config`)."""
+def find_documents(source: str, text_field: str, seed: int) -> Iterator[str | Chat]:
+    """Yield the documents of a local file or folder, or of a Hub data set (`owner/name` or `owner/name:config`).
+
+    A record without `text` but with `messages` is a chat, and so is one whose `text_field` holds a list of messages.
+    """
     path = _local(source)
     if path is not None:
         return _local_documents(path, text_field, seed)
@@ -214,7 +245,7 @@ def _local(source: str) -> Path | None:
     return Path(path) if os.path.exists(path) else None
 
 
-def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str]:
+def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str | Chat]:
     known = (*_TEXT, *_JSON, *_PARQUET)
     files = [path]
     if path.is_dir():
@@ -238,7 +269,7 @@ def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str]:
             raise UserError(f"data {str(file)!r} cannot be read: {error.strerror or error}") from None
 
 
-def _json_documents(file: Path, text_field: str) -> Iterator[str]:
+def _json_documents(file: Path, text_field: str) -> Iterator[str | Chat]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -252,20 +283,35 @@ def _json_documents(file: Path, text_field: str) -> Iterator[str]:
                 raise UserError(f"{where}: not JSON; one object a line is expected") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: one object a line is expected, this is a {type(record).__name__}")
-            # JSON can hold halves of surrogate pairs (a cut emoji), which no tokenizer takes.
-            yield _text_of(record, text_field, where).encode("utf-8", "replace").decode("utf-8")
+            yield _text_of(record, text_field, where)
 
 
-def _text_of(record: Mapping[str, Any], text_field: str, where: str) -> str:
+def _text_of(record: Mapping[str, Any], text_field: str, where: str) -> str | Chat:
     """The document of `record`; a null is an empty one. Raises UserError that begins with `where`."""
+    text_field = _field_of(record, text_field)
     text = record.get(text_field)
     if isinstance(text, str):
-        return text
+        return _whole_characters(text)
     if text_field not in record:
         raise _lacks(text_field, record, where)
     if text is None:
         return ""
-    raise UserError(f"{where}: {text_field!r} holds no text but {type(text).__name__}; set data.text_field")
+    if not isinstance(text, list):
+        raise UserError(f"{where}: {text_field!r} holds no text but {type(text).__name__}; set data.text_field")
+    for message in text:
+        known = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not known:
+            raise UserError(f"{where}: a chat is a list of messages with 'role' and 'content', both text")
+    return [{key: _whole_characters(message[key]) for key in ("role", "content")} for message in text]
+
+
+def _field_of(names: Container[str], text_field: str) -> str:
+    return _MESSAGES if text_field == "text" and "text" not in names and _MESSAGES in names else text_field
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can hold halves of surrogate pairs (a cut emoji), which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _lacks(text_field: str, names: Iterable[str], where: str) -> UserError:
@@ -273,13 +319,14 @@ def _lacks(text_field: str, names: Iterable[str], where: str) -> UserError:
     return UserError(f"{where}: there is no {text_field!r} (it has {found}); set data.text_field")
 
 
-def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
+def _parquet_documents(file: Path, text_field: str) -> Iterator[str | Chat]:
     import pyarrow
     from pyarrow import parquet
 
     where = f"data {str(file)!r}"
     try:
         table = parquet.ParquetFile(file)
+        text_field = _field_of(table.schema_arrow.names, text_field)
         if text_field not in table.schema_arrow.names:
             raise _lacks(text_field, table.schema_arrow.names, where)
         for batch in table.iter_batches(columns=[text_field]):
@@ -289,7 +336,7 @@ def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
         raise UserError(f"{where} cannot be read as a Parquet file: {reason}") from None
 
 
-def _hub_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
+def _hub_documents(source: str, text_field: str, seed: int) -> Iterator[str | Chat]:
     with _naming_hub_faults(source):
         for record in _hub_stream(source).shuffle(seed=seed, buffer_size=10_000):
             yield _text_of(record, text_field, f"data {source!r}")
@@ -316,51 +363,94 @@ def _naming_hub_faults(source: str) -> Iterator[None]:
         ) from None
 
 
-def _pieces(documents: Iterable[str], longest: int, most: int, seed: int) -> Iterator[tuple[str, bool]]:
-    """Shuffled pieces of documents without repeats, each with whether its document ends there.
-
-    A piece has at most `longest` characters. Documents are read until they hold `most` characters together.
-    """
-    pieces, seen, read = list[tuple[str, bool]](), set[bytes](), 0
+def _pieces(
+    documents: Iterable[str | Chat], recipe: DataRecipe, tokenizer: Any, most: int, seed: int
+) -> Iterator[Piece]:
+    """Shuffled pieces of documents without repeats; documents are read until they hold `most` characters together."""
+    pieces, seen, read = list[Piece](), set[bytes](), 0
     for document in documents:
-        fingerprint = _fingerprint(document.strip())
-        if not document.strip() or fingerprint in seen:
+        cut = list(_cut(document, recipe, tokenizer))
+        text = "".join(piece.text for piece in cut)
+        fingerprint = _fingerprint(text.strip())
+        if not text.strip() or fingerprint in seen:
             continue
         seen.add(fingerprint)
-        pieces += _cut(document, longest)
-        read += len(document)
+        pieces += cut
+        read += len(text)
         if read >= most:
             break
     random.Random(seed).shuffle(pieces)
     return iter(pieces)
 
 
-def _longest_piece(recipe: DataRecipe) -> int:
-    """In characters: two blocks or so."""
-    return 8 * recipe.sequence_length
-
-
-def _cut(document: str, longest: int) -> Iterator[tuple[str, bool]]:
-    """Pieces of at most `longest` characters, each with whether it is the last."""
-    start = 0
+def _cut(document: str | Chat, recipe: DataRecipe, tokenizer: Any) -> Iterator[Piece]:
+    """Pieces of at most so many characters as two blocks hold or so; a chat is one piece."""
+    if not isinstance(document, str):
+        yield _render(document, recipe, tokenizer)
+        return
+    longest, start = 8 * recipe.sequence_length, 0
     while len(document) - start > longest:
         middle = start + longest // 2
         space = document.rfind(" ", middle, start + longest)
         end = space if space > 0 else start + longest
-        yield document[start:end], False
+        yield Piece(document[start:end], False)
         start = end
-    yield document[start:], True
+    yield Piece(document[start:], True)
+
+
+def _render(chat: Chat, recipe: DataRecipe, tokenizer: Any) -> Piece:
+    """The chat as the model's template writes it, and what of that the assistant says. Raises UserError."""
+    where = f"data {recipe.source!r}"
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{where} holds chats, but the model's tokenizer has no chat template; give text instead")
+
+    def text(messages: Chat, opened: bool = False) -> str:
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        return rendered
+
+    try:
+        whole, said = text(chat), []
+        for number, message in enumerate(chat):
+            if message["role"] == "assistant":
+                before, after = text(chat[:number], opened=True), text(chat[: number + 1])
+                if not (whole.startswith(after) and after.startswith(before)):
+                    raise UserError(
+                        f"{where} holds chats, and the model's chat template writes a message in another way when "
+                        "others follow, so that the assistant's words cannot be told apart; give text instead"
+                    )
+                said.append((len(before), len(after)))
+    except UserError:
+        raise
+    except Exception as error:  # templates are programs, and refuse chats in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where} holds a chat that the model's chat template refuses: {reason}") from None
+    return Piece(whole, True, tuple(said))
 
 
 def _fingerprint(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_FINGERPRINT_BYTES).digest()
 
 
-def _tokenise(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
-    """The token ids of each piece; the last of a document is followed by the end-of-text token."""
+def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
+    """The token ids of each piece, marked as in `Corpus`; behind a text's last piece comes the end-of-text token."""
     end = tokenizer.eos_token_id
-    tokenised = tokenizer([text for text, _ in pieces])["input_ids"]
-    return [[*ids, end] if last and end is not None else ids for (_, last), ids in zip(pieces, tokenised, strict=True)]
+    plain = [piece for piece in pieces if piece.said is None]
+    tokenised = iter(tokenizer([piece.text for piece in plain])["input_ids"] if plain else [])
+    marked = []
+    for piece in pieces:
+        if piece.said is None:
+            ids = next(tokenised)
+            marked.append([*ids, end] if piece.ends and end is not None else ids)
+        else:
+            # The template has written what is special about beginning and end.
+            encoded = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
+            marked.append(
+                [
+                    token if any(first <= start < behind for first, behind in piece.said) else ~token
+                    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                ]
+            )
+    return marked
 
 
 def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:

@@ -220,10 +220,10 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
                 refit(model, dense.model, corpus.tokens("trial", recipe.recovery.refit_tokens))
                 write_bytes(refitted, save(_stored(model, torch.float32)))
         model = copy_trained(model, read_tensors(refitted)).requires_grad_(True)
-    text: Tensor | TextStream = corpus.blocks["trial"]
+    text: Tensor | TextStream = corpus.marked["trial"]
     if recipe.recovery.text == "stream":
         text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged)
-    validation_BT = corpus.blocks["score"]
+    validation_BT = corpus.marked["score"]
     model, done = recover(model, dense.model, text, validation_BT, recipe.recovery, seed=recipe.seed, folder=folder)
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}

@@ -18,7 +18,7 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
-from darwinlm.data import TextStream
+from darwinlm.data import TextStream, unmark
 from darwinlm.errors import UserError
 from darwinlm.files import read_json
 from darwinlm.progress import log, task
@@ -60,7 +60,7 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, blocks_BT: Tensor, samples: int, seed: int) -> None:
-        self._blocks_BT = blocks_BT.long()
+        self._blocks_BT = blocks_BT
         generator = torch.Generator().manual_seed(seed)
         passes = -(-samples // len(blocks_BT))
         self._order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])[:samples]
@@ -86,7 +86,7 @@ class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             samples += 1
             if samples % self._batch_size == 0:
                 self._states[samples // self._batch_size] = state
-            yield _sample(block_T.long())
+            yield _sample(block_T)
 
     def state_after(self, step: int) -> dict[str, Any]:
         """Where the stream was after the batch of this optimiser step, as plain data; forgets the steps before."""
@@ -94,8 +94,9 @@ class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return {**self._states[step], "tokens": self._states[step]["tokens"].tolist()}
 
 
-def _sample(block_T: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": block_T, "labels": block_T}
+def _sample(marked_T: Tensor) -> dict[str, Tensor]:
+    ids_T, labels_T = unmark(marked_T.long())
+    return {"input_ids": ids_T, "labels": labels_T}
 
 
 class _Follow(TrainerCallback):
@@ -128,8 +129,8 @@ class _Trainer(Trainer):
         self.model_wrapped.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch_BT in self.validation_BT.to(self.args.device, torch.long).split(self.args.train_batch_size):
-                sums += self.model_wrapped(batch_BT, batch_BT)["sums"].double().cpu()
+            for batch_BT in self.validation_BT.to(self.args.device).split(self.args.train_batch_size):
+                sums += self.model_wrapped(**_sample(batch_BT))["sums"].double().cpu()
         self.model_wrapped.train()
         next_token, kl = (sums[:2] / sums[2]).tolist()
         objective = cast(Objective, self.model)
@@ -191,8 +192,9 @@ def recover(
     Args:
         model: trainable, float32; where it lies is where it is trained. The same on all ranks. It is used up.
         dense: the model it was cut from, the teacher in distillation; it is not changed.
-        text: token ids, blocks * tokens, shuffled by `seed` and read again when they run out; or a stream of blocks.
-        validation_BT: other text, blocks * tokens (as many in a block), to choose the best weights by.
+        text: token ids, blocks * tokens, marked as in `Corpus`, shuffled by `seed` and read again when they run out; or
+            a stream of blocks.
+        validation_BT: other text, marked too, blocks * tokens (as many in a block), to choose the best weights by.
         recipe: how long, how fast and on what.
         seed: of the order.
         folder: of checkpoints; if there is one, training goes on from it, to the same losses. They stay until
