@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe, RecoveryRecipe
 from darwinlm.recovery import objective, stage
 from darwinlm.recovery.checkpoints import remove_checkpoints
+from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover, steps_for
@@ -257,6 +259,17 @@ def run_ranks(ranks, checkpoint, database, folder, recipe, stop_at=-1):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("exponent", [0.1, 0.3, 0.7])
+def test_a_forecast_finds_where_a_power_law_leads(exponent):
+    rng = random.Random(0)
+    losses = [2.0 + 3.0 * step**-exponent + rng.gauss(0, 0.02) for step in range(1, 2001)]
+    expected = 2.0 + 3.0 * 2000**-exponent
+    assert forecast(losses[:200], 2000) == pytest.approx(expected, abs=0.15 * (losses[199] - 2))
+    assert forecast(losses[:1000], 2000) == pytest.approx(expected, abs=0.03)
+    rising = [1.0 + 0.001 * step for step in range(100)]
+    assert forecast(rising, 1000) == pytest.approx(sum(rising[-16:]) / 16, abs=0.03)
 
 
 def test_what_is_not_to_be_learnt_moves_no_weight(pruned, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +34,13 @@ from darwinlm.recovery.checkpoints import (
     step_of,
     whole,
 )
+from darwinlm.recovery.forecast import FRACTIONS, forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.sharding import shard
 
 _SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linear", "constant": "constant_with_warmup"}
+_LEAST = 20
+"""Steps that a forecast needs."""
 _DECAY = 0.2
 """The share of the steps in which schedule `wsd` comes down."""
 
@@ -100,10 +104,13 @@ def _sample(marked_T: Tensor) -> dict[str, Tensor]:
 
 
 class _Follow(TrainerCallback):
-    """Shows how far it is, stops at a loss that is not finite, and says when to evaluate."""
+    """Shows how far it is and where it leads, stops at a loss that is not finite, and says when to evaluate."""
 
     def __init__(self, progress: Any, recipe: RecoveryRecipe, evaluate_at: frozenset[int]) -> None:
         self._progress, self._recipe, self._evaluate_at = progress, recipe, evaluate_at
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forecast_at = {round(state.max_steps * part) for part in FRACTIONS if state.max_steps * part >= _LEAST}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = state.global_step in self._evaluate_at
@@ -116,6 +123,15 @@ class _Follow(TrainerCallback):
                     "lower recovery.learning_rate (in a new run)"
                 )
             self._progress.advance(note=f"loss {logs['loss']:.3f}")
+            if state.global_step in self._forecast_at:
+                losses = _losses(state)
+                now, then = statistics.fmean(losses[-len(losses) // 10 :]), forecast(losses, state.max_steps)
+                log.info(
+                    "recovery: step %d, loss %.3f; if it goes on like this, %.3f at the end",
+                    state.global_step,
+                    now,
+                    then,
+                )
 
 
 class _Trainer(Trainer):
@@ -280,8 +296,7 @@ def recover(
         # FSDP has made the modules its own; a plain model of the same tensors is built.
         model = copy_trained(model, {name: whole(tensor.detach()) for name, tensor in model.named_parameters()})
     model.requires_grad_(False).eval()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return model, Training(losses, evaluations, int(best["step"]) if best is not None else steps)
+    return model, Training(_losses(trainer.state), evaluations, int(best["step"]) if best is not None else steps)
 
 
 def _samples(text: Tensor | TextStream, steps: int, batch_size: int, seed: int, last: Path | None) -> _Blocks | _Stream:
@@ -290,6 +305,10 @@ def _samples(text: Tensor | TextStream, steps: int, batch_size: int, seed: int, 
     if last is None:
         return _Stream(text, batch_size, 0, None)
     return _Stream(text, batch_size, step_of(last), read_json(last / "text.json"))
+
+
+def _losses(state: TrainerState) -> list[float]:
+    return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
 
 
 def _evaluations(state: TrainerState) -> list[dict[str, float]]:
