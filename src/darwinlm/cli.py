@@ -76,6 +76,30 @@ def prune(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="As for `prune`; its config is enough.")],
+    target: Annotated[str, typer.Option(help="Parameters to keep: 0.5, or 2.7B.")],
+    recipe: Annotated[str, typer.Option(help="As for `prune`.")] = "quick",
+    settings: Setting = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many there will be.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="h100, h200, a100, l40s or rtx4090; by default this machine.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of each, if it is another size: 40GB.")] = None,
+) -> None:
+    """Say what a run would cost before it starts: parameters, time and memory by stage, disk."""
+    _silence_libraries()
+
+    from rich.console import Console
+
+    from darwinlm.pipeline import plan_run
+    from darwinlm.recipe import load_recipe
+    from darwinlm.report.summary import show_costs
+
+    checked = load_recipe(recipe, {"model": model, "target": target} | _overrides(settings))
+    machine, costs = plan_run(checked, gpus, gpu, gpu_memory)
+    show_costs(costs, machine, Console() if sys.stdout.isatty() else Console(width=120))
+
+
+@app.command()
 def recover(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     settings: Setting = None,

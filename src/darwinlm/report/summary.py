@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The table at the end of a run, and that of what one would cost."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from darwinlm.costs import Costs, Machine
 
 _TITLES = {
     "name": "model",
@@ -43,3 +45,31 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
     console.print(f"[bold]{escape(sample['prompt'])}[/bold] …")
     for name in ("before", "after"):
         console.print(f"  {name}: {escape(' '.join(sample[name].split()))}", highlight=False)
+
+
+def show_costs(costs: Costs, machine: Machine, console: Console) -> None:
+    """Print predicted time and memory by stage, and what to change where memory does not suffice."""
+    each = " each" if machine.devices > 1 else ""
+    table = Table(title=f"on {machine.name}, {machine.memory / 1e9:.0f} GB{each}: predicted, not measured")
+    table.add_column("stage")
+    for title in ("time", "peak memory", "fits"):
+        table.add_column(title, justify="right")
+    for stage in costs.stages:
+        fits = "yes" if stage.memory < machine.memory else "no"
+        table.add_row(stage.name, _duration(stage.seconds), f"{stage.memory / 1e9:.1f} GB", fits)
+    table.add_row("all", _duration(sum(stage.seconds for stage in costs.stages)), "", "")
+    console.print(
+        f"{costs.dense_parameters:,} parameters, of which {costs.target_parameters:,} are to be left; "
+        f"{costs.smallest_parameters:,} (embeddings, head, last norm) cannot be removed",
+        highlight=False,
+    )
+    console.print(table)
+    console.print(f"disk: {costs.disk / 1e9:.1f} GB", highlight=False)
+    for setting in costs.advice:
+        console.print(f"to make it fit: {setting}", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

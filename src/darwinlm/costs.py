@@ -1,0 +1,330 @@
+"""What a run will cost, from shapes alone: seconds and memory by stage, disk, and what to change if it does not fit.
+
+Work is counted in tokens through a layer and through the head, forwards or with their gradients, and in matrix
+products of the database. What such a token costs is measured on this machine in a few seconds, on one random layer of
+the model's own shape, or follows from the peak of another machine. How far predictions were off: docs/lab-log.md.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import psutil
+import torch
+
+from darwinlm.adapters.cutting import count_parameters
+from darwinlm.adapters.families import Site
+from darwinlm.adapters.loading import expected_shapes, fast_dtype
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMRotaryEmbedding
+from darwinlm.recipe import Recipe
+
+_UTILISATION = 0.4
+"""Of a GPU's peak, what whole models reach in practice."""
+_SOLVER_UTILISATION = 0.45
+"""Of the speed of large matrix products, what the solver reaches."""
+_DISK = 3e8
+"""Bytes a second, flushed."""
+_LIBRARIES = 650_000_000
+"""Bytes of memory before any model is loaded."""
+_JUDGED_PLANS = 4.75
+"""In a round of the descent, for how many plans all of the score text is read: eight begin, most are soon given up."""
+_GRADIENT_PASSES = 1.7
+"""What measuring sensitivities costs, in forward and backward passes of training: two backward passes, none for
+weights, and the columns of all levels beside the dense ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A device that is not here."""
+
+    memory: float
+    """Bytes."""
+    fast: float
+    """Peak bfloat16 FLOP/s, dense."""
+    float32: float
+    """Peak float32 FLOP/s."""
+
+
+GPUS: Mapping[str, Gpu] = {
+    "h100": Gpu(memory=80e9, fast=989e12, float32=67e12),
+    "h200": Gpu(memory=141e9, fast=989e12, float32=67e12),
+    "a100": Gpu(memory=80e9, fast=312e12, float32=19.5e12),
+    "l40s": Gpu(memory=48e9, fast=362e12, float32=91.6e12),
+    "rtx4090": Gpu(memory=24e9, fast=165e12, float32=82.6e12),
+}
+"""By name; peaks are the makers'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a token costs on a device, in seconds; of layers and head as in the dense model."""
+
+    layer_float32: float
+    """Through one layer, forwards, in float32."""
+    layer_fast: float
+    """The same in the dtype that is fast here."""
+    layer_training: float
+    """Forwards and backwards through one layer, in that dtype."""
+    head_float32: float
+    """Through the head, forwards, with its log-probabilities, in float32."""
+    head_training: float
+    """Forwards (twice) and backwards through the head."""
+    product: float
+    """One floating-point operation of a large float32 matrix product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a run is to be made."""
+
+    name: str
+    devices: int
+    memory: float
+    """Bytes, of each device."""
+    accelerator: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """Predicted."""
+
+    name: str
+    seconds: float
+    memory: float
+    """Peak, bytes, on each device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Of a whole run."""
+
+    dense_parameters: int
+    target_parameters: int
+    smallest_parameters: int
+    stages: tuple[StageCost, ...]
+    disk: float
+    """Bytes, at the end and while checkpoints are there."""
+    advice: tuple[str, ...]
+    """Settings to change where the memory does not suffice."""
+
+
+def predict(
+    config: DarwinLMConfig, sites: tuple[Site, ...], recipe: Recipe, fraction: float, machine: Machine, rates: Rates
+) -> Costs:
+    """The costs of a run.
+
+    Args:
+        config: of the dense model.
+        sites: its sites.
+        recipe: what is asked.
+        fraction: of the dense model's parameters that are to be left.
+        machine: where.
+        rates: of one of its devices.
+    """
+    shapes = expected_shapes(config)
+    dense = sum(prod(shape) for shape in shapes.values())
+    in_sites = sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
+    fixed = dense - in_sites
+    left = max(0.0, (fraction * dense - fixed) / in_sites)
+    layers, devices = config.num_hidden_layers, machine.devices
+    data, search, recovery = recipe.data, recipe.search, recipe.recovery
+
+    # Database.
+    calibration = rates.layer_fast if machine.accelerator else rates.layer_float32
+    columns = [site.num_units * site.columns_per_unit for site in sites]
+    rows = config.hidden_size
+    gram = sum(d**2 for d in columns) * data.calibration_tokens
+    solving = sum(10 / 3 * d**3 + 3.5 * rows * d**2 for d in columns)
+    stored = sum(rows * d for d in columns) * (recipe.database.levels - 1) / 2 * 2
+    database = (
+        layers * data.calibration_tokens * calibration
+        + (gram + solving / _SOLVER_UTILISATION) * rates.product
+        + stored / _DISK
+    ) / devices
+
+    # Search. `small` and `trained`: a token through the layers of a candidate.
+    small, trained = left * layers * rates.layer_fast, left * layers * rates.layer_training
+    sensitivities = search.sensitivity_tokens * (
+        layers * rates.layer_training * _GRADIENT_PASSES + 3 * rates.head_float32
+    )
+    judging = _JUDGED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
+    candidates = [search.offspring, *search.survivors[:-1]]
+    generation = sum(
+        count * (trial * (trained + rates.head_training) + score * (small + 2 * rates.head_float32))
+        for count, trial, score in zip(candidates, search.trial_tokens, search.score_tokens, strict=True)
+    )
+    reference = data.score_tokens * layers * rates.layer_float32
+    shared_out = search.descent_rounds * (sensitivities + judging) + search.generations * generation
+    searching = 2 * reference + shared_out / devices
+
+    # Recovery.
+    teacher = (layers * rates.layer_fast + rates.head_float32) if recovery.distillation > 0 else 0.0
+    step = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
+    evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
+    refit = recovery.refit_tokens * (1 + left) * layers * rates.layer_float32
+    refit += recovery.refit_tokens * 2 * left * sum(d**2 + rows * d for d in columns) * rates.product
+    training = recovery.tokens * step / devices + (evaluated if recovery.tokens else 0) + refit
+
+    # Evaluation: dense, uniform, found and recovered, in float32 and then a few requests in the model's own dtype.
+    models = [1.0, left, left, *([left] if recovery.wanted else [])]
+    held_out = data.held_out_tokens * (
+        layers * rates.layer_float32
+        + sum(share * layers * rates.layer_float32 + 2 * rates.head_float32 for share in models)
+    )
+
+    base, whole = _LIBRARIES, 4.0 * dense
+    candidate = left * in_sites
+    widened = 2 * (in_sites + sum(rows * d for d in columns) * recipe.database.levels / 2)
+    width = max(columns)
+    activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
+    per_block = 4 * data.sequence_length * layers * (14 * rows + 4 * width)
+    sharded = devices if recovery.sharding == "fsdp" else 1
+    blocks = recovery.micro_batch_size or max(1, recovery.batch_size // devices)
+    kept = per_block * blocks / (layers if recovery.activations == "recompute" else 1)
+    logits = 1024 * config.vocab_size * 4 * 4
+    chunk = 3 * 128 * 4 * config.vocab_size
+    stages = (
+        StageCost(
+            name="database", seconds=database,
+            memory=base + 4 * in_sites / layers + (activations if not machine.accelerator else 0) + 7 * 4 * width**2,
+        ),
+        StageCost(
+            name="search", seconds=searching,
+            memory=base + whole + max(18 * candidate, widened + whole / 2) + per_block + chunk,
+        ),
+        StageCost(
+            name="recovery", seconds=training,
+            memory=base + whole + (16 * (fixed + candidate) + 2 * dense) / sharded + kept + logits,
+        ),
+        StageCost(name="evaluation", seconds=held_out, memory=base + whole + 3 * 4 * (fixed + candidate) + 2 * dense),
+    )  # fmt: skip
+    checkpoint = 12 * (fixed + candidate) if recovery.tokens else 0
+    disk = stored + 2 * 2 * fraction * dense + checkpoint + 4 * fraction * dense
+    return Costs(
+        dense_parameters=dense,
+        target_parameters=round(fraction * dense),
+        smallest_parameters=fixed,
+        stages=stages,
+        disk=disk,
+        advice=tuple(_advice(stages, machine, recipe)),
+    )
+
+
+def machine_here(device: torch.device) -> Machine:
+    """This machine, with what is free on it."""
+    if device.type == "cuda":
+        return Machine(
+            name=torch.cuda.get_device_name(device),
+            devices=torch.cuda.device_count(),
+            memory=torch.cuda.get_device_properties(device).total_memory,
+            accelerator=True,
+        )
+    name = f"this machine ({torch.get_num_threads()} CPU threads)"
+    return Machine(name=name, devices=1, memory=psutil.virtual_memory().available, accelerator=False)
+
+
+def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:
+    """What a token costs on a device that is not here, from its peaks; `tokens` are those of a block."""
+    shapes = expected_shapes(config)
+    weights = sum(prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
+    # Each token looks at half of its block on average: products with keys and with values.
+    attention = 2 * tokens * config.num_attention_heads * config.head_dim
+    layer, head = 2 * weights + attention, 2 * config.vocab_size * config.hidden_size
+    fast, float32 = gpu.fast * _UTILISATION, gpu.float32 * _UTILISATION
+    return Rates(
+        layer_float32=layer / float32,
+        layer_fast=layer / fast,
+        layer_training=3 * layer / fast,
+        head_float32=head / float32,
+        head_training=4 * head / fast,
+        product=1 / (gpu.float32 * 2 * _UTILISATION),
+    )
+
+
+def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> Rates:
+    """What a token costs here: one random layer and the head, timed on a block of `tokens` tokens for some seconds."""
+    fast = fast_dtype(device)
+    rotary = DarwinLMRotaryEmbedding(config).to(device)
+    positions = torch.arange(tokens, device=device).unsqueeze(0)
+
+    def layer_of(dtype: torch.dtype) -> DarwinLMDecoderLayer:
+        return DarwinLMDecoderLayer(config, 0).to(device, dtype)
+
+    def through(layer: DarwinLMDecoderLayer, states_BTD: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = layer(
+            states_BTD, attention_mask=None, position_ids=positions, position_embeddings=rotary(states_BTD, positions)
+        )
+        return output
+
+    def train(layer: DarwinLMDecoderLayer, states_BTD: torch.Tensor) -> None:
+        through(layer, states_BTD.requires_grad_(True)).sum().backward()
+
+    head_VD = torch.randn(config.vocab_size, config.hidden_size, device=device) / config.hidden_size
+    rows = min(tokens, 128)
+
+    def head() -> None:
+        torch.mm(states[torch.float32][0, :rows], head_VD.T).log_softmax(-1).exp_()
+
+    def train_head() -> None:
+        hidden_ND = states[fast][0, :rows].detach().requires_grad_(True)
+        for _ in range(2):
+            loss = (hidden_ND @ head_fast_VD.T).float().log_softmax(-1).sum()
+        loss.backward()
+
+    head_fast_VD = head_VD.to(fast).requires_grad_(True)
+    states = {
+        dtype: torch.randn(1, tokens, config.hidden_size, device=device, dtype=dtype) for dtype in (torch.float32, fast)
+    }
+    layers = {dtype: layer_of(dtype) for dtype in states}
+    side = 2048
+    square = torch.randn(side, side, device=device)
+    with torch.no_grad():
+        slow_forward = _seconds(lambda: through(layers[torch.float32], states[torch.float32]), device)
+        fast_forward = _seconds(lambda: through(layers[fast], states[fast]), device)
+        head_forward = _seconds(head, device)
+        product = _seconds(lambda: square @ square, device)
+    return Rates(
+        layer_float32=slow_forward / tokens,
+        layer_fast=fast_forward / tokens,
+        layer_training=_seconds(lambda: train(layers[fast], states[fast].detach()), device) / tokens,
+        head_float32=head_forward / rows,
+        head_training=_seconds(train_head, device) / rows,
+        product=product / (2 * side**3),
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The least time of several runs, after one that is not counted."""
+    best, spent = float("inf"), 0.0
+    for number in range(20):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        best = min(best, seconds) if number > 0 else best
+        spent += seconds
+        if number > 1 and spent > 1:
+            break
+    return best
+
+
+def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> list[str]:
+    """What to change for the stages that do not fit, the cheapest first."""
+    full = {stage.name for stage in stages if stage.memory > machine.memory}
+    recovery, found = recipe.recovery, []
+    if "recovery" in full:
+        if recovery.activations == "keep":
+            found.append("recovery.activations=recompute")
+        if recovery.sharding == "none" and machine.devices > 1:
+            found.append("recovery.sharding=fsdp")
+        if (recovery.micro_batch_size or recovery.batch_size // machine.devices) > 1:
+            found.append("recovery.micro_batch_size=1")
+        if recovery.lora_rank == 0:
+            found.append("recovery.lora_rank=64")
+    if "search" in full or "evaluation" in full:
+        found.append("a device with more memory for search and evaluation, which hold the dense model in float32")
+    if "database" in full:
+        found.append("database.offload=cpu, or disk")
+    return found
