@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import choose_device, load_dense
+from darwinlm.adapters.loading import choose_device, fast_dtype, load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import load_corpus, read_corpus
 from darwinlm.database.store import Database
@@ -64,6 +64,7 @@ def main() -> None:
         "evaluation text": DenseReference(dense.model, text.blocks["held_out"]),
         "held-out": DenseReference(dense.model, corpus.blocks["held_out"]),
     }
+    teacher = dense.whole(dense.device, fast_dtype(dense.device))
     length = recipe.data.sequence_length
     common = {key: json.loads(value) for key, value in (setting.split("=") for setting in arguments.set)}
     settings = {
@@ -82,8 +83,9 @@ def main() -> None:
         method = method.model_copy(update={"tokens": steps * method.batch_size * length, "evaluations": evaluations})
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
+            text, validation = corpus.marked["trial"], corpus.marked["score"]
             model, done = recover(
-                model, dense.model, corpus.blocks["trial"], corpus.blocks["score"], method, seed=0, folder=Path(folder)
+                model, teacher, text, validation, method, seed=0, folder=Path(folder), device=dense.device
             )
             return model, done, time.perf_counter() - start
 

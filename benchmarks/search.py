@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import DenseModel, load_dense
+from darwinlm.adapters.loading import DenseModel, fast_dtype, load_dense
 from darwinlm.data import Corpus, read_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
@@ -190,7 +190,8 @@ def _row(
     with tempfile.TemporaryDirectory() as folder:
         recipe = RecoveryRecipe(tokens=tokens)
         text, validation = corpus.blocks["trial"], corpus.blocks["score"]
-        model, _ = recover(model, dense.model, text, validation, recipe, seed=seed, folder=Path(folder))
+        teacher, place = dense.whole(dense.device, fast_dtype(dense.device)), Path(folder)
+        model, _ = recover(model, teacher, text, validation, recipe, seed=seed, folder=place, device=dense.device)
     after = judge.compare(model)
     return before.kl, before.perplexity, after.kl, after.perplexity
 

@@ -22,6 +22,7 @@ from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover, steps_for
 
+CPU = torch.device("cpu")
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 VALIDATION = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
 
@@ -35,7 +36,7 @@ def halved(dense, database, **kwargs):
 
 def train(model, dense, recipe, folder, seed=0):
     """Recover `model`; without sharding it is trained in place."""
-    return recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=seed, folder=folder)[1]
+    return recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=seed, folder=folder, device=CPU)[1]
 
 
 def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_path):
@@ -238,7 +239,8 @@ class Stop(stage._Follow):
         control.should_training_stop |= state.global_step == int(stop_at)
 stage._Follow = Stop
 recipe = RecoveryRecipe(**json.loads(settings))
-model, done = stage.recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=0, folder=Path(folder))
+teacher, place = dense.whole(dense.device, torch.float32), Path(folder)
+model, done = stage.recover(model, teacher, BLOCKS, VALIDATION, recipe, seed=0, folder=place, device=dense.device)
 if dist.rank() == 0:
     total = sum(p.double().abs().sum().item() for p in model.parameters())
     print(json.dumps({"losses": done.losses, "sum": total, "share": max(share)}))
@@ -282,7 +284,7 @@ def test_what_is_not_to_be_learnt_moves_no_weight(pruned, tmp_path):
     models = []
     for name, blocks in (("one", marked), ("other", other), ("all", BLOCKS)):
         model = halved(dense, database, trainable=True)
-        recover(model, dense.model, blocks, VALIDATION, recipe, seed=0, folder=tmp_path / name)
+        recover(model, dense.model, blocks, VALIDATION, recipe, seed=0, folder=tmp_path / name, device=CPU)
         models.append(model.state_dict())
     one, changed, whole = models
     # Causal attention: what comes after the last token that is learnt changes nothing.
@@ -299,7 +301,7 @@ def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_pa
 
     def once(folder):
         model = halved(dense, database, trainable=True)
-        return recover(model, dense.model, stream, VALIDATION, recipe, seed=0, folder=folder)[1]
+        return recover(model, dense.model, stream, VALIDATION, recipe, seed=0, folder=folder, device=CPU)[1]
 
     class Killed(BaseException):
         pass

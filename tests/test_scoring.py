@@ -157,6 +157,21 @@ def test_a_trial_that_diverges_says_so(pruned):
     assert train_briefly(model, BLOCKS, learning_rate=1e-3, batch_size=2) == math.inf
 
 
+def test_a_trial_with_little_memory_ends_at_the_same_weights(pruned, monkeypatch):
+    dense, database = pruned("qwen3", "kv_group")
+    plenty, little = (halved(dense, database, trainable=True) for _ in range(2))
+    train_briefly(plenty, BLOCKS, learning_rate=1e-3, batch_size=2)
+    recomputed = []
+    monkeypatch.setattr("darwinlm.training.free_memory", lambda device: 1)
+    enable = type(little).activation_checkpointing_enable
+    monkeypatch.setattr(
+        type(little), "activation_checkpointing_enable", lambda *args: (recomputed.append(True), enable(*args))
+    )
+    train_briefly(little, BLOCKS, learning_rate=1e-3, batch_size=2)
+    assert recomputed
+    assert all(torch.equal(one, other) for one, other in zip(plenty.parameters(), little.parameters(), strict=True))
+
+
 def test_sizes_and_speeds_are_of_the_model_itself(pruned):
     dense, database = pruned("qwen3", "kv_group")
     model = halved(dense, database)

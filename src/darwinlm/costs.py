@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-import psutil
 import torch
 
 from darwinlm.adapters.cutting import count_parameters
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import expected_shapes, fast_dtype
+from darwinlm.adapters.memory import available_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMRotaryEmbedding
 from darwinlm.recipe import Recipe
 
@@ -178,10 +178,16 @@ def predict(
     widened = 2 * (in_sites + sum(rows * d for d in columns) * recipe.database.levels / 2)
     width = max(columns)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
-    per_block = 4 * data.sequence_length * layers * (14 * rows + 4 * width)
+    per_block = kept_bytes(config, data.sequence_length, torch.bfloat16)
+    layer = per_block / layers
+    # Trials compute activations again where they do not fit; sensitivities cannot.
+    descent = widened + whole / 2 + per_block if search.descent_rounds else 0
     sharded = devices if recovery.sharding == "fsdp" else 1
     blocks = recovery.micro_batch_size or max(1, recovery.batch_size // devices)
-    kept = per_block * blocks / (layers if recovery.activations == "recompute" else 1)
+    kept = blocks * (
+        left * per_block if recovery.activations == "keep" else layer + 2 * rows * layers * data.sequence_length
+    )
+    teacher_bytes = 2 * dense if recovery.distillation > 0 else 0
     logits = 1024 * config.vocab_size * 4 * 4
     chunk = 3 * 128 * 4 * config.vocab_size
     stages = (
@@ -191,11 +197,11 @@ def predict(
         ),
         StageCost(
             name="search", seconds=searching,
-            memory=base + whole + max(18 * candidate, widened + whole / 2) + per_block + chunk,
+            memory=base + whole + chunk + max(18 * candidate + search.batch_size * layer, descent),
         ),
         StageCost(
             name="recovery", seconds=training,
-            memory=base + whole + (16 * (fixed + candidate) + 2 * dense) / sharded + kept + logits,
+            memory=base + max(whole, (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits),
         ),
         StageCost(name="evaluation", seconds=held_out, memory=base + whole + 3 * 4 * (fixed + candidate) + 2 * dense),
     )  # fmt: skip
@@ -221,7 +227,7 @@ def machine_here(device: torch.device) -> Machine:
             accelerator=True,
         )
     name = f"this machine ({torch.get_num_threads()} CPU threads)"
-    return Machine(name=name, devices=1, memory=psutil.virtual_memory().available, accelerator=False)
+    return Machine(name=name, devices=1, memory=available_memory(), accelerator=False)
 
 
 def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:

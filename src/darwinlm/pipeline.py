@@ -13,9 +13,16 @@ from torch import Tensor
 
 import darwinlm
 from darwinlm import dist
-from darwinlm.adapters.cutting import build_model, copy_trained
+from darwinlm.adapters.cutting import assemble, build_model, copy_trained, pruned_config
 from darwinlm.adapters.families import dense_config, find_sites
-from darwinlm.adapters.loading import DenseModel, choose_device, expected_shapes, load_config, load_dense
+from darwinlm.adapters.loading import (
+    DenseModel,
+    choose_device,
+    expected_shapes,
+    fast_dtype,
+    load_config,
+    load_dense,
+)
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.costs import GPUS, Costs, Machine, machine_here, measure_rates, predict, rates_of
 from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
@@ -256,19 +263,35 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, 
 
 def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Database, plan: Plan, folder: Path) -> None:
     """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`."""
-    model = _cut(dense, database, plan, trainable=True)
-    if recipe.recovery.refit_tokens > 0:
+    wanted = recipe.recovery
+    # What is sharded need not fit on one device.
+    place = torch.device("cpu") if wanted.sharding == "fsdp" else dense.device
+    cuts = database.cuts(dense.sites, plan.levels, place)
+    if wanted.refit_tokens > 0:
         refitted = folder / "refit.safetensors"
         with dist.main_first():
             if dist.rank() == 0 and not refitted.exists():
-                refit(model, dense.model, corpus.tokens("trial", recipe.recovery.refit_tokens))
+                model = _cut(dense, database, plan)
+                refit(model, dense.model, corpus.tokens("trial", wanted.refit_tokens))
                 write_bytes(refitted, save(_stored(model, torch.float32)))
-        model = copy_trained(model, read_tensors(refitted)).requires_grad_(True)
+        tensors = {name: tensor.to(place) for name, tensor in read_tensors(refitted).items()}
+        model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
+    else:
+        weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
+        model = build_model(dense.config, dense.sites, weights, cuts, trainable=True)
+    # The teacher has a dtype of its own, and memory is for the training now.
+    dense.release()
+    teacher = None
+    if wanted.distillation > 0:
+        fast = fast_dtype(dense.device)
+        teacher = dense.whole(place, fast if wanted.teacher_dtype == "auto" else getattr(torch, wanted.teacher_dtype))
     text: Tensor | TextStream = corpus.marked["trial"]
-    if recipe.recovery.text == "stream":
+    if wanted.text == "stream":
         text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged)
     validation_BT = corpus.marked["score"]
-    model, done = recover(model, dense.model, text, validation_BT, recipe.recovery, seed=recipe.seed, folder=folder)
+    model, done = recover(
+        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device
+    )
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
         write_json(folder / "losses.json", history)
@@ -346,17 +369,17 @@ def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
     return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)
 
 
-def _cut(dense: DenseModel, database: Database, plan: Plan, *, trainable: bool) -> DarwinLMForCausalLM:
+def _cut(dense: DenseModel, database: Database, plan: Plan) -> DarwinLMForCausalLM:
     cuts = database.cuts(dense.sites, plan.levels, dense.device)
-    return build_model(dense.config, dense.sites, dense.weights, cuts, trainable=trainable)
+    return build_model(dense.config, dense.sites, dense.weights, cuts)
 
 
 def _models(dense: DenseModel, database: Database, budget: Budget, plan: Plan) -> dict[str, DarwinLMForCausalLM]:
     models = {"dense": dense.model}
     uniform = uniform_plan(database.space(dense.sites), budget)
     if uniform is not None:
-        models["uniform"] = _cut(dense, database, uniform, trainable=False)
-    return models | {"found": _cut(dense, database, plan, trainable=False)}
+        models["uniform"] = _cut(dense, database, uniform)
+    return models | {"found": _cut(dense, database, plan)}
 
 
 def _stored(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,12 +1,17 @@
 """The one short training loop: trials use it; recovery uses the Hugging Face Trainer."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from darwinlm.adapters.loading import fast_dtype
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.memory import free_memory, kept_bytes
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+
+_SHARE = 0.5
+"""Of what is free, what activations may take before they are computed again instead."""
 
 
 def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rate: float, batch_size: int) -> float:
@@ -14,7 +19,7 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
 
     Weights are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move. Where the hardware is
     faster in bfloat16, a working copy of them in that does the computing. Embeddings and head stay as they are: they
-    are the same in all candidates.
+    are the same in all candidates. Where memory is short, each layer's activations are computed again for its gradient.
 
     Args:
         model: float32; afterwards in the dtype that it was trained in, rounded from the float32 weights.
@@ -33,6 +38,10 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
     if dtype != torch.float32:
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
         model.to(dtype)  # type: ignore[arg-type]
+    tokens = min(batch_size, len(blocks_BT)) * blocks_BT.shape[1]
+    recompute = kept_bytes(cast(DarwinLMConfig, model.config), tokens, dtype) > _SHARE * free_memory(model.device)
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
     loss = math.nan
     for batch_BT in blocks_BT.split(batch_size):
@@ -51,5 +60,7 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
         if masters is not parameters:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, masters)
+    if recompute:
+        model.activation_checkpointing_disable()
     model.eval()
     return loss

@@ -42,7 +42,15 @@ class DenseModel:
     @cached_property
     def model(self) -> DarwinLMForCausalLM:
         """The whole model on the device, in float32."""
-        return build_model(self.config, self.sites, self.checkpoint.read(self.shapes, self.device, torch.float32), {})
+        return self.whole(self.device, torch.float32)
+
+    def whole(self, device: torch.device, dtype: torch.dtype) -> DarwinLMForCausalLM:
+        """The whole model, read anew."""
+        return build_model(self.config, self.sites, self.checkpoint.read(self.shapes, device, dtype), {})
+
+    def release(self) -> None:
+        """Forget `model`, so that its memory is free; it is read again when it is next asked for."""
+        self.__dict__.pop("model", None)
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from darwinlm import dist
+from darwinlm.adapters.memory import available_memory
 from darwinlm.files import naming_disk_faults
 from darwinlm.progress import log
 from darwinlm.recipe import Offload
@@ -50,17 +50,6 @@ def choose_place(size: int, device: torch.device) -> Offload:
     if size < _SHARE * available_memory():
         return "cpu" if device.type == "cuda" else "device"
     return "disk"
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process can still take: of the machine, or of its control group if that has less."""
-    available: int = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return min(available, int(limit) - used) if limit.isdigit() else available
 
 
 def _reserve(descriptor: int, size: int) -> None:

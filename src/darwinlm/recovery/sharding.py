@@ -16,16 +16,16 @@ from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.recovery.objective import Objective
 
 
-def shard(objective: Objective, teacher: DarwinLMForCausalLM | None, dtype: torch.dtype) -> None:
+def shard(objective: Objective, teacher: DarwinLMForCausalLM | None, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the model of `objective`, and the layers of `teacher`, in place.
 
     Args:
         objective: float32; its layers are gathered one at a time, in `dtype`; its embeddings and head stay whole from
             the forward to the end of the backward pass.
         teacher: the same object as the objective's; what is not in its layers stays whole.
+        device: this rank's; layers are moved there one by one.
         dtype: to compute in; gradients are added up in float32.
     """
-    device = objective.model.device
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in objective.model.model.layers:

@@ -195,19 +195,21 @@ def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
 
 def recover(
     model: DarwinLMForCausalLM,
-    dense: DarwinLMForCausalLM,
+    teacher: DarwinLMForCausalLM | None,
     text: Tensor | TextStream,
     validation_BT: Tensor,
     recipe: RecoveryRecipe,
     *,
     seed: int,
     folder: Path,
+    device: torch.device,
 ) -> tuple[DarwinLMForCausalLM, Training]:
     """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
 
     Args:
-        model: trainable, float32; where it lies is where it is trained. The same on all ranks. It is used up.
-        dense: the model it was cut from, the teacher in distillation; it is not changed.
+        model: trainable, float32; the same on all ranks; on `device`, or on the CPU if it is to be sharded, and moved
+            layer by layer. It is used up.
+        teacher: the model it was cut from, for distillation, of any dtype; sharded if `model` is.
         text: token ids, blocks * tokens, marked as in `Corpus`, shuffled by `seed` and read again when they run out; or
             a stream of blocks.
         validation_BT: other text, marked too, blocks * tokens (as many in a block), to choose the best weights by.
@@ -215,6 +217,7 @@ def recover(
         seed: of the order.
         folder: of checkpoints; if there is one, training goes on from it, to the same losses. They stay until
             `remove_checkpoints`.
+        device: this rank's.
 
     Returns:
         The trained model, whole on every rank, and what happened.
@@ -228,7 +231,7 @@ def recover(
     if recipe.lora_rank > 0 and recipe.sharding != "none":
         raise UserError("recovery.lora_rank and recovery.sharding=fsdp do not go together; leave one of them out")
     micro, accumulation = _micro_batches(recipe)
-    dtype = fast_dtype(model.device)
+    dtype = fast_dtype(device)
     sharded = recipe.sharding == "fsdp" and dist.world_size() > 1
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -242,7 +245,7 @@ def recover(
         warmup_steps=round(steps * recipe.warmup_ratio),
         weight_decay=recipe.weight_decay,
         max_grad_norm=1.0,
-        optim="adamw_torch_fused" if model.device.type == "cuda" else "adamw_torch",
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
         bf16=dtype == torch.bfloat16,
         seed=seed,
         save_strategy="steps",
@@ -253,7 +256,7 @@ def recover(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         # A stream is told where to go on; blocks are passed over.
@@ -263,13 +266,14 @@ def recover(
     last = next(reversed(checkpoints(folder)), None)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
-    teacher = _teacher(dense, recipe, dtype) if recipe.distillation > 0 else None
+    if recipe.distillation == 0:
+        teacher = None
     adapted = _with_lora(model, recipe.lora_rank) if recipe.lora_rank > 0 else None
     if recipe.activations == "recompute":
         model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Objective(model.train(), teacher, recipe.distillation, recipe.temperature)
     if sharded:
-        shard(objective, teacher, dtype)
+        shard(objective, teacher, device, dtype)
     with task("recovery (steps)", steps) as progress:
         trainer = _Trainer(
             model=objective,
@@ -337,15 +341,6 @@ def _available(loggers: Sequence[str]) -> list[str]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"recovery.loggers: {name} is not installed; pip install {name}")
     return list(loggers)
-
-
-def _teacher(dense: DarwinLMForCausalLM, recipe: RecoveryRecipe, dtype: torch.dtype) -> DarwinLMForCausalLM:
-    """The dense model in its dtype for distillation; a copy where it is sharded, as `dense` is still needed."""
-    wanted = dtype if recipe.teacher_dtype == "auto" else getattr(torch, recipe.teacher_dtype)
-    if wanted == dense.dtype and recipe.sharding == "none":
-        return dense
-    tensors: Mapping[str, Tensor] = {name: tensor.to(wanted, copy=True) for name, tensor in dense.state_dict().items()}
-    return copy_trained(dense, tensors, wanted)
 
 
 def _with_lora(model: DarwinLMForCausalLM, rank: int) -> Any:

@@ -1,0 +1,60 @@
+"""What the paper's three cases and a 70B would cost, as `darwinlm plan` predicts it from their shapes.
+
+python benchmarks/scaling.py --gpu h100 --gpus 8
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from darwinlm.costs import GPUS
+from darwinlm.pipeline import plan_run
+from darwinlm.recipe import load_recipe
+
+CASES = {
+    "Llama-2-7B": ("llama2_7b_2.7b", "2.7B", {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    }),
+    "Llama-3.1-8B": ("llama3.1_8b_4.6b", "4.6B", {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    }),
+    "Qwen2.5-14B": ("qwen2.5_14b_8.4b", "8.4B", {
+        "model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
+    }),
+    "Llama-3.1-70B": ("llama3.1_8b_4.6b", "0.6", {
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    }),
+}  # fmt: skip
+"""By name: recipe, target, config."""
+OURS = {
+    "search.descent_rounds": 4, "search.sensitivity_tokens": 65_536, "search.generations": 8, "search.offspring": 8,
+    "search.survivors": [2, 1], "search.trial_tokens": [16_384, 65_536], "search.score_tokens": [8_192, 16_384],
+    "recovery.refit_tokens": 262_144, "recovery.distillation": 0.5, "database.granularity": "kv_group",
+}  # fmt: skip
+"""In place of the paper's search: descent by sensitivities and a short evolution; refit and distillation."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpus", type=int, default=8)
+    arguments = parser.parse_args()
+    print(f"{arguments.gpus} x {arguments.gpu}: hours and, in brackets, GB on each device")
+    print("| case | database | search | recovery, 10B tokens | disk (GB) |\n|---|---|---|---|---|")
+    for name, (recipe, target, config) in CASES.items():
+        for search, settings in (("the paper's", {}), ("ours", OURS)):
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **config}))
+                asked = load_recipe(recipe, {"model": folder, "target": target, **settings})
+                _, costs = plan_run(asked, arguments.gpus, arguments.gpu)
+            cells = [f"{stage.seconds / 3600:.1f} ({stage.memory / 1e9:.0f})" for stage in costs.stages[:3]]
+            print(f"| {name} to {target}, {search} | {' | '.join(cells)} | {costs.disk / 1e9:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
