@@ -159,7 +159,7 @@ def predict(
     searching = 2 * reference + shared_out / devices
 
     # Recovery.
-    teacher = (layers * rates.layer_fast + rates.head_float32) if recovery.distillation > 0 else 0.0
+    teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
     step = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
     evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
     refit = recovery.refit_tokens * (1 + left) * layers * rates.layer_float32
