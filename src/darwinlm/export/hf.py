@@ -53,6 +53,21 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
             raise UserError(f"{folder}: the written model gives other logits (relative difference {difference:.1e})")
 
 
+def find_model(source: str | Path) -> Path:
+    """The folder of the pruned model in `source`: `RUN/model`, or `RUN`. Raises UserError if there is none."""
+    path = Path(source)
+    path = path / "model" if (path / "model" / "config.json").exists() else path
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no model (config.json is missing)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
+        raise UserError(f"{path} holds no pruned model; load it with transformers")
+    return path
+
+
 def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> DarwinLMForCausalLM:
     """Load a pruned model that this package wrote. No code from the folder is run.
 
@@ -64,16 +79,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
     Raises:
         UserError: if the folder holds no model of ours.
     """
-    path = Path(folder)
-    path = path / "model" if (path / "model" / "config.json").exists() else path
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no model (config.json is missing)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
-        raise UserError(f"{path} holds no pruned model; load it with transformers")
+    path = find_model(folder)
     model: DarwinLMForCausalLM = DarwinLMForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
