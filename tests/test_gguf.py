@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, make_config, make_tokenizer, save_pruned
 from gguf import GGUFReader
+from shapes import ATTENTION, MLP, SHAPES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,23 +24,6 @@ from darwinlm.export.llama_cpp import Engine, EngineError, ask
 from darwinlm.export.proof import TEXT, logits_of
 from darwinlm.export.targets import export_model
 
-ATTENTION, MLP, BOTH = {"skip": ["attention"]}, {"skip": ["mlp"]}, {"skip": ["attention", "mlp"]}
-SHAPES = {
-    "dense": {},
-    "widths differ": {0: {"intermediate_size": 7}, 2: {"intermediate_size": 32}},
-    "groups differ": {
-        0: {"num_attention_heads": 3, "num_key_value_heads": 1},
-        1: {"num_attention_heads": 2, "num_key_value_heads": 2},
-    },
-    "first without attention": {0: ATTENTION},
-    "last without attention": {2: ATTENTION},
-    "middle without MLP": {1: MLP},
-    "last without MLP": {2: MLP},
-    "middle without both": {1: BOTH},
-    "first and last without both": {0: BOTH, 2: BOTH},
-    "nothing left": {0: BOTH, 1: BOTH, 2: BOTH},
-    "only half layers": {0: MLP, 1: ATTENTION, 2: MLP},
-}
 TOKENS = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(4)).tolist()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ROPES = {

@@ -113,7 +113,7 @@ def build_model(
         tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
     if trainable:
         tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    return _assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
+    return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 
 def build_layer(
@@ -132,14 +132,15 @@ def build_layer(
 
 def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:
     """A model of the sizes of `model` with other `tensors`, float32, on its device; a tied head is not in them."""
-    return _assemble(
+    return assemble(
         copy.deepcopy(cast(DarwinLMConfig, model.config)),
         {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()},
         trainable=False,
     )
 
 
-def _assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: bool) -> DarwinLMForCausalLM:
+def assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: bool) -> DarwinLMForCausalLM:
+    """A model of these tensors, which are not copied; a tied head need not be among them."""
     with torch.device("meta"):
         model = DarwinLMForCausalLM(pruned)
     tied = bool(pruned.tie_word_embeddings)

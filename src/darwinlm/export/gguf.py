@@ -21,7 +21,7 @@ from darwinlm.adapters.loading import expected_shapes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMRotaryEmbedding
 from darwinlm.errors import UserError
 from darwinlm.export.gguf_tokenizer import Vocabulary, write_vocabulary
-from darwinlm.export.shapes import LayerShape, check_equal_groups, layer_shapes
+from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
 
 STUB_WIDTH = 32
 """Channels of an MLP that stands in: the smallest width that every quantisation can hold."""
@@ -107,11 +107,6 @@ def choose_architecture(config: DarwinLMConfig) -> Architecture:
         )
     check_equal_groups(config, "llama.cpp")
     return chosen
-
-
-def kept_layers(config: DarwinLMConfig) -> list[int]:
-    """The layers that the file holds: all that have any part, and at least one."""
-    return [i for i, shape in enumerate(layer_shapes(config)) if shape.heads or shape.width] or [0]
 
 
 def file_shapes(config: DarwinLMConfig, architecture: Architecture) -> list[LayerShape]:

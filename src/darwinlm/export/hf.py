@@ -36,14 +36,7 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
         UserError: if the folder cannot be written, or the written model does not give the logits of `model`.
     """
     with new_folder(folder) as draft:
-        state = {name: tensor.to(dense.dtype) for name, tensor in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        model.save_pretrained(draft, state_dict=state, max_shard_size=_SHARD)
-        config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-        config |= {"auto_map": AUTO_MAP, "dtype": str(dense.dtype).removeprefix("torch.")}
-        config |= {"architectures": ["DarwinLMForCausalLM"]}
-        write_json(draft / "config.json", config)
+        save_model(model, dense.dtype, draft)
         dense.generation_config.to_json_file(draft / "generation_config.json", use_diff=True)
         dense.tokenizer.save_pretrained(draft)
         write_json(draft / "plan.json", plan)
@@ -51,6 +44,18 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
         difference = _largest_difference(model, draft)
         if not difference < (1e-4 if dense.dtype == torch.float32 else 0.1):
             raise UserError(f"{folder}: the written model gives other logits (relative difference {difference:.1e})")
+
+
+def save_model(model: DarwinLMForCausalLM, dtype: torch.dtype, folder: Path) -> None:
+    """Write weights (in `dtype`), config and modelling file to `folder`."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"architectures": ["DarwinLMForCausalLM"]}
+    write_json(folder / "config.json", config)
 
 
 def find_model(source: str | Path) -> Path:

@@ -33,6 +33,11 @@ def layer_shapes(config: DarwinLMConfig) -> list[LayerShape]:
     return shapes
 
 
+def kept_layers(config: DarwinLMConfig) -> list[int]:
+    """The layers that do anything, and at least one: engines want that."""
+    return [index for index, shape in enumerate(layer_shapes(config)) if shape.heads or shape.width] or [0]
+
+
 def check_equal_groups(config: DarwinLMConfig, engine: str) -> None:
     """Refuse a model in which the KV heads of a layer serve unequal numbers of query heads. Raises UserError."""
     uneven = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
@@ -15,13 +16,17 @@ from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
 from darwinlm.export.proof import LATIN, TEXT, Proof, check, compare, logits_of, proof_tokens
-from darwinlm.files import new_file, write_json
+from darwinlm.export.shapes import check_equal_groups
+from darwinlm.export.vllm import write_vllm
+from darwinlm.files import new_file, new_folder, write_json
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
 """Over the largest logit. Only float32 is computed without rounding, which a model pruned hard minds; a wrong file is
 off by half and more."""
 _MAGIC = b"GGUF"
+_FACTS = "export.json"
+"""In a folder that was exported: what it is and how it was proved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,5 +123,33 @@ def _check_file(file: Path) -> None:
                 raise UserError(f"--out {file} is there already and is no GGUF file; name a new file")
 
 
-TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {"gguf": _export_gguf}
+def _export_vllm(folder: Path, out: Path | None, _: str | None) -> Exported:
+    check_equal_groups(DarwinLMConfig.from_pretrained(folder), "vLLM")
+    target = out or folder.with_name(f"{folder.name}-vllm")
+    _check_folder(target)
+    model = load(folder)
+    with new_folder(target) as draft:
+        write_vllm(model, folder, draft)
+        proof = _prove_folder(model.float(), load(draft, dtype=torch.float32), folder)
+        write_json(draft / _FACTS, {"target": "vllm", "proof": asdict(proof)})
+    return Exported(
+        path=target, proof=proof, notes=("vLLM itself was not run: the folder was compared in transformers",)
+    )
+
+
+def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
+    """Compare two models in transformers, float32. Raises UserError."""
+    tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
+    engine = f"transformers {transformers.__version__}"
+    proof = compare(logits_of(model, tokens), logits_of(written, tokens), engine)
+    return check(proof, _MOST_DIFFERENCE["f32"], "the folder")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to write over what is no earlier export. Raises UserError."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / _FACTS).exists()):
+        raise UserError(f"--out {folder} is there already and is no earlier export; name a new folder")
+
+
+TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {"gguf": _export_gguf, "vllm": _export_vllm}
 """What writes each."""
