@@ -75,7 +75,9 @@ def prune(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, or a pruned model's folder.")],
-    to: Annotated[str, typer.Option(help="gguf (llama.cpp and all that is built on it) or vllm.")],
+    to: Annotated[
+        str, typer.Option(help="gguf (llama.cpp and all that is built on it), vllm, or hf-native (layers of one size).")
+    ],
     out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="gguf: f32, f16, bf16 or q8_0; by default the model's.")] = None,
 ) -> None:

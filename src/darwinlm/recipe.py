@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from darwinlm.errors import UserError
@@ -24,10 +24,13 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_yes_or_no(cls, value: Any) -> Any:
+    def _yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
+        asked = info.field_name is not None and cls.model_fields[info.field_name].annotation is bool
+        if asked and not isinstance(value, bool):
+            raise PydanticCustomError("yes_or_no", "true or false is expected")
         # Without this, YAML's `offspring: yes` would be read as 1.
-        if isinstance(value, bool):
-            raise PydanticCustomError("yes_or_no", "no setting is a yes or no")
+        if isinstance(value, bool) and not asked:
+            raise PydanticCustomError("yes_or_no", "this setting is no yes or no")
         return value
 
 
@@ -71,6 +74,9 @@ class DatabaseRecipe(_Section):
 class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
+    uniform: bool = False
+    """All layers get the same sizes, so that the result is a model of transformers' own (`export --to hf-native`).
+    Every largest such plan is trained a little and scored as in the last step; no descent, no evolution."""
     descent_rounds: int = Field(4, ge=0)
     """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
     sensitivity_tokens: int = Field(8_192, ge=1)
@@ -195,6 +201,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"search.score_tokens={list(self.search.score_tokens)} asks for more than "
                 f"data.score_tokens={self.data.score_tokens}; raise the latter"
+            )
+        if self.search.uniform and self.database.granularity != "kv_group":
+            raise ValueError(
+                f"search.uniform=true with database.granularity={self.database.granularity} does not make layers "
+                "alike: KV heads would serve different numbers of query heads; set database.granularity=kv_group"
             )
         if max(self.search.trial_tokens) > self.data.blocks(self.data.trial_tokens) * block:
             raise ValueError(

@@ -1,7 +1,8 @@
 """The Hugging Face folder: safetensors, config, tokenizer, plan, model card and the one modelling file."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.DarwinLMModel",
     "AutoModelForCausalLM": f"{MODULE}.DarwinLMForCausalLM",
 }
-_SHARD = "5GB"
+SHARD = "5GB"
+"""The largest file of weights."""
 _PROOF_TOKENS = 16
 
 
@@ -51,11 +53,19 @@ def save_model(model: DarwinLMForCausalLM, dtype: torch.dtype, folder: Path) -> 
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     config |= {"architectures": ["DarwinLMForCausalLM"]}
     write_json(folder / "config.json", config)
+
+
+def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:
+    """Copy to `folder` what is in `source` besides weights and code, and besides the files named in `without`."""
+    for file in source.iterdir():
+        weights_or_code = file.name.endswith((".safetensors", ".index.json", ".py"))
+        if file.is_file() and not weights_or_code and file.name not in without:
+            shutil.copyfile(file, folder / file.name)
 
 
 def find_model(source: str | Path) -> Path:

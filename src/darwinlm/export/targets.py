@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
@@ -15,6 +16,7 @@ from darwinlm.export import llama_cpp
 from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, write_gguf
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
+from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, check, compare, logits_of, proof_tokens
 from darwinlm.export.shapes import check_equal_groups
 from darwinlm.export.vllm import write_vllm
@@ -137,6 +139,19 @@ def _export_vllm(folder: Path, out: Path | None, _: str | None) -> Exported:
     )
 
 
+def _export_native(folder: Path, out: Path | None, _: str | None) -> Exported:
+    native = native_config(DarwinLMConfig.from_pretrained(folder))
+    target = out or folder.with_name(f"{folder.name}-native")
+    _check_folder(target)
+    model = load(folder)
+    with new_folder(target) as draft:
+        write_native(model, native, folder, draft)
+        written = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False)
+        proof = _prove_folder(model.float(), written, folder)
+        write_json(draft / _FACTS, {"target": "hf-native", "model_type": native.model_type, "proof": asdict(proof)})
+    return Exported(path=target, proof=proof)
+
+
 def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
     """Compare two models in transformers, float32. Raises UserError."""
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
@@ -151,5 +166,9 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"--out {folder} is there already and is no earlier export; name a new folder")
 
 
-TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {"gguf": _export_gguf, "vllm": _export_vllm}
+TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {
+    "gguf": _export_gguf,
+    "vllm": _export_vllm,
+    "hf-native": _export_native,
+}
 """What writes each."""

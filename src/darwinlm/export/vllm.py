@@ -6,7 +6,6 @@ nothing; a layer without any part is left out.
 """
 
 import copy
-import shutil
 from pathlib import Path
 from typing import cast
 
@@ -16,10 +15,8 @@ from torch import Tensor
 from darwinlm.adapters.cutting import assemble
 from darwinlm.adapters.loading import expected_shapes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
-from darwinlm.export.hf import save_model
+from darwinlm.export.hf import copy_rest, save_model
 from darwinlm.export.shapes import kept_layers, layer_shapes
-
-_WRITTEN_ANEW = (".safetensors", ".index.json", ".py")
 
 
 def with_attention_everywhere(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM:
@@ -51,7 +48,5 @@ def with_attention_everywhere(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM
 
 def write_vllm(model: DarwinLMForCausalLM, source: Path, folder: Path) -> None:
     """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source`."""
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_WRITTEN_ANEW):
-            shutil.copyfile(file, folder / file.name)
+    copy_rest(source, folder, ("config.json",))
     save_model(with_attention_everywhere(model), model.dtype, folder)
