@@ -1,6 +1,7 @@
 """Tiny random checkpoints of every family, with everything a real one has, and databases pruned from them."""
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,13 @@ def pruned(
         return known[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(rng.choices(words, k=2_000)))
+    return file

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import random
 from dataclasses import replace
 
 import pytest
@@ -114,11 +113,8 @@ def test_even_plans_are_all_the_largest_ones(pruned, target):
     assert even_plans(space, replace(budget, limits=(tight,))) == []
 
 
-def test_a_uniform_run_ends_in_a_native_folder(checkpoint, tmp_path, capsys):
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
-    (tmp_path / "text.txt").write_text(" ".join(rng.choices(words, k=2_000)))
-    settings = SETTINGS | {"data.source": str(tmp_path / "text.txt"), "search.uniform": True}
+def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsys):
+    settings = SETTINGS | {"data.source": str(text), "search.uniform": True}
     run = prune(checkpoint("qwen2"), target=0.8, out=tmp_path / "run", settings=settings)
     assert not (tmp_path / "run" / "search" / "descent.json").exists()
     history = [json.loads(line) for line in (tmp_path / "run" / "search" / "history.jsonl").read_text().splitlines()]

@@ -85,9 +85,7 @@ def export(
     from darwinlm.export.targets import export_model
 
     _silence_libraries()
-    exported = export_model(source, to, out, dtype)
-    proved = [f"proved: {exported.proof}"] if exported.proof else []
-    for line in (*proved, *exported.notes, f"exported: {exported.path}"):
+    for line in export_model(source, to, out, dtype).lines():
         typer.echo(line)
 
 

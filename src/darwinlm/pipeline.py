@@ -23,6 +23,7 @@ from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
+from darwinlm.export.targets import check_targets, export_model, sites_kept_for
 from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
@@ -89,6 +90,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
+    check_targets(recipe.export.targets, dense)
     sizes = _sizes(recipe, out)
     for size in sizes:
         if "params" in size.target:
@@ -101,7 +103,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         with run.stage("database") as facts:
             build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database", phases)
             facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
-    database = Database(out / "database")
+    database = Database(out / "database", kept=sites_kept_for(recipe.export.targets))
     space = database.space(dense.sites)
     larger: Path | None = None
     for size in sizes:
@@ -237,6 +239,13 @@ def _recovery_to_export(
             as_json = plan.to_dict(space)
             export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
         write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})
+    for target in recipe.export.targets:
+        if not run.done(f"{size.prefix}{target}"):
+            with run.stage(f"{size.prefix}{target}") as facts:
+                exported = export_model(out, target)
+                facts["proof"] = str(exported.proof) if exported.proof else None
+            for line in exported.lines():
+                log.info("%s", line)
     log.info("done: %s", out / "model")
 
 

@@ -16,6 +16,8 @@ from darwinlm.errors import UserError
 
 RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
+Target = Literal["gguf", "vllm", "hf-native"]
+"""What a pruned model can be exported to."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -156,6 +158,14 @@ class EvaluationRecipe(_Section):
     """Timed passes of each model, interleaved; the median is reported."""
 
 
+class ExportRecipe(_Section):
+    """The engines that the result is for."""
+
+    targets: tuple[Target, ...] = ()
+    """Written at the end of the run, beside `model/`, as `darwinlm export` does. What an engine cannot run is refused
+    before the search, and what it would need a stub for in the first layer is not proposed."""
+
+
 class Recipe(_Section):
     """One run, complete: two runs of the same recipe, versions and device give the same plan."""
 
@@ -173,6 +183,7 @@ class Recipe(_Section):
     workload: WorkloadRecipe = WorkloadRecipe()
     recovery: RecoveryRecipe = RecoveryRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    export: ExportRecipe = ExportRecipe()
 
     @field_validator("target", mode="before")
     @classmethod
@@ -201,6 +212,16 @@ class Recipe(_Section):
             raise ValueError(
                 f"search.score_tokens={list(self.search.score_tokens)} asks for more than "
                 f"data.score_tokens={self.data.score_tokens}; raise the latter"
+            )
+        if self.export.targets and self.database.granularity != "kv_group":
+            raise ValueError(
+                f"export.targets={list(self.export.targets)} with database.granularity={self.database.granularity}: "
+                "only transformers can run KV heads that serve different numbers of query heads; set "
+                "database.granularity=kv_group"
+            )
+        if "hf-native" in self.export.targets and not self.search.uniform:
+            raise ValueError(
+                "export.targets with hf-native needs layers of one size; set search.uniform=true, or leave it out"
             )
         if self.search.uniform and self.database.granularity != "kv_group":
             raise ValueError(

@@ -165,6 +165,15 @@ def file_tensors(
             yield f"blk.{number}.{name}", tensor
 
 
+def gguf_package() -> Any:
+    """The package that writes such files. Raises UserError if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("the export to GGUF needs the package gguf; run: pip install gguf") from None
+    return gguf
+
+
 def write_gguf(
     model: DarwinLMForCausalLM, vocabulary: Vocabulary, file: Path, dtype: str, name: str, architecture: Architecture
 ) -> None:
@@ -181,11 +190,7 @@ def write_gguf(
     Raises:
         UserError: if a weight does not fit into float16, or `gguf` is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("the export to GGUF needs the package gguf; run: pip install gguf") from None
-
+    gguf = gguf_package()
     config, weights = cast(DarwinLMConfig, model.config), model.state_dict()
     with contextlib.closing(gguf.GGUFWriter(file, architecture.name)) as writer:
         writer.add_name(name)

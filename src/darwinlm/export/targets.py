@@ -1,7 +1,7 @@
 """`darwinlm export`: a pruned model in the form that an engine wants, proved before it takes its place."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +10,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
 from darwinlm.export import llama_cpp
-from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, write_gguf
+from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
 from darwinlm.export.native import native_config, write_native
@@ -40,6 +41,11 @@ class Exported:
     notes: tuple[str, ...] = ()
     """What the user should know: what was not proved, what the engine cannot do."""
 
+    def lines(self) -> list[str]:
+        """All of it, in words."""
+        proved = [f"proved: {self.proof}"] if self.proof else []
+        return [*proved, *self.notes, f"exported: {self.path}"]
+
 
 def export_model(source: Path, target: str, out: Path | None = None, dtype: str | None = None) -> Exported:
     """Write the pruned model in `source` for another engine.
@@ -60,6 +66,19 @@ def export_model(source: Path, target: str, out: Path | None = None, dtype: str 
     if dtype is not None and dtype not in FILE_TYPES:
         raise UserError(f"--dtype {dtype}: known are {', '.join(FILE_TYPES)}")
     return TARGETS[target](find_model(source), out, dtype)
+
+
+def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
+    """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
+    if "gguf" in targets:
+        gguf_package()
+        choose_architecture(dense.config)
+        read_vocabulary(dense.tokenizer, dense.config.vocab_size, Path(dense.source))
+
+
+def sites_kept_for(targets: Sequence[str]) -> set[str]:
+    """The sites that no plan may remove whole, so that the engines need no stub in their place."""
+    return {"layers.0.attention"} if "gguf" in targets else set()
 
 
 def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:

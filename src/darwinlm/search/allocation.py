@@ -113,11 +113,11 @@ def uniform_plan(space: Space, budget: Budget) -> Plan | None:
 
 
 def even_plans(space: Space, budget: Budget) -> list[Plan]:
-    """Plans whose sites of a kind all have one level, and not the last: the largest within the maxima.
+    """Plans whose sites of a kind all have one level, and keep some units: the largest within the maxima.
 
     None of them can grow in either kind; there are none if even the smallest is too large.
     """
-    levels = {kind: min(len(site.units) for site in space.sites if site.kind == kind) - 1 for kind in _KINDS}
+    levels = {kind: min(sum(n > 0 for n in site.units) for site in space.sites if site.kind == kind) for kind in _KINDS}
 
     def plan(attention: int, mlp: int) -> Plan:
         return Plan(levels=tuple(attention if site.kind == "attention" else mlp for site in space.sites))
