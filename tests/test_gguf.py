@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, make_config, make_tokenizer, save_pruned
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 from shapes import ATTENTION, MLP, SHAPES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ from darwinlm.export.gguf_tokenizer import PRE_TOKENIZERS, read_vocabulary
 from darwinlm.export.hf import load
 from darwinlm.export.llama_cpp import Engine, EngineError, ask
 from darwinlm.export.proof import TEXT, logits_of
-from darwinlm.export.targets import export_model
+from darwinlm.export.targets import TARGETS, export_model
 
 TOKENS = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(4)).tolist()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -211,6 +212,26 @@ def test_mistakes_are_one_line(arguments, match, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert match in told and told.count("\n") == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_damaged_or_incomplete_model_is_one_line(target, tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(UserError, match="holds no model"):
+        export_model(folder, target)
+    save_pruned(make_config("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its files lack model\.layers\.1\.mlp\.up_proj\.bias; get the whole model"):
+        export_model(folder, target)
+    (folder / "model.safetensors").write_bytes(b"\x10" * 30)
+    with pytest.raises(UserError, match="the model cannot be loaded"):
+        export_model(folder, target)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer|the model cannot be loaded"):
+        export_model(folder, target)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_weights_beyond_float16_are_refused(tmp_path):

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -92,13 +92,19 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         device: where to put them.
 
     Raises:
-        UserError: if the folder holds no model of ours.
+        UserError: if the folder holds no model of ours, or not the whole of it.
     """
     path = find_model(folder)
-    model: DarwinLMForCausalLM = DarwinLMForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    model.to(device)  # type: ignore[arg-type]
+    try:
+        read: Any = DarwinLMForCausalLM.from_pretrained
+        model, facts = read(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if facts["missing_keys"]:
+        raise UserError(f"{path}: its files lack {sorted(facts['missing_keys'])[0]}; get the whole model")
+    model.to(device)
     model.eval()
-    return model
+    return cast(DarwinLMForCausalLM, model)
 
 
 @torch.no_grad()
