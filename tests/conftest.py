@@ -1,8 +1,10 @@
 """Tiny random checkpoints of every family, with everything a real one has, and databases pruned from them."""
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors: a second thread only waits, and on a busy machine for long.
@@ -14,7 +16,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from darwinlm.adapters.families import dense_config
 from darwinlm.adapters.loading import DenseModel, load_dense
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.recipe import DatabaseRecipe
@@ -62,6 +66,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_config(family: str, **changes: Any) -> DarwinLMConfig:
+    """A dense config in the words of our modelling file, as pruning `family` begins with."""
+    settings = {**_SIZES, **_OWN[family], **changes}
+    return dense_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+
+def save_pruned(config: DarwinLMConfig, folder: Path) -> DarwinLMForCausalLM:
+    """A model of the sizes in `config`, its every parameter random, as a folder that `darwinlm.load` takes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DarwinLMForCausalLM(config).eval()
+        randomise(model)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Biases and norms too."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+
+
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint whose every parameter, biases and norms too, is random."""
     settings = {**_SIZES, **_OWN[family]}
@@ -69,9 +97,7 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float3
     with torch.random.fork_rng():
         torch.manual_seed(FAMILIES.index(family))
         model = transformers.AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+        randomise(model)
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -111,3 +137,13 @@ def pruned(
         return known[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(rng.choices(words, k=2_000)))
+    return file

@@ -440,7 +440,7 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
         ("data.source=''", "data.source = '': string should have at least 1 character"),
         ("search.offspring=many", "search.offspring = 'many': input should be a valid integer"),
         ("search.offspring=1.5", "search.offspring = 1.5: input should be a valid integer"),
-        ("search.offspring=yes", "search.offspring = True: no setting is a yes or no"),
+        ("search.offspring=yes", "search.offspring = True: this setting is no yes or no"),
         ("target=true", f"target True {NEITHER}"),
         ("target=[1]", rf"target \[1\] {NEITHER}"),
         ("search.offspring=0", "search.offspring = 0: input should be greater than or equal to 1"),

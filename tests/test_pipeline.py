@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -37,16 +36,6 @@ SETTINGS = {
     "evaluation.repeats": 1,
 }
 TARGET = 0.7
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(rng.choices(words, k=2_000)))
-    return file
 
 
 @pytest.fixture(scope="module")

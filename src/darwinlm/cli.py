@@ -114,6 +114,23 @@ def recover(
     _finish(recover_again(run, overrides))
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, or a pruned model's folder.")],
+    to: Annotated[
+        str, typer.Option(help="gguf (llama.cpp and all that is built on it), vllm, or hf-native (layers of one size).")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="gguf: f32, f16, bf16 or q8_0; by default the model's.")] = None,
+) -> None:
+    """Write a pruned model for another engine, and compare its logits there with the model's."""
+    from darwinlm.export.targets import export_model
+
+    _silence_libraries()
+    for line in export_model(source, to, out, dtype).lines():
+        typer.echo(line)
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     sys.exit(_exit_code(sys.argv[1:]))

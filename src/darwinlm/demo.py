@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from darwinlm.errors import UserError
 from darwinlm.files import new_folder
@@ -40,16 +41,24 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-def _convert(file: Path, folder: Path) -> None:
+def smollm2_tokenizer() -> Any:
+    """The tokenizer of `smollm2`. Raises UserError."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
+    file = _gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # The GGUF names its pre-tokenizer only ("smollm"), and transformers falls back to one that keeps numbers whole.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
     )
-    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    smollm2_tokenizer().save_pretrained(folder)
     with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, which nothing else turns off
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)

@@ -97,6 +97,21 @@ def naming_disk_faults(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A draft file that takes the place of `path` when the block ends well, and is removed when it does not."""
+    draft = path.with_name(path.name + ".draft")
+    with naming_disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            with open(draft, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A draft folder that takes the place of `path` when the block ends well, and is removed when it does not."""
     draft = path.with_name(path.name + ".draft")

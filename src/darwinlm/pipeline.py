@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save
@@ -33,10 +33,11 @@ from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
+from darwinlm.export.targets import check_targets, export_model, sites_kept_for
 from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe, change_recipe, differences, load_recipe, parse_target, split_targets
+from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe, parse_target, split_targets
 from darwinlm.recovery.checkpoints import remove_checkpoints
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover
@@ -110,7 +111,7 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
     if changed and dist.rank() == 0:
         for folder in (out / "recovery", *out.glob("sizes/*/recovery")):
             _forget_recovery(folder)
-        RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export"))
+        RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *get_args(Target)))
     dist.barrier()
     return run_recipe(after, out)
 
@@ -168,6 +169,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
+    check_targets(recipe.export.targets, dense)
     sizes = _sizes(recipe, out)
     for size in sizes:
         if "params" in size.target:
@@ -180,7 +182,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         with run.stage("database") as facts:
             build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database", phases)
             facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
-    database = Database(out / "database")
+    database = Database(out / "database", kept=sites_kept_for(recipe.export.targets))
     space = database.space(dense.sites)
     larger: Path | None = None
     for size in sizes:
@@ -354,6 +356,13 @@ def _evaluate_and_export(
             as_json = plan.to_dict(space)
             export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
         write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})
+    for target in recipe.export.targets:
+        if not run.done(f"{size.prefix}{target}"):
+            with run.stage(f"{size.prefix}{target}") as facts:
+                exported = export_model(out, target)
+                facts["proof"] = str(exported.proof) if exported.proof else None
+            for line in exported.lines():
+                log.info("%s", line)
     log.info("done: %s", out / "model")
 
 

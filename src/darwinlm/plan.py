@@ -14,7 +14,9 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteLevels:
-    """What one site can become. Every tuple has one entry a level: 0 is dense, the last has no units left."""
+    """What one site can become. Every tuple has one entry a level: 0 is dense, the last has no units left,
+    unless the site must be kept.
+    """
 
     name: str
     """`layers.3.mlp`"""

@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -24,6 +25,8 @@ from darwinlm.errors import UserError
 
 RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
+Target = Literal["gguf", "vllm", "hf-native"]
+"""What a pruned model can be exported to."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -42,10 +45,13 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_yes_or_no(cls, value: Any) -> Any:
+    def _yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
+        asked = info.field_name is not None and cls.model_fields[info.field_name].annotation is bool
+        if asked and not isinstance(value, bool):
+            raise PydanticCustomError("yes_or_no", "true or false is expected")
         # Without this, YAML's `offspring: yes` would be read as 1.
-        if isinstance(value, bool):
-            raise PydanticCustomError("yes_or_no", "no setting is a yes or no")
+        if isinstance(value, bool) and not asked:
+            raise PydanticCustomError("yes_or_no", "this setting is no yes or no")
         return value
 
 
@@ -89,6 +95,9 @@ class DatabaseRecipe(_Section):
 class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
+    uniform: bool = False
+    """All layers get the same sizes, so that the result is a model of transformers' own (`export --to hf-native`).
+    Every largest such plan is trained a little and scored as in the last step; no descent, no evolution."""
     descent_rounds: int = Field(4, ge=0)
     """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
     sensitivity_tokens: Tokens = Field(8_192, ge=1)
@@ -189,6 +198,14 @@ class EvaluationRecipe(_Section):
     """Timed passes of each model, interleaved; the median is reported."""
 
 
+class ExportRecipe(_Section):
+    """The engines that the result is for."""
+
+    targets: tuple[Target, ...] = ()
+    """Written at the end of the run, beside `model/`, as `darwinlm export` does. What an engine cannot run is refused
+    before the search, and what it would need a stub for in the first layer is not proposed."""
+
+
 class Recipe(_Section):
     """One run, complete: two runs of the same recipe, versions and device give the same plan."""
 
@@ -206,6 +223,7 @@ class Recipe(_Section):
     workload: WorkloadRecipe = WorkloadRecipe()
     recovery: RecoveryRecipe = RecoveryRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    export: ExportRecipe = ExportRecipe()
 
     @field_validator("target", mode="before")
     @classmethod
@@ -240,6 +258,21 @@ class Recipe(_Section):
             raise ValueError(
                 f"search.score_tokens={list(self.search.score_tokens)} asks for more than "
                 f"data.score_tokens={self.data.score_tokens}; raise the latter"
+            )
+        if self.export.targets and self.database.granularity != "kv_group":
+            raise ValueError(
+                f"export.targets={list(self.export.targets)} with database.granularity={self.database.granularity}: "
+                "only transformers can run KV heads that serve different numbers of query heads; set "
+                "database.granularity=kv_group"
+            )
+        if "hf-native" in self.export.targets and not self.search.uniform:
+            raise ValueError(
+                "export.targets with hf-native needs layers of one size; set search.uniform=true, or leave it out"
+            )
+        if self.search.uniform and self.database.granularity != "kv_group":
+            raise ValueError(
+                f"search.uniform=true with database.granularity={self.database.granularity} does not make layers "
+                "alike: KV heads would serve different numbers of query heads; set database.granularity=kv_group"
             )
         if max(self.search.trial_tokens) > self.data.blocks(self.data.trial_tokens) * block:
             raise ValueError(

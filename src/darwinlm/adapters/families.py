@@ -29,12 +29,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(qkv_bias="attention_bias", attention_output_bias="attention_bias", qk_norm=True),
 }
 
-_COPIED = (
+COPIED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("use_cache", "tie_word_embeddings", "rope_parameters", "attention_dropout"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
+"""Settings that have the same name in every family and in ours."""
 
 
 def family_of(config: Any) -> Family:
@@ -61,7 +62,7 @@ def dense_config(config: Any) -> DarwinLMConfig:
         layer_types = ["sliding_attention" if sliding_window else "full_attention"] * config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return DarwinLMConfig(
-        **{name: getattr(config, name) for name in _COPIED},
+        **{name: getattr(config, name) for name in COPIED},
         **switches,
         head_dim=head_dim,
         sliding_window=sliding_window if "sliding_attention" in layer_types else None,

@@ -114,7 +114,8 @@ class DarwinLMRMSNorm(nn.Module):
 class DarwinLMRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        # Rope is the same in all layers, and YaRN's code reads a size that the whole config does not have.
+        self.config = config = config.per_layer_config[0]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)

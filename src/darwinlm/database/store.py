@@ -1,7 +1,7 @@
 """The database on disk: `index.json` and one safetensors file a site, with surviving columns only."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ class Database:
     names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Container[str] = ()) -> None:
+        """Open the database in `folder`; of the sites named in `kept` the search space lacks the last level."""
         self.folder = folder
+        self._kept = kept
         self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
         self._verified: set[str] = set()
         if (folder / "index.json").exists():
@@ -102,7 +104,10 @@ class Database:
                     name=site.name,
                     layer=site.layer,
                     kind=site.kind,
-                    **{key: tuple(entries[site.name][key]) for key in ("units", "parameters", "kv_elements", "errors")},
+                    **{
+                        key: tuple(entries[site.name][key][: -1 if site.name in self._kept else None])
+                        for key in ("units", "parameters", "kv_elements", "errors")
+                    },
                 )
                 for site in sites
             ),

@@ -5,6 +5,13 @@ from typing import Any
 
 from darwinlm.recipe import Recipe
 
+_SIZES = "The layers' sizes are in `per_layer_config` of `config.json`. "
+_FLAG = ", trust_remote_code=True"
+_CODE = (
+    "The flag runs `modeling_darwinlm.py`, the one code file here; with the `darwinlm` package installed, "
+    '`darwinlm.load("this-folder")` needs no flag.'
+)
+
 
 def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """Markdown for `README.md`, with the table of `metrics["rows"]` and the whole recipe."""
@@ -16,18 +23,17 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
         "",
         f"# {base}, pruned to {share:.1%} of its parameters",
         "",
-        f"{plan['parameters']:,} of {plan['dense_parameters']:,} parameters are left. Sizes differ from layer to layer "
-        "(`per_layer_config` in `config.json`); `plan.json` holds the plan. Made with DarwinLM.",
+        f"{plan['parameters']:,} of {plan['dense_parameters']:,} parameters are left; `plan.json` holds the plan. "
+        f"{_SIZES}Made with DarwinLM.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("this-folder", trust_remote_code=True)',
+        f'model = AutoModelForCausalLM.from_pretrained("this-folder"{_FLAG})',
         'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
         "```",
         "",
-        "The flag runs `modeling_darwinlm.py`, the one code file here; with the `darwinlm` package installed, "
-        '`darwinlm.load("this-folder")` needs no flag.',
+        _CODE,
         "",
         "## Measured",
         "",
@@ -56,6 +62,13 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
         "",
     ]
     return "\n".join(lines)
+
+
+def without_code(card: str) -> str:
+    """The card of a folder that holds no code of ours."""
+    for text in (_SIZES, _FLAG, f"{_CODE}\n\n"):
+        card = card.replace(text, "")
+    return card
 
 
 def _name(source: str) -> str:

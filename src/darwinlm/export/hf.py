@@ -1,9 +1,10 @@
 """The Hugging Face folder: safetensors, config, tokenizer, plan, model card and the one modelling file."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +19,8 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.DarwinLMModel",
     "AutoModelForCausalLM": f"{MODULE}.DarwinLMForCausalLM",
 }
-_SHARD = "5GB"
+SHARD = "5GB"
+"""The largest file of weights."""
 _PROOF_TOKENS = 16
 
 
@@ -36,14 +38,7 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
         UserError: if the folder cannot be written, or the written model does not give the logits of `model`.
     """
     with new_folder(folder) as draft:
-        state = {name: tensor.to(dense.dtype) for name, tensor in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        model.save_pretrained(draft, state_dict=state, max_shard_size=_SHARD)
-        config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-        config |= {"auto_map": AUTO_MAP, "dtype": str(dense.dtype).removeprefix("torch.")}
-        config |= {"architectures": ["DarwinLMForCausalLM"]}
-        write_json(draft / "config.json", config)
+        save_model(model, dense.dtype, draft)
         dense.generation_config.to_json_file(draft / "generation_config.json", use_diff=True)
         dense.tokenizer.save_pretrained(draft)
         write_json(draft / "plan.json", plan)
@@ -51,6 +46,41 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
         difference = _largest_difference(model, draft)
         if not difference < (1e-4 if dense.dtype == torch.float32 else 0.1):
             raise UserError(f"{folder}: the written model gives other logits (relative difference {difference:.1e})")
+
+
+def save_model(model: DarwinLMForCausalLM, dtype: torch.dtype, folder: Path) -> None:
+    """Write weights (in `dtype`), config and modelling file to `folder`."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"architectures": ["DarwinLMForCausalLM"]}
+    write_json(folder / "config.json", config)
+
+
+def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:
+    """Copy to `folder` what is in `source` besides weights and code, and besides the files named in `without`."""
+    for file in source.iterdir():
+        weights_or_code = file.name.endswith((".safetensors", ".index.json", ".py"))
+        if file.is_file() and not weights_or_code and file.name not in without:
+            shutil.copyfile(file, folder / file.name)
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder of the pruned model in `source`: `RUN/model`, or `RUN`. Raises UserError if there is none."""
+    path = Path(source)
+    path = path / "model" if (path / "model" / "config.json").exists() else path
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no model (config.json is missing)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
+        raise UserError(f"{path} holds no pruned model; load it with transformers")
+    return path
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> DarwinLMForCausalLM:
@@ -62,22 +92,19 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         device: where to put them.
 
     Raises:
-        UserError: if the folder holds no model of ours.
+        UserError: if the folder holds no model of ours, or not the whole of it.
     """
-    path = Path(folder)
-    path = path / "model" if (path / "model" / "config.json").exists() else path
+    path = find_model(folder)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no model (config.json is missing)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
-        raise UserError(f"{path} holds no pruned model; load it with transformers")
-    model: DarwinLMForCausalLM = DarwinLMForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    model.to(device)  # type: ignore[arg-type]
+        read: Any = DarwinLMForCausalLM.from_pretrained
+        model, facts = read(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if facts["missing_keys"]:
+        raise UserError(f"{path}: its files lack {sorted(facts['missing_keys'])[0]}; get the whole model")
+    model.to(device)
     model.eval()
-    return model
+    return cast(DarwinLMForCausalLM, model)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Exact allocation of a budget: the plan of least total cost, by dynamic programming (multiple-choice knapsack)."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space
+from darwinlm.plan import Budget, Limit, Plan, SiteKind, SiteLevels, Space
 
+_KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
 _MOST_CELLS = 1 << 21
 _FEW_CELLS = 1 << 14
 """Where many problems are solved one after another."""
@@ -108,6 +110,27 @@ def uniform_plan(space: Space, budget: Budget) -> Plan | None:
         return site.parameters[0] * (site.parameters[level] / site.parameters[0] - goal[site.name]) ** 2
 
     return cheapest_plan(space, budget, unevenness)
+
+
+def even_plans(space: Space, budget: Budget) -> list[Plan]:
+    """Plans whose sites of a kind all have one level, and keep some units: the largest within the maxima.
+
+    None of them can grow in either kind; there are none if even the smallest is too large.
+    """
+    levels = {kind: min(sum(n > 0 for n in site.units) for site in space.sites if site.kind == kind) for kind in _KINDS}
+
+    def plan(attention: int, mlp: int) -> Plan:
+        return Plan(levels=tuple(attention if site.kind == "attention" else mlp for site in space.sites))
+
+    def fits(attention: int, mlp: int) -> bool:
+        chosen = plan(attention, mlp).levels
+        return min(attention, mlp) >= 0 and all(limit.cost(chosen) <= limit.maximum for limit in budget.limits)
+
+    return [
+        plan(attention, mlp)
+        for attention, mlp in itertools.product(range(levels["attention"]), range(levels["mlp"]))
+        if fits(attention, mlp) and not fits(attention - 1, mlp) and not fits(attention, mlp - 1)
+    ]
 
 
 def error_plan(space: Space, budget: Budget) -> Plan | None:

@@ -91,7 +91,8 @@ class _WidenedSite:
 
     def __init__(self, dense: DenseModel, index: int, cut: Callable[[int, int], Cut], space: Space, base: Plan) -> None:
         self.site, self.base = dense.sites[index], base.levels[index]
-        self.last = len(space.sites[index].units) - 1
+        self.last = sum(units > 0 for units in space.sites[index].units)
+        """The level that removes the site, if there is one."""
         self.dtype = fast_dtype(dense.device)
         dense_OI = dense.weights[f"{self.site.output}.weight"]
         columns, weights = [torch.arange(dense_OI.shape[1], device=dense.device)], [dense_OI]

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from darwinlm.plan import Budget, Plan, Space
 from darwinlm.progress import log, task
 from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
-from darwinlm.search.allocation import error_plan, uniform_plan
+from darwinlm.search.allocation import error_plan, even_plans, uniform_plan
 from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
@@ -68,9 +69,16 @@ class TrialScorer:
         return self._database.cut(self._dense.sites[index], level, self._dense.device)
 
 
-def starting_plans(space: Space, budget: Budget) -> list[Plan]:
-    """The plans a search begins with: uniform sizes, and least total output error. Raises UserError if none fits."""
-    plans = [plan for plan in (uniform_plan(space, budget), error_plan(space, budget)) if plan is not None]
+def starting_plans(space: Space, budget: Budget, *, uniform: bool = False) -> list[Plan]:
+    """The plans a search begins with: uniform sizes, and least total output error; or all that are strictly uniform.
+
+    Raises:
+        UserError: if none fits.
+    """
+    if uniform:
+        plans = even_plans(space, budget)
+    else:
+        plans = [plan for plan in (uniform_plan(space, budget), error_plan(space, budget)) if plan is not None]
     if not plans:
         asked = " and ".join(f"{one.minimum:,} to {one.maximum:,} {one.unit}" for one in budget.limits)
         raise UserError(
@@ -215,12 +223,16 @@ def search_plan(
     `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
     """
     space = database.space(dense.sites)
+    if recipe.uniform:
+        # Layers that are alike change together: plans of the whole budget, to a parameter, are not to be had.
+        budget = Budget(limits=tuple(replace(limit, minimum=0) for limit in budget.limits))
+        recipe = recipe.model_copy(update={"descent_rounds": 0, "generations": 0, "forecast_candidates": 0})
     state_file = folder / "state.json"
     if state_file.exists():
         search = Evolution.resume(space, budget, recipe, read_json(state_file))
         log.info("search: going on at generation %d", search.generation)
     else:
-        starts = starting_plans(space, budget)
+        starts = starting_plans(space, budget, uniform=recipe.uniform)
         costs = None
         if recipe.descent_rounds > 0:
             file = folder / "descent.json"

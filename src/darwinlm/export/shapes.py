@@ -1,0 +1,58 @@
+"""The sizes of a pruned model's layers, as the exports see them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerShape:
+    """What a layer holds; 0 where it lacks the part."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    """Channels of the MLP."""
+
+
+def layer_shapes(config: DarwinLMConfig) -> list[LayerShape]:
+    """Of every layer, in order."""
+    shapes = []
+    for index in range(config.num_hidden_layers):
+        layer, skipped = config.per_layer_config[index], config.skipped(index)
+        attends = "attention" not in skipped
+        shapes.append(
+            LayerShape(
+                heads=layer.num_attention_heads if attends else 0,
+                kv_heads=layer.num_key_value_heads if attends else 0,
+                width=0 if "mlp" in skipped else layer.intermediate_size,
+            )
+        )
+    return shapes
+
+
+def kept_layers(config: DarwinLMConfig) -> list[int]:
+    """The layers that do anything, and at least one: engines want that."""
+    return [index for index, shape in enumerate(layer_shapes(config)) if shape.heads or shape.width] or [0]
+
+
+def check_equal_groups(config: DarwinLMConfig, engine: str) -> None:
+    """Refuse a model in which the KV heads of a layer serve unequal numbers of query heads. Raises UserError."""
+    uneven = [
+        (index, counts)
+        for index in range(config.num_hidden_layers)
+        if "attention" not in config.skipped(index)
+        and (counts := config.per_layer_config[index].query_heads_per_kv_head) is not None
+    ]
+    if uneven:
+        index, counts = uneven[0]
+        raise UserError(
+            f"layer {index} has KV heads that serve {_words(counts)} query heads, and {engine} can only run equal "
+            "numbers; prune with --set database.granularity=kv_group"
+        )
+
+
+def _words(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts[:-1])) + f" and {counts[-1]}"

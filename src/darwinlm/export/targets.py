@@ -1,0 +1,193 @@
+"""`darwinlm export`: a pruned model in the form that an engine wants, proved before it takes its place."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.errors import UserError
+from darwinlm.export import llama_cpp
+from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
+from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
+from darwinlm.export.hf import find_model, load
+from darwinlm.export.native import native_config, write_native
+from darwinlm.export.proof import LATIN, TEXT, Proof, check, compare, logits_of, proof_tokens
+from darwinlm.export.shapes import check_equal_groups
+from darwinlm.export.vllm import write_vllm
+from darwinlm.files import new_file, new_folder, write_json
+
+_STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
+"""Over the largest logit. Only float32 is computed without rounding, which a model pruned hard minds; a wrong file is
+off by half and more."""
+_MAGIC = b"GGUF"
+_FACTS = "export.json"
+"""In a folder that was exported: what it is and how it was proved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export left."""
+
+    path: Path
+    proof: Proof | None
+    notes: tuple[str, ...] = ()
+    """What the user should know: what was not proved, what the engine cannot do."""
+
+    def lines(self) -> list[str]:
+        """All of it, in words."""
+        proved = [f"proved: {self.proof}"] if self.proof else []
+        return [*proved, *self.notes, f"exported: {self.path}"]
+
+
+def export_model(source: Path, target: str, out: Path | None = None, dtype: str | None = None) -> Exported:
+    """Write the pruned model in `source` for another engine.
+
+    Args:
+        source: a run directory, or the folder of a pruned model.
+        target: one of `TARGETS`.
+        out: where to; by default beside the model's folder.
+        dtype: of a GGUF file's weight matrices (`FILE_TYPES`); by default the model's.
+
+    Raises:
+        UserError: if there is no pruned model, the engine cannot run it, or what was written gives other logits.
+    """
+    if target not in TARGETS:
+        raise UserError(f"--to {target}: there is no such target; known are {', '.join(TARGETS)}")
+    if dtype is not None and target != "gguf":
+        raise UserError(f"--dtype is for --to gguf; {target} keeps the model's")
+    if dtype is not None and dtype not in FILE_TYPES:
+        raise UserError(f"--dtype {dtype}: known are {', '.join(FILE_TYPES)}")
+    return TARGETS[target](find_model(source), out, dtype)
+
+
+def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
+    """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
+    if "gguf" in targets:
+        gguf_package()
+        choose_architecture(dense.config)
+        read_vocabulary(dense.tokenizer, dense.config.vocab_size, Path(dense.source))
+
+
+def sites_kept_for(targets: Sequence[str]) -> set[str]:
+    """The sites that no plan may remove whole, so that the engines need no stub in their place."""
+    return {"layers.0.attention"} if "gguf" in targets else set()
+
+
+def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
+    config = DarwinLMConfig.from_pretrained(folder)
+    architecture = choose_architecture(config)
+    tokenizer = load_tokenizer(folder)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, folder)
+    model = load(folder)
+    dtype = dtype or _STORED_AS[model.dtype]
+    file = out or folder.with_name(f"{folder.name}-{dtype}.gguf")
+    _check_file(file)
+    with new_file(file) as draft:
+        write_gguf(model, vocabulary, draft, dtype, file.stem, architecture)
+        proof, notes = _prove_gguf(model, tokenizer, draft, dtype)
+    if context_length(config) < config.max_position_embeddings:
+        notes.append(
+            f"llama.cpp has no sliding windows here: the file is for {context_length(config):,} positions, the window, "
+            f"and not for all {config.max_position_embeddings:,}"
+        )
+    write_json(
+        file.with_name(f"{file.name}.json"),
+        {"target": "gguf", "architecture": architecture.name, "dtype": dtype, "proof": proof and asdict(proof)},
+    )
+    return Exported(path=file, proof=proof, notes=tuple(notes))
+
+
+def _prove_gguf(model: DarwinLMForCausalLM, tokenizer: Any, file: Path, dtype: str) -> tuple[Proof | None, list[str]]:
+    """The proof, and what else there is to say. Raises UserError where llama.cpp does not do what transformers does."""
+    engine = llama_cpp.engine_version()
+    if engine is None:
+        return None, [f"not proved: run pip install {llama_cpp.PACKAGE} and export again"]
+    tokens = proof_tokens(tokenizer, context_length(cast(DarwinLMConfig, model.config)))
+    try:
+        answer = llama_cpp.ask(file, tokens, [TEXT, LATIN])
+    except llama_cpp.EngineError as error:
+        raise UserError(f"{engine} cannot run the file, which was not kept: {error}") from None
+    notes = []
+    for text, found in zip((LATIN, TEXT), reversed(answer.token_ids), strict=True):
+        if found != tokenizer(text).input_ids:
+            told = f"{engine} makes other tokens of some text: {_first_difference(tokenizer, text, found)}"
+            if text == LATIN:
+                raise UserError(f"{told}; the file was not kept")
+            notes.append(told)
+    model.float()
+    proof = compare(logits_of(model, tokens), answer.logits_TV, engine)
+    return check(proof, _MOST_DIFFERENCE[dtype], "the file"), notes
+
+
+def _first_difference(tokenizer: Any, text: str, found: list[int]) -> str:
+    expected = tokenizer(text).input_ids
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False)))
+    pieces = [tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (found, expected)]
+    return f"after {tokenizer.decode(expected[:same])[-20:]!r} {pieces[0]} in place of {pieces[1]}"
+
+
+def _check_file(file: Path) -> None:
+    """Refuse to write over what is not a GGUF file. Raises UserError."""
+    if file.is_dir():
+        raise UserError(f"--out {file} is a folder; name a file")
+    if file.exists():
+        with file.open("rb") as handle:
+            if handle.read(len(_MAGIC)) != _MAGIC:
+                raise UserError(f"--out {file} is there already and is no GGUF file; name a new file")
+
+
+def _export_vllm(folder: Path, out: Path | None, _: str | None) -> Exported:
+    check_equal_groups(DarwinLMConfig.from_pretrained(folder), "vLLM")
+    target = out or folder.with_name(f"{folder.name}-vllm")
+    _check_folder(target)
+    model = load(folder)
+    with new_folder(target) as draft:
+        write_vllm(model, folder, draft)
+        proof = _prove_folder(model.float(), load(draft, dtype=torch.float32), folder)
+        write_json(draft / _FACTS, {"target": "vllm", "proof": asdict(proof)})
+    return Exported(
+        path=target, proof=proof, notes=("vLLM itself was not run: the folder was compared in transformers",)
+    )
+
+
+def _export_native(folder: Path, out: Path | None, _: str | None) -> Exported:
+    native = native_config(DarwinLMConfig.from_pretrained(folder))
+    target = out or folder.with_name(f"{folder.name}-native")
+    _check_folder(target)
+    model = load(folder)
+    with new_folder(target) as draft:
+        write_native(model, native, folder, draft)
+        written = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False)
+        proof = _prove_folder(model.float(), written, folder)
+        write_json(draft / _FACTS, {"target": "hf-native", "model_type": native.model_type, "proof": asdict(proof)})
+    return Exported(path=target, proof=proof)
+
+
+def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
+    """Compare two models in transformers, float32. Raises UserError."""
+    tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
+    engine = f"transformers {transformers.__version__}"
+    proof = compare(logits_of(model, tokens), logits_of(written, tokens), engine)
+    return check(proof, _MOST_DIFFERENCE["f32"], "the folder")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to write over what is no earlier export. Raises UserError."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / _FACTS).exists()):
+        raise UserError(f"--out {folder} is there already and is no earlier export; name a new folder")
+
+
+TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {
+    "gguf": _export_gguf,
+    "vllm": _export_vllm,
+    "hf-native": _export_native,
+}
+"""What writes each."""

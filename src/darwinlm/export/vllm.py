@@ -1,0 +1,52 @@
+"""A folder for vLLM's Transformers backend, in which every layer has attention.
+
+The backend runs our modelling file and reads the sizes of each layer from `per_layer_config`, but gives every layer a
+KV cache and looks for the attention that fills it. A layer without attention gets a head of zeros, which adds exactly
+nothing; a layer without any part is left out.
+"""
+
+import copy
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.cutting import assemble
+from darwinlm.adapters.loading import expected_shapes
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.export.hf import copy_rest, save_model
+from darwinlm.export.shapes import kept_layers, layer_shapes
+
+
+def with_attention_everywhere(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM:
+    """The same function as `model`, with a head of zeros in layers without attention and without layers of no part."""
+    config, kept = cast(DarwinLMConfig, model.config), kept_layers(cast(DarwinLMConfig, model.config))
+    whole = copy.deepcopy(config)
+    whole.per_layer_config = None
+    whole.num_hidden_layers = len(kept)
+    whole.layer_types = [config.layer_types[index] for index in kept]
+    shapes = [layer_shapes(config)[index] for index in kept]
+    whole.per_layer_config = {
+        number: {
+            "num_attention_heads": shape.heads or 1,
+            "num_key_value_heads": shape.kv_heads or 1,
+            **({"intermediate_size": shape.width} if shape.width else {"skip": ["mlp"]}),
+        }
+        for number, shape in enumerate(shapes)
+    }
+    weights = model.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, shape in expected_shapes(whole).items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else None
+        source = name if layer is None else name.replace(f".{layer}.", f".{kept[int(layer)]}.", 1)
+        tensors[name] = (
+            weights[source] if source in weights else torch.full(shape, float("norm" in name), dtype=model.dtype)
+        )
+    return assemble(whole, tensors, trainable=False)
+
+
+def write_vllm(model: DarwinLMForCausalLM, source: Path, folder: Path) -> None:
+    """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source`."""
+    copy_rest(source, folder, ("config.json",))
+    save_model(with_attention_everywhere(model), model.dtype, folder)

@@ -1,0 +1,110 @@
+"""What `export.targets` asks of a run: refusals before it begins, plans that the engines can run, files at its end."""
+
+import json
+from typing import get_args
+
+import pytest
+from conftest import make_checkpoint
+from gguf import GGUFReader
+from test_pipeline import SETTINGS
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from darwinlm import UserError
+from darwinlm.database.store import Database
+from darwinlm.export.targets import TARGETS, sites_kept_for
+from darwinlm.pipeline import prune
+from darwinlm.plan import Plan, parameter_budget
+from darwinlm.recipe import Target, make_recipe
+from darwinlm.search.allocation import cheapest_plan, even_plans
+from darwinlm.search.sensitivity import measure_sensitivity
+
+
+def test_the_recipe_knows_all_targets():
+    assert get_args(Target) == tuple(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"export": {"targets": ["vllm"]}, "database": {"granularity": "query_head"}}, "only transformers can run"),
+        ({"export": {"targets": ["hf-native"]}}, r"needs layers of one size; set search\.uniform=true"),
+        ({"export": {"targets": ["onnx"]}}, r"export\.targets\.0 = 'onnx'"),
+        ({"export": {"targets": "gguf"}}, "a list is expected"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(settings, match):
+    with pytest.raises(UserError, match=match):
+        make_recipe({"model": "m", "target": 0.5} | settings)
+
+
+def test_a_model_that_an_engine_cannot_run_is_refused_before_anything_is_written(tmp_path, text):
+    folder = make_checkpoint("qwen3", tmp_path / "dense")
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = SETTINGS | {"data.source": str(text), "export.targets": ["vllm", "gguf"]}
+    with pytest.raises(UserError, match=r"llama\.cpp cannot run a qwen3 model with a head of its own"):
+        prune(folder, target=0.7, out=tmp_path / "run", settings=settings)
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
+def test_no_plan_removes_a_site_that_is_kept(pruned):
+    dense, database = pruned("llama", "kv_group")
+    whole = database.space(dense.sites)
+    kept = Database(database.folder, kept=sites_kept_for(["gguf"])).space(dense.sites)
+    assert kept.sites[0].name == "layers.0.attention" and min(kept.sites[0].units) == 1
+    assert kept.sites[0].parameters == whole.sites[0].parameters[:-1]
+    assert kept.sites[1:] == whole.sites[1:]
+    assert sites_kept_for(["vllm", "hf-native"]) == set()
+    # Even where removing it costs nothing and everything else dearly.
+    plan = cheapest_plan(
+        kept, parameter_budget(0.8, kept), lambda site, level: -level * (site.name == kept.sites[0].name)
+    )
+    assert plan.levels[0] == len(whole.sites[0].units) - 2
+
+
+def test_sensitivities_of_the_levels_left_stay_as_they_are(pruned, calibration):
+    dense, database = pruned("llama", "kv_group")
+    kept = Database(database.folder, kept={"layers.0.attention", "layers.1.mlp"})
+    base = Plan(levels=(1, 0, 1, 1, 0, 1))
+    whole, fewer = (
+        measure_sensitivity(
+            dense,
+            lambda index, level: database.cut(dense.sites[index], level, dense.device),
+            one.space(dense.sites),
+            base,
+            calibration[:2],
+            seed=0,
+            after_block=lambda: None,
+        )
+        for one in (database, kept)
+    )
+    for index, (before, after) in enumerate(zip(whole.first, fewer.first, strict=True)):
+        assert after == pytest.approx(before[: len(after)], rel=1e-4, abs=1e-7)
+        assert len(after) == len(before) - (index in (0, 3))
+
+
+def test_a_run_writes_what_its_engines_take(checkpoint, text, tmp_path):
+    settings = SETTINGS | {"data.source": str(text), "export.targets": ["gguf", "vllm"]}
+    run = prune(checkpoint("llama"), target=0.55, out=tmp_path / "run", settings=settings)
+    file = tmp_path / "run" / "model-f32.gguf"
+    plan = json.loads((run.model_path / "plan.json").read_text())
+    assert plan["units"]["layers.0.attention"] > 0
+    layers = {name.split(".")[1] for name, units in plan["units"].items() if units}
+    assert GGUFReader(file).get_field("deci.block_count").contents() == len(layers)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    for target in ("gguf", "vllm"):
+        assert "largest logit difference" in manifest["stages"][target]["proof"]
+    assert (tmp_path / "run" / "model-vllm" / "export.json").exists()
+    # The same command again writes nothing anew.
+    before = file.stat().st_mtime_ns
+    prune(checkpoint("llama"), target=0.55, out=tmp_path / "run", settings=settings)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_uniform_sizes_are_found_where_a_site_is_kept(pruned):
+    dense, database = pruned("qwen3", "kv_group")
+    spaces = [one.space(dense.sites) for one in (database, Database(database.folder, kept={"layers.0.attention"}))]
+    for target in (0.9, 0.8):
+        found = [even_plans(space, parameter_budget(target, space)) for space in spaces]
+        assert found[0] == found[1] != []

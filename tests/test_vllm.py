@@ -1,0 +1,100 @@
+"""The folder for vLLM's Transformers backend: the same function, and what the backend looks for in it."""
+
+import ast
+import inspect
+import json
+import textwrap
+
+import pytest
+import torch
+from conftest import FAMILIES, make_config, save_pruned
+from shapes import BOTH, SHAPES
+from transformers import AutoModel, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from darwinlm import UserError
+from darwinlm.adapters.modeling_darwinlm import DarwinLMAttention
+from darwinlm.cli import _exit_code
+from darwinlm.export.hf import load
+from darwinlm.export.targets import export_model
+
+TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_has_attention_and_nothing_else_changes(family, shape, tmp_path):
+    config = make_config(family)
+    config.per_layer_config = SHAPES[shape] or None
+    model = save_pruned(config, tmp_path / "model")
+    exported = export_model(tmp_path, "vllm")
+    written = load(exported.path)
+    with torch.no_grad():
+        assert torch.equal(written(TOKENS).logits, model(TOKENS).logits)
+    assert exported.proof.difference == 0
+
+    # What the backend builds its caches from: sizes by layer in the config, as the tensors have them.
+    gone = sum(layer == BOTH for layer in SHAPES[shape].values())
+    assert len(written.model.layers) == written.config.num_hidden_layers == max(1, 3 - gone)
+    assert len(written.config.layer_types) == written.config.num_hidden_layers
+    for index, layer in enumerate(written.model.layers):
+        sizes = written.config.per_layer_config[index]
+        assert layer.self_attn.layer_idx == index
+        assert layer.self_attn.q_proj.out_features == sizes.num_attention_heads * config.head_dim
+        assert layer.self_attn.v_proj.out_features == sizes.num_key_value_heads * config.head_dim
+        assert sizes.num_attention_heads % sizes.num_key_value_heads == 0
+
+
+def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
+    config = make_config("qwen2")
+    config.per_layer_config = SHAPES["first without attention"]
+    model = save_pruned(config, tmp_path / "model").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "plan.json").write_text("{}")
+    assert _exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
+    told = capsys.readouterr().out
+    assert "vLLM itself was not run" in told and "proved: largest logit difference 0.0e+00" in told
+    folder = tmp_path / "model-vllm"
+    settings = json.loads((folder / "config.json").read_text())
+    assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert settings["dtype"] == "bfloat16" and settings["architectures"] == ["DarwinLMForCausalLM"]
+    assert {"plan.json", "generation_config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    assert AutoTokenizer.from_pretrained(folder)("ab").input_ids == [64, 65]
+    # The class that the backend makes a model of, from the folder's own file.
+    own = get_class_from_dynamic_module(settings["auto_map"]["AutoModel"], str(folder))
+    assert own.is_backend_compatible()
+    assert isinstance(AutoModel.from_pretrained(folder, trust_remote_code=True), own)
+    # A second export takes the place of the first.
+    assert _exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
+
+
+def test_attention_is_written_as_the_backend_reads_it():
+    """vLLM finds attention by its source: one call of a local name taken from the table of attention functions."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(DarwinLMAttention.forward)))
+    names = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign | ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func).startswith("ALL_ATTENTION_FUNCTIONS.")
+        for target in ([node.target] if isinstance(node, ast.AnnAssign) else node.targets)
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    assert len(calls) == 1
+    assert {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}["scaling"] == "self.scaling"
+
+
+def test_what_vllm_cannot_run_and_foreign_folders_are_refused(tmp_path):
+    config = make_config("llama")
+    config.per_layer_config = {
+        1: {"num_attention_heads": 4, "num_key_value_heads": 2, "query_heads_per_kv_head": [1, 3]}
+    }
+    save_pruned(config, tmp_path / "uneven")
+    with pytest.raises(UserError, match="serve 1 and 3 query heads, and vLLM can only run equal numbers"):
+        export_model(tmp_path / "uneven", "vllm")
+    save_pruned(make_config("llama"), tmp_path / "model")
+    with pytest.raises(UserError, match="is there already and is no earlier export"):
+        export_model(tmp_path / "model", "vllm", tmp_path / "uneven")
+    with pytest.raises(UserError, match="--dtype is for --to gguf"):
+        export_model(tmp_path / "model", "vllm", dtype="f16")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "uneven"]
