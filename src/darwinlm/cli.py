@@ -72,6 +72,23 @@ def prune(
     _run(recipe, overrides | _overrides(settings), out, quiet)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again as the run goes on, until it ends.")] = False,
+) -> None:
+    """Write RUN/report/index.html: what was cut where, how the search went, how good and how fast the result is."""
+    from darwinlm.report.page import watch_report, write_report
+
+    page = run / "report" / "index.html"
+    if watch:
+        print(f"following the run in {page}; Ctrl-C stops this, not the run", file=sys.stderr)
+        watch_report(run)
+    else:
+        write_report(run)
+    print(f"the report: {page}")
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     sys.exit(_exit_code(sys.argv[1:]))
@@ -122,6 +139,7 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     console = Console() if sys.stdout.isatty() else Console(width=120)
     show(run.metrics, console)
     console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True)
+    console.print(f"the report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
 
 
 def _silence_libraries() -> None:
