@@ -4,11 +4,14 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from darwinlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     add_completion=False,
@@ -89,6 +92,17 @@ def report(
     print(f"the report: {page}")
 
 
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model's folder, or a Hub model id.")],
+) -> None:
+    """Show the size of every layer, against the dense model; of a model, from its config alone."""
+    from darwinlm.report.layers import inspect, show_layers
+
+    for entry in inspect(source):
+        show_layers(entry, _console())
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     sys.exit(_exit_code(sys.argv[1:]))
@@ -125,8 +139,6 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     set_up(quiet=quiet, silent=dist.rank() > 0)
     _silence_libraries()
 
-    from rich.console import Console
-
     from darwinlm.pipeline import run_recipe
     from darwinlm.report.summary import show
 
@@ -135,11 +147,17 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     dist.stop()
     if not main_rank:
         return
-    # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console()
     show(run.metrics, console)
     console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True)
     console.print(f"the report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _silence_libraries() -> None:
