@@ -87,8 +87,8 @@ def not_in(metrics, html):
     for text in Page(html).seen:
         for digits, unit in NUMBER.findall(text):
             shown, scale = float(digits.replace(",", "")), UNITS.get(unit, 1)
-            decimals = len(digits.partition(".")[2].partition("e")[0])
-            half = 0.0 if "e" in digits else 0.5000001 * 10**-decimals
+            mantissa, _, exponent = digits.partition("e")
+            half = 0.5000001 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
             count += 1
             if not any(abs(abs(number) / scale - shown) <= half for number in known):
                 odd.append(digits + unit)
@@ -192,6 +192,27 @@ def test_a_thinned_curve_keeps_every_step_once_and_its_mean(values, points):
     total = sum(one["loss"] * (one["last"] - one["first"] + 1) for one in curve)
     assert total == pytest.approx(sum(values), abs=1e-6)
     assert min(one["low"] for one in curve) == min(values) and max(one["high"] for one in curve) == max(values)
+
+
+def test_tasks_are_on_the_page_with_their_numbers(copied):
+    entries = []
+    for name, p in (("piqa", 0.123), ("arc_easy", 3.1415e-7)):
+        pruned = {"accuracy": 0.4321, "stderr": 0.0123, "difference": -0.0789, "difference_stderr": 0.0111}
+        models = {
+            "dense": {"accuracy": 0.5111, "stderr": 0.0222},
+            "pruned": {**pruned, "only_this": 77, "only_dense": 99, "p": p},
+        }
+        entries.append({"task": name, "metric": "acc", "shots": None, "items": 1838, "limit": None, "models": models})
+    tasks = {"tasks": entries, "mean": {"acc": {"tasks": 2, "models": entries[0]["models"]}}}
+    (copied / "report" / "tasks.json").write_text(json.dumps(tasks))
+    metrics = write_report(copied)
+    html = render(metrics)
+    assert not_in(metrics, html) == []
+    seen = " ".join(Page(html).seen)
+    for text in ("arc_easy", "43.2%", "-7.9%", "0.12", "3.1e-07", "1,838"):
+        assert text in seen
+    entries[1]["models"]["pruned"]["p"] = 3.2e-7
+    assert not_in({**metrics, "tasks": tasks}, html) == ["3.1e-07"]
 
 
 # ---- text that is not ours

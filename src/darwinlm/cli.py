@@ -103,6 +103,35 @@ def inspect(
         show_layers(entry, _console())
 
 
+@app.command()
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, a model's folder, or a Hub id.")
+    ],
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks with commas between, or paper.")] = "",
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="A folder of JSONL files, each a task, for machines without the Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each task.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; or with one model."""
+    import os
+
+    # lm-eval's many bars; ours shows how far it has come.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from darwinlm.progress import set_up
+
+    set_up(quiet=quiet)
+    _silence_libraries()
+
+    from darwinlm.judging import evaluate
+    from darwinlm.report.summary import show_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    show_tasks(evaluate(source, names, tasks_dir=tasks_dir, limit=limit), _console())
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     sys.exit(_exit_code(sys.argv[1:]))

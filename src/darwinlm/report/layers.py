@@ -12,6 +12,7 @@ from rich.table import Table
 
 from darwinlm.adapters.loading import expected_shapes, load_sizes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.report.facts import collect
 
@@ -33,7 +34,7 @@ def inspect(source: str) -> list[dict[str, Any]]:
         UserError: if it is none of these, or a run that knows no plan yet.
     """
     if not (Path(source) / "manifest.json").is_file():
-        return [{"title": source, **model_sizes(load_sizes(source))}]
+        return [{"title": source, **model_sizes(load_sizes(resolve(source)))}]
     facts = collect(Path(source))
     found = []
     for name, size in (facts.get("sizes") or {facts["target"]: facts}).items():

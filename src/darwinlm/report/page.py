@@ -103,6 +103,8 @@ def _environment() -> Environment:
         "plain": plain,
         "fixed": fixed,
         "signed": signed,
+        "signed_percent": signed_percent,
+        "probability": probability,
         "times": times,
         "duration": duration,
         "memory": memory,
@@ -116,6 +118,8 @@ def _environment() -> Environment:
         "generations_chart": generations_chart,
         "recovery_chart": recovery_chart,
         "family_chart": family_chart,
+        "task_colour": task_colour,
+        "task_key": task_key,
     }
     return environment
 
@@ -163,6 +167,16 @@ def signed(value: float) -> str:
     return f"{value:+.2f}"
 
 
+def signed_percent(share: float) -> str:
+    """-4.5%"""
+    return f"{100 * share:+.1f}%"
+
+
+def probability(p: float) -> str:
+    """0.031, 4.2e-07"""
+    return f"{p:.2g}"
+
+
 def times(factor: float) -> str:
     """1.66 and a sign of multiplication"""
     return f"{factor:.2f}\N{MULTIPLICATION SIGN}"
@@ -187,6 +201,16 @@ def memory(count_of_bytes: int) -> str:
 def model_name(model: str) -> str:
     """A Hub id as it is, of a path its last part."""
     return model if model.count("/") == 1 and not model.startswith((".", "/")) else model.rstrip("/").split("/")[-1]
+
+
+def task_colour(model: str) -> str:
+    """The colour class of a model in the chart of tasks."""
+    return model if model == "dense" else "recovered"
+
+
+def task_key(models: Sequence[str]) -> list[tuple[str, str]]:
+    """The legend of the chart of tasks."""
+    return [(task_colour(name), name) for name in models]
 
 
 # ---- charts
