@@ -164,13 +164,15 @@ def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_cu
         levels = [int(index in moved) for index in range(sites)]
         return {"generation": generation, "score": score, "scores": scores, "improved": bool(moved), "levels": levels}
 
-    entries = [(0.9, [0.9]), (0.8, [0.8, 1e9], 0, 2), (0.7, [0.7], 0, 1, 2, 3), (0.7, [0.7, 0.8], 0, 1, 2, 3)]
+    moved = [(), (0, 2), (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 4, 5)]
+    scores = [[0.9], [0.8, 1e9], [0.7], [0.7, 0.8], [0.6]]
+    entries = [(min(found), found, *sites) for found, sites in zip(scores, moved, strict=True)]
     state["history"] = [entry(number, *one) for number, one in enumerate(entries)]
     file.write_text(json.dumps(state))
     search = write_report(copied)["search"]
-    assert search["accepted"] == {"attention": 1, "mlp": 1, "both": 0}
-    assert [one["worst"] for one in search["generations"]] == [0.9, 0.8, 0.7, 0.8]
-    assert [one["diverged"] for one in search["generations"]] == [0, 1, 0, 0]
+    assert search["accepted"] == {"attention": 1, "mlp": 1, "both": 1}
+    assert [one["worst"] for one in search["generations"]] == [0.9, 0.8, 0.7, 0.8, 0.6]
+    assert [one["diverged"] for one in search["generations"]] == [0, 1, 0, 0, 0]
 
 
 def test_quotients_are_of_the_dense_and_of_the_uniform_row(run):
