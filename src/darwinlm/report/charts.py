@@ -11,6 +11,8 @@ from itertools import pairwise
 from markupsafe import Markup
 
 _TICKS = 4
+_NARROW = 40
+"""With more columns than that, outlines have no edge on small screens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class Point:
     high: float | None = None
     """The ends of the band, where there is one."""
     strong: bool = False
-    """Whether its dot is filled."""
+    """Whether it has a filled dot."""
     title: str
 
 
@@ -46,20 +48,22 @@ class Series:
     points: Sequence[Point]
     colour: str
     dots: bool = True
+    """Whether all points have a dot; strong ones always have."""
 
 
 def columns(values: Sequence[Column], *, colour: str, label: str, height: int) -> Markup:
     """One column for each of `values`, all equally high outlines; numbers of some columns, from 0, stand below."""
     step = 100 / max(len(values), 1)
     gap = min(step * 0.22, 1.2)
+    narrow = " narrow" if len(values) > _NARROW else ""
     marks = []
     for index, value in enumerate(values):
         x, width, filled = _percent(index * step + gap / 2), _percent(step - gap), value.share * 100
         marks.append(
             Markup(
-                '<g class="mark"><title>{}</title><rect class="outline" x="{}" y="0" width="{}" height="100%"/>'
+                '<g class="mark"><title>{}</title><rect class="outline{}" x="{}" y="0" width="{}" height="100%"/>'
                 '<rect class="fill {}" x="{}" y="{}" width="{}" height="{}"/></g>'
-            ).format(value.title, x, width, colour, x, _percent(100 - filled), width, _percent(filled))
+            ).format(value.title, narrow, x, width, colour, x, _percent(100 - filled), width, _percent(filled))
         )
     every = next(every for every in (1, 2, 5, 10, 20, 50, 100, 1000) if len(values) / every <= 8)
     ticks = [(float(index), (index + 0.5) * step) for index in range(0, len(values), every)]
@@ -131,9 +135,9 @@ def _line(series: Series, x_of: Callable[[float], float], y_of: Callable[[float]
     for point in series.points:
         for other in point.others:
             marks += _dot("other", x_of(point.x), y_of(other), 3)
-    if series.dots:
-        for point, (x, y) in zip(drawn, places, strict=True):
-            marks += _dot("dot strong" if point.strong else "dot", x, y, 4.5)
+    for point, (x, y) in zip(drawn, places, strict=True):
+        if series.dots or point.strong:
+            marks += _dot("dot strong" if point.strong else "dot", x, y, 4.5 if series.dots else 3)
     return Markup('<g class="series {}">{}</g>').format(series.colour, marks)
 
 
