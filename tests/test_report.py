@@ -345,6 +345,7 @@ def test_a_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(copied):
         (lambda run: (run / "search" / "state.json").write_text("{"), "state.json is damaged"),
         (lambda run: (run / "search" / "state.json").write_text("{}"), "search is damaged"),
         (lambda run: (run / "evaluation" / "measured.json").write_text('{"rows": 3}'), "measured.json is damaged"),
+        (lambda run: (run / "report" / "tasks.json").write_text("{}"), "tasks.json is damaged"),
         (lambda run: (run / "report" / "index.html").unlink() or (run / "report" / "index.html").mkdir(), "index.html"),
     ],
 )

@@ -56,8 +56,11 @@ def collect(run: Path) -> dict[str, Any]:
         facts |= each[sizes[0].name]
     else:
         facts |= _family(each) | {"sizes": each}
-    if (run / "report" / "tasks.json").exists():
-        facts["tasks"] = read_json(run / "report" / "tasks.json")
+    tasks_file = run / "report" / "tasks.json"
+    if tasks_file.exists():
+        with _reading(tasks_file):
+            tasks = read_json(tasks_file)
+            facts["tasks"] = {key: tasks[key] for key in ("tasks", "mean")}
     return facts
 
 
