@@ -13,6 +13,7 @@ from conftest import make_tokenizer
 
 from darwinlm import cli, judging
 from darwinlm.errors import UserError
+from darwinlm.evaluation import zero_shot
 from darwinlm.evaluation.local_tasks import local_tasks
 from darwinlm.evaluation.zero_shot import choose_tasks
 from darwinlm.export.hf import load
@@ -55,6 +56,30 @@ def folder(tmp_path_factory):
 def judged(run, folder, tmp_path_factory):
     copied = shutil.copytree(run[0].path, tmp_path_factory.mktemp("judged") / "run")
     return copied, judging.evaluate(str(copied), tasks_dir=folder)
+
+
+def test_the_model_is_asked_what_the_files_say(tmp_path):
+    items = {
+        "choice": {"query": "Two and two are", "choices": ["four", "5"], "gold": 0},
+        "digit": {"query": "7", "choices": ["seven", "five"], "gold": 0},
+        "question": {"query": "Question: what is {{two}}?\n", "choices": ["a number", "a fish"], "gold": 0},
+        "contexts": {"context_options": ["So Ann", "So Bob"], "continuation": "is wet.", "gold": 1},
+        "word": {"context": "One, two,", "continuation": "three"},
+    }
+    for name, item in items.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(item) + "\n")
+    asked = {}
+    for task in choose_tasks([], local_tasks(tmp_path)):
+        (loaded,) = zero_shot._load(task)["tasks"].values()
+        loaded.build_all_requests()
+        asked[task.name] = [instance.args for instance in loaded.instances]
+    assert asked == {
+        "choice": [("Two and two are", " four"), ("Two and two are", " 5")],
+        "digit": [("7", " seven"), ("7", " five")],
+        "question": [("Question: what is {{two}}?\nAnswer:", f" {choice}") for choice in ("a number", "a fish")],
+        "contexts": [("So Ann", " is wet."), ("So Bob", " is wet.")],
+        "word": [("One, two,", " three")],
+    }
 
 
 @torch.no_grad()

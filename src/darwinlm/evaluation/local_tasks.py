@@ -50,7 +50,9 @@ def _config(file: Path, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     shape = _shape(items[0])
     if shape == ("context", "continuation"):
-        return config | {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "continuation"}
+        # Here lm-eval puts no delimiter between the two.
+        fields = {"doc_to_text": "context", "doc_to_target": "{{' ' + continuation}}"}
+        return config | fields | {"output_type": "loglikelihood"}
     if "context_options" in shape:
         # lm-eval scores one continuation after several contexts where the text is a number.
         fields = {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"}
