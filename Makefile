@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-eval check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
 
 test: $(VENV)/.ready check
 	$(BIN)/python -m pytest
+
+test-eval: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/python -m pytest tests/with_lm_eval
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

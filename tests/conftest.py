@@ -21,6 +21,7 @@ from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
+from darwinlm.pipeline import prune
 from darwinlm.recipe import DatabaseRecipe
 
 transformers.utils.logging.disable_progress_bar()
@@ -28,6 +29,26 @@ transformers.utils.logging.disable_progress_bar()
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GRANULARITIES = ("kv_group", "query_head")
 VOCABULARY = 259
+
+SETTINGS = {
+    "data.sequence_length": 16,
+    "data.calibration_tokens": 256,
+    "data.trial_tokens": 128,
+    "data.score_tokens": 64,
+    "data.held_out_tokens": 64,
+    "database.levels": 4,
+    "search.generations": 2,
+    "search.offspring": 3,
+    "search.survivors": [2, 1],
+    "search.trial_tokens": [16, 32],
+    "search.score_tokens": [32, 64],
+    "search.learning_rate": 1e-3,
+    "recovery.tokens": 64,
+    "evaluation.prefill_tokens": 8,
+    "evaluation.decode_tokens": 2,
+    "evaluation.repeats": 1,
+}
+TARGET = 0.7
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -147,3 +168,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(" ".join(rng.choices(words, k=2_000)))
     return file
+
+
+@pytest.fixture(scope="session")
+def run(checkpoint, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    settings = {**SETTINGS, "data.source": str(text)}
+    return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings

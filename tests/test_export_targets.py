@@ -4,9 +4,8 @@ import json
 from typing import get_args
 
 import pytest
-from conftest import make_checkpoint
+from conftest import SETTINGS, make_checkpoint
 from gguf import GGUFReader
-from test_pipeline import SETTINGS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from darwinlm import UserError

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, make_config, save_pruned
+from conftest import FAMILIES, SETTINGS, make_config, save_pruned
 from shapes import BOTH, MLP
-from test_pipeline import SETTINGS
 from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError

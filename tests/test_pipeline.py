@@ -11,46 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import TARGET
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
 from darwinlm.pipeline import prune, recover_again
 
-SETTINGS = {
-    "data.sequence_length": 16,
-    "data.calibration_tokens": 256,
-    "data.trial_tokens": 128,
-    "data.score_tokens": 64,
-    "data.held_out_tokens": 64,
-    "database.levels": 4,
-    "search.generations": 2,
-    "search.offspring": 3,
-    "search.survivors": [2, 1],
-    "search.trial_tokens": [16, 32],
-    "search.score_tokens": [32, 64],
-    "search.learning_rate": 1e-3,
-    "recovery.tokens": 64,
-    "evaluation.prefill_tokens": 8,
-    "evaluation.decode_tokens": 2,
-    "evaluation.repeats": 1,
-}
-TARGET = 0.7
-
-
-@pytest.fixture(scope="module")
-def run(checkpoint, text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "whole"
-    settings = {**SETTINGS, "data.source": str(text)}
-    return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
-
 
 def files_of(folder):
     """What must be the same whatever happened on the way: everything but clocks."""
+    clocks = ("manifest.json", "measured.json", "metrics.json", "index.html", "README.md", "recipe.yaml")
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in ("manifest.json", "metrics.json", "README.md", "recipe.yaml")
+        if file.is_file() and file.name not in clocks
     }
 
 

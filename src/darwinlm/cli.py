@@ -11,6 +11,8 @@ import typer
 from darwinlm.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from darwinlm.pipeline import Run
 
 app = typer.Typer(
@@ -131,6 +133,63 @@ def export(
         typer.echo(line)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again as the run goes on, until it ends.")] = False,
+) -> None:
+    """Write RUN/report/index.html: what was cut where, how the search went, how good and how fast the result is."""
+    from darwinlm.report.page import watch_report, write_report
+
+    page = run / "report" / "index.html"
+    if watch:
+        print(f"following the run in {page}; Ctrl-C stops this, not the run", file=sys.stderr)
+        watch_report(run)
+    else:
+        write_report(run)
+    print(f"the report: {page}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model's folder, or a Hub model id.")],
+) -> None:
+    """Show the size of every layer, against the dense model; of a model, from its config alone."""
+    from darwinlm.report.layers import inspect, show_layers
+
+    for entry in inspect(source):
+        show_layers(entry, _console())
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, a model's folder, or a Hub id.")
+    ],
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks with commas between, or paper.")] = "",
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="A folder of JSONL files, each a task, for machines without the Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each task.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; or with one model."""
+    import os
+
+    # lm-eval's many bars; ours shows how far it has come.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from darwinlm.progress import set_up
+
+    set_up(quiet=quiet)
+    _silence_libraries()
+
+    from darwinlm.judging import evaluate
+    from darwinlm.report.summary import show_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    show_tasks(evaluate(source, names, tasks_dir=tasks_dir, limit=limit), _console())
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     sys.exit(_exit_code(sys.argv[1:]))
@@ -178,8 +237,6 @@ def _start(quiet: bool) -> None:
 
 def _finish(run: "Run") -> None:
     """Leave the other ranks, and show what came of it."""
-    from rich.console import Console
-
     from darwinlm import dist
     from darwinlm.report.summary import show
 
@@ -187,10 +244,17 @@ def _finish(run: "Run") -> None:
     dist.stop()
     if not main_rank:
         return
-    # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console()
     show(run.metrics, console)
     console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True)
+    console.print(f"the report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _silence_libraries() -> None:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from darwinlm import dist
 from darwinlm.errors import UserError
-from darwinlm.recipe import Recipe, differences, make_recipe
+from darwinlm.recipe import Recipe, differences, make_recipe, parse_target, split_targets
 
 FORMAT = 1
 
@@ -138,6 +139,27 @@ def digest(*parts: bytes | str) -> str:
         data = part.encode() if isinstance(part, str) else part
         sha.update(len(data).to_bytes(8, "little") + data)
     return sha.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the sizes that a run is to give."""
+
+    name: str
+    target: Mapping[str, float | int]
+    folder: Path
+    prefix: str
+    """Of the names of its stages."""
+
+
+def run_sizes(recipe: Recipe, run: Path) -> list[Size]:
+    """The sizes of a family, the largest first, each in a folder of its own; or the one that is asked for."""
+    targets = split_targets(recipe.target)
+    if len(targets) == 1:
+        return [Size(str(targets[0]), parse_target(targets[0]), run, "")]
+    names = [str(target) for target in targets]
+    sizes = [Size(name, parse_target(name), run / "sizes" / name, f"{name}: ") for name in names]
+    return sorted(sizes, key=lambda size: -size.target["params"])
 
 
 class RunDirectory:

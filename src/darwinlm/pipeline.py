@@ -34,13 +34,14 @@ from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, reque
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
 from darwinlm.export.targets import check_targets, export_model, sites_kept_for
-from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
+from darwinlm.files import RunDirectory, Size, read_json, read_tensors, run_sizes, write_bytes, write_json
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe, parse_target, split_targets
 from darwinlm.recovery.checkpoints import remove_checkpoints
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover
+from darwinlm.report.page import write_report
 from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
@@ -170,7 +171,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
-    sizes = _sizes(recipe, out)
+    sizes = run_sizes(recipe, out)
     for size in sizes:
         if "params" in size.target:
             check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
@@ -201,40 +202,10 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         with dist.main_first():
             if dist.rank() == 0:
                 _evaluate_and_export(recipe, dense, corpus, database, budget, plan, run, size)
-    if len(sizes) > 1 and dist.rank() == 0:
-        write_json(out / "report" / "metrics.json", _family_metrics(sizes, run))
+    if dist.rank() == 0:
+        write_report(out)
     dist.barrier()
     return Run(out, read_json(out / "report" / "metrics.json"))
-
-
-@dataclass(frozen=True)
-class _Size:
-    """One of the sizes that a run is to give."""
-
-    name: str
-    target: Mapping[str, float | int]
-    folder: Path
-    prefix: str
-    """Of the names of its stages."""
-
-
-def _sizes(recipe: Recipe, out: Path) -> list[_Size]:
-    """The sizes of a family, the largest first, each in a folder of its own; or the one that is asked for."""
-    targets = split_targets(recipe.target)
-    if len(targets) == 1:
-        return [_Size(str(targets[0]), parse_target(targets[0]), out, "")]
-    names = [str(target) for target in targets]
-    sizes = [_Size(name, parse_target(name), out / "sizes" / name, f"{name}: ") for name in names]
-    return sorted(sizes, key=lambda size: -size.target["params"])
-
-
-def _family_metrics(sizes: list[_Size], run: RunDirectory) -> dict[str, Any]:
-    """Of all sizes: the dense model's row, and the last of each."""
-    each = [read_json(size.folder / "report" / "metrics.json") for size in sizes]
-    rows = [metrics["rows"][-1] | {"name": size.name} for size, metrics in zip(sizes, each, strict=True)]
-    whole = each[-1] | {"target": ", ".join(size.name for size in sizes), "rows": [each[0]["rows"][0], *rows]}
-    del whole["limits"]
-    return whole | {"stages": run.manifest["stages"]}
 
 
 def _check_length(recipe: Recipe, dense: DenseModel) -> None:
@@ -316,12 +287,12 @@ def _evaluate_and_export(
     budget: Budget,
     plan: Plan,
     run: RunDirectory,
-    size: _Size,
+    size: Size,
 ) -> None:
     out = size.folder
     space = database.space(dense.sites)
-    metrics_file = out / "report" / "metrics.json"
-    if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and metrics_file.exists()):
+    measured_file = out / "evaluation" / "measured.json"
+    if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and measured_file.exists()):
         models = _models(dense, database, budget, plan)
         if recipe.recovery.wanted:
             weights = read_tensors(out / "recovery" / "weights.safetensors")
@@ -343,7 +314,7 @@ def _evaluate_and_export(
                 timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
                 seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
                 limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
-        metrics = {
+        measured = {
             "model": recipe.model,
             "target": size.name,
             "rows": rows,
@@ -352,10 +323,10 @@ def _evaluate_and_export(
             "environment": environment(dense.device),
             "seed": recipe.seed,
         }
+        write_json(measured_file, measured)
         with run.stage(f"{size.prefix}export"):
             as_json = plan.to_dict(space)
-            export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
-        write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})
+            export_hf(last, dense, as_json, model_card(recipe, as_json, measured), out / "model")
     for target in recipe.export.targets:
         if not run.done(f"{size.prefix}{target}"):
             with run.stage(f"{size.prefix}{target}") as facts:

@@ -133,8 +133,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_config(source: str) -> Any:
-    """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError."""
+def load_settings(source: str) -> dict[str, Any]:
+    """Read the config.json of a folder or a Hub model; it has a model_type. Raises UserError."""
     if os.path.isfile(source):
         raise UserError(f"model {source!r} is a file; give a folder in Hugging Face format, or a Hub model id")
     try:
@@ -145,9 +145,27 @@ def load_config(source: str) -> Any:
                 f"model {source!r}: there is no such local folder, and the Hub has no such model (or cannot be reached)"
             ) from None
         raise UserError(f"model {source!r}: its config.json cannot be read: {_reason(error, source)}") from None
-    model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if not isinstance(model_type, str):
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise UserError(f"model {source!r} has no config.json with a model_type; give a folder in Hugging Face format")
+    return settings
+
+
+def load_sizes(source: str) -> DarwinLMConfig:
+    """The config of a dense or a pruned model in the words of our modelling file, no weight read. Raises UserError."""
+    settings = load_settings(source)
+    try:
+        if settings["model_type"] == DarwinLMConfig.model_type:
+            return DarwinLMConfig.from_dict(settings)
+        return dense_config(load_config(source))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model {source!r}: its config.json cannot be used: {_reason(error, source)}") from None
+
+
+def load_config(source: str) -> Any:
+    """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError."""
+    model_type = load_settings(source)["model_type"]
     if model_type not in FAMILIES:
         raise UserError(
             f"model {source!r}: model type {model_type!r} is not supported; supported families: "

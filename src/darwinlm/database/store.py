@@ -97,22 +97,7 @@ class Database:
 
     def space(self, sites: Sequence[Site]) -> Space:
         """The search space of a finished database, in the order of `sites`."""
-        entries = self._index["sites"]
-        return Space(
-            sites=tuple(
-                SiteLevels(
-                    name=site.name,
-                    layer=site.layer,
-                    kind=site.kind,
-                    **{
-                        key: tuple(entries[site.name][key][: -1 if site.name in self._kept else None])
-                        for key in ("units", "parameters", "kv_elements", "errors")
-                    },
-                )
-                for site in sites
-            ),
-            fixed_parameters=self._index["fixed_parameters"],
-        )
+        return _space(self._index, [site.name for site in sites], self._kept)
 
     def cut(self, site: Site, level: int, device: torch.device) -> Cut:
         """A site at a level, in float32 on `device`. Level 0 is dense and needs no cut.
@@ -140,6 +125,44 @@ class Database:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def read_space(folder: Path) -> Space | None:
+    """The search space of the database in `folder`, without a model: attention before MLP, layer by layer.
+
+    Returns:
+        None if the database is not finished yet.
+
+    Raises:
+        UserError: if its index is damaged.
+    """
+    if not (folder / "index.json").exists():
+        return None
+    index = Database(folder)._index
+    if "fixed_parameters" not in index:
+        return None
+    entries = index["sites"]
+    return _space(index, sorted(entries, key=lambda name: (entries[name]["layer"], entries[name]["kind"])))
+
+
+def _space(index: Mapping[str, Any], names: Sequence[str], whole: Container[str] = ()) -> Space:
+    """The space of the sites `names`; those in `whole` cannot be removed as a whole."""
+    entries = index["sites"]
+    return Space(
+        sites=tuple(
+            SiteLevels(
+                name=name,
+                layer=entries[name]["layer"],
+                kind=entries[name]["kind"],
+                **{
+                    key: tuple(entries[name][key][: -1 if name in whole else None])
+                    for key in ("units", "parameters", "kv_elements", "errors")
+                },
+            )
+            for name in names
+        ),
+        fixed_parameters=index["fixed_parameters"],
+    )
 
 
 def checksum(content: bytes) -> str:

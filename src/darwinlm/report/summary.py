@@ -73,3 +73,32 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def show_tasks(results: Mapping[str, Any], console: Console) -> None:
+    """Print what `tasks.json` holds: accuracies with standard errors, differences and p-values."""
+    names = list(results["tasks"][0]["models"])
+    table = Table(title="zero-shot tasks: accuracy in % ± standard error", title_justify="left")
+    for title in ("task", "metric"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("items", justify="right")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+        if "difference" in results["tasks"][0]["models"][name]:
+            table.add_column("difference", justify="right", no_wrap=True)
+            table.add_column("p", justify="right", no_wrap=True)
+    for one in results["tasks"]:
+        table.add_row(one["task"], one["metric"], f"{one['items']:,}", *_accuracies(one["models"]))
+    for metric, mean in results["mean"].items():
+        table.add_row(f"mean of {mean['tasks']}", metric, "", *_accuracies(mean["models"]), style="bold")
+    console.print(table)
+
+
+def _accuracies(models: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for one in models.values():
+        cells.append(f"{100 * one['accuracy']:.1f} ± {100 * one['stderr']:.1f}")
+        if "difference" in one:
+            cells.append(f"{100 * one['difference']:+.1f} ± {100 * one['difference_stderr']:.1f}")
+            cells.append(f"{one['p']:.2g}")
+    return cells

@@ -132,6 +132,7 @@ def descend(
             rounds.append(
                 {
                     "scores": scores,
+                    "best": best,
                     "improved": best > 0,
                     "base": base.levels,
                     "levels": plans[best].levels,

@@ -1,0 +1,268 @@
+"""What a run directory holds so far, as one JSON object (`metrics.json`). The page shows nothing that is not in it."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from darwinlm.database.store import read_space
+from darwinlm.errors import UserError
+from darwinlm.files import Size, read_json, run_sizes
+from darwinlm.plan import Plan, Space
+from darwinlm.recipe import Recipe, make_recipe
+
+_MEASURED = (
+    *("parameters", "kv_cache_bytes_per_token"),
+    *("prefill_tokens_per_second", "decode_tokens_per_second", "perplexity"),
+)
+"""Of a row: what is compared with the dense model by a quotient."""
+_HOPELESS = 1e8
+"""Scores above it are those of candidates whose trial diverged."""
+_POINTS = 200
+"""A longer curve is drawn by means over equal stretches."""
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """Everything that can be told about the run in the folder `run`, finished or not.
+
+    Returns:
+        For a single size: what was asked for, stages and their costs, and the facts of `_size_facts`. For a family: the
+        dense model's row and the last row of each size, and these facts under `sizes`.
+
+    Raises:
+        UserError: if `run` is no run, or a file in it is damaged.
+    """
+    recipe, stages = read_manifest(run)
+    sizes = run_sizes(recipe, run)
+    wanted = _stages(recipe, sizes)
+    pending = [name for name in wanted if not stages.get(name, {}).get("done")]
+    space = read_space(run / "database")
+    facts: dict[str, Any] = {
+        "model": recipe.model,
+        "target": ", ".join(size.name for size in sizes),
+        "seed": recipe.seed,
+        "finished": not pending,
+        "pending": pending,
+        "stages": stages,
+        "seconds": round(sum(stage["seconds"] for stage in stages.values()), 3),
+        "peak_memory_bytes": max((stage["peak_memory_bytes"] for stage in stages.values()), default=0),
+        "attention_unit": {"kv_group": "KV groups", "query_head": "query heads"}[recipe.database.granularity],
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    each = {size.name: _size_facts(recipe, space, size) for size in sizes}
+    if len(sizes) == 1:
+        facts |= each[sizes[0].name]
+    else:
+        facts |= _family(each) | {"sizes": each}
+    tasks_file = run / "report" / "tasks.json"
+    if tasks_file.exists():
+        with _reading(tasks_file):
+            tasks = read_json(tasks_file)
+            facts["tasks"] = {key: tasks[key] for key in ("tasks", "mean")}
+    return facts
+
+
+def read_manifest(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of the run in the folder `run`, and what is known of its stages. Raises UserError if it is no run."""
+    if not (run / "manifest.json").is_file():
+        raise UserError(f"{run} holds no run (manifest.json is missing); name the folder given to --out")
+    manifest = read_json(run / "manifest.json")
+    try:
+        return make_recipe(manifest["recipe"]), dict(manifest["stages"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{run / 'manifest.json'} is damaged (it lacks recipe or stages)") from None
+
+
+def _stages(recipe: Recipe, sizes: Sequence[Size]) -> list[str]:
+    names = ["search", *(["recovery"] if recipe.recovery.wanted else []), "evaluation", "export"]
+    return ["corpus", "database", *(f"{size.prefix}{name}" for size in sizes for name in names)]
+
+
+def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, Any]:
+    """Of one size, as far as known: what was measured (`rows`, `limits`, `sample`), `layers`, `search`, `recovery`."""
+    facts: dict[str, Any] = {}
+    measured_file = size.folder / "evaluation" / "measured.json"
+    if measured_file.exists():
+        with _reading(measured_file):
+            measured = read_json(measured_file)
+            facts |= {key: measured[key] for key in ("sample", "environment")}
+            facts["rows"] = compared(measured["rows"])
+            facts["limits"] = [_with_shares(limit) for limit in measured["limits"]]
+    if space is None:
+        return facts
+    with _reading(size.folder / "search"):
+        facts["search"], plan = _search(recipe, space, size.folder / "search")
+        if plan is not None:
+            facts["layers"] = layers(space, plan)
+            facts["parameters"] = space.parameters(plan.levels)
+            facts["dense_parameters"] = space.dense_parameters
+            facts["share"] = facts["parameters"] / facts["dense_parameters"]
+    with _reading(size.folder / "recovery"):
+        losses = _losses(size.folder / "recovery")
+    if losses:
+        facts["recovery"] = {"steps": len(losses), "curve": thinned(losses)}
+    return facts
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Files of `path` that are JSON but not what this package writes are damaged: one clear line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged ({reason}); start the run again in a new folder") from None
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with what each is of the dense model's, and its KL of the uniform plan's, as quotients."""
+    dense = next(row for row in rows if row["name"] == "dense")
+    uniform = next((row for row in rows if row["name"] == "uniform"), None)
+    more = []
+    for row in rows:
+        shares = {name: row[name] / dense[name] for name in _MEASURED if dense[name]}
+        if uniform is not None and uniform["kl"] > 0:
+            shares["kl_of_uniform"] = row["kl"] / uniform["kl"]
+        more.append({**row, "of_dense": shares})
+    return more
+
+
+def _with_shares(limit: Mapping[str, Any]) -> dict[str, Any]:
+    """`limit` with what was found of the dense model's, as planned and, where that was done, as measured."""
+    more = {**limit, "share": limit["found"] / limit["dense"]}
+    if "measured" in limit:
+        more["measured_share"] = limit["measured"]["found"] / limit["measured"]["dense"]
+    return more
+
+
+def _family(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    measured = {name: facts for name, facts in each.items() if "rows" in facts}
+    if not measured:
+        return {}
+    last = list(measured.values())[-1]
+    rows = [{**facts["rows"][-1], "name": name} for name, facts in measured.items()]
+    return {"rows": [last["rows"][0], *rows], "sample": last["sample"], "environment": last["environment"]}
+
+
+def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
+    """By layer, what `plan` keeps of attention and MLP: units and parameters, and those of the dense model."""
+    found: dict[int, dict[str, Any]] = {}
+    for site, level in zip(space.sites, plan.levels, strict=True):
+        layer = found.setdefault(site.layer, {"layer": site.layer})
+        layer[site.kind] = {
+            "kept": site.units[level],
+            "dense": site.units[0],
+            "share": site.units[level] / site.units[0],
+            "parameters": site.parameters[level],
+            "dense_parameters": site.parameters[0],
+        }
+    return [found[number] for number in sorted(found)]
+
+
+def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any], Plan | None]:
+    """What the search in `folder` has done, and the plan found or the best so far."""
+    state = read_json(folder / "state.json") if (folder / "state.json").exists() else None
+    rounds = read_json(folder / "descent.json")["rounds"] if (folder / "descent.json").exists() else []
+    plan = Plan(levels=tuple(rounds[-1]["levels"])) if rounds else None
+    if state is not None:
+        plan = Plan(levels=tuple(state["parent"]))
+    if (folder / "best_plan.json").exists():
+        plan = Plan.from_dict(read_json(folder / "best_plan.json"), space)
+    facts = _steps(recipe, space, state["history"] if state is not None else [], rounds)
+    if (folder / "forecast.json").exists():
+        facts["forecast"] = _forecast(read_json(folder / "forecast.json"))
+    return facts, plan
+
+
+def _steps(
+    recipe: Recipe, space: Space, history: Sequence[Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    descent = [
+        {
+            "round": number,
+            "kl": one["scores"][one["best"]],
+            "before": one["scores"][0],
+            "compared": _finite(one["scores"]),
+            "plans": len(one["scores"]),
+            "worst": max(_finite(one["scores"]), default=None),
+            "improved": one["improved"],
+            "changed": _changed(space, one["base"], one["levels"]),
+        }
+        for number, one in enumerate(rounds, 1)
+    ]
+    generations = []
+    for before, entry in pairwise([None, *history]):
+        assert entry is not None
+        finite = _finite(entry["scores"])
+        generations.append(
+            {
+                "generation": entry["generation"],
+                "kl": min(finite, default=None),
+                "compared": finite,
+                "plans": len(entry["scores"]),
+                "worst": max(finite, default=None),
+                "diverged": len(entry["scores"]) - len(finite),
+                "improved": entry["improved"],
+                "changed": _changed(space, (before or entry)["levels"], entry["levels"]),
+            }
+        )
+    accepted = {"attention": 0, "mlp": 0, "both": 0}
+    for one in generations[1:]:
+        kinds = [kind for kind in ("attention", "mlp") if one["changed"][kind]]
+        if kinds:
+            accepted["both" if len(kinds) == 2 else kinds[0]] += 1
+    return {
+        "descent": descent,
+        "generations": generations,
+        "generations_asked": recipe.search.generations,
+        "accepted": accepted,
+    }
+
+
+def _finite(scores: Sequence[float]) -> list[float]:
+    return [score for score in scores if score < _HOPELESS]
+
+
+def _changed(space: Space, before: Sequence[int], after: Sequence[int]) -> dict[str, int]:
+    """How many sites of each kind have another level."""
+    counts = {"attention": 0, "mlp": 0}
+    for site, old, new in zip(space.sites, before, after, strict=True):
+        counts[site.kind] += old != new
+    return counts
+
+
+def _forecast(forecast: Mapping[str, Any]) -> dict[str, Any]:
+    steps = [
+        {"step": one["step"] + 1, **{key: one[key] for key in ("rho", "low", "high")}} for one in forecast["steps"]
+    ]
+    return {"training_tokens": forecast["training_tokens"], "plans": len(forecast["scores"]), "steps": steps}
+
+
+def _losses(folder: Path) -> list[float]:
+    """Of every step of the recovery; while it runs, up to its last checkpoint."""
+    if (folder / "losses.json").exists():
+        return list(read_json(folder / "losses.json")["loss"])
+    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        file = checkpoint / "trainer_state.json"
+        if file.exists():
+            return [float(entry["loss"]) for entry in read_json(file)["log_history"] if "loss" in entry]
+    return []
+
+
+def thinned(values: Sequence[float], points: int = _POINTS) -> list[dict[str, Any]]:
+    """Means over at most `points` equal stretches of steps, counted from 1, with the least and the largest value."""
+    length = -(-len(values) // points)
+    stretches = [(start, values[start : start + length]) for start in range(0, len(values), length)]
+    return [
+        {
+            "first": start + 1,
+            "last": start + len(part),
+            "loss": statistics.fmean(part),
+            "low": min(part),
+            "high": max(part),
+        }
+        for start, part in stretches
+    ]

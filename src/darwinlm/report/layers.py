@@ -1,0 +1,121 @@
+"""The sizes of a model's layers as a table: of a run, of a pruned model, or of any model that could be pruned."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from darwinlm.adapters.loading import expected_shapes, load_sizes
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.demo import resolve
+from darwinlm.errors import UserError
+from darwinlm.report.facts import collect
+
+_PARTS = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
+_BAR = 14
+
+
+def inspect(source: str) -> list[dict[str, Any]]:
+    """What `show_layers` shows of a run, or of a model from its config alone.
+
+    Args:
+        source: a run directory, a model's folder (`RUN/model` too), or a Hub id.
+
+    Returns:
+        One entry; of a family, one a size. `layers` is as in `metrics.json`, attention in query heads or, of a run
+        without a model yet, in the units of its search.
+
+    Raises:
+        UserError: if it is none of these, or a run that knows no plan yet.
+    """
+    if not (Path(source) / "manifest.json").is_file():
+        return [{"title": source, **model_sizes(load_sizes(resolve(source)))}]
+    facts = collect(Path(source))
+    found = []
+    for name, size in (facts.get("sizes") or {facts["target"]: facts}).items():
+        folder = Path(source) / "sizes" / name if "sizes" in facts else Path(source)
+        if "layers" not in size:
+            raise UserError(f"{source}: the run has no plan for {name} yet; try again when its search has begun")
+        entry = {"title": f"{facts['model']} at {name}", "limits": size.get("limits", [])}
+        if (folder / "model" / "config.json").is_file():
+            entry |= model_sizes(load_sizes(str(folder / "model")))
+        else:
+            entry |= {key: size[key] for key in ("layers", "parameters", "dense_parameters")}
+            entry |= {"attention_unit": facts["attention_unit"], "title": f"{entry['title']}, best plan so far"}
+        found.append(entry)
+    return found
+
+
+def model_sizes(config: DarwinLMConfig) -> dict[str, Any]:
+    """`layers`, `parameters` and `dense_parameters` of a model, counted in the shapes of its weights."""
+    dense_config = copy.deepcopy(config)
+    dense_config.per_layer_config = None
+    shapes, dense = expected_shapes(config), expected_shapes(dense_config)
+    layers = []
+    for number in range(config.num_hidden_layers):
+        layer: dict[str, Any] = {"layer": number}
+        for kind, names in _PARTS.items():
+            prefixes = tuple(f"model.layers.{number}.{name}." for name in names)
+            kept, full = (_size(some, number, kind, config.head_dim) for some in (shapes, dense))
+            layer[kind] = {
+                "kept": kept,
+                "dense": full,
+                "share": kept / full,
+                "parameters": _count(shapes, prefixes),
+                "dense_parameters": _count(dense, prefixes),
+            }
+        layers.append(layer)
+    return {
+        "layers": layers,
+        "attention_unit": "query heads",
+        "parameters": _count(shapes, ""),
+        "dense_parameters": _count(dense, ""),
+    }
+
+
+def _size(shapes: Mapping[str, Sequence[int]], layer: int, kind: str, head_dim: int) -> int:
+    """Query heads or MLP channels."""
+    if kind == "attention":
+        return shapes.get(f"model.layers.{layer}.self_attn.q_proj.weight", (0, 0))[0] // head_dim
+    return shapes.get(f"model.layers.{layer}.mlp.down_proj.weight", (0, 0))[1]
+
+
+def _count(shapes: Mapping[str, Sequence[int]], prefixes: str | tuple[str, ...]) -> int:
+    return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
+
+
+def show_layers(entry: Mapping[str, Any], console: Console) -> None:
+    """Print one entry of `inspect`: a line with two bars for each layer, and what they come to."""
+    table = Table(title=entry["title"], title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", justify="right")
+    for name in (f"attention ({entry['attention_unit']})", "MLP (channels)"):
+        table.add_column(name, no_wrap=True)
+        table.add_column("", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("of dense", justify="right", no_wrap=True)
+    for layer in entry["layers"]:
+        sites = (layer["attention"], layer["mlp"])
+        cells: list[Any] = []
+        for site in sites:
+            bar = ProgressBar(total=site["dense"], completed=site["kept"], width=_BAR, style="dim")
+            size = f"{site['kept']:,} of {site['dense']:,}" if site["kept"] else "removed"
+            cells += [bar, size]
+        left, full = (sum(site[key] for site in sites) for key in ("parameters", "dense_parameters"))
+        table.add_row(str(layer["layer"]), *cells, f"{left:,}", f"{left / full:.1%}")
+    console.print(table)
+    left, full = entry["parameters"], entry["dense_parameters"]
+    fixed = full - sum(layer[kind]["dense_parameters"] for layer in entry["layers"] for kind in _PARTS)
+    lines = [
+        f"all: {left:,} of {full:,} parameters ({left / full:.1%}), {fixed:,} of them outside the layers",
+        *(
+            f"limit on {limit['name']}: {limit['found']:,} of {limit['dense']:,} {limit['unit']} ({limit['share']:.1%})"
+            for limit in entry.get("limits", [])
+        ),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

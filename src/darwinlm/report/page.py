@@ -1,0 +1,108 @@
+"""The report: one page that opens without a network, made of `metrics.json` alone."""
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from darwinlm.files import write_bytes
+from darwinlm.report import figures, numbers
+from darwinlm.report.facts import collect
+
+_TEMPLATES = "templates"
+_NUMBERS: tuple[Callable[..., str], ...] = (
+    *(numbers.count, numbers.short, numbers.percent, numbers.kl, numbers.plain, numbers.fixed, numbers.signed),
+    *(numbers.signed_percent, numbers.probability, numbers.times, numbers.duration, numbers.memory, numbers.model_name),
+)
+_FIGURES: tuple[Callable[..., Any], ...] = (
+    *(figures.layer_charts, figures.descent_chart, figures.generations_chart, figures.recovery_chart),
+    *(figures.family_chart, figures.task_colour, figures.task_key),
+)
+_WATCH_SECONDS = 2.0
+
+
+def write_report(run: Path, *, refresh: bool = False) -> dict[str, Any]:
+    """Write `report/metrics.json` and `report/index.html` of the run in the folder `run`, finished or not.
+
+    Files that would not change are left alone.
+
+    Args:
+        run: the run directory.
+        refresh: whether the page loads itself again every few seconds while the run is unfinished.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        UserError: if `run` is no run, a file in it is damaged, or the report cannot be written.
+    """
+    metrics = collect(run)
+    page = render(metrics, refresh=refresh and not metrics["finished"])
+    as_json = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    for name, text in (("metrics.json", as_json), ("index.html", page)):
+        file, content = run / "report" / name, text.encode()
+        if not file.is_file() or file.read_bytes() != content:
+            write_bytes(file, content)
+    return metrics
+
+
+def watch_report(run: Path, wait: Callable[[], None] = lambda: time.sleep(_WATCH_SECONDS)) -> dict[str, Any]:
+    """Write the report of the run in the folder `run` again and again until it is finished, or until interrupted.
+
+    Raises:
+        UserError: as `write_report`.
+    """
+    try:
+        while not (metrics := write_report(run, refresh=True))["finished"]:
+            wait()
+    except KeyboardInterrupt:
+        write_report(run)
+        raise
+    return metrics
+
+
+def render(metrics: Mapping[str, Any], *, refresh: bool = False) -> str:
+    """The page for what `facts.collect` gives. All text in it is escaped, and no script but the page's own can run."""
+    scripts = [_read("page.js"), *([_read("refresh.js")] if refresh else [])]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            metrics=metrics,
+            sizes=metrics.get("sizes") or {metrics["target"]: metrics},
+            family="sizes" in metrics,
+            recipe_yaml=yaml.safe_dump(metrics["recipe"], sort_keys=False),
+            # Both are files of this package, not text of anybody else.
+            style=Markup(_read("page.css")),
+            scripts=[Markup(script) for script in scripts],
+            script_hashes=hashes,
+        )
+    )
+
+
+def _read(name: str) -> str:
+    return (resources.files("darwinlm.report") / _TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("darwinlm.report", _TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {function.__name__: function for function in _NUMBERS}
+    environment.globals |= {function.__name__: function for function in (*_FIGURES, numbers.kl, numbers.plain)}
+    return environment
