@@ -1,8 +1,10 @@
 """Tiny random checkpoints of every family, with everything a real one has, and databases pruned from them."""
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors: a second thread only waits, and on a busy machine for long.
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
+from darwinlm.pipeline import Run, prune
 from darwinlm.recipe import DatabaseRecipe
 
 transformers.utils.logging.disable_progress_bar()
@@ -44,6 +47,27 @@ _OWN = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
 }
+
+
+SETTINGS: dict[str, Any] = {
+    "data.sequence_length": 16,
+    "data.calibration_tokens": 256,
+    "data.trial_tokens": 128,
+    "data.score_tokens": 64,
+    "data.held_out_tokens": 64,
+    "database.levels": 4,
+    "search.generations": 2,
+    "search.offspring": 3,
+    "search.survivors": [2, 1],
+    "search.trial_tokens": [16, 32],
+    "search.score_tokens": [32, 64],
+    "search.learning_rate": 1e-3,
+    "recovery.tokens": 64,
+    "evaluation.prefill_tokens": 8,
+    "evaluation.decode_tokens": 2,
+    "evaluation.repeats": 1,
+}
+TARGET = 0.7
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -111,3 +135,32 @@ def pruned(
         return known[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(rng.choices(words, k=2_000)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def run(
+    checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, dict[str, Any]]:
+    """A finished run, and the settings it was made with."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    settings = {**SETTINGS, "data.source": str(text)}
+    return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What must be the same whatever happened on the way: everything but clocks."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in ("manifest.json", "metrics.json", "README.md", "recipe.yaml")
+    }

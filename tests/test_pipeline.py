@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -10,56 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TARGET, files_of
 from safetensors.torch import load_file
 
 import darwinlm
+from darwinlm import cli
 from darwinlm.pipeline import prune
-
-SETTINGS = {
-    "data.sequence_length": 16,
-    "data.calibration_tokens": 256,
-    "data.trial_tokens": 128,
-    "data.score_tokens": 64,
-    "data.held_out_tokens": 64,
-    "database.levels": 4,
-    "search.generations": 2,
-    "search.offspring": 3,
-    "search.survivors": [2, 1],
-    "search.trial_tokens": [16, 32],
-    "search.score_tokens": [32, 64],
-    "search.learning_rate": 1e-3,
-    "recovery.tokens": 64,
-    "evaluation.prefill_tokens": 8,
-    "evaluation.decode_tokens": 2,
-    "evaluation.repeats": 1,
-}
-TARGET = 0.7
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(rng.choices(words, k=2_000)))
-    return file
-
-
-@pytest.fixture(scope="module")
-def run(checkpoint, text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "whole"
-    settings = {**SETTINGS, "data.source": str(text)}
-    return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
-
-
-def files_of(folder):
-    """What must be the same whatever happened on the way: everything but clocks."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in ("manifest.json", "metrics.json", "README.md", "recipe.yaml")
-    }
 
 
 def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
@@ -199,18 +154,47 @@ def test_kill_9_in_database_and_search_changes_no_byte_of_the_plan(run, checkpoi
     assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
-def test_sigterm_ends_a_run_with_130_and_keeps_what_was_done(run, checkpoint, text, tmp_path):
-    _, settings = run
+INTERRUPTED = """
+import os, signal, sys
+numbers, places = [getattr(signal, name) for name in sys.argv[1].split(",")], sys.argv[2].split(",")
+replace = os.replace
+def interrupt(source, destination):
+    replace(source, destination)
+    if places and places[0] in str(destination):
+        places.pop(0)
+        os.kill(os.getpid(), numbers.pop(0))
+os.replace = interrupt
+from darwinlm.cli import main
+sys.argv = ["darwinlm", *sys.argv[3:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "places"),
+    [
+        ("SIGTERM", "search/state.json"),
+        ("SIGINT", "database/index.json"),
+        # The second comes while the first is being dealt with: the manifest is written on the way out.
+        ("SIGINT,SIGINT", "search/state.json,manifest.json"),
+    ],
+)
+def test_signals_end_a_run_with_130_and_keep_what_was_done(numbers, places, run, checkpoint, tmp_path):
+    finished, settings = run
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run")]
     for key, value in settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
-    script = KILLED.replace("SIGKILL", "SIGTERM")
     done = subprocess.run(
-        [sys.executable, "-c", script, "search/state.json", "1", *command], capture_output=True, text=True
+        [sys.executable, "-c", INTERRUPTED, numbers, places, *command], capture_output=True, text=True
     )
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1].startswith("interrupted; what was done is kept")
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["database"]["done"]
+    assert done.stderr.splitlines()[-1] == cli._KEPT
+    assert "Traceback" not in done.stderr
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert stages["corpus"]["done"]
+    assert not (tmp_path / "run" / "model").exists()
+    prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
 def test_another_model_under_the_same_name_is_refused(run, checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: parse, call, and turn every failure into one line and an exit code."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
+_KEPT = "interrupted; what was done is kept, the same command goes on from there"
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Plain log lines in place of progress bars.")]
 Setting = Annotated[
@@ -78,7 +80,9 @@ def main() -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job that a shell without job control sent away
+            signal.signal(number, _interrupt)
     try:
         result = app(arguments, prog_name="darwinlm", standalone_mode=False)
     except UserError as error:
@@ -92,7 +96,7 @@ def _exit_code(arguments: list[str]) -> int:
             return _fail(f"{error.format_message()} (see {context.command_path if context else 'darwinlm'} --help)")
         raise
     if result == _INTERRUPTED:
-        print("\ninterrupted; what was done is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\n{_KEPT}", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 
@@ -121,7 +125,7 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     show(run.metrics, console)
-    console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True)
+    console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _silence_libraries() -> None:
@@ -142,9 +146,20 @@ def _overrides(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End with what was done so far in order; told so once more, at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _leave)
     raise KeyboardInterrupt
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    # Nothing on the disk is ever half-written, so nothing needs to be put in order.
+    os.write(2, f"\n{_KEPT}\n".encode())
+    os._exit(_INTERRUPTED)
+
+
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from darwinlm.progress import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2

@@ -23,7 +23,9 @@ from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
-from darwinlm.files import RunDirectory, read_json, read_tensors, write_bytes, write_json
+from darwinlm.files import RunDirectory, file_checksum, read_json, read_tensors, write_bytes, write_json
+from darwinlm.lock import RunLock
+from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, load_recipe, parse_target, split_targets
@@ -85,7 +87,15 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
     RunDirectory.check(out, recipe)
-    dist.barrier()
+    with RunLock(out) as lock:
+        if dist.rank() == 0 and (out / "manifest.json").exists():
+            lock.take()
+        dist.barrier()
+        with naming_memory_faults("loading the model"):
+            return _run_stages(recipe, device, out, lock)
+
+
+def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) -> Run:
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
@@ -93,8 +103,10 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     for size in sizes:
         if "params" in size.target:
             check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
+    if not (out / "report" / "metrics.json").exists():
+        check_room(4 * dense.parameters, device, f"model {recipe.model!r} in float32")
     with dist.main_first():
-        run, corpus = _begin(recipe, dense, out)
+        run, corpus = _begin(recipe, dense, out, lock)
 
     if not run.done("database"):
         phases = Phases(lambda: _synchronise(device))
@@ -109,14 +121,15 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         budget = make_budget(size.target, limits)
         search_folder = size.folder / "search"
         if not run.done(f"{size.prefix}search"):
-            with run.stage(f"{size.prefix}search"):
+            found = search_folder / "best_plan.json", search_folder / "history.jsonl"
+            with run.stage(f"{size.prefix}search", *found):
                 search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, search_folder, larger)
         larger = search_folder if recipe.search.descent_rounds > 0 else None
         with dist.main_first():
             if dist.rank() == 0:
                 _recovery_to_export(recipe, dense, corpus, database, budget, run, size)
     if len(sizes) > 1 and dist.rank() == 0:
-        write_json(out / "report" / "metrics.json", _family_metrics(sizes, run))
+        write_json(out / "report" / "metrics.json", _family_metrics(sizes, run), sealed=True)
     dist.barrier()
     return Run(out, read_json(out / "report" / "metrics.json"))
 
@@ -157,24 +170,54 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
         raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
 
 
-def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, Corpus]:
-    """Open the run directory, and read or write the text."""
+def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple[RunDirectory, Corpus]:
+    """Open the run directory, and read or write the text. A new run is locked as soon as it has a folder."""
     corpus_file = out / "corpus.safetensors"
     corpus = None
     if recipe.data.source != "self" and not corpus_file.exists():
         # Read before the run directory exists, so that a mistake in the data leaves nothing behind.
-        corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
-        highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
-        if highest >= dense.config.vocab_size:
-            raise UserError(
-                f"model {recipe.model!r}: its tokenizer gives the id {highest}, but its embeddings hold "
-                f"{dense.config.vocab_size} tokens; the tokenizer is another model's"
-            )
+        corpus = _read_text(recipe, dense)
+    if dist.rank() == 0:
+        lock.take()
     run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
-    if not (run.done("corpus") and corpus_file.exists()):
-        with run.stage("corpus"):
-            save_corpus(corpus or _own_text(dense, recipe), corpus_file)
+    if dist.rank() == 0:
+        _verify(run)
+    if not run.done("corpus"):
+        before = run.outputs("corpus")
+        with run.stage("corpus", corpus_file):
+            if corpus is None:
+                corpus = _own_text(dense, recipe) if recipe.data.source == "self" else _read_text(recipe, dense)
+            save_corpus(corpus, corpus_file)
+            if before and file_checksum(corpus_file) != before[corpus_file.name]:
+                corpus_file.unlink()
+                raise UserError(
+                    f"{corpus_file} was damaged, and data {recipe.data.source!r} gives other text than when this run "
+                    "began; bring it back, or name a new folder"
+                )
     return run, load_corpus(corpus_file)
+
+
+def _verify(run: RunDirectory) -> None:
+    """Read what is there of an earlier run once; what is damaged is named, and made again in its turn."""
+    folder = run.path / "database"
+    index = folder / "index.json"
+    if index.exists():
+        try:
+            read_json(index)
+        except UserError:
+            log.warning("%s is damaged: the database is built anew", index)
+            index.unlink()
+    elif run.done("database"):
+        log.warning("%s is missing: the database is built anew", index)
+    damaged = Database(folder).forget_damaged()
+    for file in damaged:
+        log.warning("%s is damaged or missing: its site is built anew", file)
+    if damaged or not index.exists():
+        run.undo("database")
+    for stage in list(run.manifest["stages"]):
+        # Trained weights are verified when they are needed: where the model is whole they are not.
+        if not stage.endswith("recovery"):
+            run.verify(stage)
 
 
 def _recovery_to_export(
@@ -190,9 +233,14 @@ def _recovery_to_export(
     space = database.space(dense.sites)
     plan = Plan.from_dict(read_json(out / "search" / "best_plan.json"), space)
 
-    weights_file = out / "recovery" / "weights.safetensors"
+    metrics_file, weights_file = out / "report" / "metrics.json", out / "recovery" / "weights.safetensors"
+    metrics = _measured(metrics_file) if run.done(f"{size.prefix}evaluation") else None
+    if metrics is not None and run.done(f"{size.prefix}export"):
+        return
+
+    run.verify(f"{size.prefix}recovery")
     if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
-        with run.stage(f"{size.prefix}recovery"):
+        with run.stage(f"{size.prefix}recovery", weights_file):
             model = _cut(dense, database, plan, trainable=True)
             text_BT, folder = corpus.blocks["trial"], out / "recovery"
             if recipe.recovery.refit_tokens > 0:
@@ -202,12 +250,11 @@ def _recovery_to_export(
             write_bytes(weights_file, save(_stored(model, dense.dtype)))
             remove_checkpoints(folder)
 
-    metrics_file = out / "report" / "metrics.json"
-    if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and metrics_file.exists()):
-        models = _models(dense, database, budget, plan)
-        if recipe.recovery.wanted:
-            models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
-        last = models[next(reversed(models))]
+    models = _models(dense, database, budget, plan)
+    if recipe.recovery.wanted:
+        models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
+    last = models[next(reversed(models))]
+    if metrics is None:
         with run.stage(f"{size.prefix}evaluation"):
             rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
             sample = {
@@ -233,16 +280,38 @@ def _recovery_to_export(
             "environment": environment(dense.device),
             "seed": recipe.seed,
         }
-        with run.stage(f"{size.prefix}export"):
-            as_json = plan.to_dict(space)
-            export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
-        write_json(metrics_file, metrics | {"stages": run.manifest["stages"]})
+    with run.stage(f"{size.prefix}export", out / "model"):
+        as_json = plan.to_dict(space)
+        export_hf(last, dense, as_json, model_card(recipe, as_json, metrics), out / "model")
+    write_json(metrics_file, metrics | {"stages": run.manifest["stages"]}, sealed=True)
     log.info("done: %s", out / "model")
+
+
+def _measured(metrics_file: Path) -> dict[str, Any] | None:
+    """What was measured before; None where it has to be measured again."""
+    if not metrics_file.exists():
+        return None
+    try:
+        return read_json(metrics_file)
+    except UserError:
+        log.warning("%s is damaged: it is measured again", metrics_file)
+        return None
 
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _read_text(recipe: Recipe, dense: DenseModel) -> Corpus:
+    corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
+    highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
+    if highest >= dense.config.vocab_size:
+        raise UserError(
+            f"model {recipe.model!r}: its tokenizer gives the id {highest}, but its embeddings hold "
+            f"{dense.config.vocab_size} tokens; the tokenizer is another model's"
+        )
+    return corpus
 
 
 def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:

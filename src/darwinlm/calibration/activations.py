@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.files import naming_disk_faults
+from darwinlm.files import naming_disk_faults, open_new
+from darwinlm.memory import available_memory
 from darwinlm.progress import log
 from darwinlm.recipe import Offload
 
@@ -33,7 +33,7 @@ def open_activations(
             scratch.mkdir(parents=True, exist_ok=True)
             try:
                 # Blocks are reserved now: a mapped file on a full disk would end the process without a word.
-                with open(file, "wb") as handle:
+                with open_new(file) as handle:
                     _reserve(handle.fileno(), max(size, 1))
                 yield torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(*shape)
             finally:
@@ -50,17 +50,6 @@ def choose_place(size: int, device: torch.device) -> Offload:
     if size < _SHARE * available_memory():
         return "cpu" if device.type == "cuda" else "device"
     return "disk"
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process can still take: of the machine, or of its control group if that has less."""
-    available: int = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return min(available, int(limit) - used) if limit.isdigit() else available
 
 
 def _reserve(descriptor: int, size: int) -> None:
