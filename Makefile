@@ -3,13 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-long audit check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
 
 test: $(VENV)/.ready check
 	$(BIN)/python -m pytest
+
+# Minutes each; not in CI.
+test-long: $(VENV)/.ready
+	PYTHONPATH=tests $(BIN)/python benchmarks/kill.py --kills 50
+
+# Known weaknesses in the pinned dependencies; needs the advisory database, so it is not part of `test`.
+audit: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
