@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.loading import DenseModel, choose_device
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.errors import UserError
 from darwinlm.files import new_folder, write_json
@@ -62,7 +62,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         device: where to put them.
 
     Raises:
-        UserError: if the folder holds no model of ours.
+        UserError: if the folder holds no model of ours, or a damaged one.
     """
     path = Path(folder)
     path = path / "model" if (path / "model" / "config.json").exists() else path
@@ -74,8 +74,16 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
         raise UserError(f"{path} holds no pruned model; load it with transformers")
-    model: DarwinLMForCausalLM = DarwinLMForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    model.to(device)  # type: ignore[arg-type]
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"dtype {dtype!r} is no type of numbers; give float32, bfloat16 or float16")
+    try:
+        model: DarwinLMForCausalLM = DarwinLMForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # transformers raises many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path}: the model cannot be loaded: {reason}; the command of its run makes it again"
+        ) from None
+    model.to(choose_device(device))  # type: ignore[arg-type]
     model.eval()
     return model
 

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from darwinlm.progress import printable
+
 _TITLES = {
     "name": "model",
     "parameters": "parameters",
@@ -20,7 +22,8 @@ _TITLES = {
 
 def show(metrics: Mapping[str, Any], console: Console) -> None:
     """Print the rows of `metrics.json` as a table and what the models say."""
-    table = Table(title=f"{metrics['model']} at {metrics['target']}: held-out text, {metrics['environment']['device']}")
+    title = f"{metrics['model']} at {metrics['target']}: held-out text, {metrics['environment']['device']}"
+    table = Table(title=_shown(title))
     for key, title in _TITLES.items():
         table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
     for row in metrics["rows"]:
@@ -40,6 +43,11 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
             line += f" predicted, {limit['measured']['found'] / limit['measured']['dense']:.4f} measured"
         console.print(line, highlight=False)
     sample = metrics["sample"]
-    console.print(f"[bold]{escape(sample['prompt'])}[/bold] …")
+    console.print(f"[bold]{_shown(sample['prompt'])}[/bold] …")
     for name in ("before", "after"):
-        console.print(f"  {name}: {escape(' '.join(sample[name].split()))}", highlight=False)
+        console.print(f"  {name}: {_shown(sample[name])}", highlight=False)
+
+
+def _shown(text: str) -> str:
+    """Text as it is: neither markup nor commands to the terminal."""
+    return escape(printable(text))
