@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -805,6 +806,24 @@ def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path):
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(number, reason, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written: {reason}"), naming_disk_faults(tmp_path):
         raise OSError(number, "whatever")
+
+
+def test_a_file_larger_than_the_system_allows_is_named_and_leaves_the_old_one(tmp_path):
+    files.write_bytes(tmp_path / "a", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=rf"^{tmp_path}/a cannot be written: File too large$"):
+            files.write_bytes(tmp_path / "a", bytes(200_000))
+        with (
+            pytest.raises(UserError, match=rf"^{tmp_path}/model cannot be written: File too large$"),
+            new_folder(tmp_path / "model") as draft,
+        ):
+            save_file({"a": torch.zeros(50_000)}, draft / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_a_fault_of_ours_is_not_taken_for_one_of_the_disk(tmp_path):

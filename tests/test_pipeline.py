@@ -119,6 +119,26 @@ def test_a_run_that_crashes_at_any_file_it_writes_ends_the_same(nth, run, checkp
     assert files_of(resumed.path) == files_of(finished.path)
 
 
+def test_a_run_that_crashes_between_its_text_and_the_note_of_it_reads_the_same_text(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    finished, settings = run
+    replace = os.replace
+
+    def crash_at_the_note(source, destination):
+        if (tmp_path / "run" / "corpus.safetensors").exists():
+            raise Crash
+        replace(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", crash_at_the_note)
+        with pytest.raises(Crash):
+            prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert (tmp_path / "run" / "corpus.safetensors").exists()
+    prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert files_of(tmp_path / "run") == files_of(finished.path)
+
+
 KILLED = """
 import os, signal, sys
 part, nth = sys.argv[1], int(sys.argv[2])

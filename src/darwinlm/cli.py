@@ -109,6 +109,10 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
     from darwinlm.progress import set_up
 
     dist.start()
+    if dist.rank() > 0:
+        # They keep no state, and often wait for rank 0 where Python does not come to look at signals.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
     set_up(quiet=quiet, silent=dist.rank() > 0)
     _silence_libraries()
 
