@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from datetime import timedelta
 
 import pytest
 import yaml
@@ -16,7 +15,7 @@ from darwinlm.recipe import Recipe, _known_keys, load_recipe, parse_override, pa
 
 FUZZ = settings(
     max_examples=200,
-    deadline=timedelta(seconds=5),
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

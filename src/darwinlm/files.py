@@ -90,12 +90,12 @@ def read_json(path: Path, remedy: str = _NEW_RUN) -> dict[str, Any]:
     return payload
 
 
-def read_tensors(path: Path, remedy: str = _NEW_RUN) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file that this package wrote. Raises UserError if it is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, error, remedy) from None
+        raise _damaged(path, error) from None
 
 
 def checksum(content: bytes) -> str:

@@ -1,5 +1,6 @@
 """The whole flow on one page: corpus, database, search, recovery, evaluation, export, report."""
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -205,6 +206,8 @@ def _verify(run: RunDirectory) -> None:
         try:
             read_json(index)
         except UserError:
+            if not os.access(index, os.R_OK):
+                raise
             log.warning("%s is damaged: the database is built anew", index)
             index.unlink()
     elif run.done("database"):
@@ -255,6 +258,7 @@ def _recovery_to_export(
         models["recovered"] = copy_trained(models["found"], read_tensors(weights_file))
     last = models[next(reversed(models))]
     if metrics is None:
+        metrics_file.unlink(missing_ok=True)  # of other weights, should the run stop between measuring and writing
         with run.stage(f"{size.prefix}evaluation"):
             rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
             sample = {

@@ -17,7 +17,8 @@ from darwinlm.errors import UserError
 RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
 _MOST_BYTES = 2**20
-_MOST = 10**18
+_MOST = 10**1000
+"""Parameters or bytes; Python prints no integers of thousands of digits."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -232,7 +233,7 @@ def parse_size(value: float | str) -> float | int:
 
 def _count(value: float | Decimal) -> int:
     if value >= _MOST:
-        raise ValueError(f"target: no model has {_MOST:.0e} parameters or bytes")
+        raise ValueError("target: no model has so many parameters or bytes")
     return int(value)
 
 
