@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-eval check clean
+.PHONY: demo test test-eval test-long audit check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
@@ -14,6 +14,16 @@ test: $(VENV)/.ready check
 test-eval: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	$(BIN)/python -m pytest tests/with_lm_eval
+
+# Minutes each; not in CI. The second needs Linux, and a kernel that lets users mount file systems of their own.
+test-long: $(VENV)/.ready
+	PYTHONPATH=tests $(BIN)/python benchmarks/kill.py --kills 50
+	PYTHONPATH=tests unshare --map-root-user --mount $(BIN)/python benchmarks/full_disk.py --sizes 12
+
+# Known weaknesses in the pinned dependencies; needs the advisory database, so it is not part of `test`.
+audit: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

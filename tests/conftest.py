@@ -21,7 +21,7 @@ from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
-from darwinlm.pipeline import prune
+from darwinlm.pipeline import Run, prune
 from darwinlm.recipe import DatabaseRecipe
 
 transformers.utils.logging.disable_progress_bar()
@@ -69,6 +69,27 @@ _OWN = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
 }
+
+
+SETTINGS: dict[str, Any] = {
+    "data.sequence_length": 16,
+    "data.calibration_tokens": 256,
+    "data.trial_tokens": 128,
+    "data.score_tokens": 64,
+    "data.held_out_tokens": 64,
+    "database.levels": 4,
+    "search.generations": 2,
+    "search.offspring": 3,
+    "search.survivors": [2, 1],
+    "search.trial_tokens": [16, 32],
+    "search.score_tokens": [32, 64],
+    "search.learning_rate": 1e-3,
+    "recovery.tokens": 64,
+    "evaluation.prefill_tokens": 8,
+    "evaluation.decode_tokens": 2,
+    "evaluation.repeats": 1,
+}
+TARGET = 0.7
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -171,7 +192,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(checkpoint, text, tmp_path_factory):
+def run(
+    checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, dict[str, Any]]:
+    """A finished run, and the settings it was made with."""
     out = tmp_path_factory.mktemp("run") / "whole"
     settings = {**SETTINGS, "data.source": str(text)}
     return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
+
+
+CLOCKS = ("manifest.json", "measured.json", "metrics.json", "index.html", "README.md", "recipe.yaml", "lock")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What must be the same whatever happened on the way: everything but clocks."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in CLOCKS
+    }

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,10 @@ from safetensors.torch import load_file, save_file
 from darwinlm import cli, files, progress
 from darwinlm.adapters import loading
 from darwinlm.errors import UserError
+from darwinlm.export.hf import load
 from darwinlm.files import RunDirectory, naming_disk_faults, new_folder
+from darwinlm.lock import RunLock
+from darwinlm.pipeline import prune
 from darwinlm.plan import check_target
 from darwinlm.recipe import load_recipe, parse_override
 
@@ -232,7 +236,7 @@ MODELS = {
     ),
     "a shard from elsewhere": (
         lambda d: sharded(d, {"weight_map": {"lm_head.weight": "../other.safetensors"}}),
-        r"model.safetensors.index.json cannot be read \(it names files outside its folder\); get the whole",
+        r"model.safetensors.index.json cannot be read \(it names files outside its folder.*\); get the whole",
     ),
     "an index of nothing": (lambda d: sharded(d, []), "model.safetensors.index.json cannot be read .*; get the whole"),
     "a weight too few": (
@@ -249,6 +253,46 @@ MODELS = {
     ),
     "NaN": (lambda d: weights_of(d, lambda w: set_one(w, torch.nan)), f"{UP} holds NaN or Inf; repair the checkpoint"),
     "Inf": (lambda d: weights_of(d, lambda w: set_one(w, torch.inf)), f"{UP} holds NaN or Inf; repair the checkpoint"),
+    "no layers": (
+        lambda d: config_of(d, num_hidden_layers=0),
+        r"num_hidden_layers=0 in its config.json; 1 to 10,000 can be$",
+    ),
+    "layers without end": (
+        lambda d: config_of(d, num_hidden_layers=10**12),
+        r"num_hidden_layers=1000000000000 in its config.json; 1 to 10,000 can be$",
+    ),
+    "no heads": (lambda d: config_of(d, num_attention_heads=0), "config.json"),
+    "a negative size": (lambda d: config_of(d, intermediate_size=-1), "config.json"),
+    "a size without end": (lambda d: config_of(d, hidden_size=10**30), "config.json"),
+    "an unknown rotation": (lambda d: config_of(d, rope_parameters={"rope_type": "foo"}), "config.json"),
+    "a rotation of words": (lambda d: config_of(d, rope_parameters="fast"), "config.json"),
+    "layer types of another length": (lambda d: config_of(d, layer_types=["full_attention"]), "config.json"),
+    "whole numbers for a type": (lambda d: config_of(d, dtype="int8"), "says dtype torch.int8; give the unquantised"),
+    "an unknown type": (lambda d: config_of(d, dtype="float99"), "config.json cannot be used: .*float99"),
+    "weights of whole numbers": (
+        lambda d: weights_of(
+            d, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.ones(64, 48, dtype=torch.int8)})
+        ),
+        f"{UP} holds I8 numbers; give the unquantised checkpoint it was made from",
+    ),
+    "weights of eight bits": (
+        lambda d: weights_of(
+            d, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.ones(64, 48).to(torch.float8_e4m3fn)})
+        ),
+        f"{UP} holds F8_E4M3 numbers; give the unquantised checkpoint it was made from",
+    ),
+    "weights that are no weights": (
+        lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64),
+        r"model.safetensors cannot be read \(.*\); get the whole checkpoint",
+    ),
+    "a pickle under another name": (
+        lambda d: torch.save({"a": torch.ones(1)}, d / "model.safetensors"),
+        r"model.safetensors cannot be read \(.*\); get the whole checkpoint",
+    ),
+    "a generation config that is a list": (
+        lambda d: (d / "generation_config.json").write_text("[1]"),
+        "its generation_config.json cannot be used: ",
+    ),
     "no tokenizer": (lambda d: [f.unlink() for f in d.glob("token*")], "its tokenizer cannot be loaded: .*tokenizer"),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be loaded: .*line 1"),
 }
@@ -551,6 +595,19 @@ def test_a_run_of_another_checkpoint_in_the_same_place(refused, checkpoint, text
     refused("--out .*: model was 'another' when this run began and is '[0-9a-f]+' now; name a new folder, or bring it")
 
 
+def test_a_run_that_another_process_works_on(refused, checkpoint, text, tmp_path):
+    begin_run(tmp_path / "out", checkpoint("llama"), text)
+    with RunLock(tmp_path / "out") as other:
+        other.take()
+        refused(rf"--out .*out is in use by process {os.getpid()} on .+, for \d+ s; wait for it or stop it \(kill")
+
+
+def test_a_new_run_that_another_process_has_just_begun(refused, tmp_path):
+    with RunLock(tmp_path / "out") as other:
+        other.take()
+        refused(rf"--out .*out is in use by process {os.getpid()} on .+, for \d+ s; wait for it or stop it \(kill")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -571,7 +628,9 @@ def test_a_run_of_another_checkpoint_in_the_same_place(refused, checkpoint, text
 def test_a_run_whose_manifest_is_damaged_or_of_another_version(change, message, refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text)
     file = tmp_path / "out" / "manifest.json"
-    changed = change(json.loads(file.read_text()))
+    manifest = json.loads(file.read_text())
+    del manifest["checksum"]
+    changed = change(manifest)
     file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     refused(message)
 
@@ -618,6 +677,60 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert "prune " in capsys.readouterr().out
 
 
+# ---- from Python
+
+
+def api(**changes):
+    return lambda model, text, out: prune(**{"model": model, "target": 0.8, "out": out, **changes})
+
+
+API = {
+    "no target": (api(target=None), f"^recipe: target None {NEITHER}$"),
+    "a yes for a target": (api(target=True), f"^recipe: target True {NEITHER}$"),
+    "words for a target": (api(target="half"), f"^recipe: target 'half' {NEITHER}$"),
+    "a negative target": (api(target=-0.5), f"^recipe: target -0.5 {RANGE}$"),
+    "no model": (api(model=""), "^recipe: model = '': string should have at least 1 character$"),
+    "a model that is nowhere": (api(model="./nothing"), "^model './nothing': there is no such local folder"),
+    "an unknown recipe": (
+        api(recipe="fast"),
+        "^recipe 'fast': no such file; the built-in recipes are demo, llama2_7b_2.7b, .*, paper, quick, ",
+    ),
+    "an unknown setting": (
+        api(settings={"search.offsprin": 1}),
+        r"^recipe: unknown key 'search.offsprin'; did you mean 'search.offspring'\?$",
+    ),
+    "a setting that is a number": (api(settings={3: 1}), "^recipe: 3 is no setting; write them as search.offspring$"),
+    "a setting without a name": (api(settings={"": 1}), "^recipe: unknown key ''; did you mean "),
+    "half a name": (api(settings={"search.": 1}), r"^recipe: unknown key 'search.'; did you mean 'search"),
+    "a section of words": (
+        api(settings={"search": "fast"}),
+        "^recipe: search = 'fast': this is a section; set what is in it, such as search.offspring$",
+    ),
+    "a list for a number": (
+        api(settings={"search.offspring": [1]}),
+        r"^recipe: search.offspring = \[1\]: input should be a valid integer$",
+    ),
+    "an object": (api(settings={"seed": object()}), "^recipe: seed = <object .*: input should be a valid integer$"),
+    "a file for a run": (
+        lambda model, text, out: prune(model, target=0.8, out=text),
+        "^--out .*good.txt is a file; name",
+    ),
+    "load: nowhere": (lambda model, text, out: load(out), r"^.*out holds no model \(config.json is missing\)$"),
+    "load: a dense model": (lambda model, text, out: load(model), "holds no pruned model; load it with transformers$"),
+    "load: a file": (lambda model, text, out: load(text), "good.txt/config.json cannot be read: .*Not a directory"),
+}
+
+
+@pytest.mark.parametrize("case", API)
+def test_a_call_that_is_wrong(case, checkpoint, text, tmp_path):
+    call, message = API[case]
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        call(checkpoint("llama"), text, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
 # ---- the disk
 
 
@@ -633,7 +746,7 @@ class FullDisk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def open(self, path, mode="r", **options):
-        if "w" in mode and self.room <= 0:
+        if "x" in mode and self.room <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         return builtins.open(path, mode, **options)
 
@@ -696,6 +809,24 @@ def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path):
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(number, reason, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written: {reason}"), naming_disk_faults(tmp_path):
         raise OSError(number, "whatever")
+
+
+def test_a_file_larger_than_the_system_allows_is_named_and_leaves_the_old_one(tmp_path):
+    files.write_bytes(tmp_path / "a", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=rf"^{tmp_path}/a cannot be written: File too large$"):
+            files.write_bytes(tmp_path / "a", bytes(200_000))
+        with (
+            pytest.raises(UserError, match=rf"^{tmp_path}/model cannot be written: File too large$"),
+            new_folder(tmp_path / "model") as draft,
+        ):
+            save_file({"a": torch.zeros(50_000)}, draft / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_a_fault_of_ours_is_not_taken_for_one_of_the_disk(tmp_path):

@@ -11,6 +11,7 @@ from conftest import VOCABULARY
 from safetensors.torch import load_file
 
 from darwinlm.adapters.loading import load_dense
+from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer
 from darwinlm.calibration.activations import choose_place, open_activations
 from darwinlm.calibration.grams import add_gram, mirror, walk_blocks
 from darwinlm.database.build import build_database
@@ -107,7 +108,8 @@ def test_a_build_goes_on_where_it_stopped_and_reads_no_more_weights_than_it_need
     whole = build_database(dense, calibration, RECIPE, tmp_path / "whole")
     broken = build_database(dense, calibration, RECIPE, tmp_path / "broken")
     index = json.loads((broken.folder / "index.json").read_text())
-    for name in ("layers.1.mlp", "layers.2.attention", "layers.2.mlp"):
+    del index["checksum"]
+    for name in ("layers.0.mlp", "layers.1.attention"):
         del index["sites"][name]
         (broken.folder / f"{name}.safetensors").unlink()
     (broken.folder / "index.json").write_text(json.dumps(index))
@@ -123,6 +125,7 @@ import torch
 from safetensors.torch import load_file
 from darwinlm import dist
 from darwinlm.adapters.loading import load_dense
+from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer
 from darwinlm.database.build import build_database
 from darwinlm.recipe import DatabaseRecipe
 dist.start()
@@ -168,6 +171,7 @@ def test_a_damaged_file_is_named_and_an_old_format_refused(dense, calibration, t
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.safetensors cannot be read \(its checksum"):
         database.cut(dense.sites[3], 1, CPU)
     index = json.loads((tmp_path / "index.json").read_text())
+    del index["checksum"]
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 1}))
     with pytest.raises(UserError, match="is a database of format 1, this version reads format 2"):
         Database(tmp_path)
@@ -187,3 +191,33 @@ def test_activations_that_overflow_are_named_by_site(checkpoint, tmp_path):
     object.__setattr__(dense, "block", damaged)
     with pytest.raises(InvalidTensorError, match=r"layers\.1\.mlp: its activations hold NaN or Inf"):
         list(walk_blocks(dense, tokens, batch_size=1, scratch=tmp_path))
+
+
+def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
+    whole = build_database(dense, calibration, RECIPE.model_copy(update={"batch_size": 2}), tmp_path / "whole")
+    seen, forward = [], DarwinLMDecoderLayer.forward
+
+    def small(layer, states_BTD, **arguments):
+        seen.append(len(states_BTD))
+        output = forward(layer, states_BTD, **arguments)  # the sums have been added to by then
+        if len(states_BTD) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return output
+
+    monkeypatch.setattr(DarwinLMDecoderLayer, "forward", small)
+    recipe = RECIPE.model_copy(update={"batch_size": 8})
+    built = build_database(dense, calibration, recipe, tmp_path / "small")
+    assert seen == [8, 4, 2] + 3 * 4 * [2]
+    assert "8 blocks in a pass do not fit the memory of the device; now 4" in caplog.text
+    assert_same(whole.folder, built.folder)
+
+
+def test_a_device_without_room_for_a_block_fails(dense, calibration, tmp_path, monkeypatch):
+    def none(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
+    monkeypatch.setattr(DarwinLMDecoderLayer, "forward", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        build_database(dense, calibration, RECIPE, tmp_path)

@@ -16,6 +16,7 @@ from darwinlm.errors import UserError
 from darwinlm.evaluation import zero_shot
 from darwinlm.evaluation.local_tasks import local_tasks
 from darwinlm.evaluation.paired import accuracy, mcnemar, mean_of_tasks, paired
+from darwinlm.files import read_json, write_json
 
 RIGHT = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60)
 
@@ -216,8 +217,8 @@ def test_what_cannot_be_judged_is_said_in_one_line(arguments, message, copied, t
 
 def test_a_run_without_a_model_or_of_a_model_that_has_changed(copied, answering, tmp_path):
     write(tmp_path, "first", ITEMS["choice"])
-    manifest = json.loads((copied / "manifest.json").read_text())
-    (copied / "manifest.json").write_text(json.dumps({**manifest, "facts": {**manifest["facts"], "model": "another"}}))
+    manifest = read_json(copied / "manifest.json")
+    write_json(copied / "manifest.json", {**manifest, "facts": {**manifest["facts"], "model": "another"}})
     with pytest.raises(UserError, match="is another model now"):
         judging.evaluate(str(copied), tasks_dir=tmp_path)
     shutil.rmtree(copied / "model")

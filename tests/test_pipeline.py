@@ -11,22 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TARGET
+from conftest import TARGET, files_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
+from darwinlm import cli
 from darwinlm.pipeline import prune, recover_again
-
-
-def files_of(folder):
-    """What must be the same whatever happened on the way: everything but clocks."""
-    clocks = ("manifest.json", "measured.json", "metrics.json", "index.html", "README.md", "recipe.yaml")
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in clocks
-    }
 
 
 def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
@@ -188,6 +179,26 @@ def test_a_run_that_crashes_at_any_file_it_writes_ends_the_same(nth, run, checkp
     assert files_of(resumed.path) == files_of(finished.path)
 
 
+def test_a_run_that_crashes_between_its_text_and_the_note_of_it_reads_the_same_text(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    finished, settings = run
+    replace = os.replace
+
+    def crash_at_the_note(source, destination):
+        if (tmp_path / "run" / "corpus.safetensors").exists():
+            raise Crash
+        replace(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", crash_at_the_note)
+        with pytest.raises(Crash):
+            prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert (tmp_path / "run" / "corpus.safetensors").exists()
+    prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert files_of(tmp_path / "run") == files_of(finished.path)
+
+
 KILLED = """
 import os, signal, sys
 part, nth = sys.argv[1], int(sys.argv[2])
@@ -223,18 +234,47 @@ def test_kill_9_in_database_and_search_changes_no_byte_of_the_plan(run, checkpoi
     assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
-def test_sigterm_ends_a_run_with_130_and_keeps_what_was_done(run, checkpoint, text, tmp_path):
-    _, settings = run
+INTERRUPTED = """
+import os, signal, sys
+numbers, places = [getattr(signal, name) for name in sys.argv[1].split(",")], sys.argv[2].split(",")
+replace = os.replace
+def interrupt(source, destination):
+    replace(source, destination)
+    if places and places[0] in str(destination):
+        places.pop(0)
+        os.kill(os.getpid(), numbers.pop(0))
+os.replace = interrupt
+from darwinlm.cli import main
+sys.argv = ["darwinlm", *sys.argv[3:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "places"),
+    [
+        ("SIGTERM", "search/state.json"),
+        ("SIGINT", "database/index.json"),
+        # The second comes while the first is being dealt with: the manifest is written on the way out.
+        ("SIGINT,SIGINT", "search/state.json,manifest.json"),
+    ],
+)
+def test_signals_end_a_run_with_130_and_keep_what_was_done(numbers, places, run, checkpoint, tmp_path):
+    finished, settings = run
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run")]
     for key, value in settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
-    script = KILLED.replace("SIGKILL", "SIGTERM")
     done = subprocess.run(
-        [sys.executable, "-c", script, "search/state.json", "1", *command], capture_output=True, text=True
+        [sys.executable, "-c", INTERRUPTED, numbers, places, *command], capture_output=True, text=True
     )
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1].startswith("interrupted; what was done is kept")
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["database"]["done"]
+    assert done.stderr.splitlines()[-1] == cli._KEPT
+    assert "Traceback" not in done.stderr
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert stages["corpus"]["done"]
+    assert not (tmp_path / "run" / "model").exists()
+    prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
 def test_another_model_under_the_same_name_is_refused(run, checkpoint, tmp_path):

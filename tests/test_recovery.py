@@ -153,6 +153,10 @@ def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_pa
     assert train(resumed, dense, recipe, tmp_path / "broken") == losses
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+    # Killed after the last step: nothing is left to do but to read it.
+    again = halved(dense, database, trainable=True)
+    assert train(again, dense, recipe, tmp_path / "broken") == losses
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from darwinlm import cli
+from darwinlm.files import read_json, write_json
 from darwinlm.pipeline import prune
 from darwinlm.report.charts import Column, Point, Series, columns, curve, nice_ticks
 from darwinlm.report.facts import collect, compared, thinned
@@ -157,7 +158,7 @@ def test_accepted_moves_are_those_between_the_parents_of_the_history(run):
 
 def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_curve(copied):
     file = copied / "search" / "state.json"
-    state = json.loads(file.read_text())
+    state = read_json(file)
     sites = len(state["parent"])
 
     def entry(generation, score, scores, *moved):
@@ -168,7 +169,7 @@ def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_cu
     scores = [[0.9], [0.8, 1e9], [0.7], [0.7, 0.8], [0.6]]
     entries = [(min(found), found, *sites) for found, sites in zip(scores, moved, strict=True)]
     state["history"] = [entry(number, *one) for number, one in enumerate(entries)]
-    file.write_text(json.dumps(state))
+    write_json(file, state)
     search = write_report(copied)["search"]
     assert search["accepted"] == {"attention": 1, "mlp": 1, "both": 1}
     assert [one["worst"] for one in search["generations"]] == [0.9, 0.8, 0.7, 0.8, 0.6]
@@ -266,10 +267,10 @@ def test_the_command_writes_what_the_run_has_written_and_touches_nothing_else(co
 
 
 def forget(run, *stages, files):
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = read_json(run / "manifest.json")
     for stage in stages:
         manifest["stages"].pop(stage, None)
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    write_json(run / "manifest.json", manifest)
     for name in files:
         (run / name).unlink()
 

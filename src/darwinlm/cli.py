@@ -1,5 +1,6 @@
 """The command line: parse, call, and turn every failure into one line and an exit code."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
+_KEPT = "interrupted; what was done is kept, the same command goes on from there"
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Plain log lines in place of progress bars.")]
 Setting = Annotated[
@@ -196,7 +198,9 @@ def main() -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job that a shell without job control sent away
+            signal.signal(number, _interrupt)
     try:
         result = app(arguments, prog_name="darwinlm", standalone_mode=False)
     except UserError as error:
@@ -210,7 +214,7 @@ def _exit_code(arguments: list[str]) -> int:
             return _fail(f"{error.format_message()} (see {context.command_path if context else 'darwinlm'} --help)")
         raise
     if result == _INTERRUPTED:
-        print("\ninterrupted; what was done is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\n{_KEPT}", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 
@@ -231,6 +235,10 @@ def _start(quiet: bool) -> None:
     from darwinlm.progress import set_up
 
     dist.start()
+    if dist.rank() > 0:
+        # They keep no state, and often wait for rank 0 where Python does not come to look at signals.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
     set_up(quiet=quiet, silent=dist.rank() > 0)
     _silence_libraries()
 
@@ -246,8 +254,8 @@ def _finish(run: "Run") -> None:
         return
     console = _console()
     show(run.metrics, console)
-    console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True)
-    console.print(f"the report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"the report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _console() -> "Console":
@@ -275,9 +283,20 @@ def _overrides(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End with what was done so far in order; told so once more, at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _leave)
     raise KeyboardInterrupt
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    # Nothing on the disk is ever half-written, so nothing needs to be put in order.
+    os.write(2, f"\n{_KEPT}\n".encode())
+    os._exit(_INTERRUPTED)
+
+
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from darwinlm.progress import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2

@@ -15,8 +15,9 @@ import torch
 from darwinlm.adapters.cutting import count_parameters
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import expected_shapes, fast_dtype
-from darwinlm.adapters.memory import available_memory, kept_bytes
+from darwinlm.adapters.memory import kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMRotaryEmbedding
+from darwinlm.memory import available_memory
 from darwinlm.recipe import Recipe
 
 _UTILISATION = 0.4

@@ -4,13 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,13 +19,20 @@ from torch import Tensor
 
 from darwinlm import dist
 from darwinlm.errors import UserError
+from darwinlm.memory import naming_memory_faults
+from darwinlm.progress import log
 from darwinlm.recipe import Recipe, differences, make_recipe, parse_target, split_targets
 
 FORMAT = 1
+LOCK = "lock"
+"""The file in a run directory that says which process works on it."""
+OTHER_CHECKSUM = "its checksum is another than when it was written"
 
+_SEAL = "checksum"
+_NEW_RUN = "start the run again in a new folder"
 _PLACE_FAULTS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 """What is wrong with a place to write to, and not with our code."""
 
@@ -39,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     with naming_disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(draft, "wb") as file:
+            with open_new(draft) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -49,19 +57,37 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
 
 
-def write_json(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write `payload` as JSON, whole or not at all; equal payloads give equal bytes."""
-    write_bytes(path, (json.dumps(payload, indent=1, allow_nan=False) + "\n").encode())
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file in the place of whatever is there; what a link there points to is left alone."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that this package wrote. Raises UserError if it is missing or damaged."""
+def write_json(path: Path, payload: Mapping[str, Any], *, sealed: bool = False) -> None:
+    """Write `payload` as JSON, whole or not at all; equal payloads give equal bytes.
+
+    A `sealed` file ends with a checksum of what is before it, which `read_json` verifies.
+    """
+    if sealed:
+        payload = {**payload, _SEAL: checksum(_as_text(payload).encode())}
+    write_bytes(path, _as_text(payload).encode())
+
+
+def read_json(path: Path, remedy: str = _NEW_RUN) -> dict[str, Any]:
+    """Read a JSON object that this package wrote.
+
+    Raises:
+        UserError: if it is missing or damaged, with `remedy`, which says what to do then.
+    """
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-    if not isinstance(payload, dict):
-        raise _damaged(path, "not a JSON object")
+        if not isinstance(payload, dict):
+            raise ValueError("not a JSON object")
+        seal = payload.pop(_SEAL, None)
+        if seal is not None and seal != checksum(_as_text(payload).encode()):
+            raise ValueError(OTHER_CHECKSUM)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error, remedy) from None
     return payload
 
 
@@ -73,10 +99,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, reason: object) -> UserError:
+def checksum(content: bytes) -> str:
+    """Of a file's content; guards against damage, not against malice."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """`checksum` of a file of any size; about a second for a GB that is in the page cache. Raises OSError."""
+    sums = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            sums.update(chunk)
+    return sums.hexdigest()
+
+
+def _as_text(payload: Mapping[str, Any]) -> str:
+    return json.dumps(payload, indent=1, allow_nan=False) + "\n"
+
+
+def _damaged(path: Path, reason: object, remedy: str = _NEW_RUN) -> UserError:
     if isinstance(reason, FileNotFoundError):
-        return UserError(f"{path} is missing; start the run again in a new folder")
-    return UserError(f"{path} is damaged ({reason}); start the run again in a new folder")
+        return UserError(f"{path} is missing; {remedy}")
+    return UserError(f"{path} is damaged ({reason}); {remedy}")
 
 
 @contextmanager
@@ -86,15 +130,23 @@ def naming_disk_faults(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # safetensors reports disk faults in exceptions of its own, as text
-        text = str(error)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
+    except Exception as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk is full while writing {path}; free some space and run the same command again"
             ) from None
-        if isinstance(error, OSError) and error.errno in _PLACE_FAULTS:
-            raise UserError(f"{path} cannot be written: {os.strerror(error.errno)}") from None
+        if number in _PLACE_FAULTS:
+            raise UserError(f"{path} cannot be written: {os.strerror(number)}") from None
         raise
+
+
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors reports disk faults in exceptions of its own, as text.
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 @contextmanager
@@ -178,7 +230,7 @@ class RunDirectory:
             above = next((folder for folder in path.absolute().parents if folder.exists()), path)
             if not above.is_dir():
                 raise UserError(f"--out {path} cannot be made: {above} is a file")
-            if not path.exists() or all(entry.suffix == ".draft" for entry in path.iterdir()):
+            if not path.exists() or all(_leftover(entry) for entry in path.iterdir()):
                 return
             manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
         if "format" not in manifest:
@@ -215,10 +267,11 @@ class RunDirectory:
                     )
         else:
             manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
-            write_json(path / "manifest.json", manifest)
+            write_json(path / "manifest.json", manifest, sealed=True)
         # After the manifest, which alone makes a folder a run: one that stops in between can be gone on with.
-        if not (path / "recipe.yaml").exists():
-            write_bytes(path / "recipe.yaml", recipe.to_yaml().encode())
+        text = recipe.to_yaml().encode()
+        if not (path / "recipe.yaml").exists() or (path / "recipe.yaml").read_bytes() != text:
+            write_bytes(path / "recipe.yaml", text)
         return cls(path, manifest)
 
     @classmethod
@@ -235,27 +288,69 @@ class RunDirectory:
     def change_recipe(path: Path, recipe: Recipe, stages: Collection[str]) -> None:
         """Give the run in `path` another recipe, with all `stages` (of each size) to be done anew."""
         manifest = read_json(path / "manifest.json")
-        kept = {name: facts for name, facts in manifest["stages"].items() if name.split(": ")[-1] not in stages}
-        manifest |= {"recipe": recipe.model_dump(mode="json"), "stages": kept}
+        for part in ("stages", "files"):
+            entries = manifest.get(part, {})
+            manifest[part] = {name: entry for name, entry in entries.items() if name.split(": ")[-1] not in stages}
+        manifest["recipe"] = recipe.model_dump(mode="json")
         # Written again by `open`; a run that stops in between has none rather than a wrong one.
         (path / "recipe.yaml").unlink(missing_ok=True)
-        write_json(path / "manifest.json", manifest)
+        write_json(path / "manifest.json", manifest, sealed=True)
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has ended well."""
         return bool(self.manifest["stages"].get(stage, {}).get("done"))
 
+    def outputs(self, stage: str) -> dict[str, str]:
+        """The files that `stage` left when it last ended well, from the run's folder on, with their checksums."""
+        found: dict[str, str] = self.manifest.get("files", {}).get(stage, {})
+        return found
+
+    def verify(self, stage: str) -> None:
+        """Read what a finished `stage` left; if a file is damaged or missing, say so and note it is to be run again."""
+        if not self.done(stage):
+            return
+        for name, expected in self.outputs(stage).items():
+            fault = self._fault(name, expected)
+            if fault is not None:
+                log.warning("%s %s: it is made again (%s)", self.path / name, fault, stage)
+                self.undo(stage)
+
+    def undo(self, stage: str) -> None:
+        """Note that `stage` is to be run again."""
+        if self.done(stage):
+            self.manifest["stages"][stage]["done"] = False
+            if dist.rank() == 0:
+                self._write()
+
+    def _fault(self, name: str, expected: str) -> str | None:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return "is outside the run"
+        try:
+            return None if file_checksum(self.path / name) == expected else "is damaged"
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+
+    def _write(self) -> None:
+        write_json(self.path / "manifest.json", self.manifest, sealed=True)
+
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str, *outputs: Path) -> Iterator[dict[str, Any]]:
         """Run a stage; its seconds (over all attempts), peak memory and what the block puts into the dict it gets go to
-        the manifest.
+        the manifest, and so do the checksums of `outputs`, the files or folders of files that it leaves.
+
+        If a stage that is run again leaves other files than before, those after it are to be run again too.
         """
         before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
         start = time.monotonic()
         done = False
         facts: dict[str, Any] = {}
         try:
-            yield facts
+            with naming_memory_faults(name):
+                yield facts
+            if dist.rank() == 0 and outputs:
+                self._note(name, outputs)
             done = True
         finally:
             self.manifest["stages"][name] = {
@@ -265,7 +360,21 @@ class RunDirectory:
                 **facts,
             }
             if dist.rank() == 0:
-                write_json(self.path / "manifest.json", self.manifest)
+                self._write()
+
+    def _note(self, stage: str, outputs: Sequence[Path]) -> None:
+        files = [file for path in outputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        sums = {str(file.relative_to(self.path)): file_checksum(file) for file in files if file.is_file()}
+        if self.outputs(stage) not in ({}, sums):
+            stages = list(self.manifest["stages"])
+            for later in stages[stages.index(stage) + 1 :]:
+                self.manifest["stages"][later]["done"] = False
+        self.manifest.setdefault("files", {})[stage] = sums
+
+
+def _leftover(entry: Path) -> bool:
+    """Whether a process that was killed before its run began may have left this in the run directory."""
+    return entry.suffix == ".draft" or entry.name == LOCK
 
 
 def peak_memory_bytes() -> int:

@@ -1,5 +1,6 @@
 """The whole flow on one page: corpus, database, search, recovery, evaluation, export, report."""
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,7 +35,18 @@ from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, reque
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
 from darwinlm.export.targets import check_targets, export_model, sites_kept_for
-from darwinlm.files import RunDirectory, Size, read_json, read_tensors, run_sizes, write_bytes, write_json
+from darwinlm.files import (
+    RunDirectory,
+    Size,
+    file_checksum,
+    read_json,
+    read_tensors,
+    run_sizes,
+    write_bytes,
+    write_json,
+)
+from darwinlm.lock import RunLock
+from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe, parse_target, split_targets
@@ -110,9 +122,11 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
         raise UserError(f"{out}: recover cannot change {'; '.join(others)}; name a new run with `darwinlm prune`")
     dist.barrier()
     if changed and dist.rank() == 0:
-        for folder in (out / "recovery", *out.glob("sizes/*/recovery")):
-            _forget_recovery(folder)
-        RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *get_args(Target)))
+        with RunLock(out) as lock:
+            lock.take()
+            for folder in (out / "recovery", *out.glob("sizes/*/recovery")):
+                _forget_recovery(folder)
+            RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *get_args(Target)))
     dist.barrier()
     return run_recipe(after, out)
 
@@ -166,7 +180,15 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
     RunDirectory.check(out, recipe)
-    dist.barrier()
+    with RunLock(out) as lock:
+        if dist.rank() == 0 and (out / "manifest.json").exists():
+            lock.take()
+        dist.barrier()
+        with naming_memory_faults("loading the model"):
+            return _run_stages(recipe, device, out, lock)
+
+
+def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) -> Run:
     torch.manual_seed(recipe.seed)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
@@ -175,8 +197,10 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     for size in sizes:
         if "params" in size.target:
             check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
+    if not (out / "report" / "metrics.json").exists():
+        check_room(4 * dense.parameters, device, f"model {recipe.model!r} in float32")
     with dist.main_first():
-        run, corpus = _begin(recipe, dense, out)
+        run, corpus = _begin(recipe, dense, out, lock)
 
     if not run.done("database"):
         phases = Phases(lambda: _synchronise(device))
@@ -191,21 +215,34 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         budget = make_budget(size.target, limits)
         search_folder = size.folder / "search"
         if not run.done(f"{size.prefix}search"):
-            with run.stage(f"{size.prefix}search"):
+            found = search_folder / "best_plan.json", search_folder / "history.jsonl"
+            with run.stage(f"{size.prefix}search", *found):
                 search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, search_folder, larger)
                 dist.barrier()
         larger = search_folder if recipe.search.descent_rounds > 0 else None
         plan = Plan.from_dict(read_json(search_folder / "best_plan.json"), space)
+        if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export")):
+            run.verify(f"{size.prefix}recovery")
         if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
-            with run.stage(f"{size.prefix}recovery"):
+            with run.stage(f"{size.prefix}recovery", size.folder / "recovery" / "weights.safetensors"):
                 _recover(recipe, dense, corpus, database, plan, size.folder / "recovery")
         with dist.main_first():
             if dist.rank() == 0:
                 _evaluate_and_export(recipe, dense, corpus, database, budget, plan, run, size)
     if dist.rank() == 0:
-        write_report(out)
+        _report(out)
     dist.barrier()
     return Run(out, read_json(out / "report" / "metrics.json"))
+
+
+def _report(out: Path) -> None:
+    """Write the report; what is only shown there and damaged does not make a finished run fail."""
+    try:
+        write_report(out)
+    except UserError as error:
+        if not (out / "report" / "metrics.json").exists():
+            raise
+        log.warning("the report stays as it was: %s", str(error).split("; ")[0])
 
 
 def _check_length(recipe: Recipe, dense: DenseModel) -> None:
@@ -214,23 +251,30 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
         raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
 
 
-def _begin(recipe: Recipe, dense: DenseModel, out: Path) -> tuple[RunDirectory, Corpus]:
-    """Open the run directory, and read or write the text."""
+def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple[RunDirectory, Corpus]:
+    """Open the run directory, and read or write the text. A new run is locked as soon as it has a folder."""
     corpus_file = out / "corpus.safetensors"
     corpus = None
     if recipe.data.source != "self" and not corpus_file.exists():
         # Read before the run directory exists, so that a mistake in the data leaves nothing behind.
-        corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
-        highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
-        if highest >= dense.config.vocab_size:
-            raise UserError(
-                f"model {recipe.model!r}: its tokenizer gives the id {highest}, but its embeddings hold "
-                f"{dense.config.vocab_size} tokens; the tokenizer is another model's"
-            )
+        corpus = _read_text(recipe, dense)
+    if dist.rank() == 0:
+        lock.take()
     run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
-    if not (run.done("corpus") and corpus_file.exists()):
-        with run.stage("corpus"):
-            save_corpus(corpus or _own_text(dense, recipe), corpus_file)
+    if dist.rank() == 0:
+        _verify(run)
+    if not run.done("corpus"):
+        before = run.outputs("corpus")
+        with run.stage("corpus", corpus_file):
+            if corpus is None:
+                corpus = _own_text(dense, recipe) if recipe.data.source == "self" else _read_text(recipe, dense)
+            save_corpus(corpus, corpus_file)
+            if before and file_checksum(corpus_file) != before[corpus_file.name]:
+                corpus_file.unlink()
+                raise UserError(
+                    f"{corpus_file} was damaged, and data {recipe.data.source!r} gives other text than when this run "
+                    "began; bring it back, or name a new folder"
+                )
     return run, load_corpus(corpus_file)
 
 
@@ -279,6 +323,31 @@ def _forget_recovery(folder: Path) -> None:
     (folder / "refit.safetensors").unlink(missing_ok=True)
 
 
+def _verify(run: RunDirectory) -> None:
+    """Read what is there of an earlier run once; what is damaged is named, and made again in its turn."""
+    folder = run.path / "database"
+    index = folder / "index.json"
+    if index.exists():
+        try:
+            read_json(index)
+        except UserError:
+            if not os.access(index, os.R_OK):
+                raise
+            log.warning("%s is damaged: the database is built anew", index)
+            index.unlink()
+    elif run.done("database"):
+        log.warning("%s is missing: the database is built anew", index)
+    damaged = Database(folder).forget_damaged()
+    for file in damaged:
+        log.warning("%s is damaged or missing: its site is built anew", file)
+    if damaged or not index.exists():
+        run.undo("database")
+    for stage in list(run.manifest["stages"]):
+        # Trained weights are verified when they are needed: where the model is whole they are not.
+        if not stage.endswith("recovery"):
+            run.verify(stage)
+
+
 def _evaluate_and_export(
     recipe: Recipe,
     dense: DenseModel,
@@ -290,43 +359,20 @@ def _evaluate_and_export(
     size: Size,
 ) -> None:
     out = size.folder
-    space = database.space(dense.sites)
     measured_file = out / "evaluation" / "measured.json"
-    if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export") and measured_file.exists()):
+    evaluated = run.done(f"{size.prefix}evaluation")
+    if not (evaluated and run.done(f"{size.prefix}export")):
         models = _models(dense, database, budget, plan)
         if recipe.recovery.wanted:
             weights = read_tensors(out / "recovery" / "weights.safetensors")
             models["recovered"] = copy_trained(models["found"], weights)
         last = models[next(reversed(models))]
-        with run.stage(f"{size.prefix}evaluation"):
-            rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
-            sample = {
-                "prompt": SAMPLE_PROMPT,
-                "before": write_sample(dense.model, dense.tokenizer),
-                "after": write_sample(last, dense.tokenizer),
-            }
-        limits: list[dict[str, Any]] = [
-            {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
-            for limit in budget.limits
-        ]
-        for limit in limits:
-            if limit["name"] == "latency":
-                timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
-                seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
-                limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
-        measured = {
-            "model": recipe.model,
-            "target": size.name,
-            "rows": rows,
-            "limits": limits,
-            "sample": sample,
-            "environment": environment(dense.device),
-            "seed": recipe.seed,
-        }
-        write_json(measured_file, measured)
-        with run.stage(f"{size.prefix}export"):
-            as_json = plan.to_dict(space)
-            export_hf(last, dense, as_json, model_card(recipe, as_json, measured), out / "model")
+        if not evaluated:
+            with run.stage(f"{size.prefix}evaluation", measured_file):
+                write_json(measured_file, _measure(recipe, dense, corpus, budget, plan, models, size), sealed=True)
+        with run.stage(f"{size.prefix}export", out / "model"):
+            as_json = plan.to_dict(database.space(dense.sites))
+            export_hf(last, dense, as_json, model_card(recipe, as_json, read_json(measured_file)), out / "model")
     for target in recipe.export.targets:
         if not run.done(f"{size.prefix}{target}"):
             with run.stage(f"{size.prefix}{target}") as facts:
@@ -337,9 +383,56 @@ def _evaluate_and_export(
     log.info("done: %s", out / "model")
 
 
+def _measure(
+    recipe: Recipe,
+    dense: DenseModel,
+    corpus: Corpus,
+    budget: Budget,
+    plan: Plan,
+    models: Mapping[str, DarwinLMForCausalLM],
+    size: Size,
+) -> dict[str, Any]:
+    """What `measured.json` holds; the last of `models` is the result."""
+    rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
+    sample = {
+        "prompt": SAMPLE_PROMPT,
+        "before": write_sample(dense.model, dense.tokenizer),
+        "after": write_sample(models[list(models)[-1]], dense.tokenizer),
+    }
+    limits: list[dict[str, Any]] = [
+        {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
+        for limit in budget.limits
+    ]
+    for limit in limits:
+        if limit["name"] == "latency":
+            timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
+            seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
+            limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
+    return {
+        "model": recipe.model,
+        "target": size.name,
+        "rows": rows,
+        "limits": limits,
+        "sample": sample,
+        "environment": environment(dense.device),
+        "seed": recipe.seed,
+    }
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _read_text(recipe: Recipe, dense: DenseModel) -> Corpus:
+    corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
+    highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
+    if highest >= dense.config.vocab_size:
+        raise UserError(
+            f"model {recipe.model!r}: its tokenizer gives the id {highest}, but its embeddings hold "
+            f"{dense.config.vocab_size} tokens; the tokenizer is another model's"
+        )
+    return corpus
 
 
 def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:

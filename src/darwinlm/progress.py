@@ -15,6 +15,11 @@ log = logging.getLogger("darwinlm")
 _bars = False
 
 
+def printable(text: str) -> str:
+    """`text` on one line without control characters, which could tell a terminal to do things."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 class Task(Protocol):
     """A piece of work in countable steps."""
 

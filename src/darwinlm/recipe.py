@@ -27,16 +27,19 @@ RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
 Target = Literal["gguf", "vllm", "hf-native"]
 """What a pruned model can be exported to."""
+_MOST_BYTES = 2**20
+_MOST = 10**1000
+"""Parameters or bytes; Python prints no integers of thousands of digits."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
-def _count(value: Any) -> Any:
+def _written_out(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMBT]\s*", value, re.IGNORECASE):
         return parse_size(value)
     return value
 
 
-Tokens = Annotated[int, BeforeValidator(_count)]
+Tokens = Annotated[int, BeforeValidator(_written_out)]
 """A number of tokens, which may be written `10B` or `32K`."""
 
 
@@ -235,7 +238,7 @@ class Recipe(_Section):
             for name, size in parse_target(target).items():
                 if isinstance(size, float) and not 0 < size <= 1:
                     count = ", or a count such as 2.7B" if name == "params" else ""
-                    raise ValueError(f"target {target} must be above 0 and at most 1 (a fraction){count}")
+                    raise ValueError(f"target {str(target)[:80]} must be above 0 and at most 1 (a fraction){count}")
         if isinstance(value, str) and ("=" in value or "," in value):
             if len(set(split_targets(value))) < len(split_targets(value)):
                 raise ValueError(f"target {_show(value)}: a size is asked for twice")
@@ -296,14 +299,20 @@ def parse_size(value: float | str) -> float | int:
         text = value.strip().replace("_", "")
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMBT])", text, re.IGNORECASE)
         if match:
-            return int(Decimal(match[1]) * {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2].upper()])
+            return _count(Decimal(match[1]) * {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2].upper()])
         try:
             value = float(text)
         except ValueError:
             raise ValueError(_neither(value)) from None
     if value >= 1_000 and value % 1 == 0:
-        return int(value)
+        return _count(value)
     return float(value)
+
+
+def _count(value: float | Decimal) -> int:
+    if value >= _MOST:
+        raise ValueError("target: no model has so many parameters or bytes")
+    return int(value)
 
 
 def split_targets(value: float | str) -> list[float | str]:
@@ -335,7 +344,7 @@ def parse_target(value: float | str) -> dict[str, float | int]:
         in_bytes = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)B", size, re.IGNORECASE) if name == "memory" else None
         if in_bytes:
             base = 1024 if len(in_bytes[2]) == 2 else 1000
-            limits[name] = int(Decimal(in_bytes[1]) * base ** ("KMGT".index(in_bytes[2][0].upper()) + 1))
+            limits[name] = _count(Decimal(in_bytes[1]) * base ** ("KMGT".index(in_bytes[2][0].upper()) + 1))
             continue
         limits[name] = parse_size(size)
         if isinstance(limits[name], int) and name != "params":
@@ -364,6 +373,8 @@ def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
     for key, value in overrides.items():
+        if not isinstance(key, str):
+            raise UserError(f"recipe: {_show(key)} is no setting; write them as search.offspring")
         section = settings
         *parents, leaf = key.split(".")
         for parent in parents:
@@ -392,8 +403,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Read one `--set key=value`; the value is YAML (numbers, lists, words)."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"--set {text!r}: write key=value, for example --set search.offspring=8")
-    return key.strip(), _parse_yaml(value, f"--set {text!r}")
+        raise UserError(f"--set {_show(text)}: write key=value, for example --set search.offspring=8")
+    return key.strip(), _parse_yaml(value, f"--set {_show(text)}")
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
@@ -402,7 +413,11 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     where = f"recipe {str(recipe)!r}"
     try:
         source = built_in / f"{recipe}.yaml" if str(recipe) in names else Path(recipe)
-        text = source.read_text(encoding="utf-8")
+        with source.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UserError(f"{where} is larger than 1 MiB; that is no recipe")
+        text = content.decode()
     except FileNotFoundError:
         raise UserError(f"{where}: no such file; the built-in recipes are {', '.join(names)}") from None
     except OSError as error:

@@ -13,7 +13,9 @@ from darwinlm.errors import InvalidTensorError, UserError
 from darwinlm.files import digest
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_KIND = ".safetensors"
 _SAMPLES = 64
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
@@ -28,13 +30,15 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of every tensor, by name; known without reading one."""
         self._files: dict[str, Path] = {}
+        self._dtypes: dict[str, str] = {}
         folder = Path(source) if Path(source).is_dir() else self._download(source)
         for file in self._shards(folder):
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                        self._files[name] = file
-                        self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                        part = tensors.get_slice(name)
+                        self._files[name], self._dtypes[name] = file, part.get_dtype()
+                        self.shapes[name] = tuple(part.get_shape())
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
 
@@ -49,6 +53,11 @@ class Checkpoint:
                 raise UserError(
                     f"model {self.source!r}: {name} has shape {list(self.shapes[name])} in its files, but its "
                     f"config.json asks for {list(shape)}"
+                )
+            if self._dtypes[name] not in _DTYPES:
+                raise UserError(
+                    f"model {self.source!r}: {name} holds {self._dtypes[name]} numbers; give the unquantised "
+                    "checkpoint it was made from"
                 )
 
     def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -101,8 +110,8 @@ class Checkpoint:
             )
         try:
             names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            if not all(isinstance(name, str) and Path(name).name == name for name in names):
-                raise ValueError("it names files outside its folder")
+            if not all(isinstance(name, str) and Path(name).name == name and name.endswith(_KIND) for name in names):
+                raise ValueError("it names files outside its folder, or of another kind")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._unreadable(folder / _INDEX, error) from None
         return [folder / name for name in sorted(names)]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,6 +22,9 @@ from darwinlm.errors import UserError
 from darwinlm.files import digest
 
 _COMPARED_LAYERS = 2
+_MOST_LAYERS = 10_000
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_UNQUANTISED = "give the unquantised checkpoint it was made from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,11 @@ def load_settings(source: str) -> dict[str, Any]:
         raise UserError(f"model {source!r}: its config.json cannot be read: {_reason(error, source)}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise UserError(f"model {source!r} has no config.json with a model_type; give a folder in Hugging Face format")
+    layers = settings.get("num_hidden_layers")
+    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:  # lists of this length would be made next
+        raise UserError(
+            f"model {source!r}: num_hidden_layers={layers} in its config.json; 1 to {_MOST_LAYERS:,} can be"
+        )
     return settings
 
 
@@ -178,8 +187,10 @@ def load_config(source: str) -> Any:
     architectures = config.architectures or []
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
         raise UserError(f"model {source!r} is a {architectures[0]}, not a causal language model (…ForCausalLM)")
+    if isinstance(config.dtype, torch.dtype) and config.dtype not in _DTYPES:
+        raise UserError(f"model {source!r}: its config.json says dtype {config.dtype}; {_UNQUANTISED}")
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"model {source!r} is quantised; give the unquantised checkpoint it was made from")
+        raise UserError(f"model {source!r} is quantised; {_UNQUANTISED}")
     return config
 
 
@@ -196,6 +207,10 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {_reason(error, source)}") from None
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    for name in templates:  # each becomes a file of the pruned model
+        if not re.fullmatch(r"[\w.-]+", str(name)) or str(name).startswith("."):
+            raise UserError(f"model {source!r}: its tokenizer has a chat template called {name!r}; rename it")
     checkpoint = Checkpoint(source)
     try:
         config = dense_config(base_config)
@@ -263,6 +278,10 @@ def _generation_config(base_config: Any, source: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(source)
     except OSError:
         return GenerationConfig.from_model_config(base_config)
+    except Exception as error:
+        raise UserError(
+            f"model {source!r}: its generation_config.json cannot be used: {_reason(error, source)}"
+        ) from None
 
 
 def _reason(error: BaseException, source: str) -> str:

@@ -1,11 +1,9 @@
 """Memory: what is free, and what a pass through a model's layers leaves there for its gradients."""
 
-from pathlib import Path
-
-import psutil
 import torch
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.memory import available_memory
 
 
 def free_memory(device: torch.device) -> int:
@@ -13,17 +11,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory()
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process can still take: of the machine, or of its control group if that has less."""
-    available: int = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return min(available, int(limit) - used) if limit.isdigit() else available
 
 
 def kept_bytes(config: DarwinLMConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.memory import available_memory
-from darwinlm.files import naming_disk_faults
+from darwinlm.files import naming_disk_faults, open_new
+from darwinlm.memory import available_memory
 from darwinlm.progress import log
 from darwinlm.recipe import Offload
 
@@ -33,7 +33,7 @@ def open_activations(
             scratch.mkdir(parents=True, exist_ok=True)
             try:
                 # Blocks are reserved now: a mapped file on a full disk would end the process without a word.
-                with open(file, "wb") as handle:
+                with open_new(file) as handle:
                     _reserve(handle.fileno(), max(size, 1))
                 yield torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(*shape)
             finally:

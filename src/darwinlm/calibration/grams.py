@@ -16,10 +16,12 @@ from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMRotaryEmbedding, attention_masks
 from darwinlm.calibration.activations import open_activations
 from darwinlm.errors import InvalidTensorError
-from darwinlm.progress import Phases
+from darwinlm.progress import Phases, log
 from darwinlm.recipe import Offload
 
 _PANEL = 1024
+_NO_LIMIT = ("cpu", "meta")
+"""Devices that do not say when their memory does not suffice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def walk_blocks(
     Args:
         dense: the model; its weights are read as they are needed.
         tokens_BT: token ids without padding, blocks * tokens: the same on every rank.
-        batch_size: text blocks in one pass.
+        batch_size: text blocks in one pass; halved as often as the device's memory asks for it.
         scratch: a folder for activations, should they go to disk.
         owner: the rank that gets a site's statistics; the others get None.
         first_layer: earlier blocks are passed through without statistics (they are already in the database).
@@ -66,7 +68,7 @@ def walk_blocks(
     """
     phases = phases or Phases()
     mine_BT = tokens_BT[dist.rank() :: dist.world_size()]
-    batches = [batch.long() for batch in mine_BT.split(batch_size)]
+    size = min(batch_size, max(1, len(mine_BT)))
     positions = torch.arange(tokens_BT.shape[1], device=dense.device).unsqueeze(0)
     rotary = DarwinLMRotaryEmbedding(dense.config).to(dense.device)
     by_layer: dict[int, list[Site]] = {}
@@ -75,31 +77,50 @@ def walk_blocks(
 
     shape = (*mine_BT.shape, dense.config.hidden_size)
     with open_activations(shape, dense.compute_dtype, dense.device, offload, scratch) as hidden_BTD:
-        first = 0
-        for batch_BT in batches:
-            hidden_BTD[first : first + len(batch_BT)] = dense.embed(batch_BT)
-            first += len(batch_BT)
+        for first in range(0, len(mine_BT), size):
+            hidden_BTD[first : first + size] = dense.embed(mine_BT[first : first + size].long())
         for index in range(dense.config.num_hidden_layers):
             with phases("read"):
                 layer = dense.block(index)
             sites = by_layer[index] if index >= first_layer else []
+
+            def forward(rows: slice, layer: nn.Module = layer, index: int = index) -> Tensor:
+                with phases("forward"):
+                    states_BTD = hidden_BTD[rows].to(dense.device, non_blocking=True)
+                    mask = attention_masks(dense.config, states_BTD, position_ids=positions)
+                    output_BTD: Tensor = layer(
+                        states_BTD,
+                        attention_mask=mask.get(dense.config.layer_types[index]),
+                        position_ids=positions,
+                        position_embeddings=rotary(states_BTD, positions),
+                    )
+                    return output_BTD
+
             with _Recorder(layer, sites, phases) as recorder:
-                first = 0
-                for batch_BT in batches:
-                    rows = slice(first, first + len(batch_BT))
-                    with phases("forward"):
-                        states_BTD = hidden_BTD[rows].to(dense.device, non_blocking=True)
-                        mask = attention_masks(dense.config, states_BTD, position_ids=positions)
-                        hidden_BTD[rows] = layer(
-                            states_BTD,
-                            attention_mask=mask.get(dense.config.layer_types[index]),
-                            position_ids=positions,
-                            position_embeddings=rotary(states_BTD, positions),
-                        )
-                    first += len(batch_BT)
-                del layer
+                if index in (0, first_layer) and len(mine_BT) and dense.device.type not in _NO_LIMIT:
+                    size = _fitting(size, forward)
+                    recorder.reset()
+                for first in range(0, len(mine_BT), size):
+                    rows = slice(first, min(first + size, len(mine_BT)))
+                    hidden_BTD[rows] = forward(rows)
+                del layer, forward
                 for site in sites:
                     yield site, recorder.statistics(site, owner(site))
+
+
+def _fitting(size: int, forward: Callable[[slice], Tensor]) -> int:
+    """`size` blocks or as many as fit the device's memory, found by passing them through a layer once."""
+    while True:
+        try:
+            forward(slice(0, size))
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # After the handler, which keeps the tensors of the failed attempt alive.
+        torch.cuda.empty_cache()
+        log.warning("database: %d blocks in a pass do not fit the memory of the device; now %d", size, size // 2)
+        size //= 2
 
 
 def add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
@@ -146,6 +167,13 @@ class _Recorder:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def reset(self) -> None:
+        """Forget what was seen so far."""
+        for gram_II in self._grams.values():
+            gram_II.zero_()
+        for power in self._power.values():
+            power.clear()
 
     def statistics(self, site: Site, owner: int) -> SiteStatistics | None:
         """The site's sums over all ranks, on rank `owner`; its own are freed."""

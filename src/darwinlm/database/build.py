@@ -60,6 +60,8 @@ def build_database(
                     _solve(dense, waiting, recipe, database, phases)
                     progress.advance(len(waiting), note=site.name)
                     waiting = []
+                if site is missing[-1]:
+                    break
     if dist.rank() == 0:
         database.finish(dense.fixed_parameters)
     dist.barrier()

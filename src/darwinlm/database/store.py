@@ -1,6 +1,5 @@
 """The database on disk: `index.json` and one safetensors file a site, with surviving columns only."""
 
-import hashlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from darwinlm.adapters.cutting import Cut, count_parameters, kv_elements
 from darwinlm.adapters.families import Site
 from darwinlm.database.solver import Snapshot
 from darwinlm.errors import UserError
-from darwinlm.files import read_json, write_bytes, write_json
+from darwinlm.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, write_bytes, write_json
 from darwinlm.plan import SiteLevels, Space
 
 FORMAT = 2
@@ -34,7 +33,7 @@ class Database:
         self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
         self._verified: set[str] = set()
         if (folder / "index.json").exists():
-            self._index = read_json(folder / "index.json")
+            self._index = read_json(folder / "index.json", f"delete {folder} and run the same command again")
             if self._index.get("format") != FORMAT:
                 raise UserError(
                     f"{folder} is a database of format {self._index.get('format')!r}, this version reads format "
@@ -86,14 +85,38 @@ class Database:
 
     def enter(self, entries: Mapping[str, Any], *, write: bool) -> None:
         """Note sites, by name, as present; on disk too where `write` says so (one process writes the index)."""
-        self._index["sites"] |= entries
+        sites = self._index["sites"] | entries
+        self._index["sites"] = dict(sorted(sites.items(), key=lambda item: (item[1]["layer"], item[1]["kind"])))
         if write:
-            write_json(self.folder / "index.json", self._index)
+            self._write()
 
     def finish(self, fixed_parameters: int) -> None:
         """Say how many parameters no plan removes; the database is complete from here on."""
         self._index["fixed_parameters"] = fixed_parameters
-        write_json(self.folder / "index.json", self._index)
+        self._write()
+
+    def forget_damaged(self) -> list[Path]:
+        """Read every file, and strike those that are missing or damaged from the index; the next build makes them anew.
+
+        Returns:
+            These files.
+        """
+        damaged = {name: self._file(name) for name in self._index["sites"] if not self._intact(name)}
+        for name in damaged:
+            del self._index["sites"][name]
+        if damaged:
+            self._write()
+        self._verified = set(self._index["sites"])
+        return list(damaged.values())
+
+    def _intact(self, name: str) -> bool:
+        try:
+            return bool(file_checksum(self._file(name)) == self._index["sites"][name]["blake2b"])
+        except OSError:
+            return False
+
+    def _write(self) -> None:
+        write_json(self.folder / "index.json", self._index, sealed=True)
 
     def space(self, sites: Sequence[Site]) -> Space:
         """The search space of a finished database, in the order of `sites`."""
@@ -110,14 +133,16 @@ class Database:
         file = self._file(site.name)
         try:
             if site.name not in self._verified:
-                if checksum(file.read_bytes()) != self._index["sites"][site.name]["blake2b"]:
-                    raise OSError("its checksum is another than when it was written")
+                if file_checksum(file) != self._index["sites"][site.name]["blake2b"]:
+                    raise OSError(OTHER_CHECKSUM)
                 self._verified.add(site.name)
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 kept = tensors.get_tensor(f"{level}.kept").tolist()
                 return Cut(tuple(kept), tensors.get_tensor(f"{level}.output").float())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({error}); delete {self.folder} and run again") from None
+            raise UserError(
+                f"{file} cannot be read ({error}); run the same command again, and this site is built anew"
+            ) from None
 
     def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
         """All sites that `plan` prunes, by name."""
@@ -163,8 +188,3 @@ def _space(index: Mapping[str, Any], names: Sequence[str], whole: Container[str]
         ),
         fixed_parameters=index["fixed_parameters"],
     )
-
-
-def checksum(content: bytes) -> str:
-    """Of a file's content; guards against damage, not against malice."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,8 +1,11 @@
 """The model card: what was pruned, how, and what was measured."""
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from darwinlm.progress import printable
 from darwinlm.recipe import Recipe
 
 _SIZES = "The layers' sizes are in `per_layer_config` of `config.json`. "
@@ -21,7 +24,7 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
     lines = [
         *front,
         "",
-        f"# {base}, pruned to {share:.1%} of its parameters",
+        f"# {_plain(base)}, pruned to {share:.1%} of its parameters",
         "",
         f"{plan['parameters']:,} of {plan['dense_parameters']:,} parameters are left; `plan.json` holds the plan. "
         f"{_SIZES}Made with DarwinLM.",
@@ -48,17 +51,19 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
             f"{row['decode_tokens_per_second']:.1f} |"
         )
     held_out = f"{recipe.data.held_out_tokens:,} held-out tokens in blocks of {recipe.data.sequence_length}"
+    text = recipe.model_copy(update={"model": base, "data": _shareable(recipe)}).to_yaml().rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines += [
         "",
-        f"Perplexity and KL on {held_out} of `{_name(recipe.data.source)}`; speeds on "
-        f"{metrics['environment']['device']}, batch 1, "
+        f"Perplexity and KL on {held_out} of {_plain(_name(recipe.data.source))}; speeds on "
+        f"{_plain(metrics['environment']['device'])}, batch 1, "
         f"{recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
         "",
         "## Recipe",
         "",
-        "```yaml",
-        recipe.model_copy(update={"model": base, "data": _shareable(recipe)}).to_yaml().rstrip(),
-        "```",
+        f"{fence}yaml",
+        text,
+        fence,
         "",
     ]
     return "\n".join(lines)
@@ -69,6 +74,11 @@ def without_code(card: str) -> str:
     for text in (_SIZES, _FLAG, f"{_CODE}\n\n"):
         card = card.replace(text, "")
     return card
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML show as it is, on one line: names come from whoever made a model or a data set."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~:])", r"\\\1", html.escape(printable(text)))
 
 
 def _name(source: str) -> str:

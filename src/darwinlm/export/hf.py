@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.loading import DenseModel, choose_device
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.errors import UserError
 from darwinlm.files import new_folder, write_json
@@ -95,14 +95,19 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         UserError: if the folder holds no model of ours, or not the whole of it.
     """
     path = find_model(folder)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"dtype {dtype!r} is no type of numbers; give float32, bfloat16 or float16")
     try:
         read: Any = DarwinLMForCausalLM.from_pretrained
         model, facts = read(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{path}: the model cannot be loaded: {reason}; the command of its run makes it again"
+        ) from None
     if facts["missing_keys"]:
         raise UserError(f"{path}: its files lack {sorted(facts['missing_keys'])[0]}; get the whole model")
-    model.to(device)
+    model.to(choose_device(device))
     model.eval()
     return cast(DarwinLMForCausalLM, model)
 

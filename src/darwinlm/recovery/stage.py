@@ -184,6 +184,9 @@ class _Trainer(Trainer):
             assert self.optimizer is not None and self.lr_scheduler is not None
             self.lr_scheduler.load_state_dict(load_optimizer(Path(checkpoint), self.optimizer))
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: there is none in bfloat16 or float32."""
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: the order of the text comes from the seed, and the model draws no random numbers."""
 
@@ -286,7 +289,12 @@ def recover(
         if last is not None:
             progress.advance(step_of(last))
             log.info("recovery: going on at step %d", step_of(last))
-        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        if last is not None and step_of(last) >= steps:
+            # The Trainer would take one step more.
+            load_weights(last, objective)
+            trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     evaluations = _evaluations(trainer.state)
     best = min(evaluations, key=lambda entry: entry["loss"], default=None)
     if best is not None and best["step"] < steps:

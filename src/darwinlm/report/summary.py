@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from darwinlm.costs import Costs, Machine
+from darwinlm.progress import printable
 
 _TITLES = {
     "name": "model",
@@ -22,7 +23,8 @@ _TITLES = {
 
 def show(metrics: Mapping[str, Any], console: Console) -> None:
     """Print the rows of `metrics.json` as a table and what the models say."""
-    table = Table(title=f"{metrics['model']} at {metrics['target']}: held-out text, {metrics['environment']['device']}")
+    title = f"{metrics['model']} at {metrics['target']}: held-out text, {metrics['environment']['device']}"
+    table = Table(title=_shown(title))
     for key, title in _TITLES.items():
         table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
     for row in metrics["rows"]:
@@ -42,9 +44,9 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
             line += f" predicted, {limit['measured']['found'] / limit['measured']['dense']:.4f} measured"
         console.print(line, highlight=False)
     sample = metrics["sample"]
-    console.print(f"[bold]{escape(sample['prompt'])}[/bold] …")
+    console.print(f"[bold]{_shown(sample['prompt'])}[/bold] …")
     for name in ("before", "after"):
-        console.print(f"  {name}: {escape(' '.join(sample[name].split()))}", highlight=False)
+        console.print(f"  {name}: {_shown(sample[name])}", highlight=False)
 
 
 def show_costs(costs: Costs, machine: Machine, console: Console) -> None:
@@ -102,3 +104,8 @@ def _accuracies(models: Mapping[str, Any]) -> list[str]:
             cells.append(f"{100 * one['difference']:+.1f} ± {100 * one['difference_stderr']:.1f}")
             cells.append(f"{one['p']:.2g}")
     return cells
+
+
+def _shown(text: str) -> str:
+    """Text as it is: neither markup nor commands to the terminal."""
+    return escape(printable(text))

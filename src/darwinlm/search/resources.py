@@ -87,9 +87,10 @@ def _memory(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
 
 def _latency(dense: DenseModel, space: Space, workload: WorkloadRecipe, file: Path) -> Limit:
     if dist.rank() == 0 and not file.exists():
-        write_json(file, measure_latencies(dense, space, workload))
-    # The same numbers on every rank, whoever measured them.
-    table = dist.gather(read_json(file) if dist.rank() == 0 else {})[0]
+        write_json(file, measure_latencies(dense, space, workload), sealed=True)
+    # The same numbers on every rank, whoever measured them. Other timings would make another budget.
+    remedy = f"delete {file.parent} and run the same command again: latencies are measured and the search runs anew"
+    table = dist.gather(read_json(file, remedy) if dist.rank() == 0 else {})[0]
     costs = tuple(tuple(table[site.kind].get(str(units), 0) for units in site.units) for site in space.sites)
     return Limit(name="latency", unit="ns", fixed=table["fixed"], costs=costs, maximum=0)
 

@@ -109,7 +109,7 @@ def descend(
     text_BT = corpus.blocks["trial"]
     window = min(len(corpus.tokens("trial", recipe.sensitivity_tokens)), len(text_BT))
     judge = _Judge(dense, database, corpus.blocks["score"])
-    rounds: list[dict[str, Any]] = read_json(file)["rounds"] if file.exists() else []
+    rounds: list[dict[str, Any]] = read_json(file, _anew(file.parent))["rounds"] if file.exists() else []
     start = starts[0]
     if len(starts) > 1 and not rounds:
         start = starts[judge.best(starts)[0]]
@@ -141,7 +141,7 @@ def descend(
                 }
             )
             if dist.rank() == 0:
-                write_json(file, {"rounds": rounds})
+                write_json(file, {"rounds": rounds}, sealed=True)
             log.info("descent: KL %.4f without training%s", scores[best], "" if best else ", no step helped")
     last = rounds[-1]
     return Plan(levels=tuple(last["levels"])), Sensitivity(last["first"], last["second"])
@@ -230,7 +230,7 @@ def search_plan(
         recipe = recipe.model_copy(update={"descent_rounds": 0, "generations": 0, "forecast_candidates": 0})
     state_file = folder / "state.json"
     if state_file.exists():
-        search = Evolution.resume(space, budget, recipe, read_json(state_file))
+        search = Evolution.resume(space, budget, recipe, read_json(state_file, _anew(folder)))
         log.info("search: going on at generation %d", search.generation)
     else:
         starts = starting_plans(space, budget, uniform=recipe.uniform)
@@ -249,11 +249,11 @@ def search_plan(
             scorer = scorer or TrialScorer(dense, database, corpus, recipe)
             search.tell(_in_turns(request.plans, partial(scorer.score, step=request.step, parent=search.parent)))
             if dist.rank() == 0:
-                write_json(state_file, search.state())
+                write_json(state_file, search.state(), sealed=True)
             if search.generation > request.generation:
                 progress.advance(note=_best(search))
     log.info("search: %s", search.stop())
-    if recipe.forecast_candidates > 0:
+    if recipe.forecast_candidates > 0 and not (folder / "forecast.json").exists():
         scorer = scorer or TrialScorer(dense, database, corpus, recipe)
         _forecast(search, scorer, corpus, recipe, folder / "forecast.json")
     if dist.rank() > 0:
@@ -296,9 +296,13 @@ def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: Se
 def _from_other_budget(space: Space, budget: Budget, folder: Path | None) -> list[Plan]:
     if folder is None:
         return []
-    last = read_json(folder / "descent.json")["rounds"][-1]
+    last = read_json(folder / "descent.json", _anew(folder))["rounds"][-1]
     sensitivity = Sensitivity(last["first"], last["second"])
     return downhill(space, budget, Plan(levels=tuple(last["base"])), sensitivity, LONG_STEPS)
+
+
+def _anew(folder: Path) -> str:
+    return f"delete {folder} and run the same command again: the search runs anew"
 
 
 def _best(search: Evolution) -> str:

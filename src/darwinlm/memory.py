@@ -1,0 +1,91 @@
+"""How much memory is left, and one clear line where it does not suffice."""
+
+import errno
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from darwinlm.errors import UserError
+
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_REMEDIES = {
+    "corpus": "lower data.sequence_length",
+    "database": "lower database.batch_size, set database.offload=disk",
+    "search": "lower search.batch_size or data.sequence_length",
+    "recovery": "lower recovery.batch_size or data.sequence_length",
+    "evaluation": "lower evaluation.prefill_tokens",
+}
+_TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|bad_alloc|os error 12\b", re.I)
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take: of the machine, its control group or its own limit, whichever is less."""
+    available: int = psutil.virtual_memory().available
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        available = min(available, limit - psutil.Process().memory_info().vms)
+    try:
+        most = (_CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((_CONTROL_GROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        # What is cached of files is given back as soon as somebody needs the room.
+        cached = int(parts["file"]) - int(parts["shmem"])
+    except (OSError, ValueError, KeyError):
+        return max(0, available)
+    return max(0, min(available, int(most) - used + cached) if most.isdigit() else available)
+
+
+def check_room(size: int, device: torch.device, what: str) -> None:
+    """Refuse what cannot fit, before the kernel ends the process without a word.
+
+    Args:
+        size: the least number of bytes that is needed on `device`.
+        device: where.
+        what: takes so much.
+
+    Raises:
+        UserError: if less is free.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if size > free:
+        where = f"on {device}" if device.type == "cuda" else "of memory"
+        raise UserError(
+            f"{what} takes {size / 2**30:,.1f} GiB, but only {free / 2**30:,.1f} GiB {where} are free; "
+            "free some, or use a larger machine"
+        )
+
+
+@contextmanager
+def naming_memory_faults(stage: str) -> Iterator[None]:
+    """Turn a lack of memory on a device or of the machine, in `stage`, into one clear line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            place = "the GPU's memory"
+        elif isinstance(error, MemoryError) or _lacks_memory(error):
+            place = "the memory"
+        else:
+            raise
+        remedy = _REMEDIES.get(stage.split(": ")[-1])
+        raise UserError(
+            f"{stage}: {place} does not suffice ({_reason(error)}); run the same command on a larger machine"
+            + (f", or {remedy} in a new folder" if remedy else "")
+        ) from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # PyTorch, NumPy and safetensors each have exceptions of their own for it.
+    return getattr(error, "errno", None) == errno.ENOMEM or bool(_TEXTS.search(str(error)))
+
+
+def _reason(error: Exception) -> str:
+    asked = re.search(r"tried to allocate [\d.,]+ ?\w+|allocate [\d.,]+ ?[KMGT]iB", str(error), re.I)
+    return asked[0] if asked else type(error).__name__

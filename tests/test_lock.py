@@ -1,0 +1,148 @@
+"""The lock on a run directory: the living are named, the dead are succeeded, and its file goes with its owner."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from darwinlm import lock
+from darwinlm.errors import UserError
+from darwinlm.lock import RunLock
+
+HOLDER = """
+import sys
+from pathlib import Path
+from darwinlm.lock import RunLock
+RunLock(Path(sys.argv[1])).take()
+print("held", flush=True)
+sys.stdin.read()
+"""
+NOT_MINE = 2**22 + 1
+"""Above every process number of Linux."""
+
+
+def no_kernel_locks(descriptor, operation):
+    raise OSError(lock.errno.ENOLCK, "No locks available")
+
+
+def test_a_second_owner_is_refused_and_the_file_goes_with_the_first(tmp_path):
+    with RunLock(tmp_path / "run") as first:
+        first.take()
+        first.take()
+        message = rf"--out {tmp_path}/run is in use by process {os.getpid()} on .+, for"
+        with pytest.raises(UserError, match=message), RunLock(tmp_path / "run") as second:
+            second.take()
+        assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
+    assert not any((tmp_path / "run").iterdir())
+    with RunLock(tmp_path / "run") as third:
+        third.take()
+
+
+def test_a_living_process_is_named_and_one_killed_by_sigkill_is_succeeded(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        message = rf"in use by process {holder.pid} on .+, for \d+ s; wait for it or stop it \(kill {holder.pid}\)"
+        with pytest.raises(UserError, match=message), RunLock(tmp_path) as mine:
+            mine.take()
+        holder.send_signal(signal.SIGKILL)
+    assert (tmp_path / "lock").exists()
+    with RunLock(tmp_path) as mine:
+        mine.take()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+AWAY = {"host": "elsewhere", "boot": "another", "pid": 77}
+TIMELY, SILENT = 30, 3_600
+CASES = {
+    # What the file says of its owner, seconds since its last sign of life, whether the kernel has locks: what is said.
+    "dead, the kernel says so": ({}, TIMELY, True, None),
+    "living, no kernel locks": ({}, TIMELY, False, rf"in use by process {os.getpid()} on"),
+    "living and silent, no kernel locks": ({}, SILENT, False, rf"in use by process {os.getpid()} on"),
+    "gone, no kernel locks": ({"pid": NOT_MINE}, TIMELY, False, None),
+    "its number is another's now, no kernel locks": ({"started": 0.5}, TIMELY, False, None),
+    "before this machine was started anew": ({"boot": "another"}, TIMELY, True, None),
+    "elsewhere, alive": (
+        AWAY,
+        TIMELY,
+        True,
+        r"in use by process 77 on elsewhere, for 2 h 5 min, last sign of life 30 s ago; wait for it or stop it there; "
+        r"if that machine is gone, delete .+/lock$",
+    ),
+    "elsewhere, its clock ahead": (AWAY, -300, True, "last sign of life 0 s ago"),
+    "elsewhere, alive, no kernel locks": (AWAY, TIMELY, False, "process 77 on elsewhere"),
+    "elsewhere, silent": (AWAY, SILENT, True, None),
+    "elsewhere, silent, no kernel locks": (AWAY, SILENT, False, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_file_says_decides_where_the_kernel_does_not(case, tmp_path, monkeypatch):
+    changes, silent, kernel, message = CASES[case]
+    if not kernel:
+        monkeypatch.setattr(fcntl, "flock", no_kernel_locks)
+    owner = replace(lock._myself(), since=time.time() - 7_530, **changes)
+    (tmp_path / "lock").write_text(json.dumps(asdict(owner)))
+    os.utime(tmp_path / "lock", (time.time() - silent,) * 2)
+    with RunLock(tmp_path) as mine:
+        if message is None:
+            mine.take()
+        else:
+            with pytest.raises(UserError, match=message):
+                mine.take()
+    assert (tmp_path / "lock").exists() == (message is not None)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 50, '{"pid": 1e999}'])
+def test_a_file_that_says_nothing_is_nobodys_unless_the_kernel_says_otherwise(content, tmp_path):
+    (tmp_path / "lock").write_text(content)
+    with open(tmp_path / "lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is in use by another process; wait"), RunLock(tmp_path) as mine:
+            mine.take()
+    with RunLock(tmp_path) as mine:
+        mine.take()
+
+
+def test_a_file_deleted_between_opening_and_locking_is_not_taken(tmp_path, monkeypatch):
+    flock, times = fcntl.flock, []
+
+    def given_back_meanwhile(descriptor, operation):
+        if not times:
+            (tmp_path / "lock").unlink()
+        times.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", given_back_meanwhile)
+    with RunLock(tmp_path) as mine:
+        mine.take()
+        assert len(times) == 2
+        with pytest.raises(UserError, match="is in use"), RunLock(tmp_path) as other:
+            other.take()
+
+
+def test_the_owner_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.001)
+    with RunLock(tmp_path) as mine:
+        mine.take()
+        os.utime(tmp_path / "lock", (0, 0))
+        end = time.monotonic() + 30
+        while (tmp_path / "lock").stat().st_mtime == 0:
+            assert time.monotonic() < end
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-5, "0 s"), (59, "59 s"), (61, "1 min"), (7_530, "2 h 5 min"), (90_000, "1 d 1 h")],
+)
+def test_durations(seconds, text):
+    assert re.fullmatch(text, lock._duration(seconds))

@@ -1,0 +1,124 @@
+"""Too little memory is one clear line: known beforehand where it can be, and named with its stage where it cannot."""
+
+import resource
+import subprocess
+import sys
+
+import numpy
+import psutil
+import pytest
+import torch
+from conftest import SETTINGS, TARGET
+
+from darwinlm import memory
+from darwinlm.errors import UserError
+from darwinlm.memory import available_memory, check_room, naming_memory_faults
+from darwinlm.pipeline import prune
+
+GPU = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is free."
+)
+CPU_ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError(GPU), r"the GPU's memory does not suffice \(Tried to allocate 2.50 GiB\)"),
+        (RuntimeError(CPU_ALLOCATOR), r"the memory does not suffice \(tried to allocate 4000000000000 bytes\)"),
+        (MemoryError(), r"the memory does not suffice \(MemoryError\)"),
+        (OSError(12, "Cannot allocate memory"), r"the memory does not suffice \(OSError\)"),
+        (Exception("Error while deserializing header: I/O error: x (os error 12)"), "the memory does not suffice"),
+    ],
+)
+def test_each_lack_of_memory_is_one_line(error, message):
+    remedy = "run the same command on a larger machine, or lower search.batch_size or data.sequence_length in a new"
+    with pytest.raises(UserError, match=f"^0.8: search: {message}.*; {remedy}"), naming_memory_faults("0.8: search"):
+        raise error
+
+
+def test_what_the_libraries_really_raise_is_recognised():
+    for allocate in (lambda: torch.empty(2**50), lambda: numpy.empty(2**50), lambda: bytearray(2**60)):
+        with pytest.raises(UserError, match=r"the memory does not suffice"), naming_memory_faults("database"):
+            allocate()
+
+
+def test_another_fault_is_left_alone():
+    with pytest.raises(RuntimeError, match="shapes"), naming_memory_faults("database"):
+        raise RuntimeError("shapes do not match")
+    with pytest.raises(UserError, match=r"^mine$"), naming_memory_faults("database"):
+        raise UserError("mine")
+
+
+def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monkeypatch):
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert available_memory() == 1000
+    (tmp_path / "memory.max").write_text("500\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.stat").write_text("anon 150\nfile 250\nshmem 50\n")
+    assert available_memory() == 500 - 400 + 200
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory() == 1000
+    mine = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (mine // 2, resource.RLIM_INFINITY))
+    assert available_memory() == 0
+
+
+def test_a_model_that_cannot_fit_is_refused_before_any_work(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
+    message = r"model '.+' in float32 takes 0.0 GiB, but only 0.0 GiB of memory are free; free some, or use a larger"
+    with pytest.raises(UserError, match=message):
+        prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings={**SETTINGS, "data.source": str(text)})
+    assert not (tmp_path / "run").exists()
+    check_room(100_000, torch.device("cpu"), "x")
+
+
+@pytest.mark.parametrize("stage", ["database", "search", "recovery", "evaluation"])
+def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, checkpoint, text, tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise torch.OutOfMemoryError(GPU)
+
+    name = {"database": "build_database", "search": "search_plan", "recovery": "recover", "evaluation": "measure"}
+    arguments = {"target": TARGET, "out": tmp_path / "run", "settings": {**SETTINGS, "data.source": str(text)}}
+    with monkeypatch.context() as patched:
+        patched.setattr(f"darwinlm.pipeline.{name[stage]}", fail)
+        with pytest.raises(UserError, match=f"^{stage}: the GPU's memory does not suffice .*; run the same command on"):
+            prune(checkpoint("qwen3"), **arguments)
+    prune(checkpoint("qwen3"), **arguments)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+LIMITED = """
+import resource, sys
+import psutil
+from darwinlm import pipeline
+from darwinlm.cli import main
+used = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
+sys.argv = ["darwinlm", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_limit_on_memory_gives_one_line(checkpoint, text, tmp_path):
+    command = [
+        "prune",
+        str(checkpoint("llama")),
+        "--target",
+        "0.8",
+        "--out",
+        str(tmp_path / "run"),
+        "--data",
+        str(text),
+    ]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *command], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
