@@ -48,7 +48,7 @@ PAPER = SearchRecipe(
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
 
-_SELECTION = {"descent_rounds": 0, "generations": 6, "offspring": 8}
+_SELECTION = {"descent_rounds": 0, "generations": 4, "offspring": 8}
 SELECTIONS = {
     "trained, three steps": SearchRecipe(
         **_SELECTION, survivors=(4, 2, 1), trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048)
