@@ -5,9 +5,10 @@ products of the database. What such a token costs is measured on this machine in
 the model's own shape, or follows from the peak of another machine. How far predictions were off: docs/lab-log.md.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -24,6 +25,12 @@ _UTILISATION = 0.4
 """Of a GPU's peak, what whole models reach in practice."""
 _SOLVER_UTILISATION = 0.45
 """Of the speed of large matrix products, what the solver reaches."""
+_LAUNCHES = 1e-4
+"""Seconds in which a layer's kernels are started on a GPU."""
+_OVERHEAD = 1.25
+"""What database, search and recovery take beyond their layers and heads: optimiser, reading and writing, Python."""
+_SLACK = 1.15
+"""What memory takes beyond tensors: buffers, fragments."""
 _DISK = 3e8
 """Bytes a second, flushed."""
 _LIBRARIES = 650_000_000
@@ -45,14 +52,16 @@ class Gpu:
     """Peak bfloat16 FLOP/s, dense."""
     float32: float
     """Peak float32 FLOP/s."""
+    bandwidth: float
+    """Of its memory, bytes a second."""
 
 
 GPUS: Mapping[str, Gpu] = {
-    "h100": Gpu(memory=80e9, fast=989e12, float32=67e12),
-    "h200": Gpu(memory=141e9, fast=989e12, float32=67e12),
-    "a100": Gpu(memory=80e9, fast=312e12, float32=19.5e12),
-    "l40s": Gpu(memory=48e9, fast=362e12, float32=91.6e12),
-    "rtx4090": Gpu(memory=24e9, fast=165e12, float32=82.6e12),
+    "h100": Gpu(memory=80e9, fast=989e12, float32=67e12, bandwidth=3.35e12),
+    "h200": Gpu(memory=141e9, fast=989e12, float32=67e12, bandwidth=4.8e12),
+    "a100": Gpu(memory=80e9, fast=312e12, float32=19.5e12, bandwidth=2.0e12),
+    "l40s": Gpu(memory=48e9, fast=362e12, float32=91.6e12, bandwidth=0.864e12),
+    "rtx4090": Gpu(memory=24e9, fast=165e12, float32=82.6e12, bandwidth=1.01e12),
 }
 """By name; peaks are the makers'."""
 
@@ -67,6 +76,8 @@ class Rates:
     """The same in the dtype that is fast here."""
     layer_training: float
     """Forwards and backwards through one layer, in that dtype."""
+    layer_alone: float
+    """A single token through one layer, as in decoding."""
     head_float32: float
     """Through the head, forwards, with its log-probabilities, in float32."""
     head_training: float
@@ -173,6 +184,10 @@ def predict(
         layers * rates.layer_float32
         + sum(share * layers * rates.layer_float32 + 2 * rates.head_float32 for share in models)
     )
+    request = layers * (
+        recipe.evaluation.prefill_tokens * rates.layer_fast + recipe.evaluation.decode_tokens * rates.layer_alone
+    )
+    held_out += (recipe.evaluation.repeats + 1) * sum(share * request for share in models)
 
     base, whole = _LIBRARIES, 4.0 * dense
     candidate = left * in_sites
@@ -208,14 +223,20 @@ def predict(
     )  # fmt: skip
     checkpoint = 12 * (fixed + candidate) if recovery.tokens else 0
     disk = stored + 2 * 2 * fraction * dense + checkpoint + 4 * fraction * dense
+    loaded = tuple(_with_overhead(stage) for stage in stages)
     return Costs(
         dense_parameters=dense,
         target_parameters=round(fraction * dense),
         smallest_parameters=fixed,
-        stages=stages,
+        stages=loaded,
         disk=disk,
-        advice=tuple(_advice(stages, machine, recipe)),
+        advice=tuple(_advice(loaded, machine, recipe)),
     )
+
+
+def _with_overhead(stage: StageCost) -> StageCost:
+    seconds = stage.seconds * (1 if stage.name == "evaluation" else _OVERHEAD)
+    return replace(stage, seconds=seconds, memory=_LIBRARIES + _SLACK * (stage.memory - _LIBRARIES))
 
 
 def machine_here(device: torch.device) -> Machine:
@@ -243,6 +264,7 @@ def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:
         layer_float32=layer / float32,
         layer_fast=layer / fast,
         layer_training=3 * layer / fast,
+        layer_alone=2 * weights / gpu.bandwidth + _LAUNCHES,
         head_float32=head / float32,
         head_training=4 * head / fast,
         product=1 / (gpu.float32 * 2 * _UTILISATION),
@@ -251,6 +273,8 @@ def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:
 
 def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> Rates:
     """What a token costs here: one random layer and the head, timed on a block of `tokens` tokens for some seconds."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
     fast = fast_dtype(device)
     rotary = DarwinLMRotaryEmbedding(config).to(device)
     positions = torch.arange(tokens, device=device).unsqueeze(0)
@@ -289,11 +313,20 @@ def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> 
     with torch.no_grad():
         slow_forward = _seconds(lambda: through(layers[torch.float32], states[torch.float32]), device)
         fast_forward = _seconds(lambda: through(layers[fast], states[fast]), device)
+        one_B1D = states[fast][:, :1]
+        first_11 = positions[:, :1]
+        alone = _seconds(
+            lambda: layers[fast](
+                one_B1D, attention_mask=None, position_ids=first_11, position_embeddings=rotary(one_B1D, first_11)
+            ),
+            device,
+        )
         head_forward = _seconds(head, device)
         product = _seconds(lambda: square @ square, device)
     return Rates(
         layer_float32=slow_forward / tokens,
         layer_fast=fast_forward / tokens,
+        layer_alone=alone,
         layer_training=_seconds(lambda: train(layers[fast], states[fast].detach()), device) / tokens,
         head_float32=head_forward / rows,
         head_training=_seconds(train_head, device) / rows,
