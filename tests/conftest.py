@@ -30,26 +30,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GRANULARITIES = ("kv_group", "query_head")
 VOCABULARY = 259
 
-SETTINGS = {
-    "data.sequence_length": 16,
-    "data.calibration_tokens": 256,
-    "data.trial_tokens": 128,
-    "data.score_tokens": 64,
-    "data.held_out_tokens": 64,
-    "database.levels": 4,
-    "search.generations": 2,
-    "search.offspring": 3,
-    "search.survivors": [2, 1],
-    "search.trial_tokens": [16, 32],
-    "search.score_tokens": [32, 64],
-    "search.learning_rate": 1e-3,
-    "recovery.tokens": 64,
-    "evaluation.prefill_tokens": 8,
-    "evaluation.decode_tokens": 2,
-    "evaluation.repeats": 1,
-}
-TARGET = 0.7
-
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
