@@ -8,8 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from darwinlm.costs import GPUS
-from darwinlm.pipeline import plan_run
+from darwinlm.costs import GPUS, plan_run
 from darwinlm.recipe import load_recipe
 
 CASES = {

@@ -9,8 +9,7 @@ import darwinlm
 from darwinlm.adapters.families import dense_config, find_sites
 from darwinlm.adapters.loading import load_config
 from darwinlm.cli import main
-from darwinlm.costs import GPUS, Machine, measure_rates, predict, rates_of
-from darwinlm.pipeline import plan_run
+from darwinlm.costs import GPUS, Machine, measure_rates, plan_run, predict, rates_of
 from darwinlm.recipe import load_recipe
 
 

@@ -94,7 +94,7 @@ def plan(
 
     from rich.console import Console
 
-    from darwinlm.pipeline import plan_run
+    from darwinlm.costs import plan_run
     from darwinlm.recipe import load_recipe
     from darwinlm.report.summary import show_costs
 

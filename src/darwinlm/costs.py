@@ -14,12 +14,15 @@ from math import prod
 import torch
 
 from darwinlm.adapters.cutting import count_parameters
-from darwinlm.adapters.families import Site
-from darwinlm.adapters.loading import expected_shapes, fast_dtype
+from darwinlm.adapters.families import Site, dense_config, find_sites
+from darwinlm.adapters.loading import choose_device, expected_shapes, fast_dtype, load_config
 from darwinlm.adapters.memory import kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMRotaryEmbedding
+from darwinlm.demo import resolve
+from darwinlm.errors import UserError
 from darwinlm.memory import available_memory
-from darwinlm.recipe import Recipe
+from darwinlm.plan import check_target
+from darwinlm.recipe import Recipe, parse_target, split_targets
 
 _UTILISATION = 0.4
 """Of a GPU's peak, what whole models reach in practice."""
@@ -119,6 +122,47 @@ class Costs:
     """Bytes, at the end and while checkpoints are there."""
     advice: tuple[str, ...]
     """Settings to change where the memory does not suffice."""
+
+
+def plan_run(
+    recipe: Recipe, gpus: int = 1, gpu: str | None = None, gpu_memory: str | None = None
+) -> tuple[Machine, Costs]:
+    """What a run of `recipe` would cost, from the model's config alone.
+
+    Args:
+        recipe: with a target in parameters.
+        gpus: how many devices there will be.
+        gpu: which, of `GPUS`; by default this machine is measured for some seconds.
+        gpu_memory: of each of them, `40GB`.
+
+    Raises:
+        UserError: if the target is no number of parameters or cannot be reached, or the device is not known.
+    """
+    targets = [parse_target(target) for target in split_targets(recipe.target)]
+    if len(targets) > 1 or set(targets[0]) != {"params"}:
+        raise UserError(f"plan: target {recipe.target!r}: one number of parameters is expected, such as 0.5 or 2.7B")
+    config = dense_config(load_config(resolve(recipe.model)))
+    sites = find_sites(config, recipe.database.granularity)
+    size, shapes = targets[0]["params"], expected_shapes(config)
+    dense = sum(prod(shape) for shape in shapes.values())
+    fixed = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("model.layers."))
+    check_target("params", size, dense=dense, smallest=fixed)
+    fraction = size if isinstance(size, float) else size / dense
+    if gpu is None:
+        device = choose_device(recipe.device)
+        machine, rates = machine_here(device), measure_rates(config, device, recipe.data.sequence_length)
+    elif gpu in GPUS:
+        there = GPUS[gpu]
+        machine = Machine(name=f"{gpus} x {gpu}", devices=gpus, memory=there.memory, accelerator=True)
+        rates = rates_of(config, there, recipe.data.sequence_length)
+    else:
+        raise UserError(f"plan: --gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
+    if gpu_memory is not None:
+        try:
+            machine = replace(machine, memory=float(parse_target(f"memory={gpu_memory}")["memory"]))
+        except ValueError:
+            raise UserError(f"plan: --gpu-memory {gpu_memory!r}: write it as 80GB") from None
+    return machine, predict(config, sites, recipe, fraction, machine, rates)
 
 
 def predict(

@@ -3,8 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,17 +14,13 @@ from torch import Tensor
 import darwinlm
 from darwinlm import dist
 from darwinlm.adapters.cutting import assemble, build_model, copy_trained, pruned_config
-from darwinlm.adapters.families import dense_config, find_sites
 from darwinlm.adapters.loading import (
     DenseModel,
     choose_device,
-    expected_shapes,
     fast_dtype,
-    load_config,
     load_dense,
 )
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
-from darwinlm.costs import GPUS, Costs, Machine, machine_here, measure_rates, predict, rates_of
 from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
@@ -49,7 +44,7 @@ from darwinlm.lock import RunLock
 from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe, parse_target, split_targets
+from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
 from darwinlm.recovery.checkpoints import remove_checkpoints
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover
@@ -129,47 +124,6 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
             RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *get_args(Target)))
     dist.barrier()
     return run_recipe(after, out)
-
-
-def plan_run(
-    recipe: Recipe, gpus: int = 1, gpu: str | None = None, gpu_memory: str | None = None
-) -> tuple[Machine, Costs]:
-    """What a run of `recipe` would cost, from the model's config alone.
-
-    Args:
-        recipe: with a target in parameters.
-        gpus: how many devices there will be.
-        gpu: which, of `costs.GPUS`; by default this machine is measured for some seconds.
-        gpu_memory: of each of them, `40GB`.
-
-    Raises:
-        UserError: if the target is no number of parameters or cannot be reached, or the device is not known.
-    """
-    targets = [parse_target(target) for target in split_targets(recipe.target)]
-    if len(targets) > 1 or set(targets[0]) != {"params"}:
-        raise UserError(f"plan: target {recipe.target!r}: one number of parameters is expected, such as 0.5 or 2.7B")
-    config = dense_config(load_config(resolve(recipe.model)))
-    sites = find_sites(config, recipe.database.granularity)
-    size, shapes = targets[0]["params"], expected_shapes(config)
-    dense = sum(prod(shape) for shape in shapes.values())
-    fixed = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("model.layers."))
-    check_target("params", size, dense=dense, smallest=fixed)
-    fraction = size if isinstance(size, float) else size / dense
-    if gpu is None:
-        device = choose_device(recipe.device)
-        machine, rates = machine_here(device), measure_rates(config, device, recipe.data.sequence_length)
-    elif gpu in GPUS:
-        there = GPUS[gpu]
-        machine = Machine(name=f"{gpus} x {gpu}", devices=gpus, memory=there.memory, accelerator=True)
-        rates = rates_of(config, there, recipe.data.sequence_length)
-    else:
-        raise UserError(f"plan: --gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
-    if gpu_memory is not None:
-        try:
-            machine = replace(machine, memory=float(parse_target(f"memory={gpu_memory}")["memory"]))
-        except ValueError:
-            raise UserError(f"plan: --gpu-memory {gpu_memory!r}: write it as 80GB") from None
-    return machine, predict(config, sites, recipe, fraction, machine, rates)
 
 
 def run_recipe(recipe: Recipe, out: Path) -> Run:
