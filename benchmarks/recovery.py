@@ -38,7 +38,7 @@ METHODS = {
     "LoRA, half and half": {"distillation": 0.5, "lora_rank": 64, "learning_rate": 1e-3},
 }
 """Settings of `recovery`, beyond those on the command line."""
-_FEW, _MORE = 3, 9
+_FEW, _MORE = 2, 5
 """Optimiser steps; the difference in their seconds is what steps cost."""
 
 
