@@ -2,6 +2,7 @@
 
     python benchmarks/search.py compare --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py selection --data FOLDER --evaluation FILE --seeds 0 1 2
+    python benchmarks/search.py ranking --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py trial
 
 `compare`: for each seed one database; then plans of the same budget from uniform sizes, from weight magnitudes, from
@@ -10,7 +11,9 @@ the database's output errors (knapsack), from our search, and, each for as long 
 training. All are judged on text that no method has seen, before and after the same recovery. `trial`: seconds for a
 candidate, ours against a deep copy of the dense model with zeros in it, trained and scored in bfloat16. `selection`:
 does training candidates before they are judged choose better ones? Evolution from uniform sizes with and without it, in
-one selection step and in three, all with the same number of tokens (trained or scored) in each generation.
+one selection step and in three, all with the same number of tokens (trained or scored) in each generation. `ranking`:
+how well do scores without a trial, and after one with next-token loss or distillation, rank plans as a longer recovery
+does?
 """
 
 import argparse
@@ -34,10 +37,12 @@ from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
 from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe, load_recipe
+from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
 from darwinlm.search.evolution import Evolution
+from darwinlm.search.forecast import spearman
 from darwinlm.search.stage import TrialScorer, search_plan
 
 PAPER = SearchRecipe(
@@ -48,7 +53,7 @@ PAPER = SearchRecipe(
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
 
-_SELECTION = {"descent_rounds": 0, "generations": 4, "offspring": 8}
+_SELECTION = {"descent_rounds": 0, "generations": 3, "offspring": 8}
 SELECTIONS = {
     "trained, three steps": SearchRecipe(
         **_SELECTION, survivors=(4, 2, 1), trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048)
@@ -167,6 +172,63 @@ def compare_selections(arguments: argparse.Namespace) -> None:
     summarise(rows, arguments.recovery_tokens)
 
 
+def compare_rankings(arguments: argparse.Namespace) -> None:
+    """Plans near the one that a short descent finds, ranked by each cheap score and by a longer recovery."""
+    cheap = {
+        "not trained, 512 tokens": ("none", 0, 512),
+        "not trained, 2048 tokens": ("none", 0, 2048),
+        "next-token 512, score 512": ("next-token", 512, 512),
+        "next-token 2048, score 2048": ("next-token", 2048, 2048),
+        "distillation 512, score 512": ("distillation", 512, 512),
+        "distillation 2048, score 2048": ("distillation", 2048, 2048),
+    }
+    found: dict[str, list[float]] = {name: [] for name in cheap}
+    for seed in arguments.seeds:
+        recipe, dense, corpus, judge = prepare(arguments, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+            space = database.space(dense.sites)
+            budget = parameter_budget(float(arguments.target), space)
+            short = recipe.search.model_copy(update={"descent_rounds": 1, "generations": 0, "forecast_candidates": 0})
+            best = search_plan(dense, database, corpus, budget, short, seed, Path(folder) / "search")
+            plans = Evolution(space, budget, PAPER, [best], seed).relatives(arguments.plans)
+            score = DenseReference(dense.model, corpus.tokens("score", 2048))
+            scores: dict[str, list[float]] = {name: [] for name in cheap}
+            last = []
+            for plan in plans:
+                for name, (loss, trained, scored) in cheap.items():
+                    scores[name].append(_trial(dense, database, corpus, plan, score, loss, trained, scored))
+                last.append(_row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)[2])
+                print(f"seed {seed}: {len(last)}: {last[-1]:.4f}", flush=True)
+            for name in cheap:
+                alike = spearman(scores[name], last)
+                found[name].append(alike.rho)
+                print(f"seed {seed}: {name}: {alike.rho:.2f} ({alike.low:.2f} to {alike.high:.2f})", flush=True)
+    for name, rhos in found.items():
+        spread = statistics.stdev(rhos) if len(rhos) > 1 else 0
+        print(f"{name}: Spearman {statistics.mean(rhos):.2f} ± {spread:.2f} over {len(rhos)} seeds")
+
+
+def _trial(
+    dense: DenseModel, database: Database, corpus: Corpus, plan: Plan, score: DenseReference, loss: str, trained: int,
+    scored: int,
+) -> float:  # fmt: skip
+    """KL on `scored` tokens after `trained` tokens with that loss, one block a step, at the rate of the trials."""
+    cuts = database.cuts(dense.sites, plan.levels, dense.device)
+    model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=trained > 0)
+    if trained > 0:
+        objective = Objective(model, dense.model, float(loss == "distillation"))
+        optimizer = torch.optim.AdamW(
+            model.model.layers.parameters(), lr=SearchRecipe().learning_rate, weight_decay=0.0, fused=True
+        )
+        for ids_1T in corpus.tokens("trial", trained).long().split(1):
+            objective(ids_1T, ids_1T)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.model.layers.parameters(), 1.0)
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+    return score.compare(model, scored).kl
+
+
 def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) -> None:
     """Mean and standard deviation over the seeds."""
     print("method: KL, perplexity" + (", after recovery: KL, perplexity" if recovery_tokens else ""))
@@ -268,7 +330,9 @@ def main() -> None:
     comparison = commands.add_parser("compare", help="plans of one budget from several methods")
     comparison.add_argument("--without", nargs="*", default=[], help="methods to leave out, by name")
     selection = commands.add_parser("selection", help="evolution with and without training, in one step and three")
-    for command in (comparison, selection):
+    ranking = commands.add_parser("ranking", help="cheap scores against a longer recovery")
+    ranking.add_argument("--plans", type=int, default=8)
+    for command in (comparison, selection, ranking):
         command.add_argument("--data", required=True, help="text for calibration, trials and scores")
         command.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
         command.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
@@ -277,7 +341,7 @@ def main() -> None:
     trial = commands.add_parser("trial", help="seconds for a candidate")
     trial.add_argument("--repeats", type=int, default=5)
     trial.add_argument("--device", default="cpu")
-    for command in (comparison, selection, trial):
+    for command in (comparison, selection, ranking, trial):
         command.add_argument("--target", default="0.6", help="fraction of parameters")
     arguments = parser.parse_args()
     print(
@@ -291,7 +355,9 @@ def main() -> None:
         ),
         flush=True,
     )
-    {"compare": compare, "selection": compare_selections, "trial": time_trials}[arguments.command](arguments)
+    {"compare": compare, "selection": compare_selections, "ranking": compare_rankings, "trial": time_trials}[
+        arguments.command
+    ](arguments)
 
 
 if __name__ == "__main__":

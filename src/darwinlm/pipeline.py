@@ -152,7 +152,8 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
         if "params" in size.target:
             check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
     if not (out / "report" / "metrics.json").exists():
-        check_room(4 * dense.parameters, device, f"model {recipe.model!r} in float32")
+        dtype = dense.compute_dtype
+        check_room(dtype.itemsize * dense.parameters, device, f"model {recipe.model!r} in {str(dtype).split('.')[1]}")
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
 
@@ -242,7 +243,8 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
         refitted = folder / "refit.safetensors"
         with dist.main_first():
             if dist.rank() == 0 and not refitted.exists():
-                model = _cut(dense, database, plan)
+                cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
+                model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
                 refit(model, dense.model, corpus.tokens("trial", wanted.refit_tokens))
                 write_bytes(refitted, save(_stored(model, torch.float32)))
         tensors = {name: tensor.to(place) for name, tensor in read_tensors(refitted).items()}

@@ -34,7 +34,7 @@ class DenseReference:
     @torch.no_grad()
     def __init__(self, dense: DarwinLMForCausalLM, blocks_BT: Tensor) -> None:
         self._blocks_BT = blocks_BT.to(dense.device, torch.long)
-        self._head_VD = dense.lm_head.weight.float()
+        self._head_VD = dense.lm_head.weight
         self._batch = max(1, _BATCH_TOKENS // blocks_BT.shape[1])
         self._hidden_BTD = torch.cat([_hidden(dense, batch) for batch in self._blocks_BT.split(self._batch)])
 
@@ -66,7 +66,7 @@ class DenseReference:
         """The same from a model's last hidden states on the first `count` blocks, in batches of `batches(count)`."""
         length = self._blocks_BT.shape[1]
         count = len(self._blocks_BT) if count is None else count
-        head_VD = head_VD.float()
+        head_VD, dense_VD = head_VD.float(), self._head_VD.float()
         # Reused for all chunks: on the CPU, fresh memory of this size costs more than what is computed in it.
         buffers = [torch.empty(_CHUNK_TOKENS, len(head_VD), device=head_VD.device) for _ in range(3)]
         kls, loss = [], 0.0
@@ -86,7 +86,7 @@ class DenseReference:
                     torch.mm(here_ND.float(), head_VD.T, out=logits_NV)
                     torch.log_softmax(logits_NV, -1, out=log_q_NV)
                     loss += torch.nn.functional.nll_loss(log_q_NV, labels_N, reduction="sum").item()
-                    torch.mm(there_ND.float(), self._head_VD.T, out=logits_NV)
+                    torch.mm(there_ND.float(), dense_VD.T, out=logits_NV)
                     torch.log_softmax(logits_NV, -1, out=log_p_NV)
                     torch.sub(log_p_NV, log_q_NV, out=log_q_NV)
                     kl += torch.dot(log_p_NV.exp_().view(-1), log_q_NV.view(-1)).item()
@@ -115,12 +115,12 @@ class DenseReference:
         length = len(hidden_TD)
         gradient_TD = torch.empty(hidden_TD.shape, device=hidden_TD.device)
         scores_RTD = torch.empty(draws, *hidden_TD.shape, device=hidden_TD.device)
-        head_VD = head_VD.float()
+        head_VD, dense_VD = head_VD.float(), self._head_VD.float()
         generator = torch.Generator(hidden_TD.device).manual_seed(seed)
         for start in range(0, length, _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             there_ND = self._hidden_BTD[block, rows]
-            p_NV = torch.nn.functional.linear(there_ND, self._head_VD).float().softmax(-1)
+            p_NV = torch.nn.functional.linear(there_ND.float(), dense_VD).softmax(-1)
             q_NV = torch.nn.functional.linear(hidden_TD[rows].float(), head_VD).softmax(-1)
             mean_ND = q_NV @ head_VD
             gradient_TD[rows] = (mean_ND - p_NV @ head_VD) / length

@@ -10,6 +10,8 @@ from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 
+TRIAL_BYTES = 18
+"""For each trained parameter: float32 weight, its two moments and gradient, and a bfloat16 copy that computes."""
 _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
 
@@ -22,7 +24,8 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
     are the same in all candidates. Where memory is short, each layer's activations are computed again for its gradient.
 
     Args:
-        model: float32; afterwards in the dtype that it was trained in, rounded from the float32 weights.
+        model: its layers float32 and its own; afterwards in the dtype that it was trained in, rounded from the float32
+            weights. The rest may be shared with other models and in any dtype.
         blocks_BT: token ids, blocks * tokens, on any device.
         learning_rate: AdamW's, without weight decay.
         batch_size: blocks in one optimiser step.
@@ -37,7 +40,7 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
     masters = parameters
     if dtype != torch.float32:
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
-        model.to(dtype)  # type: ignore[arg-type]
+    model.to(dtype)  # type: ignore[arg-type]
     tokens = min(batch_size, len(blocks_BT)) * blocks_BT.shape[1]
     recompute = kept_bytes(cast(DarwinLMConfig, model.config), tokens, dtype) > _SHARE * free_memory(model.device)
     if recompute:

@@ -98,21 +98,24 @@ def build_model(
     cuts: Mapping[str, Cut],
     *,
     trainable: bool = False,
+    shared_ends: bool = False,
 ) -> DarwinLMForCausalLM:
-    """A model cut physically out of the dense `weights`.
+    """A model cut physically out of the dense `weights`, on the device of their embeddings.
 
     Args:
         config: of the dense model.
         sites: all sites of the dense model.
         weights: the dense model's state dict.
         cuts: by site name; a site without an entry stays dense.
-        trainable: copy every tensor, so that training leaves the dense weights alone. Without it, tensors are shared.
+        trainable: copy every tensor, in float32, so that training leaves the dense weights alone. Without it, all are
+            in the dense weights' dtype, and those that are not cut are shared.
+        shared_ends: of a trainable model too, share embeddings, last norm and head.
     """
-    tensors = {name: tensor for name, tensor in weights.items() if not _in_a_site(name)}
-    for site in sites:
-        tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
-    if trainable:
-        tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    embeddings = weights["model.embed_tokens.weight"]
+    tensors = {}
+    for name, tensor in _cut_tensors(sites, weights, cuts).items():
+        copied = trainable and (_in_a_site(name) or not shared_ends)
+        tensors[name] = tensor.to(embeddings.device, torch.float32 if copied else embeddings.dtype, copy=copied)
     return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 
@@ -121,9 +124,11 @@ def build_layer(
 ) -> DarwinLMDecoderLayer:
     """One layer of what `build_model` gives, its tensors shared with the dense `weights`; `sites` are the layer's."""
     prefix = f"model.layers.{layer}."
+    embeddings = weights["model.embed_tokens.weight"]
     tensors: dict[str, Tensor] = {}
     for site in sites:
         tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
+    tensors = {name: tensor.to(embeddings.device, embeddings.dtype) for name, tensor in tensors.items()}
     with torch.device("meta"):
         module = DarwinLMDecoderLayer(pruned_config(config, sites, cuts), layer)
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
@@ -131,10 +136,10 @@ def build_layer(
 
 
 def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:
-    """A model of the sizes of `model` with other `tensors`, float32, on its device; a tied head need not be in them."""
+    """A model like `model`, its device and dtype too, with other `tensors`; a tied head need not be in them."""
     return assemble(
         copy.deepcopy(cast(DarwinLMConfig, model.config)),
-        {name: tensor.to(model.device, torch.float32) for name, tensor in tensors.items()},
+        {name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items()},
         trainable=False,
     )
 
@@ -154,6 +159,13 @@ def assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: b
     model.requires_grad_(trainable)
     model.train(trainable)
     return model
+
+
+def _cut_tensors(sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
+    tensors = {name: tensor for name, tensor in weights.items() if not _in_a_site(name)}
+    for site in sites:
+        tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
+    return tensors
 
 
 def _in_a_site(name: str) -> bool:

@@ -43,10 +43,20 @@ class DenseModel:
     fingerprint: str
     """Of config and weights: two checkpoints that differ have different ones."""
 
-    @cached_property
+    @property
     def model(self) -> DarwinLMForCausalLM:
-        """The whole model on the device, in float32."""
-        return self.whole(self.device, torch.float32)
+        """The whole model on the device, in `compute_dtype`; read when first asked for."""
+        self.ends.to(self.device)  # type: ignore[arg-type]
+        return self.ends
+
+    @cached_property
+    def ends(self) -> DarwinLMForCausalLM:
+        """`model` for those that need its embeddings, last norm and head: its layers may be parked elsewhere."""
+        return self.whole(self.device, self.compute_dtype)
+
+    def park(self) -> None:
+        """Leave the layers in the CPU's memory until `model` is asked for again: the device's is for something else."""
+        self.ends.model.layers.to("cpu")
 
     def whole(self, device: torch.device, dtype: torch.dtype) -> DarwinLMForCausalLM:
         """The whole model, read anew."""
@@ -54,12 +64,12 @@ class DenseModel:
 
     def release(self) -> None:
         """Forget `model`, so that its memory is free; it is read again when it is next asked for."""
-        self.__dict__.pop("model", None)
+        self.__dict__.pop("ends", None)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of `model`; a tied head is not in it."""
-        state: dict[str, Tensor] = self.model.state_dict()
+        """The state dict of `model`, parked layers on the CPU; a tied head is not in it."""
+        state: dict[str, Tensor] = self.ends.state_dict()
         if self.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         return state
@@ -81,7 +91,7 @@ class DenseModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of a block's forward pass in calibration: the checkpoint's on an accelerator, else float32."""
+        """That the dense model is held and run in: the checkpoint's on an accelerator, else float32."""
         return self.dtype if self.device.type == "cuda" else torch.float32
 
     def block(self, layer: int) -> nn.Module:

@@ -9,7 +9,9 @@ from darwinlm.memory import available_memory
 def free_memory(device: torch.device) -> int:
     """Bytes of `device` that this process can still take."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What PyTorch keeps of freed tensors is free for new ones.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return available_memory()
 
 

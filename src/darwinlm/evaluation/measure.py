@@ -27,7 +27,7 @@ def measure(
     """One row a model: parameters, held-out perplexity and KL to the dense model, KV-cache bytes, speed.
 
     Args:
-        models: by name, float32; `dense` must be among them.
+        models: by name, in the dtype that they are judged in; `dense` must be among them.
         held_out_BT: token ids, blocks * tokens.
         recipe: how speed is measured.
         dtype: that the models are stored in; speed and cache bytes are for it.

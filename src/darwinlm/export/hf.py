@@ -28,7 +28,7 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
     """Write `model` to `folder` in the checkpoint's dtype, and prove it before it takes its place.
 
     Args:
-        model: the pruned model, float32; it is not changed.
+        model: the pruned model; it is not changed.
         dense: where tokenizer and generation settings come from.
         plan: the content of `plan.json`.
         card: the content of `README.md`.
@@ -114,7 +114,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
 
 @torch.no_grad()
 def _largest_difference(model: DarwinLMForCausalLM, folder: Path) -> float:
-    written = load(folder, dtype=torch.float32, device=str(model.device))
+    written = load(folder, dtype=model.dtype, device=str(model.device))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (1, _PROOF_TOKENS), generator=generator).to(model.device)
     training = model.training

@@ -27,28 +27,33 @@ def refit(model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Ten
 
     Args:
         model: the pruned model, float32.
-        dense: the model it was cut from, on the same device.
+        dense: the model it was cut from, on the same device, in any dtype.
         blocks_BT: token ids, blocks * tokens.
     """
     batches = blocks_BT.to(dense.device, torch.long).split(max(1, _BATCH_TOKENS // blocks_BT.shape[1]))
-    wanted = [dense.model.embed_tokens(ids_BT) for ids_BT in batches]
+    # Both streams are float32, whatever the dense layers compute in.
+    wanted = [dense.model.embed_tokens(ids_BT).float() for ids_BT in batches]
     states = [model.model.embed_tokens(ids_BT) for ids_BT in batches]
     positions = torch.arange(blocks_BT.shape[1], device=dense.device).unsqueeze(0)
-    rotary = dense.model.rotary_emb(wanted[0], positions)
+    rotary = {dtype: dense.model.rotary_emb(wanted[0].to(dtype), positions) for dtype in {dense.dtype, torch.float32}}
 
     def attention(layer: DarwinLMDecoderLayer, index: int) -> Callable[[Tensor], Tensor]:
+        dtype = layer.self_attn.o_proj.weight.dtype
+        kind = dense.config.layer_types[index]
+
         def run(states_BTD: Tensor) -> Tensor:
+            states_BTD = states_BTD.to(dtype)
             mask = attention_masks(dense.config, states_BTD, position_ids=positions)
-            kind = dense.config.layer_types[index]
             output: Tensor = layer.self_attn(
-                layer.input_layernorm(states_BTD), position_embeddings=rotary, attention_mask=mask.get(kind)
+                layer.input_layernorm(states_BTD), position_embeddings=rotary[dtype], attention_mask=mask.get(kind)
             )[0]
-            return output
+            return output.float()
 
         return run
 
     def mlp(layer: DarwinLMDecoderLayer) -> Callable[[Tensor], Tensor]:
-        return lambda states_BTD: layer.mlp(layer.post_attention_layernorm(states_BTD))
+        dtype = layer.mlp.down_proj.weight.dtype
+        return lambda states_BTD: layer.mlp(layer.post_attention_layernorm(states_BTD.to(dtype))).float()
 
     with task("refit (layers)", len(model.model.layers)) as progress:
         for index, (whole, cut) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):

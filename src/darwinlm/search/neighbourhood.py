@@ -47,7 +47,7 @@ class Neighbourhood:
         self._before: list[list[Tensor]] = []
         """By batch, the hidden states before each layer and after the last."""
         self._inputs = []
-        model = dense.model.model
+        model = dense.ends.model
         for ids_BT in reference.batches():
             states = model.embed_tokens(ids_BT).to(dtype)
             positions = torch.arange(ids_BT.shape[1], device=dense.device).unsqueeze(0)
@@ -71,12 +71,13 @@ class Neighbourhood:
             states = self._before[batch][first][:rows]
             for layer, module in enumerate(modules, first):
                 states = self._run(module, layer, states, batch)
-            normed: Tensor = self._dense.model.model.norm(states.float())
+            norm = self._dense.ends.model.norm
+            normed: Tensor = norm(states.to(norm.weight.dtype))
             return normed
 
         count = self._reference.count(tokens)
         last_hidden = (hidden(batch, len(ids_BT)) for batch, ids_BT in enumerate(self._reference.batches(count)))
-        return self._reference.compare_hidden(last_hidden, self._dense.model.lm_head.weight, count).kl
+        return self._reference.compare_hidden(last_hidden, self._dense.ends.lm_head.weight, count).kl
 
     def _run(self, module: DarwinLMDecoderLayer, layer: int, states: Tensor, batch: int) -> Tensor:
         positions, masks, rotary = self._inputs[batch]

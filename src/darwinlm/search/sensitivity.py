@@ -19,6 +19,7 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import DenseModel, fast_dtype
+from darwinlm.adapters.memory import free_memory
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.plan import Plan, Space
 from darwinlm.scoring import DenseReference
@@ -53,10 +54,11 @@ def measure_sensitivity(
         draws: random draws in each block for the second order.
         after_block: called whenever a block is done.
     """
-    sites = [_WidenedSite(dense, index, cut, space, base) for index in range(len(dense.sites))]
-    model = _widened_model(dense, sites)
     mine = range(dist.rank(), len(blocks_BT), dist.world_size())
     reference = DenseReference(dense.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
+    place = _place_of_columns(dense, space)
+    sites = [_WidenedSite(dense, index, cut, space, base, place) for index in range(len(dense.sites))]
+    model = _widened_model(dense, sites)
     changes: dict[int, list[Tensor]] = {}
     """By block: the first order and the second, sites * levels."""
     for row, block in enumerate(mine):
@@ -66,7 +68,7 @@ def measure_sensitivity(
         embedded = model.model.embed_tokens(ids_1N).requires_grad_(True)
         hidden_ND = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
         gradient_ND, scores_RND = reference.gradients(
-            hidden_ND.detach(), row, dense.model.lm_head.weight, draws, seed=seed * len(blocks_BT) + block
+            hidden_ND.detach(), row, dense.ends.lm_head.weight, draws, seed=seed * len(blocks_BT) + block
         )
         hidden_ND.backward(gradient_ND.to(hidden_ND.dtype), retain_graph=draws > 0)
         first = torch.stack([site.changes_WL.sum(0) for site in sites])
@@ -86,26 +88,43 @@ def measure_sensitivity(
     )
 
 
+def _place_of_columns(dense: DenseModel, space: Space) -> torch.device:
+    """Where the columns of all levels are: on the device, or, where they would take half of its room, on the CPU."""
+    columns = sum(
+        site.columns_per_unit * sum(levels.units) for site, levels in zip(dense.sites, space.sites, strict=True)
+    )
+    size = columns * dense.config.hidden_size * fast_dtype(dense.device).itemsize
+    return dense.device if 2 * size < free_memory(dense.device) else torch.device("cpu")
+
+
 class _WidenedSite:
     """A site's output projection at its base level, as wide as the dense one, and its columns at all levels."""
 
-    def __init__(self, dense: DenseModel, index: int, cut: Callable[[int, int], Cut], space: Space, base: Plan) -> None:
+    def __init__(
+        self,
+        dense: DenseModel,
+        index: int,
+        cut: Callable[[int, int], Cut],
+        space: Space,
+        base: Plan,
+        place: torch.device,
+    ) -> None:
         self.site, self.base = dense.sites[index], base.levels[index]
         self.last = sum(units > 0 for units in space.sites[index].units)
         """The level that removes the site, if there is one."""
         self.dtype = fast_dtype(dense.device)
-        dense_OI = dense.weights[f"{self.site.output}.weight"]
+        dense_OI = dense.weights[f"{self.site.output}.weight"].to(self.dtype)
         columns, weights = [torch.arange(dense_OI.shape[1], device=dense.device)], [dense_OI]
         for level in range(1, self.last):
             found = cut(index, level)
             assert found.output_weight is not None
             columns.append(_columns(self.site, found.kept).to(dense.device))
-            weights.append(found.output_weight)
+            weights.append(found.output_weight.to(self.dtype))
         self.weight_OI = torch.zeros_like(dense_OI)
         if self.base < self.last:
             self.weight_OI[:, columns[self.base]] = weights[self.base]
         self.bias_O = dense.weights.get(f"{self.site.output}.bias")
-        self.columns_K, self.weights_OK = torch.cat(columns), torch.cat(weights, dim=1).to(self.dtype)
+        self.columns_K, self.weights_OK = torch.cat(columns), torch.cat(weights, dim=1).to(place)
         self.widths = [len(one) for one in columns]
         self._inputs_NI: Tensor | None = None
         most = max(len(site.units) for site in space.sites)
@@ -134,13 +153,14 @@ class _WidenedSite:
     def _project(self, gradient_1NO: Tensor) -> None:
         assert self._inputs_NI is not None
         gradient_NO = gradient_1NO[0]
-        products_NK = (gradient_NO @ self.weights_OK).mul_(self._inputs_NI.index_select(1, self.columns_K))
+        weights_OK = self.weights_OK.to(gradient_NO.device, non_blocking=True)
+        products_NK = (gradient_NO @ weights_OK).mul_(self._inputs_NI.index_select(1, self.columns_K))
         length, most = len(gradient_NO), self.changes_WL.shape[1]
         changes_NL = gradient_NO.new_zeros(-(-length // _WINDOW) * _WINDOW, most, dtype=torch.float32)
         for level, part in enumerate(products_NK.split(self.widths, dim=1)):
             changes_NL[:length, level] = part.sum(1, dtype=torch.float32)
         if self.bias_O is not None:
-            changes_NL[:length, : self.last] += (gradient_NO.float() @ self.bias_O)[:, None]
+            changes_NL[:length, : self.last] += (gradient_NO.float() @ self.bias_O.float())[:, None]
         changes_NL -= changes_NL[:, self.base].clone()[:, None]
         self.changes_WL = changes_NL.view(-1, _WINDOW, most).sum(1)
 

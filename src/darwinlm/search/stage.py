@@ -14,6 +14,7 @@ from torch import Tensor
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype
+from darwinlm.adapters.memory import free_memory
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -28,7 +29,7 @@ from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.training import train_briefly
+from darwinlm.training import TRIAL_BYTES, train_briefly
 
 DIVERGED = 1e9
 """The score of a candidate whose trial diverged: it is dropped, the search goes on."""
@@ -39,8 +40,8 @@ class TrialScorer:
 
     def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
         self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
-        self._weights = dense.weights
         self._reference = DenseReference(dense.model, corpus.tokens("score", max(recipe.score_tokens)))
+        self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
 
     def score(self, plan: Plan, step: int, parent: Plan) -> float:
@@ -60,10 +61,13 @@ class TrialScorer:
         """The plan's KL in nats on `score_tokens` after a trial of `trial_tokens`, or `DIVERGED`."""
         recipe, dense = self._recipe, self._dense
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
-        model = build_model(dense.config, dense.sites, self._weights, cuts, trainable=True)
+        trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
+        if TRIAL_BYTES * trained > free_memory(dense.device):
+            dense.park()
+        model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
         train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
-        return _finite(self._reference.compare(model, score_tokens, head_VD=dense.model.lm_head.weight).kl)
+        return _finite(self._reference.compare(model, score_tokens, head_VD=dense.ends.lm_head.weight).kl)
 
     def _cut(self, index: int, level: int) -> Cut:
         return self._database.cut(self._dense.sites[index], level, self._dense.device)
@@ -175,7 +179,7 @@ class _Judge:
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
         model = build_model(dense.config, dense.sites, dense.weights, cuts)
         model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
-        found = reference.compare(model, head_VD=dense.model.lm_head.weight).kl_by_block
+        found = reference.compare(model, head_VD=dense.ends.lm_head.weight).kl_by_block
         return [_finite(kl) for kl in found]
 
 
