@@ -20,13 +20,14 @@ from darwinlm.adapters.loading import (
     fast_dtype,
     load_dense,
 )
+from darwinlm.adapters.memory import free_memory
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
-from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, write_sample
+from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, visiting, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
 from darwinlm.export.targets import check_targets, export_model, sites_kept_for
@@ -350,11 +351,10 @@ def _measure(
 ) -> dict[str, Any]:
     """What `measured.json` holds; the last of `models` is the result."""
     rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
-    sample = {
-        "prompt": SAMPLE_PROMPT,
-        "before": write_sample(dense.model, dense.tokenizer),
-        "after": write_sample(models[list(models)[-1]], dense.tokenizer),
-    }
+    sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.model, dense.tokenizer)}
+    last = models[list(models)[-1]]
+    with visiting(last, dense.device):
+        sample["after"] = write_sample(last, dense.tokenizer)
     limits: list[dict[str, Any]] = [
         {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
         for limit in budget.limits
@@ -398,17 +398,19 @@ def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
     return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)
 
 
-def _cut(dense: DenseModel, database: Database, plan: Plan) -> DarwinLMForCausalLM:
-    cuts = database.cuts(dense.sites, plan.levels, dense.device)
-    return build_model(dense.config, dense.sites, dense.weights, cuts)
-
-
 def _models(dense: DenseModel, database: Database, budget: Budget, plan: Plan) -> dict[str, DarwinLMForCausalLM]:
+    space = database.space(dense.sites)
+    uniform = uniform_plan(space, budget)
+    plans = {"uniform": uniform, "found": plan} if uniform is not None else {"found": plan}
     models = {"dense": dense.model}
-    uniform = uniform_plan(database.space(dense.sites), budget)
-    if uniform is not None:
-        models["uniform"] = _cut(dense, database, uniform)
-    return models | {"found": _cut(dense, database, plan)}
+    # There may be a third, trained one beside these. Without room for all, they wait elsewhere for their turns.
+    size = dense.compute_dtype.itemsize * sum(space.parameters(one.levels) for one in (*plans.values(), plan))
+    place = dense.device if size < free_memory(dense.device) else torch.device("cpu")
+    for name, one in plans.items():
+        cuts = database.cuts(dense.sites, one.levels, dense.device)
+        model = build_model(dense.config, dense.sites, dense.weights, cuts)
+        models[name] = model.to(place)  # type: ignore[arg-type]
+    return models
 
 
 def _stored(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 import copy
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,16 +28,19 @@ def measure(
     """One row a model: parameters, held-out perplexity and KL to the dense model, KV-cache bytes, speed.
 
     Args:
-        models: by name, in the dtype that they are judged in; `dense` must be among them.
+        models: by name, in the dtype that they are judged in; `dense` must be among them, and where it is, all are
+            judged, whatever their own place.
         held_out_BT: token ids, blocks * tokens.
         recipe: how speed is measured.
         dtype: that the models are stored in; speed and cache bytes are for it.
     """
+    device = models["dense"].device
     reference = DenseReference(models["dense"], held_out_BT)
     rows = []
     with task("evaluation (models)", len(models)) as progress:
         for name, model in models.items():
-            fidelity = reference.compare(model)
+            with visiting(model, device):
+                fidelity = reference.compare(model)
             # The dense model's KL is 0 by definition; rounding would show as 1e-12.
             kl = 0.0 if name == "dense" else fidelity.kl
             rows.append(
@@ -53,6 +57,17 @@ def measure(
     for row, speed in zip(rows, speeds(as_stored(models, dtype), recipe).values(), strict=True):
         row |= speed
     return rows
+
+
+@contextmanager
+def visiting(model: DarwinLMForCausalLM, device: torch.device) -> Iterator[None]:
+    """Have `model` on `device` for as long as it is used, and then where it was before."""
+    home = model.device
+    model.to(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        model.to(home)  # type: ignore[arg-type]
 
 
 def as_stored(models: Mapping[str, DarwinLMForCausalLM], dtype: torch.dtype) -> dict[str, DarwinLMForCausalLM]:
@@ -90,17 +105,22 @@ def speeds(models: Mapping[str, DarwinLMForCausalLM], recipe: EvaluationRecipe) 
 def request_seconds(
     models: Mapping[str, DarwinLMForCausalLM], workload: WorkloadRecipe, repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds for a request's prompt and for its new tokens; all models in turns, after one untimed pass."""
+    """Median seconds for a request's prompt and for its new tokens; all models in turns, after one untimed pass.
+
+    All are timed where the first one is.
+    """
+    device = next(iter(models.values())).device
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with task("evaluation (speed)", repeats + 1) as progress:
         for repeat in range(repeats + 1):
             for name, model in models.items():
-                timed = time_request(
-                    model,
-                    batch_size=workload.batch_size,
-                    prompt_tokens=workload.prompt_tokens,
-                    new_tokens=workload.new_tokens,
-                )
+                with visiting(model, device):
+                    timed = time_request(
+                        model,
+                        batch_size=workload.batch_size,
+                        prompt_tokens=workload.prompt_tokens,
+                        new_tokens=workload.new_tokens,
+                    )
                 if repeat > 0:
                     times[name].append(timed)
             progress.advance()
