@@ -14,6 +14,7 @@ from torch import Tensor
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype
+from darwinlm.adapters.memory import Portion
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -42,6 +43,7 @@ class TrialScorer:
         self._weights = dense.weights
         self._reference = DenseReference(dense.model, corpus.tokens("score", max(recipe.score_tokens)))
         self._near: tuple[Plan, Neighbourhood] | None = None
+        self._portion = Portion(recipe.batch_size, "search")
 
     def score(self, plan: Plan, step: int, parent: Plan) -> float:
         """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value.
@@ -62,7 +64,13 @@ class TrialScorer:
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
         model = build_model(dense.config, dense.sites, self._weights, cuts, trainable=True)
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
-        train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
+        train_briefly(
+            model,
+            blocks_BT,
+            learning_rate=recipe.learning_rate,
+            batch_size=recipe.batch_size,
+            portion=self._portion,
+        )
         return _finite(self._reference.compare(model, score_tokens, head_VD=dense.model.lm_head.weight).kl)
 
     def _cut(self, index: int, level: int) -> Cut:
