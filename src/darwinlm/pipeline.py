@@ -26,6 +26,7 @@ from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
+from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, write_sample
 from darwinlm.export.card import model_card
@@ -136,7 +137,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
     RunDirectory.check(out, recipe)
-    with RunLock(out) as lock:
+    with same_bits(recipe.deterministic), RunLock(out) as lock:
         if dist.rank() == 0 and (out / "manifest.json").exists():
             lock.take()
         dist.barrier()
