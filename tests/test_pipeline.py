@@ -236,6 +236,7 @@ def test_kill_9_in_database_and_search_changes_no_byte_of_the_plan(run, checkpoi
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start in the background
 numbers, places = [getattr(signal, name) for name in sys.argv[1].split(",")], sys.argv[2].split(",")
 replace = os.replace
 def interrupt(source, destination):
