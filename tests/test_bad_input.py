@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import huggingface_hub.constants
 import pyarrow
@@ -20,7 +21,7 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from darwinlm import cli, files, progress
+from darwinlm import cli, dist, files, progress
 from darwinlm.adapters import loading
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
@@ -670,6 +671,28 @@ def test_a_process_of_its_own_says_the_same(command, message, tmp_path):
     assert re.search(message, one_line(done.returncode, done.stderr))
     assert done.stdout == ""
     assert not any(tmp_path.iterdir())
+
+
+def test_all_ranks_together_say_it_once(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
+    command = ["prune", "./nothing", "--target", "0.5", "--out", "out"]
+    done = subprocess.run([*launcher, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: model './nothing': there is no such local folder")
+
+
+@pytest.mark.parametrize(
+    "missing", [{"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"MASTER_ADDR": None}, {"MASTER_PORT": "1"}]
+)
+def test_a_rank_that_cannot_ask_the_others_says_it(missing, monkeypatch):
+    found = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    monkeypatch.setattr(dist, "_ASKING", timedelta(milliseconds=10))
+    for name, value in (found | missing).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert dist.first_to_say("x")
 
 
 def test_without_a_command_the_help_is_shown(capsys):
