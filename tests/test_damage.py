@@ -173,6 +173,16 @@ def test_a_damaged_search_state_is_named_and_without_it_the_search_runs_anew(nam
     assert files_of(out) == before
 
 
+def test_an_index_that_cannot_be_read_is_kept(again, monkeypatch):
+    out, same_command = again
+    flip_a_bit(out / "database" / "index.json")
+    before = files_of(out)
+    monkeypatch.setattr(pipeline.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"index.json is damaged \(.+\); start the run again in a new folder"):
+        same_command()
+    assert files_of(out) == before
+
+
 def test_a_damaged_corpus_is_not_replaced_by_another_text(again, text):
     out, same_command = again
     delete(out / "corpus.safetensors")
@@ -233,6 +243,19 @@ def test_a_stage_that_leaves_other_files_than_before_has_those_after_it_run_agai
         assert run.done("second") == still_done
         with run.stage("second"):
             pass
+
+
+def test_a_model_that_is_not_read_back_as_it_was_is_not_left(again, monkeypatch):
+    out, same_command = again
+    before = files_of(out)
+    shutil.rmtree(out / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr("darwinlm.export.hf._largest_difference", lambda model, folder: float("nan"))
+        with pytest.raises(UserError, match=r"the written model gives other logits \(relative difference nan\)"):
+            same_command()
+    assert not (out / "model").exists()
+    same_command()
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -1,6 +1,7 @@
 """Recovery: the objective and the refit against plain formulas, resuming, ranks, sharding and LoRA."""
 
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -113,18 +114,19 @@ def test_a_refit_of_the_dense_model_changes_nothing(pruned):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, monkeypatch):
+@pytest.mark.parametrize(("share", "temperature"), [(0.0, 1.0), (0.3, 1.0), (1.0, 1.0), (0.5, 2.5)])
+def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, temperature, monkeypatch):
     monkeypatch.setattr(objective, "_CHUNK_TOKENS", 40)
     dense, database = pruned("qwen2", "kv_group")
     ids = BLOCKS.long()
     labels = ids.clone()
     labels[:, :5] = -100
     model, again = (halved(dense, database, trainable=True) for _ in range(2))
-    Objective(model, dense.model, share)(ids, labels)["loss"].backward()
-    log_q = again(ids).logits.log_softmax(-1)
-    log_p = dense.model(ids).logits.log_softmax(-1).detach()
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, 4:-1].mean()  # where the next token counts
+    Objective(model, dense.model, share, temperature)(ids, labels)["loss"].backward()
+    logits = again(ids).logits
+    log_q, warm_q = logits.log_softmax(-1), (logits / temperature).log_softmax(-1)
+    warm_p = (dense.model(ids).logits / temperature).log_softmax(-1).detach()
+    kl = temperature**2 * (warm_p.exp() * (warm_p - warm_q)).sum(-1)[:, 4:-1].mean()  # where the next token counts
     next_token = torch.nn.functional.cross_entropy(log_q[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     ((1 - share) * next_token + share * kl).backward()
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
@@ -308,6 +310,25 @@ def test_a_recovery_that_runs_out_of_memory_takes_the_same_steps_in_parts(
     assert set(seen[-12:]) == {1}
     (said,) = [line for line in caplog.messages if "do not fit" in line]
     assert said == "recovery: 4 blocks in a pass do not fit the memory of the device; now 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "message"),
+    [
+        ({"lora_rank": 2, "sharding": "fsdp"}, "nothing", r"recovery\.sharding=fsdp do not go together; leave one"),
+        ({"lora_rank": 2}, "peft", r"^recovery\.lora_rank needs PEFT; pip install 'darwinlm\[lora\]'$"),
+        ({"loggers": ["wandb"]}, "wandb", r"^recovery\.loggers: wandb is not installed; pip install wandb$"),
+    ],
+)
+def test_what_cannot_be_met_here_is_said_before_the_training(settings, missing, message, pruned, tmp_path, monkeypatch):
+    dense, database = pruned("qwen3", "kv_group")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setitem(sys.modules, missing, None)
+    model = halved(dense, database, trainable=True)
+    with pytest.raises(UserError, match=message):
+        train(model, dense, RecoveryRecipe(tokens=48, **settings), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_path):

@@ -67,7 +67,7 @@ def first_to_say(message: str) -> bool:
     try:
         # Torchrun's own, which outlives the ranks.
         address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        store = process_group.TCPStore(address, port, is_master=False, timeout=_ASKING)
+        store = process_group.TCPStore(address, port, is_master=False, timeout=_ASKING)  # type: ignore[attr-defined]
         return bool(store.add(key, 1) == 1)
     except (KeyError, RuntimeError):
         return True
