@@ -30,7 +30,7 @@ coverage: $(VENV)/.ready
 # Known weaknesses in the pinned dependencies; needs the advisory database, so it is not part of `test`.
 audit: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
