@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-eval test-long audit check clean
+.PHONY: demo test test-eval test-long coverage audit check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
@@ -15,15 +15,22 @@ test-eval: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	$(BIN)/python -m pytest tests/with_lm_eval
 
-# Minutes each; not in CI. The second needs Linux, and a kernel that lets users mount file systems of their own.
+# Minutes each; not in CI. The last two need Linux: a kernel that lets users mount file systems of their own, and a wheel of atheris.
 test-long: $(VENV)/.ready
 	PYTHONPATH=tests $(BIN)/python benchmarks/kill.py --kills 50
 	PYTHONPATH=tests unshare --map-root-user --mount $(BIN)/python benchmarks/full_disk.py --sizes 12
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: atheris
+	PYTHONPATH=tests $(BIN)/python benchmarks/fuzz_readers.py --seconds 120
+
+# Which lines of the package no test reaches; processes that tests start are not followed.
+coverage: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check coverage
+	$(BIN)/coverage run --source src/darwinlm -m pytest && $(BIN)/coverage report --skip-covered --sort cover
 
 # Known weaknesses in the pinned dependencies; needs the advisory database, so it is not part of `test`.
 audit: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

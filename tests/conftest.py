@@ -16,13 +16,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from darwinlm import training
 from darwinlm.adapters.families import dense_config
 from darwinlm.adapters.loading import DenseModel, load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMModel
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.pipeline import Run, prune
 from darwinlm.recipe import DatabaseRecipe
+from darwinlm.recovery import stage
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -181,6 +183,35 @@ def run(
     return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
 
 
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """Call it, and passes of more than one block run out of memory (of two, halfway); the sizes of all passes."""
+    forward = DarwinLMModel.forward
+    for user in (training, stage):
+        monkeypatch.setattr(user, "fast_dtype", lambda device: torch.float32)
+
+    def begin() -> list[int]:
+        seen: list[int] = []
+
+        def small(model: DarwinLMModel, input_ids: torch.Tensor, **arguments: Any) -> Any:
+            seen.append(len(input_ids))
+            # The first part of the first batch in two parts gets through: what it has left must not count.
+            if len(input_ids) > 2 or seen[-2:] == [2, 2]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return forward(model, input_ids, **arguments)
+
+        monkeypatch.setattr(DarwinLMModel, "forward", small)
+        return seen
+
+    return begin
+
+
+def apart(models: tuple[torch.nn.Module, torch.nn.Module], start: torch.nn.Module) -> float:
+    """How far apart two models have come, as a share of the way that the first went from `start`."""
+    one, other, begin = (torch.nn.utils.parameters_to_vector(model.parameters()).detach() for model in (*models, start))
+    return float((one - other).norm() / (one - begin).norm())
+
+
 CLOCKS = ("manifest.json", "measured.json", "metrics.json", "index.html", "README.md", "recipe.yaml", "lock")
 
 
@@ -191,3 +222,21 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name not in CLOCKS
     }
+
+
+def cut_short(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def delete(file):
+    file.unlink()
+
+
+DAMAGES = (cut_short, flip_a_bit, delete)

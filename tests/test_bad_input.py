@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import huggingface_hub.constants
 import pyarrow
@@ -20,8 +21,10 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from darwinlm import cli, files, progress
+import darwinlm
+from darwinlm import cli, dist, files, progress
 from darwinlm.adapters import loading
+from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
 from darwinlm.files import RunDirectory, naming_disk_faults, new_folder
@@ -330,6 +333,34 @@ def test_a_model_of_the_hub_with_pickled_weights_only(refused, checkpoint, tmp_p
     refused("model 'owner/it': its weights cannot be loaded: .*convert GGUF, or pickled .bin", model="owner/it")
 
 
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def fail(*arguments, **named):
+        raise ConnectionError("the Hub\nis away")
+
+    monkeypatch.setattr("darwinlm.adapters.checkpoint.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"^model 'owner/it': its weights cannot be downloaded: the Hub is away$"):
+        Checkpoint("owner/it")
+
+
+def test_a_model_whose_files_go_away_while_it_is_read(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    found = Checkpoint(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read \(No such file.*; get the whole checkpoint"):
+        found.read(["lm_head.weight"], torch.device("cpu"))
+
+
+def test_a_model_that_our_modelling_file_would_run_otherwise(refused, checkpoint, monkeypatch):
+    def doubled(*arguments, **named):
+        model = build_model(*arguments, **named)
+        model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight * (1 + 2e-4))
+        return model
+
+    build_model = loading.build_model
+    monkeypatch.setattr(loading, "build_model", doubled)
+    refused(r"gives other logits than transformers \(relative difference 2.0e-04\); its config has a setting that is")
+
+
 # ---- the target
 
 NEITHER = r"is neither a fraction of the parameters \(0.5\) nor a count of them \(2.7B, 500M\)"
@@ -502,6 +533,7 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
             r"search.survivors=\[9, 1\] keeps more than search.offspring=2; lower the first or",
         ),
         ("search.trial_tokens=[a, 2]", "search.trial_tokens.0 = 'a': input should be a valid integer"),
+        ("search.trial_tokens=[-1, 16]", "search.trial_tokens must be at least 0 and search.score_tokens at least 1"),
         ("search.trial_tokens=[16, 64]", r"\[16, 64\] asks for more than data.trial_tokens=32; raise the latter"),
         ("search.score_tokens=[16, 64]", r"\[16, 64\] asks for more than data.score_tokens=32; raise the latter"),
         ("device=abacus", "device 'abacus' cannot be used here: "),
@@ -670,6 +702,41 @@ def test_a_process_of_its_own_says_the_same(command, message, tmp_path):
     assert re.search(message, one_line(done.returncode, done.stderr))
     assert done.stdout == ""
     assert not any(tmp_path.iterdir())
+
+
+def test_all_ranks_together_say_it_once(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
+    command = ["prune", "./nothing", "--target", "0.5", "--out", "out"]
+    done = subprocess.run([*launcher, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: model './nothing': there is no such local folder")
+
+
+@pytest.mark.parametrize(
+    "missing", [{"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"MASTER_ADDR": None}, {"MASTER_PORT": "1"}]
+)
+def test_a_rank_that_cannot_ask_the_others_says_it(missing, monkeypatch):
+    found = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    monkeypatch.setattr(dist, "_ASKING", timedelta(milliseconds=10))
+    for name, value in (found | missing).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert dist.first_to_say("x")
+
+
+def test_the_version_is_shown(capsys):
+    assert cli._exit_code(["--version"]) == 0
+    assert capsys.readouterr().out == f"{darwinlm.__version__}\n"
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_bars", True)
+    with progress.task("search (generations)", 4) as task:
+        task.advance(3, note="KL 0.5")
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("search (generations)", "3/4", "KL 0.5"))
 
 
 def test_without_a_command_the_help_is_shown(capsys):

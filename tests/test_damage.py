@@ -5,34 +5,18 @@ import re
 import shutil
 
 import pytest
-from conftest import TARGET, files_of
+from conftest import DAMAGES, TARGET, cut_short, delete, files_of, flip_a_bit
 from hypothesis import given
 from hypothesis import strategies as st
 
 import darwinlm
+from darwinlm import pipeline
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.files import RunDirectory, read_json, write_json
 from darwinlm.pipeline import prune
 from darwinlm.recipe import load_recipe
 
-
-def cut_short(file):
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def delete(file):
-    file.unlink()
-
-
-DAMAGES = (cut_short, flip_a_bit, delete)
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]
 MADE_AGAIN = {
     # The file, and what is said; {} is its path.
@@ -124,6 +108,26 @@ def test_trained_weights_are_made_again_when_they_are_needed(damage, again):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_refit_is_made_again(damage, again, monkeypatch):
+    out, same_command = again
+    before = files_of(out)
+    for folder in ("model", "recovery"):
+        shutil.rmtree(out / folder)
+
+    def stop(*arguments, **named):
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "recover", stop)
+        with pytest.raises(UserError, match="stopped"):
+            same_command()
+    damage(out / "recovery" / "refit" / "weights.safetensors")
+    (said,) = same_command()
+    assert re.fullmatch(rf"{out}/recovery/refit/weights.safetensors is \w+: it is refitted anew", said)
+    assert files_of(out) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_recipe_is_written_again_and_damaged_numbers_are_measured_again(damage, again):
     out, same_command = again
     recipe = (out / "recipe.yaml").read_bytes()
@@ -169,6 +173,16 @@ def test_a_damaged_search_state_is_named_and_without_it_the_search_runs_anew(nam
     assert files_of(out) == before
 
 
+def test_an_index_that_cannot_be_read_is_kept(again, monkeypatch):
+    out, same_command = again
+    flip_a_bit(out / "database" / "index.json")
+    before = files_of(out)
+    monkeypatch.setattr(pipeline.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"index.json is damaged \(.+\); start the run again in a new folder"):
+        same_command()
+    assert files_of(out) == before
+
+
 def test_a_damaged_corpus_is_not_replaced_by_another_text(again, text):
     out, same_command = again
     delete(out / "corpus.safetensors")
@@ -200,7 +214,7 @@ def test_a_manifest_names_no_file_outside_its_run(name, again):
     manifest = read_json(out / "manifest.json")
     manifest["files"]["export"][name] = "0"
     write_json(out / "manifest.json", manifest, sealed=True)
-    assert [line for line in same_command() if "is outside the run" in line]
+    assert [line for line in same_command() if "is outside its folder" in line]
     assert (out.parent / "outside.txt").read_text() == "mine"
 
 
@@ -229,6 +243,19 @@ def test_a_stage_that_leaves_other_files_than_before_has_those_after_it_run_agai
         assert run.done("second") == still_done
         with run.stage("second"):
             pass
+
+
+def test_a_model_that_is_not_read_back_as_it_was_is_not_left(again, monkeypatch):
+    out, same_command = again
+    before = files_of(out)
+    shutil.rmtree(out / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr("darwinlm.export.hf._largest_difference", lambda model, folder: float("nan"))
+        with pytest.raises(UserError, match=r"the written model gives other logits \(relative difference nan\)"):
+            same_command()
+    assert not (out / "model").exists()
+    same_command()
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from darwinlm.database.store import Database, read_space
 from darwinlm.errors import UserError
-from darwinlm.files import read_json
+from darwinlm.files import read_json, write_json
 from darwinlm.plan import Plan, SiteLevels, Space, check_target, parameter_budget
 from darwinlm.recipe import Recipe, _known_keys, load_recipe, parse_override, parse_target, split_targets
 
@@ -166,6 +168,44 @@ def test_a_json_file_of_any_bytes(content, tmp_path):
         Plan.from_dict(payload, SPACE)
     except UserError as error:
         one_line(error)
+
+
+ENTRY = {"layer": 0, "kind": "mlp", "blake2b": "0", "units": [2, 0]}
+ENTRY |= {"parameters": [20, 0], "kv_elements": [0, 0], "errors": [0.0, 1.0]}
+
+
+@FUZZ
+@given(
+    payload=st.fixed_dictionaries(
+        {"format": st.just(2)},
+        optional={
+            "fixed_parameters": st.just(10) | VALUES,
+            "sites": VALUES
+            | st.dictionaries(
+                st.sampled_from(["layers.0.mlp", "../outside", "layers.1.mlp\n"]) | st.text(max_size=8),
+                st.builds(lambda changes: ENTRY | changes, st.dictionaries(st.sampled_from([*ENTRY, "a"]), VALUES)),
+                max_size=2,
+            ),
+        },
+    )
+)
+@example(payload={"format": 2, "sites": {"layers.0.mlp": ENTRY}, "fixed_parameters": 10})
+@example(payload={"format": 2, "sites": {"layers.0.mlp": ENTRY | {"errors": [0.0]}}})
+@example(payload={"format": 2, "sqtes": {}})
+def test_an_index_of_any_values(payload, tmp_path):
+    try:
+        write_json(tmp_path / "index.json", payload, sealed=True)
+    except (TypeError, ValueError):  # a date, NaN, or an integer of thousands of digits
+        return
+    try:
+        database = Database(tmp_path)
+        space = read_space(tmp_path)
+    except UserError as error:
+        one_line(error)
+        return
+    assert space is None or [site.name for site in space.sites] == list(payload["sites"])
+    database.forget_damaged()
+    assert read_space(tmp_path) in (None, replace(space, sites=()) if space else None)
 
 
 @FUZZ

@@ -1,23 +1,27 @@
 """The whole flow on a tiny model: what a run leaves, and that no crash changes what it comes to."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import TARGET, files_of
+from conftest import SETTINGS, TARGET, files_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm import cli
+from darwinlm import cli, pipeline, progress
+from darwinlm.adapters.loading import load_dense
 from darwinlm.pipeline import prune, recover_again
+from darwinlm.recipe import load_recipe
 
 
 def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
@@ -115,6 +119,19 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(run, checkpo
     assert before == {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}
 
 
+def test_the_command_recover_goes_on_with_a_run(run, tmp_path, capsys, monkeypatch):
+    finished, _ = run
+    out = shutil.copytree(finished.path, tmp_path / "run")
+    before = files_of(out)
+    shutil.rmtree(out / "model")
+    # Here it is a guest in another process.
+    monkeypatch.setattr(progress, "set_up", lambda **arguments: None)
+    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
+    assert cli._exit_code(["recover", str(out), "--quiet"]) == 0
+    assert "recovered" in capsys.readouterr().out
+    assert files_of(out) == before
+
+
 def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(run, tmp_path):
     finished, _ = run
     out = tmp_path / "run"
@@ -199,6 +216,30 @@ def test_a_run_that_crashes_between_its_text_and_the_note_of_it_reads_the_same_t
     assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
+def test_a_clock_that_jumps_changes_nothing(run, checkpoint, tmp_path, monkeypatch):
+    finished, settings = run
+    now, jumps = time.time, itertools.cycle([0, 1e8, -1e8, 3_600, -7_200])
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
+    assert files_of(tmp_path / "run") == files_of(finished.path)
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert all(0 <= stage["seconds"] < 10_000 for stage in stages.values())
+
+
+def test_text_that_the_model_writes_is_as_long_as_the_splits_need(checkpoint):
+    dense = load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
+    recipe = load_recipe("quick", {"model": "m", "target": TARGET, **SETTINGS})
+    corpus = pipeline._own_text(dense, recipe)
+    assert {name: blocks.numel() for name, blocks in corpus.blocks.items()} == {
+        "calibration": 256,
+        "trial": 128,
+        "score": 64,
+        "held_out": 64,
+    }
+    again = pipeline._own_text(dense, recipe)
+    assert all(torch.equal(blocks, again.blocks[name]) for name, blocks in corpus.blocks.items())
+
+
 KILLED = """
 import os, signal, sys
 part, nth = sys.argv[1], int(sys.argv[2])
@@ -236,6 +277,7 @@ def test_kill_9_in_database_and_search_changes_no_byte_of_the_plan(run, checkpoi
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start in the background
 numbers, places = [getattr(signal, name) for name in sys.argv[1].split(",")], sys.argv[2].split(",")
 replace = os.replace
 def interrupt(source, destination):
@@ -275,6 +317,31 @@ def test_signals_end_a_run_with_130_and_keep_what_was_done(numbers, places, run,
     assert not (tmp_path / "run" / "model").exists()
     prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings=settings)
     assert files_of(tmp_path / "run") == files_of(finished.path)
+
+
+TWICE = """
+import os, signal, sys, time
+from darwinlm import cli
+first, second = [getattr(signal, name) for name in sys.argv[1:]]
+def work(*arguments, **named):
+    try:
+        os.kill(os.getpid(), first)
+        time.sleep(60)
+    finally:
+        print("putting in order", flush=True)
+        os.kill(os.getpid(), second)
+        time.sleep(60)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.app = work
+sys.exit(cli._exit_code([]))
+"""
+
+
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_told_twice_to_end_it_ends_at_once(first, second):
+    done = subprocess.run([sys.executable, "-c", TWICE, first, second], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "putting in order\n", f"\n{cli._KEPT}\n")
 
 
 def test_another_model_under_the_same_name_is_refused(run, checkpoint, tmp_path):

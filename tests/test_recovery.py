@@ -1,22 +1,29 @@
 """Recovery: the objective and the refit against plain formulas, resuming, ranks, sharding and LoRA."""
 
+import errno
+import importlib.util
 import json
+import logging
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_tokenizer
+from conftest import DAMAGES, VOCABULARY, apart, flip_a_bit, make_tokenizer
 
+from darwinlm import files
 from darwinlm.adapters.cutting import build_model
 from darwinlm.data import TextStream
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe, RecoveryRecipe
 from darwinlm.recovery import objective, stage
-from darwinlm.recovery.checkpoints import remove_checkpoints
+from darwinlm.recovery.checkpoints import load_best, newest_intact, remove_checkpoints, save_best
 from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.refit import refit
@@ -107,22 +114,43 @@ def test_a_refit_of_the_dense_model_changes_nothing(pruned):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, monkeypatch):
+@pytest.mark.parametrize(("share", "temperature"), [(0.0, 1.0), (0.3, 1.0), (1.0, 1.0), (0.5, 2.5)])
+def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, temperature, monkeypatch):
     monkeypatch.setattr(objective, "_CHUNK_TOKENS", 40)
     dense, database = pruned("qwen2", "kv_group")
     ids = BLOCKS.long()
     labels = ids.clone()
     labels[:, :5] = -100
     model, again = (halved(dense, database, trainable=True) for _ in range(2))
-    Objective(model, dense.model, share)(ids, labels)["loss"].backward()
-    log_q = again(ids).logits.log_softmax(-1)
-    log_p = dense.model(ids).logits.log_softmax(-1).detach()
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, 4:-1].mean()  # where the next token counts
+    Objective(model, dense.model, share, temperature)(ids, labels)["loss"].backward()
+    logits = again(ids).logits
+    log_q, warm_q = logits.log_softmax(-1), (logits / temperature).log_softmax(-1)
+    warm_p = (dense.model(ids).logits / temperature).log_softmax(-1).detach()
+    kl = temperature**2 * (warm_p.exp() * (warm_p - warm_q)).sum(-1)[:, 4:-1].mean()  # where the next token counts
     next_token = torch.nn.functional.cross_entropy(log_q[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     ((1 - share) * next_token + share * kl).backward()
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def killed_at(step, monkeypatch):
+    """The recovery in the block ends without a word after the optimiser step `step`, before anything is written."""
+
+    class Kill(stage._Follow):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise Killed
+            super().on_step_end(args, state, control)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_Follow", Kill)
+        with pytest.raises(Killed):
+            yield
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
@@ -132,22 +160,12 @@ def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_pa
     whole = halved(dense, database, trainable=True)
     losses = train(whole, dense, recipe, tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
-    class Kill(stage._Follow):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == stop_at:
-                raise Killed
-            super().on_step_end(args, state, control)
-
     broken = halved(dense, database, trainable=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "_Follow", Kill)
-        with pytest.raises(Killed):
-            train(broken, dense, recipe, tmp_path / "broken")
+    with killed_at(stop_at, monkeypatch):
+        train(broken, dense, recipe, tmp_path / "broken")
     kept = sorted(path.name for path in (tmp_path / "broken").glob("checkpoint-*"))
-    assert kept == ([f"checkpoint-{(stop_at - 1) // 2 * 2}"] if stop_at > 2 else [])
+    last = (stop_at - 1) // 2 * 2
+    assert kept == sorted(f"checkpoint-{step}" for step in (last - 2, last) if step > 0)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     resumed = halved(dense, database, trainable=True)
     assert train(resumed, dense, recipe, tmp_path / "broken") == losses
@@ -157,6 +175,79 @@ def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_pa
     again = halved(dense, database, trainable=True)
     assert train(again, dense, recipe, tmp_path / "broken") == losses
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+FILES = ("weights.safetensors", "optimizer.safetensors", "optimizer.json", "trainer_state.json", "checksums.json")
+RESUMED = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, checkpoint_steps=3, evaluations=3)
+
+
+@pytest.fixture(scope="module")
+def interrupted(pruned, tmp_path_factory):
+    """What came of a recovery, its model, and a folder in which the same one was killed with two checkpoints there."""
+    dense, database = pruned("llama", "kv_group")
+    whole, folder = halved(dense, database, trainable=True), tmp_path_factory.mktemp("interrupted")
+    done = train(whole, dense, RESUMED, folder / "whole")
+    with killed_at(8, pytest.MonkeyPatch()):
+        train(halved(dense, database, trainable=True), dense, RESUMED, folder / "broken")
+    assert {path.name for path in (folder / "broken").iterdir()} == {"best", "checkpoint-3", "checkpoint-6"}
+    assert {file.name for file in (folder / "broken" / "checkpoint-6").iterdir()} == set(FILES)
+    return done, whole, folder / "broken"
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, damage, interrupted, tmp_path, caplog):
+    run = shutil.copytree(interrupted[2], tmp_path / "run")
+    damage(run / "checkpoint-6" / name)
+    assert newest_intact(run) == run / "checkpoint-3"
+    assert not (run / "checkpoint-6").exists()
+    (said,) = caplog.messages
+    assert re.fullmatch(rf"{run}/checkpoint-6/{name} is (damaged.*|missing): going on from checkpoint-3", said)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "says"), [((6,), ["going on from checkpoint-3"]), ((3, 6), ["going on from .+", "the training begins"])]
+)
+def test_past_damage_a_recovery_comes_to_the_same(damaged, says, interrupted, pruned, tmp_path, caplog):
+    dense, database = pruned("llama", "kv_group")
+    done, whole, broken = interrupted
+    run = shutil.copytree(broken, tmp_path / "run")
+    for step in damaged:
+        flip_a_bit(run / f"checkpoint-{step}" / "weights.safetensors")
+    resumed = halved(dense, database, trainable=True)
+    assert train(resumed, dense, RESUMED, run) == done
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert all(re.search(f"weights.safetensors is damaged: {end}", line) for line, end in zip(said, says, strict=True))
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["weights.safetensors", "checksums.json"])
+def test_damaged_best_weights_are_named_before_they_are_used(name, damage, pruned, tmp_path):
+    dense, database = pruned("llama", "kv_group")
+    model = halved(dense, database, trainable=True)
+    save_best(tmp_path, model)
+    load_best(tmp_path, model)
+    damage(tmp_path / "best" / name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    message = rf"^{tmp_path}/best/{name} is (damaged.*|missing); delete {tmp_path} and run the same command again: the"
+    with pytest.raises(UserError, match=message):
+        load_best(tmp_path, model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_that_cannot_be_read_is_kept(interrupted, tmp_path, monkeypatch):
+    shutil.copytree(interrupted[2], tmp_path / "run")
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "file_checksum", fail)
+    message = r"optimizer\.json cannot be read \(Input/output error\); make it readable, or delete .+/checkpoint-6$"
+    with pytest.raises(UserError, match=message):
+        newest_intact(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-6").exists()
 
 
 def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):
@@ -199,6 +290,45 @@ def test_a_batch_in_parts_gives_the_same_training(pruned, tmp_path):
         UserError, match=r"batch_size=4 is not a multiple of 1 processes \* .*micro_batch_size=3; set it to 6"
     ):
         train(whole, dense, RecoveryRecipe(tokens=96, batch_size=4, micro_batch_size=3), tmp_path / "odd")
+
+
+@pytest.mark.parametrize("settings", [{"distillation": 0, "evaluations": 0}, {"distillation": 0.5, "evaluations": 1}])
+def test_a_recovery_that_runs_out_of_memory_takes_the_same_steps_in_parts(
+    settings, pruned, little_memory, tmp_path, caplog
+):
+    dense, database = pruned("qwen3", "kv_group")
+    start, whole, parts = (halved(dense, database, trainable=True) for _ in range(3))
+    recipe = RecoveryRecipe(tokens=24 * 12, batch_size=4, **settings)
+    done = train(whole, dense, recipe, tmp_path / "whole")
+    seen = little_memory()
+    again = train(parts, dense, recipe, tmp_path / "parts")
+    assert again.losses == pytest.approx(done.losses, rel=1e-4)
+    assert [entry["loss"] for entry in again.evaluations] == pytest.approx(
+        [entry["loss"] for entry in done.evaluations], rel=1e-4
+    )
+    assert apart((whole, parts), start) < 0.01
+    assert set(seen[-12:]) == {1}
+    (said,) = [line for line in caplog.messages if "do not fit" in line]
+    assert said == "recovery: 4 blocks in a pass do not fit the memory of the device; now 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "message"),
+    [
+        ({"lora_rank": 2, "sharding": "fsdp"}, "nothing", r"recovery\.sharding=fsdp do not go together; leave one"),
+        ({"lora_rank": 2}, "peft", r"^recovery\.lora_rank needs PEFT; pip install 'darwinlm\[lora\]'$"),
+        ({"loggers": ["wandb"]}, "wandb", r"^recovery\.loggers: wandb is not installed; pip install wandb$"),
+    ],
+)
+def test_what_cannot_be_met_here_is_said_before_the_training(settings, missing, message, pruned, tmp_path, monkeypatch):
+    dense, database = pruned("qwen3", "kv_group")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setitem(sys.modules, missing, None)
+    model = halved(dense, database, trainable=True)
+    with pytest.raises(UserError, match=message):
+        train(model, dense, RecoveryRecipe(tokens=48, **settings), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_path):
@@ -307,20 +437,9 @@ def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_pa
         model = halved(dense, database, trainable=True)
         return recover(model, dense.model, stream, VALIDATION, recipe, seed=0, folder=folder, device=CPU)[1]
 
-    class Killed(BaseException):
-        pass
-
-    class Kill(stage._Follow):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 8:
-                raise Killed
-            super().on_step_end(args, state, control)
-
     whole = once(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "_Follow", Kill)
-        with pytest.raises(Killed):
-            once(tmp_path / "broken")
+    with killed_at(8, monkeypatch):
+        once(tmp_path / "broken")
     assert once(tmp_path / "broken") == whole
     assert len(whole.losses) == 12
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, apart
 
+from darwinlm import training
 from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.memory import Portion
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
 from darwinlm.plan import Plan
 from darwinlm.recipe import EvaluationRecipe
@@ -170,6 +172,52 @@ def test_a_trial_with_little_memory_ends_at_the_same_weights(pruned, monkeypatch
     train_briefly(little, BLOCKS, learning_rate=1e-3, batch_size=2)
     assert recomputed
     assert all(torch.equal(one, other) for one, other in zip(plenty.parameters(), little.parameters(), strict=True))
+
+
+def test_a_trial_that_runs_out_of_memory_takes_the_same_steps_in_parts(pruned, little_memory, caplog):
+    dense, database = pruned("qwen3", "kv_group")
+    start, whole, parts = (halved(dense, database, trainable=True) for _ in range(3))
+    arguments = {"learning_rate": 1e-3, "batch_size": 4}
+    loss = train_briefly(whole, BLOCKS, **arguments)
+    seen, portion = little_memory(), Portion(4, "search")
+    assert train_briefly(parts, BLOCKS, **arguments, portion=portion) == pytest.approx(loss, rel=1e-4)
+    assert seen == [4, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert apart((whole, parts), start) < 0.01
+    # What was learnt holds for the next candidate, and is said once.
+    train_briefly(halved(dense, database, trainable=True), BLOCKS, **arguments, portion=portion)
+    assert seen[9:] == [1] * 6
+    assert caplog.messages == ["search: 4 blocks in a pass do not fit the memory of the device; now 1"]
+
+
+def test_a_trial_in_bfloat16_adds_up_its_parts_in_float32(pruned, monkeypatch):
+    dense, database = pruned("qwen3", "kv_group")
+    monkeypatch.setattr(training, "fast_dtype", lambda device: torch.bfloat16)
+    added = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer):
+        added.append([parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"]])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    for parts in (Portion(1, "search"), None):
+        model = halved(dense, database, trainable=True)
+        train_briefly(model, BLOCKS[:4], learning_rate=1e-3, batch_size=4, portion=parts)
+    for one, other in zip(*added, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.linalg.norm(one - other) < 0.02 * torch.linalg.norm(other)
+
+
+def test_a_score_that_runs_out_of_memory_is_the_same(pruned, little_memory, caplog):
+    dense, database = pruned("qwen2", "kv_group")
+    model = halved(dense, database)
+    expected = DenseReference(dense.model, BLOCKS).compare(model)
+    seen = little_memory()
+    found = DenseReference(dense.model, BLOCKS).compare(model)
+    assert found.kl == pytest.approx(expected.kl, rel=1e-5)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert seen == [6, 3] + 12 * [1]
+    assert caplog.messages == ["scoring: 6 blocks in a pass do not fit the memory of the device; now 1"]
 
 
 def test_sizes_and_speeds_are_of_the_model_itself(pruned):

@@ -15,6 +15,7 @@ from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
 from darwinlm.search.descent import Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
+from darwinlm.search.stage import starting_plans
 
 
 def space_of(sizes, fixed=100):
@@ -114,6 +115,13 @@ def test_a_search_with_nothing_left_to_try_ends():
     while (request := search.ask()) is not None:
         search.tell([float(plan.levels[0]) for plan in request.plans])
     assert search.stop() == "every neighbour of the best plan has been tried"
+
+
+def test_a_budget_that_no_plan_meets_is_one_line():
+    budget = Budget(limits=(replace(parameter_limit(SPACE), maximum=101, minimum=101),))
+    message = r"no plan takes 101 to 101 parameters with this database's levels; change target a little or raise data"
+    with pytest.raises(UserError, match=message):
+        starting_plans(SPACE, budget)
 
 
 @settings(max_examples=60, deadline=None)

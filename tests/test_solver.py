@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darwinlm.database import solver
 from darwinlm.database.solver import damping_ridge, prune_site, removal_error
 
 DAMPING = 0.01
@@ -72,6 +73,39 @@ def test_removing_more_than_a_block_at_once_gives_the_order_of_single_steps():
     for leap in leaps:
         assert leap.kept == by_size[len(leap.kept)].kept
         assert torch.allclose(leap.weight_OK, by_size[len(leap.kept)].weight_OK, rtol=1e-3, atol=1e-3)
+
+
+def snapshots_of(columns_per_unit=1, units=300):
+    weight, _, gram = problem(units, columns_per_unit)
+    sizes = range(units - 20, 0, -40)
+    return prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING)
+
+
+def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatch):
+    expected = snapshots_of()
+    monkeypatch.setattr(solver._Columns, "choose", solver._Columns.choose_without_waiting)
+    for one, other in zip(snapshots_of(), expected, strict=True):
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("columns_per_unit", "units"), [(1, 300), (4, 60)])
+def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monkeypatch):
+    expected = snapshots_of(columns_per_unit, units)
+    renewed, excess, renew = [], solver._State._excess, solver._State.renew
+
+    def spoil(state):
+        state.weight_On.add_(0.1)
+        return excess(state)
+
+    monkeypatch.setattr(solver._State, "_excess", spoil)
+    monkeypatch.setattr(solver._State, "renew", lambda state: (renewed.append(True), renew(state)))
+    for one, other in zip(snapshots_of(columns_per_unit, units), expected, strict=True):
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+    assert len(renewed) == len(expected)
 
 
 @settings(max_examples=25, deadline=None)

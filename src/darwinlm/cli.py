@@ -298,5 +298,10 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def _fail(message: str) -> int:
     from darwinlm.progress import printable
 
+    if "WORLD_SIZE" in os.environ:  # else a mistake is told without loading PyTorch
+        from darwinlm import dist
+
+        if not dist.first_to_say(message):
+            return 2
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2

@@ -265,8 +265,9 @@ def predict(
         ),
         StageCost(name="evaluation", seconds=held_out, memory=base + whole + 3 * 4 * (fixed + candidate) + 2 * dense),
     )  # fmt: skip
-    checkpoint = 12 * (fixed + candidate) if recovery.tokens else 0
-    disk = stored + 2 * 2 * fraction * dense + checkpoint + 4 * fraction * dense
+    # Of weights and the two moments of AdamW; two are kept.
+    checkpoints = 2 * 12 * (fixed + candidate) if recovery.tokens else 0
+    disk = stored + 2 * 2 * fraction * dense + checkpoints + 4 * fraction * dense
     loaded = tuple(_with_overhead(stage) for stage in stages)
     return Costs(
         dense_parameters=dense,

@@ -16,6 +16,7 @@ from torch import Tensor
 _Value = TypeVar("_Value")
 # One rank may write text or search for days while the others wait for it.
 _PATIENCE = timedelta(days=30)
+_ASKING = timedelta(seconds=5)
 
 
 def start() -> None:
@@ -55,6 +56,21 @@ def gather(value: _Value) -> list[_Value]:
     values: list[Any] = [None] * world_size()
     process_group.all_gather_object(values, value)
     return values
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has said this; true where there is nobody to ask. A rank need not have joined for it."""
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", "1")) == 1 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    key = f"darwinlm/{environment.get('TORCHELASTIC_RESTART_COUNT')}/{message}"
+    try:
+        # Torchrun's own, which outlives the ranks.
+        address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = process_group.TCPStore(address, port, is_master=False, timeout=_ASKING)  # type: ignore[attr-defined]
+        return bool(store.add(key, 1) == 1)
+    except (KeyError, RuntimeError):
+        return True
 
 
 def barrier() -> None:

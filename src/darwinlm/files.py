@@ -27,9 +27,11 @@ FORMAT = 1
 LOCK = "lock"
 """The file in a run directory that says which process works on it."""
 OTHER_CHECKSUM = "its checksum is another than when it was written"
+_CHECKSUMS = "checksums.json"
 
 _SEAL = "checksum"
 _NEW_RUN = "start the run again in a new folder"
+_UNREADABLE = "cannot be read"
 _PLACE_FAULTS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -111,6 +113,45 @@ def file_checksum(path: Path) -> str:
         while chunk := file.read(2**20):
             sums.update(chunk)
     return sums.hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Leave in `folder` the checksums of the files that are in it, for `find_fault`."""
+    sums = {file.name: file_checksum(file) for file in sorted(folder.iterdir())}
+    write_json(folder / _CHECKSUMS, sums, sealed=True)
+
+
+def find_fault(folder: Path) -> str | None:
+    """The first file in `folder` that is damaged or gone since `write_checksums`, and what is wrong with it.
+
+    Raises:
+        UserError: if one is there and cannot be read.
+    """
+    index = folder / _CHECKSUMS
+    try:
+        sums = read_json(index)
+    except UserError as error:
+        if index.exists() and not os.access(index, os.R_OK):
+            raise
+        return str(error).removesuffix(f"; {_NEW_RUN}")
+    for name, expected in sums.items():
+        fault = _fault(folder, name, expected)
+        if fault is not None and fault.startswith(_UNREADABLE):
+            raise UserError(f"{folder / name} {fault}; make it readable, or delete {folder}")
+        if fault is not None:
+            return f"{folder / name} {fault}"
+    return None
+
+
+def _fault(folder: Path, name: str, expected: str) -> str | None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "is outside its folder"
+    try:
+        return None if file_checksum(folder / name) == expected else "is damaged"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"{_UNREADABLE} ({error.strerror or error})"
 
 
 def _as_text(payload: Mapping[str, Any]) -> str:
@@ -310,7 +351,7 @@ class RunDirectory:
         if not self.done(stage):
             return
         for name, expected in self.outputs(stage).items():
-            fault = self._fault(name, expected)
+            fault = _fault(self.path, name, expected)
             if fault is not None:
                 log.warning("%s %s: it is made again (%s)", self.path / name, fault, stage)
                 self.undo(stage)
@@ -321,16 +362,6 @@ class RunDirectory:
             self.manifest["stages"][stage]["done"] = False
             if dist.rank() == 0:
                 self._write()
-
-    def _fault(self, name: str, expected: str) -> str | None:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return "is outside the run"
-        try:
-            return None if file_checksum(self.path / name) == expected else "is damaged"
-        except FileNotFoundError:
-            return "is missing"
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
 
     def _write(self) -> None:
         write_json(self.path / "manifest.json", self.manifest, sealed=True)

@@ -17,7 +17,7 @@ _REMEDIES = {
     "corpus": "lower data.sequence_length",
     "database": "lower database.batch_size, set database.offload=disk",
     "search": "lower search.batch_size or data.sequence_length",
-    "recovery": "lower recovery.batch_size or data.sequence_length",
+    "recovery": "lower recovery.micro_batch_size, set recovery.activations=recompute",
     "evaluation": "lower evaluation.prefill_tokens",
 }
 _TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|bad_alloc|os error 12\b", re.I)

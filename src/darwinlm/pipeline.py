@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
+from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, visiting, write_sample
 from darwinlm.export.card import model_card
@@ -35,6 +37,7 @@ from darwinlm.files import (
     RunDirectory,
     Size,
     file_checksum,
+    find_fault,
     read_json,
     read_tensors,
     run_sizes,
@@ -46,7 +49,7 @@ from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.plan import Budget, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
-from darwinlm.recovery.checkpoints import remove_checkpoints
+from darwinlm.recovery.checkpoints import read_weights, remove_checkpoints, save_weights
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover
 from darwinlm.report.page import write_report
@@ -135,7 +138,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
     RunDirectory.check(out, recipe)
-    with RunLock(out) as lock:
+    with same_bits(recipe.deterministic), RunLock(out) as lock:
         if dist.rank() == 0 and (out / "manifest.json").exists():
             lock.take()
         dist.barrier()
@@ -241,14 +244,16 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
     place = torch.device("cpu") if wanted.sharding == "fsdp" else dense.device
     cuts = database.cuts(dense.sites, plan.levels, place)
     if wanted.refit_tokens > 0:
-        refitted = folder / "refit.safetensors"
+        refitted = folder / "refit"
         with dist.main_first():
-            if dist.rank() == 0 and not refitted.exists():
+            if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
+                if refitted.exists():
+                    log.warning("%s: it is refitted anew", fault)
                 cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
                 model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
                 refit(model, dense.model, corpus.tokens("trial", wanted.refit_tokens))
-                write_bytes(refitted, save(_stored(model, torch.float32)))
-        tensors = {name: tensor.to(place) for name, tensor in read_tensors(refitted).items()}
+                save_weights(refitted, _stored(model, torch.float32))
+        tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
         model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
     else:
         weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
@@ -277,7 +282,7 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
 def _forget_recovery(folder: Path) -> None:
     """Remove what lets an interrupted recovery go on."""
     remove_checkpoints(folder)
-    (folder / "refit.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(folder / "refit", ignore_errors=True)
 
 
 def _verify(run: RunDirectory) -> None:

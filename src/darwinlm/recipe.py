@@ -220,6 +220,9 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    deterministic: bool = False
+    """Use kernels alone that give the same bits every time: slower, and needed on GPUs only, where two runs may differ
+    otherwise (docs/troubleshooting.md says what holds)."""
     data: DataRecipe = DataRecipe()
     database: DatabaseRecipe = DatabaseRecipe()
     search: SearchRecipe = SearchRecipe()

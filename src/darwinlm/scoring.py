@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 
 _CHUNK_TOKENS = 128
@@ -36,7 +37,8 @@ class DenseReference:
         self._blocks_BT = blocks_BT.to(dense.device, torch.long)
         self._head_VD = dense.lm_head.weight
         self._batch = max(1, _BATCH_TOKENS // blocks_BT.shape[1])
-        self._hidden_BTD = torch.cat([_hidden(dense, batch) for batch in self._blocks_BT.split(self._batch)])
+        self._portion = Portion(min(self._batch, len(blocks_BT)), "scoring")
+        self._hidden_BTD = torch.cat([self._hidden(dense, ids_BT) for ids_BT in self.batches()])
 
     def count(self, tokens: int | None) -> int:
         """How many blocks hold the first `tokens` tokens; all of them by default."""
@@ -58,7 +60,7 @@ class DenseReference:
         float32.
         """
         count = self.count(tokens)
-        hidden = (_hidden(model, ids_BT) for ids_BT in self.batches(count))
+        hidden = (self._hidden(model, ids_BT) for ids_BT in self.batches(count))
         return self.compare_hidden(hidden, model.lm_head.weight if head_VD is None else head_VD, count)
 
     @torch.no_grad()
@@ -129,7 +131,8 @@ class DenseReference:
                 scores_RTD[:, rows] = (head_VD[drawn_NR.T] - mean_ND) / length**0.5
         return gradient_TD, scores_RTD
 
+    def _hidden(self, model: DarwinLMForCausalLM, ids_BT: Tensor) -> Tensor:
+        def run(size: int) -> Tensor:
+            return torch.cat([model.model(part, use_cache=False).last_hidden_state for part in ids_BT.split(size)])
 
-def _hidden(model: DarwinLMForCausalLM, ids_BT: Tensor) -> Tensor:
-    hidden: Tensor = model.model(ids_BT, use_cache=False).last_hidden_state
-    return hidden
+        return self._portion(run)

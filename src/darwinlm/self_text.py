@@ -70,7 +70,10 @@ def _write_batch(
 
 def _sample(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token a row at temperature 1, by inversion: one uniform number a row instead of one for each token."""
-    cumulative_BV = logits_BV.float().softmax(-1).cumsum(-1)
+    probabilities_BV = logits_BV.float().softmax(-1)
+    if torch.are_deterministic_algorithms_enabled():
+        probabilities_BV = probabilities_BV.cpu()  # on CUDA sums along a row have no fixed order
+    cumulative_BV = probabilities_BV.cumsum(-1).to(logits_BV.device)
     uniform_B1 = torch.rand(len(logits_BV), 1, generator=generator, device=logits_BV.device)
     return torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:]).clamp_max(logits_BV.shape[1] - 1)
 

@@ -1,13 +1,15 @@
 """The one short training loop: trials use it; recovery uses the Hugging Face Trainer."""
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from darwinlm.adapters.loading import fast_dtype
-from darwinlm.adapters.memory import free_memory, kept_bytes
+from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 
 TRIAL_BYTES = 18
@@ -16,7 +18,14 @@ _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
 
 
-def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rate: float, batch_size: int) -> float:
+def train_briefly(
+    model: DarwinLMForCausalLM,
+    blocks_BT: Tensor,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    portion: Portion | None = None,
+) -> float:
     """Train the layers of `model` in place on next-token loss, once over `blocks_BT`, with AdamW at a constant rate.
 
     Weights are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move. Where the hardware is
@@ -29,6 +38,7 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
         blocks_BT: token ids, blocks * tokens, on any device.
         learning_rate: AdamW's, without weight decay.
         batch_size: blocks in one optimiser step.
+        portion: how many of them are computed at a time, gradients adding up; by default all that fit.
 
     Returns:
         The last step's loss in nats; infinite if the training diverged (the model is then useless).
@@ -41,22 +51,17 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
     if dtype != torch.float32:
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
     model.to(dtype)  # type: ignore[arg-type]
-    tokens = min(batch_size, len(blocks_BT)) * blocks_BT.shape[1]
+    portion = portion or Portion(batch_size, "trial")
+    tokens = min(portion.size, len(blocks_BT)) * blocks_BT.shape[1]
     recompute = kept_bytes(cast(DarwinLMConfig, model.config), tokens, dtype) > _SHARE * free_memory(model.device)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
     loss = math.nan
     for batch_BT in blocks_BT.split(batch_size):
-        batch_BT = batch_BT.to(model.device, torch.long)
-        output = model(input_ids=batch_BT, labels=batch_BT, use_cache=False)
-        output.loss.backward()
-        loss = output.loss.item()
+        loss = portion(partial(_gradients, model, parameters, masters, batch_BT.to(model.device, torch.long)))
         if not math.isfinite(loss):
             return math.inf
-        for master, parameter in zip(masters, parameters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -66,4 +71,26 @@ def train_briefly(model: DarwinLMForCausalLM, blocks_BT: Tensor, *, learning_rat
     if recompute:
         model.activation_checkpointing_disable()
     model.eval()
+    return loss
+
+
+def _gradients(
+    model: DarwinLMForCausalLM,
+    parameters: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    batch_BT: Tensor,
+    size: int,
+) -> float:
+    """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time; that loss."""
+    for each in (*parameters, *masters):
+        each.grad = None  # of an attempt that ran out of memory
+    loss = 0.0
+    for part_BT in batch_BT.split(size):
+        part = model(input_ids=part_BT, labels=part_BT, use_cache=False).loss * (len(part_BT) / len(batch_BT))
+        part.backward()
+        loss += part.item()
+        for master, parameter in zip(masters, parameters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad + gradient
     return loss

@@ -1,9 +1,47 @@
-"""Memory: what is free, and what a pass through a model's layers leaves there for its gradients."""
+"""Memory: what is free, what a pass through layers leaves there for its gradients, and how many blocks fit."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
 from darwinlm.memory import available_memory
+from darwinlm.progress import log
+
+_Result = TypeVar("_Result")
+
+
+class Portion:
+    """How many blocks pass through a model at a time: halved for good where a device's memory does not suffice."""
+
+    def __init__(self, size: int, stage: str) -> None:
+        """Begin with `size` blocks; `stage` is what a log line names."""
+        self.size = size
+        self._stage = stage
+
+    def __call__(self, run: Callable[[int], _Result]) -> _Result:
+        """`run(size)`, again with half the size for as long as it runs out of memory.
+
+        Raises:
+            torch.OutOfMemoryError: if one block is too much.
+        """
+        asked = self.size
+        while True:
+            try:
+                result = run(self.size)
+                break
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+            # After the handler, which keeps the tensors of the failed attempt alive.
+            torch.cuda.empty_cache()
+            self.size //= 2
+        if self.size < asked:
+            log.warning(
+                "%s: %d blocks in a pass do not fit the memory of the device; now %d", self._stage, asked, self.size
+            )
+        return result
 
 
 def free_memory(device: torch.device) -> int:

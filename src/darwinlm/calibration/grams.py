@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from darwinlm import dist
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import DarwinLMRotaryEmbedding, attention_masks
 from darwinlm.calibration.activations import open_activations
 from darwinlm.errors import InvalidTensorError
-from darwinlm.progress import Phases, log
+from darwinlm.progress import Phases
 from darwinlm.recipe import Offload
 
 _PANEL = 1024
@@ -68,7 +69,7 @@ def walk_blocks(
     """
     phases = phases or Phases()
     mine_BT = tokens_BT[dist.rank() :: dist.world_size()]
-    size = min(batch_size, max(1, len(mine_BT)))
+    portion = Portion(min(batch_size, max(1, len(mine_BT))), "database")
     positions = torch.arange(tokens_BT.shape[1], device=dense.device).unsqueeze(0)
     rotary = DarwinLMRotaryEmbedding(dense.config).to(dense.device)
     by_layer: dict[int, list[Site]] = {}
@@ -77,8 +78,8 @@ def walk_blocks(
 
     shape = (*mine_BT.shape, dense.config.hidden_size)
     with open_activations(shape, dense.compute_dtype, dense.device, offload, scratch) as hidden_BTD:
-        for first in range(0, len(mine_BT), size):
-            hidden_BTD[first : first + size] = dense.embed(mine_BT[first : first + size].long())
+        for rows in _slices(len(mine_BT), portion.size):
+            hidden_BTD[rows] = dense.embed(mine_BT[rows].long())
         for index in range(dense.config.num_hidden_layers):
             with phases("read"):
                 layer = dense.block(index)
@@ -98,29 +99,17 @@ def walk_blocks(
 
             with _Recorder(layer, sites, phases) as recorder:
                 if index in (0, first_layer) and len(mine_BT) and dense.device.type not in _NO_LIMIT:
-                    size = _fitting(size, forward)
+                    portion(lambda size, forward=forward: forward(slice(0, size)))  # type: ignore[misc]
                     recorder.reset()
-                for first in range(0, len(mine_BT), size):
-                    rows = slice(first, min(first + size, len(mine_BT)))
+                for rows in _slices(len(mine_BT), portion.size):
                     hidden_BTD[rows] = forward(rows)
                 del layer, forward
                 for site in sites:
                     yield site, recorder.statistics(site, owner(site))
 
 
-def _fitting(size: int, forward: Callable[[slice], Tensor]) -> int:
-    """`size` blocks or as many as fit the device's memory, found by passing them through a layer once."""
-    while True:
-        try:
-            forward(slice(0, size))
-            return size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        # After the handler, which keeps the tensors of the failed attempt alive.
-        torch.cuda.empty_cache()
-        log.warning("database: %d blocks in a pass do not fit the memory of the device; now %d", size, size // 2)
-        size //= 2
+def _slices(blocks: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, blocks)) for first in range(0, blocks, size))
 
 
 def add_gram(gram_II: Tensor, x_NI: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -17,6 +18,30 @@ from darwinlm.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, w
 from darwinlm.plan import SiteLevels, Space
 
 FORMAT = 2
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Entry(BaseModel):
+    """What `index.json` says of a site, by level where it is a list."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    layer: _Count
+    kind: Literal["attention", "mlp"]
+    blake2b: str
+    units: list[_Count] = Field(min_length=2)
+    parameters: list[_Count]
+    kv_elements: list[_Count]
+    errors: list[float]
+
+
+class _Index(BaseModel):
+    """`index.json`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: int
+    sites: dict[Annotated[str, Field(pattern=r"^layers\.\d+\.(attention|mlp)$")], _Entry]
+    fixed_parameters: _Count | None = None
 
 
 class Database:
@@ -33,12 +58,22 @@ class Database:
         self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
         self._verified: set[str] = set()
         if (folder / "index.json").exists():
-            self._index = read_json(folder / "index.json", f"delete {folder} and run the same command again")
+            remedy = f"delete {folder} and run the same command again"
+            self._index = read_json(folder / "index.json", remedy)
             if self._index.get("format") != FORMAT:
                 raise UserError(
                     f"{folder} is a database of format {self._index.get('format')!r}, this version reads format "
                     f"{FORMAT}; build it anew in another run"
                 )
+            try:
+                sites = _Index.model_validate(self._index).sites.values()
+            except ValidationError as error:
+                where = ".".join(str(part) for part in error.errors()[0]["loc"])
+                raise UserError(f"{folder / 'index.json'} is damaged (at {where[:80]!r}); {remedy}") from None
+            if any(
+                {len(site.parameters), len(site.kv_elements), len(site.errors)} != {len(site.units)} for site in sites
+            ):
+                raise UserError(f"{folder / 'index.json'} is damaged (its lists are of different lengths); {remedy}")
 
     def __contains__(self, site: Site) -> bool:
         return site.name in self._index["sites"]

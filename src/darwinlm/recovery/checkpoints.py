@@ -1,5 +1,7 @@
 """Checkpoints of a recovery: safetensors and JSON, whole or not at all, and the same whatever the number of ranks.
 
+Two are kept, each with the checksums of its files: where the newer one is damaged, the older one is taken.
+
 A sharded tensor is gathered before it is written and cut up again when it is read, so that a recovery that began on
 eight devices can go on on one.
 """
@@ -16,16 +18,34 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from darwinlm import dist
-from darwinlm.files import new_folder, read_json, read_tensors
+from darwinlm.errors import UserError
+from darwinlm.files import find_fault, new_folder, read_json, read_tensors, write_checksums
+from darwinlm.progress import log
 
 _PREFIX = "checkpoint-"
 _BEST = "best"
+_WEIGHTS = "weights.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All that are whole, the oldest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=step_of)
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The last checkpoint whose files are as they were written; later ones are named and removed. All ranks call it.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
+    if dist.rank() == 0:
+        found = checkpoints(folder)
+        while found and (fault := find_fault(found[-1])) is not None:
+            shutil.rmtree(found.pop())
+            log.warning("%s: %s", fault, f"going on from {found[-1].name}" if found else "the training begins anew")
+    dist.barrier()
+    return next(reversed(checkpoints(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,7 +68,7 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     text: dict[str, Any] | None,
 ) -> None:
-    """Write what training needs to go on after `step`, and remove the older ones; all ranks call it, rank 0 writes.
+    """Write what training needs to go on after `step`, and keep the one before; all ranks call it, rank 0 writes.
 
     Args:
         folder: of the recovery.
@@ -66,23 +86,30 @@ def save_checkpoint(
     )
     if dist.rank() > 0:
         return
+    # Before, so that there is never room needed for a third.
+    for older in checkpoints(folder)[:-1]:
+        shutil.rmtree(older)
     with new_folder(folder / f"{_PREFIX}{step}") as draft:
-        save_file(weights, draft / "weights.safetensors")
+        save_file(weights, draft / _WEIGHTS)
         save_file(moments, draft / "optimizer.safetensors")
         (draft / "optimizer.json").write_text(json.dumps({"groups": saved["param_groups"], "scheduler": scheduler}))
         (draft / "trainer_state.json").write_text(json.dumps(trainer_state))
         if text is not None:
             (draft / "text.json").write_text(json.dumps(text))
-    for older in checkpoints(folder)[:-1]:
-        shutil.rmtree(older)
+        write_checksums(draft)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put what `save_checkpoint` or `save_best` wrote into the trained parameters of `model`."""
-    weights = read_tensors(folder / "weights.safetensors")
+    weights = read_weights(folder)
     with torch.no_grad():
         for name, parameter in trained(model).items():
             parameter.copy_(_placed_as(weights[name], parameter))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """What `save_checkpoint`, `save_best` or `save_weights` wrote, on the CPU."""
+    return read_tensors(folder / _WEIGHTS)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -103,12 +130,25 @@ def save_best(folder: Path, model: nn.Module) -> None:
     """Keep the trained parameters of `model` as the best so far; all ranks call it, rank 0 writes."""
     weights = dict(_gathered(trained(model)))
     if dist.rank() == 0:
-        with new_folder(folder / _BEST) as draft:
-            save_file(weights, draft / "weights.safetensors")
+        save_weights(folder / _BEST, weights)
+
+
+def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write `weights` into a folder of their own, with their checksum."""
+    with new_folder(folder) as draft:
+        save_file(weights, draft / _WEIGHTS)
+        write_checksums(draft)
 
 
 def load_best(folder: Path, model: nn.Module) -> None:
-    """Go back to what `save_best` kept last."""
+    """Go back to what `save_best` kept last.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    fault = find_fault(folder / _BEST)
+    if fault is not None:
+        raise UserError(f"{fault}; delete {folder} and run the same command again: the training begins anew")
     load_weights(folder / _BEST, model)
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from darwinlm import dist
 from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
+from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import TextStream, unmark
 from darwinlm.errors import UserError
@@ -25,10 +26,10 @@ from darwinlm.files import read_json
 from darwinlm.progress import log, task
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.checkpoints import (
-    checkpoints,
     load_best,
     load_optimizer,
     load_weights,
+    newest_intact,
     save_best,
     save_checkpoint,
     step_of,
@@ -138,15 +139,40 @@ class _Trainer(Trainer):
     """The Trainer with our checkpoints (its own are pickles in part), our order of text and our evaluation."""
 
     validation_BT: Tensor | None = None
+    portion: Portion
+
+    def _fitting(self, run: Callable[[int], Tensor]) -> Tensor:
+        """`run` with as many blocks at a time as fit the memory."""
+        # In the middle of a pass ranks wait for one another: none of them can take it back alone.
+        return self.portion(run) if dist.world_size() == 1 else run(self.portion.size)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Add the gradients of a batch, in parts where it is large, to what the optimiser step has so far."""
+        step = super().training_step
+
+        def run(size: int) -> Tensor:
+            if dist.world_size() == 1:
+                model.zero_grad()  # of an attempt that ran out of memory: here a batch is all of a step
+            parts = zip(*(tensor.split(size) for tensor in inputs.values()), strict=True)
+            losses = [step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch) for part in parts]
+            return torch.stack(losses).sum()
+
+        return self._fitting(run)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Losses on the validation text: all of it on every rank, so that all know which weights are the best."""
         assert self.validation_BT is not None
         self.model_wrapped.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        blocks_BT = self.validation_BT.to(self.args.device)
+
+        def run(size: int) -> Tensor:
+            parts = [self.model_wrapped(**_sample(part_BT))["sums"].double().cpu() for part_BT in blocks_BT.split(size)]
+            return torch.stack(parts).sum(0)
+
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch_BT in self.validation_BT.to(self.args.device).split(self.args.train_batch_size):
-                sums += self.model_wrapped(**_sample(batch_BT))["sums"].double().cpu()
+            sums = self._fitting(run)
         self.model_wrapped.train()
         next_token, kl = (sums[:2] / sums[2]).tolist()
         objective = cast(Objective, self.model)
@@ -218,8 +244,8 @@ def recover(
         validation_BT: other text, marked too, blocks * tokens (as many in a block), to choose the best weights by.
         recipe: how long, how fast and on what.
         seed: of the order.
-        folder: of checkpoints; if there is one, training goes on from it, to the same losses. They stay until
-            `remove_checkpoints`.
+        folder: of checkpoints; if there is one, training goes on from it, to the same losses; from the one before
+            where it is damaged. They stay until `remove_checkpoints`.
         device: this rank's.
 
     Returns:
@@ -234,6 +260,10 @@ def recover(
     if recipe.lora_rank > 0 and recipe.sharding != "none":
         raise UserError("recovery.lora_rank and recovery.sharding=fsdp do not go together; leave one of them out")
     micro, accumulation = _micro_batches(recipe)
+    portion = Portion(micro, "recovery")
+    if dist.world_size() == 1:
+        # The Trainer hands over whole steps, which can be taken back.
+        micro, accumulation = micro * accumulation, 1
     dtype = fast_dtype(device)
     sharded = recipe.sharding == "fsdp" and dist.world_size() > 1
     arguments = TrainingArguments(
@@ -266,7 +296,7 @@ def recover(
         ignore_data_skip=isinstance(text, TextStream),
         ddp_find_unused_parameters=False,
     )
-    last = next(reversed(checkpoints(folder)), None)
+    last = newest_intact(folder)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
     if recipe.distillation == 0:
@@ -284,7 +314,7 @@ def recover(
             train_dataset=_samples(text, steps, recipe.batch_size, seed, last),
             callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
-        trainer.validation_BT = validation_BT
+        trainer.validation_BT, trainer.portion = validation_BT, portion
         trainer.pop_callback(PrinterCallback)
         if last is not None:
             progress.advance(step_of(last))

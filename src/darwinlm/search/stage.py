@@ -14,7 +14,7 @@ from torch import Tensor
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.memory import free_memory
+from darwinlm.adapters.memory import Portion, free_memory
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -43,6 +43,7 @@ class TrialScorer:
         self._reference = DenseReference(dense.model, corpus.tokens("score", max(recipe.score_tokens)))
         self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
+        self._portion = Portion(recipe.batch_size, "search")
 
     def score(self, plan: Plan, step: int, parent: Plan) -> float:
         """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value.
@@ -66,7 +67,13 @@ class TrialScorer:
             dense.park()
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
-        train_briefly(model, blocks_BT, learning_rate=recipe.learning_rate, batch_size=recipe.batch_size)
+        train_briefly(
+            model,
+            blocks_BT,
+            learning_rate=recipe.learning_rate,
+            batch_size=recipe.batch_size,
+            portion=self._portion,
+        )
         return _finite(self._reference.compare(model, score_tokens, head_VD=dense.ends.lm_head.weight).kl)
 
     def _cut(self, index: int, level: int) -> Cut:
