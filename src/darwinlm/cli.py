@@ -104,6 +104,26 @@ def plan(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="As for `prune`.")],
+    quiet: Quiet = False,
+) -> None:
+    """Check on a few layers of MODEL that it is cut, run, trained, saved and exported rightly, before any long work."""
+    from darwinlm.progress import set_up
+
+    set_up(quiet=quiet)
+    _silence_libraries()
+
+    from darwinlm.doctor import examine
+    from darwinlm.report.checks import show_checks
+
+    examination = examine(model)
+    show_checks(examination, _console())
+    if not examination.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def recover(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     settings: Setting = None,
