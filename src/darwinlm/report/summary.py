@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from darwinlm.costs import Costs, Machine
+from darwinlm.costs import Costs
 from darwinlm.progress import printable
+from darwinlm.rates import Machine
 
 _TITLES = {
     "name": "model",
