@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-eval test-long audit check clean
+.PHONY: demo test test-eval test-long audit check docs reference clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
@@ -19,6 +19,14 @@ test-eval: $(VENV)/.ready
 test-long: $(VENV)/.ready
 	PYTHONPATH=tests $(BIN)/python benchmarks/kill.py --kills 50
 	PYTHONPATH=tests unshare --map-root-user --mount $(BIN)/python benchmarks/full_disk.py --sizes 12
+
+# site/index.html; strict: a link that leads nowhere fails. `make reference` writes docs/cli.md and docs/recipe.md anew.
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+reference: $(VENV)/.ready
+	$(BIN)/python docs/reference.py
 
 # Known weaknesses in the pinned dependencies; needs the advisory database, so it is not part of `test`.
 audit: $(VENV)/.ready
@@ -39,4 +47,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo-run site .mypy_cache .ruff_cache .pytest_cache
