@@ -24,7 +24,7 @@ from darwinlm.export.vllm import write_vllm
 from darwinlm.files import new_file, new_folder, write_json
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
+_MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
 """Over the largest logit. Only float32 is computed without rounding, which a model pruned hard minds; a wrong file is
 off by half and more."""
 _MAGIC = b"GGUF"
@@ -124,7 +124,7 @@ def _prove_gguf(model: DarwinLMForCausalLM, tokenizer: Any, file: Path, dtype: s
             notes.append(told)
     model.float()
     proof = compare(logits_of(model, tokens), answer.logits_TV, engine)
-    return check(proof, MOST_DIFFERENCE[dtype], "the file"), notes
+    return check(proof, _MOST_DIFFERENCE[dtype], "the file"), notes
 
 
 def _first_difference(tokenizer: Any, text: str, found: list[int]) -> str:
@@ -176,7 +176,7 @@ def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Pro
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
     engine = f"transformers {transformers.__version__}"
     proof = compare(logits_of(model, tokens), logits_of(written, tokens), engine)
-    return check(proof, MOST_DIFFERENCE["f32"], "the folder")
+    return check(proof, _MOST_DIFFERENCE["f32"], "the folder")
 
 
 def _check_folder(folder: Path) -> None:
@@ -191,6 +191,3 @@ TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {
     "hf-native": _export_native,
 }
 """What writes each."""
-
-NEED_ONE_SIZE = ("hf-native",)
-"""The targets that take a model only if its layers are all of one size."""
