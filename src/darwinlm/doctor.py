@@ -43,7 +43,7 @@ _WINDOW = 32
 _SHARES = (0.5, 0.75, 0.25)
 """Of the units of sites that follow one another, what is kept: sizes differ within a layer and between layers."""
 _LOGITS, _GRADIENTS, _SAVED, _EXPORTED = 1e-4, 1e-3, 1e-6, 1e-3
-"""Float32 sums in another order; gradients have larger sums; what was saved is the same; an engine has other kernels."""
+"""Float32 sums in another order; gradients have larger sums; what was saved is the same; engines compute otherwise."""
 _ONE_SIZE = ("hf-native",)
 """The targets that take a model only if its layers are all of one size."""
 _COPIES = 4
