@@ -200,7 +200,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="For --speed: tokens of a prompt.")] = "128,512",
     quiet: Quiet = False,
 ) -> None:
-    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; or with one model."""
+    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; time them; or one model."""
     import os
 
     # lm-eval's many bars; ours shows how far it has come.
