@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-eval test-long coverage audit check clean
+.PHONY: demo test test-eval test-long coverage audit check docs reference clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
@@ -27,6 +27,14 @@ coverage: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check coverage
 	$(BIN)/coverage run --source src/darwinlm -m pytest && $(BIN)/coverage report --skip-covered --sort cover
 
+# site/index.html; strict: a link that leads nowhere fails. `make reference` writes docs/cli.md and docs/recipe.md anew.
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+reference: $(VENV)/.ready
+	$(BIN)/python docs/reference.py
+
 # Known weaknesses in the pinned dependencies; needs the advisory database, so it is not part of `test`.
 audit: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
@@ -46,4 +54,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo-run site .mypy_cache .ruff_cache .pytest_cache

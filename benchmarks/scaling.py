@@ -8,7 +8,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from darwinlm.costs import GPUS, plan_run
+from darwinlm.costs import plan_run
+from darwinlm.rates import GPUS
 from darwinlm.recipe import load_recipe
 
 CASES = {

@@ -9,7 +9,8 @@ import darwinlm
 from darwinlm.adapters.families import dense_config, find_sites
 from darwinlm.adapters.loading import load_config
 from darwinlm.cli import main
-from darwinlm.costs import GPUS, Machine, measure_rates, plan_run, predict, rates_of
+from darwinlm.costs import plan_run, predict
+from darwinlm.rates import GPUS, Machine, measure_rates, rates_of
 from darwinlm.recipe import load_recipe
 
 

@@ -104,6 +104,26 @@ def plan(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="As for `prune`.")],
+    quiet: Quiet = False,
+) -> None:
+    """Check on a few layers of MODEL that it is cut, run, trained, saved and exported rightly, before any long work."""
+    from darwinlm.progress import set_up
+
+    set_up(quiet=quiet)
+    _silence_libraries()
+
+    from darwinlm.doctor import examine
+    from darwinlm.report.checks import show_checks
+
+    examination = examine(model)
+    show_checks(examination, _console())
+    if not examination.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def recover(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     settings: Setting = None,
@@ -173,9 +193,14 @@ def evaluate(
         Path | None, typer.Option(help="A folder of JSONL files, each a task, for machines without the Hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each task.")] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time prompts and new tokens, in transformers and in llama.cpp.")
+    ] = False,
+    batches: Annotated[str, typer.Option(help="For --speed: requests at the same time.")] = "1,4",
+    lengths: Annotated[str, typer.Option(help="For --speed: tokens of a prompt.")] = "128,512",
     quiet: Quiet = False,
 ) -> None:
-    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; or with one model."""
+    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; time them; or one model."""
     import os
 
     # lm-eval's many bars; ours shows how far it has come.
@@ -184,12 +209,28 @@ def evaluate(
 
     set_up(quiet=quiet)
     _silence_libraries()
+    if speed:
+        from darwinlm.report.summary import show_speeds
+        from darwinlm.speeds import measure_speeds
+
+        sizes = _numbers("--batches", batches), _numbers("--lengths", lengths)
+        show_speeds(measure_speeds(source, *sizes), _console())
+        if not tasks and tasks_dir is None:
+            return
 
     from darwinlm.judging import evaluate
     from darwinlm.report.summary import show_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     show_tasks(evaluate(source, names, tasks_dir=tasks_dir, limit=limit), _console())
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """`1,4` as numbers. Raises UserError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word) <= 2**20 for word in words):
+        raise UserError(f"{option} {text!r}: write whole numbers from 1 on with commas between, such as 1,4")
+    return [int(word) for word in words]
 
 
 def main() -> None:

@@ -68,10 +68,13 @@ class DataRecipe(_Section):
     sequence_length: int = Field(512, ge=8, le=131_072)
     """Tokens in a block."""
     calibration_tokens: Tokens = Field(16_384, ge=1)
+    """Text on which the inputs of every site are collected."""
     trial_tokens: Tokens = Field(32_768, ge=1)
     """Training text: trials read its beginning, recovery all of it."""
     score_tokens: Tokens = Field(8_192, ge=1)
+    """Text on which plans are compared."""
     held_out_tokens: Tokens = Field(16_384, ge=1)
+    """Text that judges at the end and is read by nothing else."""
 
     def blocks(self, tokens: int) -> int:
         """How many whole blocks hold `tokens` tokens."""
@@ -106,7 +109,9 @@ class SearchRecipe(_Section):
     sensitivity_tokens: Tokens = Field(8_192, ge=1)
     """Tokens of the trial split on which a step's sensitivities are measured; the score split judges the step."""
     generations: int = Field(4, ge=0)
+    """Of the evolution; 0 leaves it out."""
     offspring: int = Field(6, ge=1)
+    """Candidates in a generation."""
     max_flips: int = Field(3, ge=1)
     """A mutation exchanges min(U{1..max_flips}, U{1..max_flips}) pairs of sites."""
     survivors: tuple[int, ...] = (2, 1)
@@ -116,6 +121,7 @@ class SearchRecipe(_Section):
     score_tokens: tuple[int, ...] = (1_024, 2_048)
     """Tokens on which KL(dense || candidate) is measured, step by step."""
     learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Of trials."""
     batch_size: int = Field(1, ge=1)
     """Blocks in one optimiser step of a trial."""
     forecast_candidates: int = Field(0, ge=0)
@@ -144,8 +150,11 @@ class WorkloadRecipe(_Section):
     """The request that budgets of FLOPs, memory and latency are counted for."""
 
     batch_size: int = Field(1, ge=1)
+    """Requests at the same time."""
     prompt_tokens: int = Field(512, ge=1)
+    """Read at once."""
     new_tokens: int = Field(128, ge=0)
+    """Written one by one."""
 
 
 class RecoveryRecipe(_Section):
@@ -163,9 +172,11 @@ class RecoveryRecipe(_Section):
     text: Literal["trial", "stream"] = "trial"
     """`trial`: that split of the run's text; `stream`: all of `data.source` but what judges, read as it is needed."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
+    """The highest, reached after the warm-up."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Of the learning rate after the warm-up; `wsd`: constant, and in the last fifth of the steps down to zero."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """The share of all steps in which the learning rate rises from zero."""
     batch_size: int = Field(2, ge=1)
     """Blocks in one optimiser step, on all devices together."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -173,6 +184,7 @@ class RecoveryRecipe(_Section):
     activations: Literal["keep", "recompute"] = "keep"
     """`recompute`: each layer's are computed again for its gradient; a third more time, a fraction of the memory."""
     weight_decay: float = Field(0.0, ge=0, le=1)
+    """Of AdamW."""
     lora_rank: int = Field(0, ge=0)
     """Train low-rank updates of this rank, merged at the end; 0: train the weights themselves."""
     distillation: float = Field(0.5, ge=0, le=1)
@@ -196,7 +208,9 @@ class EvaluationRecipe(_Section):
     """What is measured besides held-out perplexity and KL."""
 
     prefill_tokens: int = Field(512, ge=2)
+    """Of a timed prompt."""
     decode_tokens: int = Field(32, ge=1)
+    """Timed after it, one by one."""
     repeats: int = Field(3, ge=1)
     """Timed passes of each model, interleaved; the median is reported."""
 
@@ -216,8 +230,9 @@ class Recipe(_Section):
     """A local folder, a Hub model id, or `smollm2` (the model in the `demo` extra)."""
     target: float | str
     """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B); limits by resource
-    (`params=0.5,kv_cache=0.5`: see `parse_target`); or the sizes of a family (`0.8,0.6,0.45`)."""
+    (`params=0.5,kv_cache=0.5`; also `flops`, `memory`, `latency`); or the sizes of a family (`0.8,0.6,0.45`)."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Of everything that is drawn."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     deterministic: bool = False

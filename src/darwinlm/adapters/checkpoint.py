@@ -1,7 +1,8 @@
 """A checkpoint's tensors, read from its safetensors files when they are asked for, and never all at once."""
 
+import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from darwinlm.files import digest
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _KIND = ".safetensors"
+_LAYERS = "model.layers."
 _SAMPLES = 64
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -29,7 +31,8 @@ class Checkpoint:
         self.source = source
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of every tensor, by name; known without reading one."""
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        """Of every tensor: its file, and its name there."""
         self._dtypes: dict[str, str] = {}
         folder = Path(source) if Path(source).is_dir() else self._download(source)
         for file in self._shards(folder):
@@ -37,10 +40,29 @@ class Checkpoint:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (not a dict)
                         part = tensors.get_slice(name)
-                        self._files[name], self._dtypes[name] = file, part.get_dtype()
+                        self._places[name], self._dtypes[name] = (file, name), part.get_dtype()
                         self.shapes[name] = tuple(part.get_shape())
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
+
+    def some_layers(self, layers: Sequence[int]) -> "Checkpoint":
+        """The checkpoint of a model that has `layers` of this one, in this order, and no others."""
+        some = copy.copy(self)
+        some.shapes, some._places, some._dtypes = {}, {}, {}
+        numbers = {str(layer): number for number, layer in enumerate(layers)}
+        for stored, shape in self.shapes.items():
+            name = stored
+            if stored.startswith(_LAYERS):
+                layer, _, part = stored.removeprefix(_LAYERS).partition(".")
+                if layer not in numbers:
+                    continue
+                name = f"{_LAYERS}{numbers[layer]}.{part}"
+            some.shapes[name], some._places[name], some._dtypes[name] = (
+                shape,
+                self._places[stored],
+                self._dtypes[stored],
+            )
+        return some
 
     def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint that lacks one of the `expected` tensors or has it in another shape. Raises UserError."""
@@ -63,15 +85,16 @@ class Checkpoint:
     def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by name, on `device`, in `dtype` or the one they are stored in. Raises UserError."""
         found: dict[str, Tensor] = {}
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
-            by_file.setdefault(self._files[name], []).append(name)
+            file, stored = self._places[name]
+            by_file.setdefault(file, []).append((name, stored))
         for file, wanted in by_file.items():
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for name in wanted:
+                    for name, stored in wanted:
                         # A copy: the file's mapping must not outlive this block.
-                        found[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
+                        found[name] = tensors.get_tensor(stored).to(device, dtype, copy=True)
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
         return found

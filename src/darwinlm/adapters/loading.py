@@ -4,7 +4,8 @@ import copy
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -212,6 +213,20 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
         UserError: if it cannot be loaded, lacks weights, or our modelling file does not reproduce its logits.
         InvalidTensorError: naming the first weight that holds NaN or Inf.
     """
+    base_config, dense = open_dense(source, granularity, device)
+    settings = {
+        key: value
+        for key, value in base_config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "dtype")
+    }
+    weights = dense.checkpoint.fingerprint(dense.shapes)
+    _check_equal(base_config, dense.checkpoint, source)
+    fingerprint = digest(json.dumps(settings, sort_keys=True, default=str), weights)
+    return replace(dense, fingerprint=fingerprint)
+
+
+def open_dense(source: str, granularity: Granularity, device: torch.device) -> tuple[Any, DenseModel]:
+    """The config of transformers and the dense model, its weights neither read nor compared. Raises UserError."""
     base_config = load_config(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -231,14 +246,7 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
         ) from None
     config._attn_implementation = "sdpa"
     checkpoint.check_names(shapes)
-    settings = {
-        key: value
-        for key, value in base_config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "dtype")
-    }
-    fingerprint = digest(json.dumps(settings, sort_keys=True, default=str), checkpoint.fingerprint(shapes))
-    _check_equal(base_config, checkpoint, source)
-    return DenseModel(
+    dense = DenseModel(
         source=source,
         checkpoint=checkpoint,
         config=config,
@@ -247,33 +255,52 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
         generation_config=_generation_config(base_config, source),
         device=device,
         dtype=base_config.dtype if isinstance(base_config.dtype, torch.dtype) else torch.float32,
-        fingerprint=fingerprint,
+        fingerprint="",
     )
+    return base_config, dense
 
 
-def _check_equal(base_config: Any, checkpoint: Checkpoint, source: str) -> None:
-    """Compare transformers' own model with ours, both cut after the first layers, on the tensors that we read."""
+def some_layers(base_config: Any, layers: Sequence[int]) -> Any:
+    """The config of transformers for a model that has `layers` of another one, in this order, and no others."""
     shortened = copy.deepcopy(base_config)
-    shortened.num_hidden_layers = min(_COMPARED_LAYERS, base_config.num_hidden_layers)
+    shortened.num_hidden_layers = len(layers)
     if getattr(shortened, "layer_types", None):
-        shortened.layer_types = shortened.layer_types[: shortened.num_hidden_layers]
-    config = dense_config(shortened)
-    config._attn_implementation = "sdpa"
-    weights = checkpoint.read(expected_shapes(config), torch.device("cpu"), torch.float32)
+        shortened.layer_types = [base_config.layer_types[layer] for layer in layers]
+    return shortened
+
+
+def native_model(base_config: Any, weights: Mapping[str, Tensor], source: str) -> Any:
+    """Transformers' own model with these weights, which are not copied; a tied head need not be among them.
+
+    Raises:
+        UserError: if they do not make a model.
+    """
+    device = next(iter(weights.values())).device
     try:
         with torch.device("meta"):
-            native: Any = AutoModelForCausalLM.from_config(shortened, trust_remote_code=False)
-        native.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
+            native: Any = AutoModelForCausalLM.from_config(base_config, trust_remote_code=False)
+        native.load_state_dict(weights, strict=not base_config.tie_word_embeddings, assign=True)
         native.tie_weights()
-        native.model.rotary_emb = type(native.model.rotary_emb)(config=shortened)
+        native.model.rotary_emb = type(native.model.rotary_emb)(config=base_config).to(device)
     except Exception as error:
         raise UserError(
             f"model {source!r} cannot be built from its config.json and weights: {_reason(error, source)}"
         ) from None
+    return native.eval()
+
+
+def _check_equal(base_config: Any, checkpoint: Checkpoint, source: str) -> None:
+    """Compare transformers' own model with ours, both cut after the first layers, on the tensors that we read."""
+    layers = range(min(_COMPARED_LAYERS, base_config.num_hidden_layers))
+    shortened = some_layers(base_config, layers)
+    config = dense_config(shortened)
+    config._attn_implementation = "sdpa"
+    weights = checkpoint.read(expected_shapes(config), torch.device("cpu"), torch.float32)
+    native = native_model(shortened, weights, source)
     model = build_model(config, find_sites(config, "kv_group"), weights, {})
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (1, 16), generator=generator)
-    expected, found = native.eval()(tokens).logits, model(tokens).logits
+    expected, found = native(tokens).logits, model(tokens).logits
     scale = expected.abs().max().clamp_min(1e-6)
     difference = ((expected - found).abs().max() / scale).item()
     if not difference < 1e-4:

@@ -1,6 +1,6 @@
 """llama.cpp as a judge of a GGUF file: logits and token ids, by the C API inside the wheel `xllamacpp`.
 
-The engine runs in a process of its own (`python -m darwinlm.export.llama_cpp FILE`): it answers a file that it cannot
+The engine runs in a process of its own (`python -m darwinlm.export.llama_cpp`): it answers a file that it cannot
 run by ending the process. The KV cache is float32 and flash attention is off, so that a float32 file is computed in
 float32 throughout.
 """
@@ -10,10 +10,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,17 +126,43 @@ def ask(file: Path, tokens: Sequence[int], texts: Sequence[str] = ()) -> Answer:
     """
     with tempfile.TemporaryDirectory() as scratch:
         logits_file = Path(scratch) / "logits.npy"
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(file), str(logits_file)],
-            input=json.dumps({"tokens": list(tokens), "texts": list(texts)}).encode(),
-            capture_output=True,
-            check=False,
-            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+        answer = _in_a_process(
+            {"file": str(file), "logits": str(logits_file), "tokens": list(tokens), "texts": list(texts)}
         )
-        if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise EngineError(last[0])
-        return Answer(np.load(logits_file, allow_pickle=False), json.loads(done.stdout))
+        return Answer(np.load(logits_file, allow_pickle=False), answer)
+
+
+def time_requests(
+    files: Mapping[str, Path], requests: Sequence[tuple[int, int]], repeats: int
+) -> list[dict[str, tuple[float, float]]]:
+    """Median seconds for prompt and new tokens of each request, by file; all files in turns, after one untimed pass.
+
+    Args:
+        files: by name.
+        requests: of each its prompt tokens and its new tokens.
+        repeats: timed passes.
+
+    Raises:
+        EngineError: as `ask` does.
+    """
+    paths = {name: str(file) for name, file in files.items()}
+    times = _in_a_process({"files": paths, "requests": list(requests), "repeats": repeats})
+    return [{name: (prompt, new) for name, (prompt, new) in one.items()} for one in times]
+
+
+def _in_a_process(question: Mapping[str, Any]) -> Any:
+    """What `_answer` prints. Raises EngineError."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps(question).encode(),
+        capture_output=True,
+        check=False,
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+    )
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise EngineError(last[0])
+    return json.loads(done.stdout)
 
 
 class Engine:
@@ -163,30 +191,59 @@ class Engine:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Float32 logits by position and vocabulary entry, computed in one batch. Raises EngineError."""
-        library, count = self._library, len(tokens)
-        parameters = library.llama_context_default_params()
+        context = self._context(len(tokens), exact=True)
+        try:
+            logits_TV: np.ndarray = self._decode(context, tokens, 0, outputs=len(tokens)).copy()
+            return logits_TV
+        finally:
+            self._library.llama_free(context)
+
+    def request_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """Seconds for a prompt, and for the new tokens one by one (greedy), as llama.cpp runs by itself: the cache in
+        float16, flash attention where it knows it. Raises EngineError.
+        """
+        context = self._context(prompt_tokens + new_tokens, exact=False)
+        try:
+            size = self._library.llama_vocab_n_tokens(self._vocabulary)
+            start = time.perf_counter()
+            last_1V = self._decode(context, [place * 7919 % size for place in range(prompt_tokens)], 0, outputs=1)
+            read = time.perf_counter()
+            for place in range(prompt_tokens, prompt_tokens + new_tokens):
+                last_1V = self._decode(context, [int(last_1V.argmax())], place, outputs=1)
+            return read - start, time.perf_counter() - read
+        finally:
+            self._library.llama_free(context)
+
+    def _context(self, positions: int, *, exact: bool) -> Any:
+        """Room for `positions` tokens; `exact`: a float32 cache, no flash attention, all in one batch."""
+        parameters = self._library.llama_context_default_params()
         if any(getattr(parameters, name) != value for name, value in _DEFAULTS.items()):
             raise EngineError(f"{engine_version()} has another programming interface than the one known here")
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = count
-        parameters.type_k = parameters.type_v = _FLOAT32
-        parameters.flash_attn_type = 0
-        parameters.n_threads = parameters.n_threads_batch = _threads()
-        context = library.llama_init_from_model(self._model, parameters)
+        parameters.n_ctx = parameters.n_batch = positions
+        if exact:
+            parameters.n_ubatch = positions
+            parameters.type_k = parameters.type_v = _FLOAT32
+            parameters.flash_attn_type = 0
+        parameters.n_threads = parameters.n_threads_batch = threads()
+        context = self._library.llama_init_from_model(self._model, parameters)
         if not context:
             raise EngineError(self._errors[0] if self._errors else "no context can be made")
+        return context
+
+    def _decode(self, context: Any, tokens: Sequence[int], first: int, *, outputs: int) -> np.ndarray:
+        """Run `tokens` from position `first` on; logits of the last `outputs` of them, in the engine's own memory."""
+        library, count = self._library, len(tokens)
         batch = library.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
-        for position, token in enumerate(tokens):
-            batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
-            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, first + place, place >= count - outputs
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
         failed = library.llama_decode(context, batch)
-        if not failed:
-            size = library.llama_vocab_n_tokens(self._vocabulary)
-            logits_TV: np.ndarray = np.ctypeslib.as_array(library.llama_get_logits(context), (count, size)).copy()
         library.llama_batch_free(batch)
-        library.llama_free(context)
         if failed:
             raise EngineError(self._errors[-1] if self._errors else f"llama_decode gives {failed}")
+        size = library.llama_vocab_n_tokens(self._vocabulary)
+        logits_TV: np.ndarray = np.ctypeslib.as_array(library.llama_get_logits(context), (outputs, size))
         return logits_TV
 
     def token_ids(self, text: str) -> list[int]:
@@ -204,7 +261,8 @@ class Engine:
             self._errors.append(text.decode(errors="replace").strip())
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many llama.cpp may use: `OMP_NUM_THREADS`, or all cores."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdecimal() and int(told) else os.cpu_count() or 1
 
@@ -239,12 +297,38 @@ def _open(file: Path) -> Any:
         return ctypes.CDLL(str(file))
 
 
-def _answer(arguments: Sequence[str]) -> int:
-    question = json.load(sys.stdin)
+def _answer(question: Mapping[str, Any]) -> Any:
+    if "requests" in question:
+        return _times(question["files"], question["requests"], question["repeats"])
+    engine = Engine(Path(question["file"]))
+    np.save(question["logits"], engine.logits(question["tokens"]))
+    return [engine.token_ids(text) for text in question["texts"]]
+
+
+def _times(
+    files: Mapping[str, str], requests: Sequence[Sequence[int]], repeats: int
+) -> list[dict[str, tuple[float, float]]]:
+    engines = {name: Engine(Path(file)) for name, file in files.items()}
+    found = []
+    for prompt_tokens, new_tokens in requests:
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+        for repeat in range(repeats + 1):
+            for name, engine in engines.items():
+                timed = engine.request_seconds(prompt_tokens, new_tokens)
+                if repeat > 0:
+                    times[name].append(timed)
+        found.append(
+            {
+                name: (statistics.median(one[0] for one in timed), statistics.median(one[1] for one in timed))
+                for name, timed in times.items()
+            }
+        )
+    return found
+
+
+def _main() -> int:
     try:
-        engine = Engine(Path(arguments[0]))
-        np.save(arguments[1], engine.logits(question["tokens"]))
-        print(json.dumps([engine.token_ids(text) for text in question["texts"]]))
+        print(json.dumps(_answer(json.load(sys.stdin))))
     except EngineError as error:
         print(error, file=sys.stderr)
         return 1
@@ -252,4 +336,4 @@ def _answer(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_answer(sys.argv[1:]))
+    sys.exit(_main())

@@ -27,6 +27,10 @@ TEXT = LATIN + (
 _MOST_TOKENS = 256
 
 
+class ProofError(UserError):
+    """An engine does something else with what was written than the pruned model does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proof:
     """What a comparison came to."""
@@ -58,9 +62,9 @@ def compare(expected_TV: np.ndarray, found_TV: np.ndarray, engine: str) -> Proof
 
 
 def check(proof: Proof, most: float, what: str) -> Proof:
-    """`proof`, if the difference is at most `most`. Raises UserError."""
+    """`proof`, if the difference is at most `most`. Raises ProofError."""
     if not proof.difference <= most:
-        raise UserError(f"{what} gives other logits than the pruned model, and was not kept: {proof}")
+        raise ProofError(f"{what} gives other logits than the pruned model, and was not kept: {proof}")
     return proof
 
 

@@ -18,7 +18,7 @@ from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
 from darwinlm.export.native import native_config, write_native
-from darwinlm.export.proof import LATIN, TEXT, Proof, check, compare, logits_of, proof_tokens
+from darwinlm.export.proof import LATIN, TEXT, Proof, ProofError, check, compare, logits_of, proof_tokens
 from darwinlm.export.shapes import check_equal_groups
 from darwinlm.export.vllm import write_vllm
 from darwinlm.files import new_file, new_folder, write_json
@@ -106,7 +106,7 @@ def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
 
 
 def _prove_gguf(model: DarwinLMForCausalLM, tokenizer: Any, file: Path, dtype: str) -> tuple[Proof | None, list[str]]:
-    """The proof, and what else there is to say. Raises UserError where llama.cpp does not do what transformers does."""
+    """The proof, and what else there is to say. Raises ProofError where llama.cpp does something else."""
     engine = llama_cpp.engine_version()
     if engine is None:
         return None, [f"not proved: run pip install {llama_cpp.PACKAGE} and export again"]
@@ -114,13 +114,13 @@ def _prove_gguf(model: DarwinLMForCausalLM, tokenizer: Any, file: Path, dtype: s
     try:
         answer = llama_cpp.ask(file, tokens, [TEXT, LATIN])
     except llama_cpp.EngineError as error:
-        raise UserError(f"{engine} cannot run the file, which was not kept: {error}") from None
+        raise ProofError(f"{engine} cannot run the file, which was not kept: {error}") from None
     notes = []
     for text, found in zip((LATIN, TEXT), reversed(answer.token_ids), strict=True):
         if found != tokenizer(text).input_ids:
             told = f"{engine} makes other tokens of some text: {_first_difference(tokenizer, text, found)}"
             if text == LATIN:
-                raise UserError(f"{told}; the file was not kept")
+                raise ProofError(f"{told}; the file was not kept")
             notes.append(told)
     model.float()
     proof = compare(logits_of(model, tokens), answer.logits_TV, engine)

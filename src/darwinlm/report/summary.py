@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from darwinlm.costs import Costs, Machine
+from darwinlm.costs import Costs
 from darwinlm.progress import printable
+from darwinlm.rates import Machine
 
 _TITLES = {
     "name": "model",
@@ -94,6 +95,29 @@ def show_tasks(results: Mapping[str, Any], console: Console) -> None:
     for metric, mean in results["mean"].items():
         table.add_row(f"mean of {mean['tasks']}", metric, "", *_accuracies(mean["models"]), style="bold")
     console.print(table)
+
+
+def show_speeds(results: Mapping[str, Any], console: Console) -> None:
+    """Print what `speed.json` holds: tokens per second, and how many times the first model's, by engine."""
+    for engine in results["engines"]:
+        if "skipped" in engine:
+            console.print(_shown(f"{engine['engine']}: skipped: {engine['skipped']}"), highlight=False)
+            continue
+        names = list(engine["rows"][0]["models"])
+        title = f"tokens per second: {engine['engine']}, {engine['dtype']}, {engine['device']}"
+        table = Table(title=_shown(title), title_justify="left")
+        for heading in ("batch", "prompt"):
+            table.add_column(heading, justify="right")
+        for kind in ("prefill", "decode"):
+            for name in names:
+                table.add_column(f"{kind}, {name}", justify="right", no_wrap=True)
+        for row in engine["rows"]:
+            cells = []
+            for kind in ("prefill", "decode"):
+                speeds = [row["models"][name][f"{kind}_tokens_per_second"] for name in names]
+                cells += [f"{speeds[0]:.1f}", *(f"{speed:.1f} ({speed / speeds[0]:.2f}x)" for speed in speeds[1:])]
+            table.add_row(str(row["batch_size"]), str(row["prompt_tokens"]), *cells)
+        console.print(table)
 
 
 def _accuracies(models: Mapping[str, Any]) -> list[str]:

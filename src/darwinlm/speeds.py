@@ -1,0 +1,120 @@
+"""`darwinlm evaluate --speed`: how fast a run's models, or one model, are in transformers and in llama.cpp.
+
+All models of a table are timed in turns in one process, so that a machine that is busier for a while slows all of them.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.errors import UserError
+from darwinlm.evaluation.measure import request_seconds
+from darwinlm.export import llama_cpp
+from darwinlm.export.gguf import choose_architecture, context_length, write_gguf
+from darwinlm.export.gguf_tokenizer import read_vocabulary
+from darwinlm.files import write_json
+from darwinlm.progress import task
+from darwinlm.recipe import WorkloadRecipe
+from darwinlm.subjects import models_of_run, one_model
+
+_NEW_TOKENS, _REPEATS = 32, 3
+_FILE_TYPE = "f16"
+
+
+def measure_speeds(source: str, batches: Sequence[int], lengths: Sequence[int]) -> dict[str, Any]:
+    """Prefill and decode tokens/s, by batch size and prompt length.
+
+    Args:
+        source: a finished run, a model's folder, or a Hub id.
+        batches: requests at the same time, for transformers; llama.cpp is timed at 1.
+        lengths: prompt tokens of a request.
+
+    Returns:
+        One entry an engine: what it is, and `rows` or why it was `skipped`. Of a run `report/speed.json` holds it too.
+
+    Raises:
+        UserError: if `source` holds no model, or a prompt is longer than it knows.
+    """
+    run = Path(source) if (Path(source) / "manifest.json").is_file() else None
+    loaders = models_of_run(run) if run is not None else {"model": partial(one_model, source)}
+    models, tokenizers = {}, {}
+    for name, loader in loaders.items():
+        models[name], tokenizers[name] = loader()
+    longest = max(lengths) + _NEW_TOKENS
+    known = min(model.config.max_position_embeddings for model in models.values())
+    if longest > known:
+        raise UserError(f"--lengths {max(lengths)} and {_NEW_TOKENS} new tokens are more than the {known} it knows")
+    results = {
+        "engines": [
+            _in_transformers(models, batches, lengths),
+            _in_llama_cpp(models, tokenizers, lengths),
+        ]
+    }
+    if run is not None:
+        write_json(run / "report" / "speed.json", results)
+    return results
+
+
+def _in_transformers(
+    models: Mapping[str, DarwinLMForCausalLM], batches: Sequence[int], lengths: Sequence[int]
+) -> dict[str, Any]:
+    rows = []
+    for batch in batches:
+        for length in lengths:
+            request = WorkloadRecipe(batch_size=batch, prompt_tokens=length, new_tokens=_NEW_TOKENS)
+            rows.append(_row(batch, length, request_seconds(models, request, _REPEATS)))
+    model = next(iter(models.values()))
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _threads()
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"engine": f"transformers {transformers.__version__}", "device": device, "dtype": dtype, "rows": rows}
+
+
+def _in_llama_cpp(
+    models: Mapping[str, DarwinLMForCausalLM], tokenizers: Mapping[str, Any], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """On the CPU: the engine is the one that exports are proved in."""
+    engine = llama_cpp.engine_version()
+    if engine is None:
+        return {"engine": "llama.cpp", "skipped": f"run pip install {llama_cpp.PACKAGE}"}
+    facts = {"engine": engine, "device": f"{llama_cpp.threads()} CPU threads", "dtype": _FILE_TYPE}
+    try:
+        with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as scratch:
+            files: dict[str, Path] = {}
+            for name, model in models.items():
+                config = cast(DarwinLMConfig, model.config)
+                if max(lengths) + _NEW_TOKENS > context_length(config):
+                    raise UserError(f"a file for llama.cpp is for {context_length(config):,} positions, the window")
+                vocabulary = read_vocabulary(tokenizers[name], config.vocab_size, Path(tokenizers[name].name_or_path))
+                files[name] = Path(scratch) / f"{len(files)}.gguf"
+                write_gguf(model, vocabulary, files[name], _FILE_TYPE, name, choose_architecture(config))
+            with task(f"evaluation ({engine})", 1) as progress:
+                times = llama_cpp.time_requests(files, [(length, _NEW_TOKENS) for length in lengths], _REPEATS)
+                progress.advance()
+    except (UserError, llama_cpp.EngineError) as reason:
+        return facts | {"skipped": str(reason)}
+    return facts | {"rows": [_row(1, length, one) for length, one in zip(lengths, times, strict=True)]}
+
+
+def _row(batch: int, length: int, seconds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    return {
+        "batch_size": batch,
+        "prompt_tokens": length,
+        "new_tokens": _NEW_TOKENS,
+        "models": {
+            name: {
+                "prefill_tokens_per_second": batch * length / prompt,
+                "decode_tokens_per_second": batch * _NEW_TOKENS / new,
+            }
+            for name, (prompt, new) in seconds.items()
+        },
+    }
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()} CPU threads"

@@ -1,0 +1,58 @@
+"""The models that are judged: those of a run, or one that stands alone; each read when it is asked for."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from darwinlm.adapters.loading import choose_device, load_dense, load_settings
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.demo import resolve
+from darwinlm.errors import UserError
+from darwinlm.export.hf import load
+from darwinlm.files import read_json, run_sizes
+from darwinlm.recipe import Recipe
+from darwinlm.report.facts import read_manifest
+
+Loader = Callable[[], tuple[DarwinLMForCausalLM, Any]]
+"""Gives a model, in the dtype it is stored in, and its tokenizer."""
+
+
+def models_of_run(run: Path) -> dict[str, Loader]:
+    """The dense model and that of every size, by name. Raises UserError if one is not there yet."""
+    recipe, _ = read_manifest(run)
+    sizes = run_sizes(recipe, run)
+    for size in sizes:
+        if not (size.folder / "model" / "config.json").is_file():
+            raise UserError(f"{run}: there is no model in {size.folder / 'model'} yet; let the run come to its end")
+    device = choose_device(recipe.device)
+    loaders: dict[str, Loader] = {"dense": partial(_dense, run, recipe, device)}
+    for size in sizes:
+        name = size.name if len(sizes) > 1 else "pruned"
+        loaders[name] = partial(_pruned, size.folder / "model", device)
+    return loaders
+
+
+def _dense(run: Path, recipe: Recipe, device: torch.device) -> tuple[DarwinLMForCausalLM, Any]:
+    dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
+    if dense.fingerprint != read_json(run / "manifest.json")["facts"]["model"]:
+        raise UserError(f"{run}: {recipe.model!r} is another model now than the one that was pruned; bring it back")
+    return dense.model.to(dense.dtype), dense.tokenizer  # type: ignore[arg-type]
+
+
+def one_model(source: str) -> tuple[DarwinLMForCausalLM, Any]:
+    """The dense or pruned model in a folder or on the Hub, and its tokenizer. Raises UserError."""
+    device = choose_device("auto")
+    folder = resolve(source)
+    if load_settings(folder)["model_type"] == DarwinLMConfig.model_type:
+        return _pruned(Path(folder), device)
+    dense = load_dense(folder, "kv_group", device)
+    return dense.model.to(dense.dtype), dense.tokenizer  # type: ignore[arg-type]
+
+
+def _pruned(folder: Path, device: torch.device) -> tuple[DarwinLMForCausalLM, Any]:
+    model = load(folder, device=str(device))
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

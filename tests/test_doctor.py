@@ -1,0 +1,275 @@
+"""`darwinlm doctor`: healthy models pass, and each of its checks fails when what it looks at is broken."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, make_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from darwinlm import cli
+from darwinlm.adapters import cutting, modeling_darwinlm
+from darwinlm.adapters.checkpoint import Checkpoint
+from darwinlm.adapters.loading import load_config
+from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMMLP, DarwinLMModel
+from darwinlm.doctor import choose_layers, examine
+from darwinlm.export import gguf, hf, llama_cpp, native, vllm
+
+MODEL = {
+    "level 0": "level 0 equals transformers' model",
+    "groups": "cut KV groups and channels equal masked ones",
+    "heads": "cut query heads equal masked ones",
+    "attention": "layers without attention",
+    "mlp": "layers without MLP",
+    "both": "a layer without both",
+    "cache": "KV cache, token by token",
+    "generate": "KV cache in generate()",
+    "gradients": "gradients equal the masked model's",
+    "recomputed": "gradients with activations recomputed",
+    "saved": "saved and loaded",
+}
+EXPORTS = {target: f"export --to {target}" for target in ("gguf", "vllm", "hf-native")}
+
+
+def results(examination):
+    return {check.name: check.result for check in examination.checks}
+
+
+def failed(examination):
+    names = {name: key for key, name in (MODEL | EXPORTS).items()}
+    return {names[check.name] for check in examination.checks if check.result == "failed"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_healthy(family, checkpoint):
+    examination = examine(str(checkpoint(family)))
+    found = results(examination)
+    assert set(MODEL.values()) | set(EXPORTS.values()) <= set(found)
+    assert examination.passed
+    # Transformers' tokenizer for Qwen2 adds a token of its own to this one, which has no place in the embeddings.
+    skipped = {name for name, result in found.items() if result == "skipped"}
+    assert skipped == ({EXPORTS["gguf"]} if family == "qwen2" else set())
+    for check in examination.checks:
+        assert check.result == "skipped" or 0 <= check.difference <= check.tolerance
+
+
+def break_rotation(monkeypatch):
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((second, -first), dim=-1)
+
+    monkeypatch.setattr(modeling_darwinlm, "rotate_half", turned)
+
+
+def break_permutation(monkeypatch):
+    right = cutting._kept_rows
+    monkeypatch.setattr(cutting, "_kept_rows", lambda rows, kept, like: right(rows, kept, like).flip(0))
+
+
+def break_head_map(monkeypatch):
+    right = modeling_darwinlm.repeat_kv
+    monkeypatch.setattr(
+        modeling_darwinlm,
+        "repeat_kv",
+        lambda states, repeats: right(states, repeats if isinstance(repeats, int) else repeats[::-1]),
+    )
+
+
+def break_layers_without(part):
+    def broken(monkeypatch):
+        right = DarwinLMDecoderLayer.forward
+
+        def forward(self, hidden_states, **kwargs):
+            output = right(self, hidden_states, **kwargs)
+            return output if getattr(self, f"has_{part}") else output * 0.99
+
+        monkeypatch.setattr(DarwinLMDecoderLayer, "forward", forward)
+
+    return broken
+
+
+def break_cache_lengths(monkeypatch):
+    """As if the first layer, which may hold no attention, told how much was seen."""
+    monkeypatch.setattr(DarwinLMConfig, "kv_sharing_modes", None)
+
+
+def break_positions(monkeypatch):
+    """As if a cached token stood one place further on."""
+    right = DarwinLMModel.forward
+
+    def forward(self, input_ids=None, past_key_values=None, position_ids=None, **kwargs):
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if seen:
+            position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0) + seen + 1
+        return right(self, input_ids, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(DarwinLMModel, "forward", forward)
+
+
+def halve_gradient(monkeypatch):
+    right = DarwinLMMLP.forward
+    monkeypatch.setattr(DarwinLMMLP, "forward", lambda self, x: right(self, (x + x.detach()) / 2))
+
+
+def stop_gradient(monkeypatch):
+    right = DarwinLMMLP.forward
+    monkeypatch.setattr(DarwinLMMLP, "forward", lambda self, x: right(self, x).detach())
+
+
+def break_recomputation(monkeypatch):
+    right, passes = DarwinLMMLP.forward, []
+
+    def forward(self, x):
+        # What is computed again for the gradient comes out otherwise than before.
+        again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+        passes.append(again)
+        return right(self, x * 1.5 if again else x)
+
+    monkeypatch.setattr(DarwinLMMLP, "forward", forward)
+
+
+def break_saving(monkeypatch):
+    right = hf.save_model
+
+    def save(model, dtype, folder):
+        model = copy.deepcopy(model)
+        model.model.norm.weight.data *= 1.001
+        right(model, dtype, folder)
+
+    monkeypatch.setattr("darwinlm.doctor.save_model", save)
+
+
+def break_gguf(monkeypatch):
+    monkeypatch.setattr(gguf, "_interleave", lambda rows, head_dim: rows)
+
+
+def break_vllm(monkeypatch):
+    right = vllm.with_attention_everywhere
+
+    def stubs_that_do_something(model):
+        whole = right(model)
+        whole.model.layers[0].self_attn.v_proj.weight.data.fill_(0.1)
+        whole.model.layers[0].self_attn.o_proj.weight.data.fill_(0.1)
+        return whole
+
+    monkeypatch.setattr(vllm, "with_attention_everywhere", stubs_that_do_something)
+
+
+def break_native(monkeypatch):
+    right = native.native_config
+
+    def other_rope(config):
+        found = right(config)
+        found.rope_parameters = {**found.rope_parameters, "rope_theta": 10.0}
+        return found
+
+    monkeypatch.setattr("darwinlm.export.targets.native_config", other_rope)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told", "targets"),
+    [
+        (break_rotation, {"level 0", "gradients", "gguf", "hf-native"}, ["gguf", "vllm", "hf-native"]),
+        (break_permutation, {"groups", "heads", "attention", "mlp", "both", "gradients"}, []),
+        (break_head_map, {"heads"}, []),
+        (break_layers_without("attention"), {"attention", "both", "gradients", "vllm"}, ["vllm"]),
+        (break_layers_without("mlp"), {"mlp", "both"}, []),
+        (break_cache_lengths, {"cache"}, []),
+        (break_positions, {"cache", "generate"}, []),
+        (halve_gradient, {"gradients"}, []),
+        (stop_gradient, {"gradients", "recomputed"}, []),
+        (break_recomputation, {"recomputed"}, []),
+        (break_saving, {"saved"}, []),
+        (break_gguf, {"gguf"}, ["gguf", "vllm"]),
+        (break_vllm, {"vllm"}, ["vllm"]),
+        (break_native, {"hf-native"}, ["vllm", "hf-native"]),
+    ],
+)
+def test_what_is_broken_is_told(broken, told, targets, checkpoint, monkeypatch):
+    monkeypatch.setattr("darwinlm.doctor.TARGETS", targets)
+    broken(monkeypatch)
+    assert failed(examine(str(checkpoint("llama")))) == told
+
+
+def test_the_command_shows_a_line_a_check_and_ends_with_1_where_one_fails(checkpoint, monkeypatch, capsys):
+    folder = str(checkpoint("qwen3"))
+    assert cli._exit_code(["doctor", folder]) == 0
+    out = capsys.readouterr().out
+    assert all(name.split()[0] in out for name in (MODEL | EXPORTS).values())
+    assert "reduced: text: 2 x 64 random tokens" in out
+    assert out.splitlines()[-1] == "14 passed"
+    break_gguf(monkeypatch)
+    monkeypatch.setattr("darwinlm.export.targets.choose_architecture", lambda config: gguf.DECI)
+    assert cli._exit_code(["doctor", folder]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "13 passed, 1 failed"
+
+
+def test_an_engine_that_is_missing_or_cannot_run_the_model_is_a_reason_and_no_failure(tmp_path, monkeypatch):
+    folder = make_checkpoint("qwen3", tmp_path / "untied")
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    notes = {check.name: check for check in examine(str(folder)).checks}
+    assert notes["export --to gguf"].result == "skipped"
+    assert "cannot run a qwen3 model with a head of its own" in notes["export --to gguf"].note
+    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    healthy = examine(str(make_checkpoint("qwen3", tmp_path / "tied")))
+    notes = {check.name: check for check in healthy.checks}
+    assert notes["export --to gguf"].result == "skipped" and "pip install xllamacpp" in notes["export --to gguf"].note
+    assert healthy.passed
+
+
+def test_heads_without_groups_need_no_second_granularity(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("conftest")._SIZES, "num_key_value_heads", 6)
+    examination = examine(str(make_checkpoint("mistral", tmp_path / "ungrouped")))
+    assert results(examination)[MODEL["heads"]] == "skipped"
+    assert examination.passed
+
+
+def test_a_model_that_cannot_be_read_is_one_line(checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "broken")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
+    assert cli._exit_code(["doctor", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "supported families" in error
+
+
+def test_large_models_are_checked_on_a_few_layers_of_every_kind(checkpoint, monkeypatch):
+    large = DarwinLMConfig(num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)
+    assert choose_layers(large) == [0, 79]
+    large.layer_types = ["sliding_attention" if layer % 6 else "full_attention" for layer in range(80)]
+    assert choose_layers(large) == [0, 79]
+    large.layer_types = ["sliding_attention" if 0 < layer < 79 else "full_attention" for layer in range(80)]
+    assert choose_layers(large) == [0, 1, 79]
+    small = DarwinLMConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9)
+    small.num_key_value_heads, small.head_dim = 3, 64
+    chosen = choose_layers(small)
+    assert len(chosen) == 8 and chosen[0] == 0 and chosen[-1] == 29
+    monkeypatch.setattr("darwinlm.doctor._LAYER_PARAMETERS", 1)
+    examination = examine(str(checkpoint("qwen2")))
+    assert examination.passed
+    assert examination.reduced[0] == "2 of 3 layers (0, 2); the weights of the others were not read"
+
+
+def test_some_layers_of_a_checkpoint_are_those_of_the_whole(checkpoint):
+    whole = Checkpoint(str(checkpoint("llama")))
+    some = whole.some_layers([2, 0])
+    names = [name for name in whole.shapes if name.startswith("model.layers.2.")]
+    there = whole.read(names, torch.device("cpu"))
+    here = some.read([name.replace(".2.", ".0.", 1) for name in names], torch.device("cpu"))
+    assert all(torch.equal(there[name], here[name.replace(".2.", ".0.", 1)]) for name in names)
+    assert not any(name.startswith("model.layers.2.") for name in some.shapes)
+    assert some.shapes["lm_head.weight"] == whole.shapes["lm_head.weight"]
+
+
+def test_a_long_window_is_made_short_so_that_it_is_reached(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("conftest")._OWN["mistral"], "sliding_window", 100)
+    folder = str(make_checkpoint("mistral", tmp_path / "long"))
+    assert load_config(folder).sliding_window == 100
+    examination = examine(folder)
+    assert examination.passed
+    assert "the sliding window of 100 tokens to 32" in examination.reduced
