@@ -8,8 +8,9 @@ peer proposes one model or a few of the size asked for, and the one of least KL 
 taken, without training. All are judged on text that no method reads, before and after the same training (no refit).
 
 A row is written when it is done, and those that are there already are skipped, so the command can be stopped and given
-again. Peers have no randomness of their own and run with the first seed alone, which orders the text; ours runs with
-each seed, which orders the text too.
+again; databases and searches of ours lie in a folder beside the rows and go on where they were. Peers have no
+randomness of their own and run with the first seed alone, which orders the text; ours runs with each seed, which orders
+the text too.
 """
 
 import argparse
@@ -56,7 +57,7 @@ PEERS: dict[str, Callable[[Calibrated, int], Candidates]] = {
     "Torch-Pruning, its LLM example": torch_pruner.as_in_the_example,
 }
 DENSE, OURS = "dense", "ours (quick)"
-_SHAPE_TOKENS = 2_048
+_SHAPE_TOKENS = 1_024
 """Of the score text, on which a peer's shape is chosen."""
 
 
@@ -136,47 +137,42 @@ def compare(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     for seed in arguments.seeds:
         first = seed == arguments.seeds[0]
-        with tempfile.TemporaryDirectory() as scratch:
-            recipe = load_recipe(
-                "quick", {"model": "smollm2", "target": 0.6, "data.source": arguments.data, "seed": seed}
-            )
-            corpus = read_corpus(recipe.data, dense.tokenizer, seed)
-            calibrated = Calibrated(dense, corpus.blocks["calibration"])
-            score = DenseReference(dense.model, corpus.tokens("score", _SHAPE_TOKENS))
-            if judge is None:
-                blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
-                judge = DenseReference(dense.model, blocks)
-                if rows.lacks({"method": DENSE, **settings}):
-                    found = judge.compare(dense.model)
-                    rows.add(
-                        {"method": DENSE, **settings, "parameters": dense.parameters, "perplexity": found.perplexity}
-                    )
-            for target in arguments.targets:
-                for method in arguments.methods if first else [OURS]:
-                    key = {"method": method, "target": target, "seed": seed, **settings}
-                    if not rows.lacks(key):
-                        continue
-                    print(f"{method}, {target}, seed {seed}", flush=True)
-                    start = time.perf_counter()
-                    if method == OURS:
-                        shape, model = ours(dense, corpus, recipe, target, Path(scratch))
-                    else:
-                        shape, model = best(PEERS[method](calibrated, int(dense.parameters * target)), score)
-                    seconds = time.perf_counter() - start
-                    before = judge.compare(model)
-                    trained = recovered(model, teacher, corpus, arguments.recovery_tokens, seed)
-                    after = judge.compare(trained)
-                    rows.add(
-                        key
-                        | {
-                            "shape": shape,
-                            "parameters": parameters_of(model),
-                            "share": parameters_of(model) / dense.parameters,
-                        }
-                        | {"kl": before.kl, "perplexity": before.perplexity}
-                        | {"recovered_kl": after.kl, "recovered_perplexity": after.perplexity}
-                        | {"seconds": round(seconds), **facts}
-                    )
+        recipe = load_recipe("quick", {"model": "smollm2", "target": 0.6, "data.source": arguments.data, "seed": seed})
+        corpus = read_corpus(recipe.data, dense.tokenizer, seed)
+        calibrated = Calibrated(dense, corpus.blocks["calibration"])
+        score = DenseReference(dense.model, corpus.tokens("score", _SHAPE_TOKENS))
+        if judge is None:
+            blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
+            judge = DenseReference(dense.model, blocks)
+            if rows.lacks({"method": DENSE, **settings}):
+                found = judge.compare(dense.model)
+                rows.add({"method": DENSE, **settings, "parameters": dense.parameters, "perplexity": found.perplexity})
+        for target in arguments.targets:
+            for method in arguments.methods if first else [OURS]:
+                key = {"method": method, "target": target, "seed": seed, **settings}
+                if not rows.lacks(key):
+                    continue
+                print(f"{method}, {target}, seed {seed}", flush=True)
+                start = time.perf_counter()
+                if method == OURS:
+                    shape, model = ours(dense, corpus, recipe, target, arguments.out.with_suffix("") / f"seed-{seed}")
+                else:
+                    shape, model = best(PEERS[method](calibrated, int(dense.parameters * target)), score)
+                seconds = time.perf_counter() - start
+                before = judge.compare(model)
+                trained = recovered(model, teacher, corpus, arguments.recovery_tokens, seed)
+                after = judge.compare(trained)
+                rows.add(
+                    key
+                    | {
+                        "shape": shape,
+                        "parameters": parameters_of(model),
+                        "share": parameters_of(model) / dense.parameters,
+                    }
+                    | {"kl": before.kl, "perplexity": before.perplexity}
+                    | {"recovered_kl": after.kl, "recovered_perplexity": after.perplexity}
+                    | {"seconds": round(seconds), **facts}
+                )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
