@@ -51,7 +51,7 @@ def test_sizes_are_within_one_channel_a_layer_below_the_target(calibrated, peer,
 
 
 @pytest.mark.parametrize("fraction", [0.85, 0.7])
-def test_whole_layers_and_the_example_are_as_near_as_their_steps_allow(calibrated, fraction):
+def test_as_many_whole_layers_go_as_bring_the_size_nearest(calibrated, fraction):
     dense = calibrated.dense
     layer = sum(count_parameters(site, dense.shapes, range(site.num_units)) for site in dense.sites[:2])
     [(_, model)] = by_influence(calibrated, target(dense, fraction))
@@ -94,6 +94,15 @@ def test_even_widths_are_the_dense_model_without_the_other_columns(calibrated):
         assert {len(cuts[site.name].kept) for site in dense.sites if site.kind == "mlp"} == {shape.channels}
         model = build_model(dense.config, dense.sites, dense.weights, cuts)
         torch.testing.assert_close(logits(model), logits(masked(dense, cuts)), rtol=1e-4, atol=1e-4)
+
+
+def test_units_of_the_highest_scores_are_kept(calibrated):
+    dense, scores = calibrated.dense, weight_scores(calibrated.dense)
+    cuts = even_cuts(dense, scores, even_shapes(dense, target(dense, 0.7))[-1])
+    assert cuts
+    for name, cut in cuts.items():
+        gone = sorted(set(range(len(scores[name]))) - set(cut.kept))
+        assert scores[name][list(cut.kept)].min() >= scores[name][gone].max()
 
 
 def test_scores_are_those_of_a_plain_loop(calibrated):
