@@ -1,0 +1,66 @@
+"""What peers learn of the dense model from the calibration text: one pass for each kind of statistics, kept for all.
+
+Dimension letters: B blocks, T tokens of a block, D hidden size, I input columns of a site's output projection.
+"""
+
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.cutting import build_model
+from darwinlm.adapters.loading import DenseModel, fast_dtype
+from darwinlm.calibration.grams import walk_blocks
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The dense model and the calibration text that all methods share."""
+
+    dense: DenseModel
+    blocks_BT: Tensor
+
+    @cached_property
+    def grams(self) -> dict[str, Tensor]:
+        """By site, X^T X / tokens (I * I) over the inputs X of its output projection."""
+        with tempfile.TemporaryDirectory() as scratch:
+            walk = walk_blocks(self.dense, self.blocks_BT, batch_size=_BATCH, scratch=Path(scratch))
+            return {site.name: found.gram_II for site, found in walk if found is not None}
+
+    @cached_property
+    def influence(self) -> list[float]:
+        """By layer, 1 - mean cosine of what goes in and what comes out (block influence, arXiv 2403.03853)."""
+        cosines: list[list[Tensor]] = [[] for _ in self.dense.model.model.layers]
+
+        def record(layer: int):  # type: ignore[no-untyped-def]
+            def hook(module: object, inputs: tuple[Tensor, ...], output_BTD: Tensor) -> None:
+                cosines[layer].append(torch.cosine_similarity(inputs[0], output_BTD, dim=-1).flatten())
+
+            return hook
+
+        layers = self.dense.model.model.layers
+        hooks = [layer.register_forward_hook(record(number)) for number, layer in enumerate(layers)]
+        with torch.no_grad():
+            for batch_BT in self.blocks_BT.split(_BATCH):
+                self.dense.model.model(batch_BT.to(self.dense.device, torch.long), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return [1 - torch.cat(found).mean().item() for found in cosines]
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """By parameter, the gradient of the mean next-token loss. Computed in bfloat16 where the hardware is faster."""
+        dense, dtype = self.dense, fast_dtype(self.dense.device)
+        model = build_model(dense.config, dense.sites, dense.weights, {}, trainable=True)
+        for block_BT in self.blocks_BT.split(1):
+            ids_BT = block_BT.to(dense.device, torch.long)
+            with torch.autocast(dense.device.type, dtype) if dtype != torch.float32 else nullcontext():
+                loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            (loss / len(self.blocks_BT)).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

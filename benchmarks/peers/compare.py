@@ -1,0 +1,226 @@
+"""What other methods make of the same model at the same size, from the same text, before and after the same recovery.
+
+    python benchmarks/peers/compare.py --data FOLDER --evaluation FILE --out ROWS.jsonl
+    python benchmarks/peers/compare.py --table ROWS.jsonl
+
+The model is SmolLM2-135M (`smollm2`, the `demo` extra); `pip install torch-pruning` for the method of that name. Each
+peer proposes one model or a few of the size asked for, and the one of least KL to the dense model on the score text is
+taken, without training. All are judged on text that no method reads, before and after the same training (no refit).
+
+A row is written when it is done, and those that are there already are skipped, so the command can be stopped and given
+again; databases and searches of ours lie in a folder beside the rows and go on where they were. Peers have no
+randomness of their own and run with the first seed alone, which orders the text; ours runs with each seed, which orders
+the text too.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruner
+from calibrated import Calibrated
+from even_widths import by_activations, by_weights
+from second_order import by_second_order
+from torch import Tensor
+from whole_layers import by_influence
+
+from darwinlm.adapters.cutting import assemble, build_model
+from darwinlm.adapters.loading import DenseModel, fast_dtype, load_dense
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.data import Corpus, read_corpus
+from darwinlm.database.build import build_database
+from darwinlm.demo import resolve
+from darwinlm.evaluation.measure import parameters_of
+from darwinlm.files import write_bytes
+from darwinlm.plan import parameter_budget
+from darwinlm.recipe import Recipe, RecoveryRecipe, load_recipe
+from darwinlm.recovery.stage import recover
+from darwinlm.scoring import DenseReference
+from darwinlm.search.stage import search_plan
+
+Candidates = Iterator[tuple[str, DarwinLMForCausalLM]]
+"""What a method proposes, in words, and the model."""
+PEERS: dict[str, Callable[[Calibrated, int], Candidates]] = {
+    "even widths, weights": by_weights,
+    "even widths, activations x weights": by_activations,
+    "even widths, second order": by_second_order,
+    "whole layers, block influence": by_influence,
+    "Torch-Pruning, Taylor": torch_pruner.by_taylor,
+    "Torch-Pruning, its LLM example": torch_pruner.as_in_the_example,
+}
+DENSE, OURS = "dense", "ours (quick)"
+_SHAPE_TOKENS = 1_024
+"""Of the score text, on which a peer's shape is chosen."""
+
+
+class Rows:
+    """The rows of a JSON-lines file. It is written whole, so that no row is ever half there."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.rows: list[dict[str, Any]] = []
+        if file.exists():
+            self.rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def lacks(self, key: dict[str, Any]) -> bool:
+        """Whether there is no row with these entries yet."""
+        return not any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        write_bytes(self._file, "".join(json.dumps(one) + "\n" for one in self.rows).encode())
+        print(json.dumps(row), flush=True)
+
+
+def best(candidates: Candidates, score: DenseReference) -> tuple[str, DarwinLMForCausalLM]:
+    """The candidate of least KL to the dense model."""
+    kl, name, model = min(
+        ((score.compare(model).kl, name, model) for name, model in candidates), key=lambda one: one[0]
+    )
+    print(f"  KL {kl:.3f} on score text: {name}", flush=True)
+    return name, model
+
+
+def ours(
+    dense: DenseModel, corpus: Corpus, recipe: Recipe, target: float, folder: Path
+) -> tuple[str, DarwinLMForCausalLM]:
+    """The plan that the search finds, cut; the database in `folder` is built once for all targets."""
+    database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder / "database")
+    space = database.space(dense.sites)
+    budget = parameter_budget(target, space)
+    plan = search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, folder / f"search-{target}")
+    cuts = database.cuts(dense.sites, plan.levels, dense.device)
+    return f"levels {plan.levels}", build_model(dense.config, dense.sites, dense.weights, cuts)
+
+
+def trainable(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM:
+    """A copy of `model` whose training leaves the dense weights alone."""
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return assemble(model.config, tensors, trainable=True)  # type: ignore[arg-type]
+
+
+def recovered(
+    model: DarwinLMForCausalLM, teacher: DarwinLMForCausalLM, corpus: Corpus, tokens: int, seed: int
+) -> DarwinLMForCausalLM:
+    """`model` after the recovery that all methods get."""
+    recipe = RecoveryRecipe(tokens=tokens, evaluations=0)
+    text, validation = corpus.marked["trial"], corpus.marked["score"]
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = recover(
+            trainable(model), teacher, text, validation, recipe, seed=seed, folder=Path(folder), device=model.device
+        )
+    return model
+
+
+def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tensor:
+    ids = dense.tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: tokens // length * length]
+    return torch.tensor(ids).view(-1, length)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    rows = Rows(arguments.out)
+    dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
+    teacher = dense.whole(dense.device, fast_dtype(dense.device))
+    judge: DenseReference | None = None
+    settings = {"tokens": arguments.tokens, "recovery_tokens": arguments.recovery_tokens}
+    facts = {
+        "machine": platform.machine(), "threads": torch.get_num_threads(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "torch-pruning")},
+    }  # fmt: skip
+    for seed in arguments.seeds:
+        first = seed == arguments.seeds[0]
+        recipe = load_recipe("quick", {"model": "smollm2", "target": 0.6, "data.source": arguments.data, "seed": seed})
+        corpus = read_corpus(recipe.data, dense.tokenizer, seed)
+        calibrated = Calibrated(dense, corpus.blocks["calibration"])
+        score = DenseReference(dense.model, corpus.tokens("score", _SHAPE_TOKENS))
+        if judge is None:
+            blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
+            judge = DenseReference(dense.model, blocks)
+            if rows.lacks({"method": DENSE, **settings}):
+                found = judge.compare(dense.model)
+                rows.add({"method": DENSE, **settings, "parameters": dense.parameters, "perplexity": found.perplexity})
+        for target in arguments.targets:
+            for method in arguments.methods if first else [OURS]:
+                key = {"method": method, "target": target, "seed": seed, **settings}
+                if not rows.lacks(key):
+                    continue
+                print(f"{method}, {target}, seed {seed}", flush=True)
+                start = time.perf_counter()
+                if method == OURS:
+                    shape, model = ours(dense, corpus, recipe, target, arguments.out.with_suffix("") / f"seed-{seed}")
+                else:
+                    shape, model = best(PEERS[method](calibrated, int(dense.parameters * target)), score)
+                seconds = time.perf_counter() - start
+                before = judge.compare(model)
+                trained = recovered(model, teacher, corpus, arguments.recovery_tokens, seed)
+                after = judge.compare(trained)
+                rows.add(
+                    key
+                    | {
+                        "shape": shape,
+                        "parameters": parameters_of(model),
+                        "share": parameters_of(model) / dense.parameters,
+                    }
+                    | {"kl": before.kl, "perplexity": before.perplexity}
+                    | {"recovered_kl": after.kl, "recovered_perplexity": after.perplexity}
+                    | {"seconds": round(seconds), **facts}
+                )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: for each target its methods, the closest to the dense model after recovery first."""
+    lines = [f"Dense: perplexity {row['perplexity']:.2f}." for row in rows if row["method"] == DENSE]
+    for target in dict.fromkeys(row["target"] for row in rows if "target" in row):
+        lines += ["", f"At {target} of all parameters:", ""]
+        lines.append("| method | share of parameters | KL | perplexity | recovered: KL | perplexity | seeds |")
+        lines.append("|---|---|---|---|---|---|---|")
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row.get("target") == target:
+                groups.setdefault(row["method"], []).append(row)
+        for name, group in sorted(groups.items(), key=lambda one: statistics.mean(r["recovered_kl"] for r in one[1])):
+            columns = [
+                _mean([row[key] for row in group], digits)
+                for key, digits in (
+                    ("share", 4), ("kl", 3), ("perplexity", 1), ("recovered_kl", 3), ("recovered_perplexity", 1)
+                )
+            ]  # fmt: skip
+            lines.append(f"| {name} | {' | '.join(columns)} | {len(group)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--table", type=Path, help="print the table of this file of rows, and do nothing else")
+    parser.add_argument("--data", help="text for calibration, trials, scores and recovery")
+    parser.add_argument("--evaluation", help="a text file that judges, read by no method")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.6], help="fractions of all parameters")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=[*PEERS, OURS], default=[*PEERS, OURS])
+    parser.add_argument("--recovery-tokens", type=int, default=8_192)
+    parser.add_argument("--tokens", type=int, default=8_192, help="of the evaluation text")
+    parser.add_argument("--out", type=Path, help="JSON lines, one a row; rows that are there are skipped")
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(Rows(arguments.table).rows))
+        return
+    if not (arguments.data and arguments.evaluation and arguments.out):
+        parser.error("give --data, --evaluation and --out, or --table FILE")
+    compare(arguments)
+
+
+if __name__ == "__main__":
+    main()

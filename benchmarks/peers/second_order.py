@@ -1,0 +1,37 @@
+"""Uniform width pruning with the database's solver: units go by second-order scores, and the others are refitted."""
+
+from collections.abc import Iterator
+
+from calibrated import Calibrated
+from even_widths import Shape, even_shapes, named
+
+from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.database.solver import prune_site
+from darwinlm.recipe import DatabaseRecipe
+
+
+def refitted_cuts(calibrated: Calibrated, shapes: list[Shape]) -> dict[Shape, dict[str, Cut]]:
+    """By shape, the cuts of every site; a site is solved once for all shapes."""
+    cuts: dict[Shape, dict[str, Cut]] = {shape: {} for shape in shapes}
+    for site in calibrated.dense.sites:
+        sizes = sorted({shape.units(site) for shape in shapes} - {site.num_units}, reverse=True)
+        snapshots = prune_site(
+            calibrated.dense.weights[f"{site.output}.weight"],
+            calibrated.grams[site.name],
+            columns_per_unit=site.columns_per_unit,
+            sizes=sizes,
+            damping=DatabaseRecipe().damping,
+        )
+        found = {size: Cut(snapshot.kept, snapshot.weight_OK) for size, snapshot in zip(sizes, snapshots, strict=True)}
+        for shape in shapes:
+            if shape.units(site) in found:
+                cuts[shape][site.name] = found[shape.units(site)]
+    return cuts
+
+
+def by_second_order(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+    """Each shape of `parameters`, units kept by the error that they would cause."""
+    dense = calibrated.dense
+    for shape, cuts in refitted_cuts(calibrated, even_shapes(dense, parameters)).items():
+        yield named(dense, shape), build_model(dense.config, dense.sites, dense.weights, cuts)

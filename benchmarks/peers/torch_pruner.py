@@ -1,0 +1,171 @@
+"""Torch-Pruning (DepGraph, arXiv 2301.12900; PyPI `torch-pruning`) on transformers' own model, used in two ways.
+
+*Taylor*: its first-order importance on the calibration text. Query heads and MLP channels go, all layers alike; the
+hidden size stays (with it gone too, models are far worse). KV heads stay: with grouped queries, Torch-Pruning removes
+query heads only, equally many of each group. Both for all layers, and for those that its authors' LLM-Pruner prunes
+(the first four and the last two are left whole).
+*Example*: what its LLM example (`examples/LLMs/prune_llm.py`) does: magnitudes, one ratio for hidden size, query heads
+and MLP channels, sizes in multiples of four.
+
+The result is expressed in our modelling file, which is checked against the pruned model itself.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning
+from calibrated import Calibrated
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from darwinlm.adapters.cutting import assemble, count_parameters
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+
+WHOLE_LAYERS = (4, 2)
+"""Of 32; the first and the last that LLM-Pruner's documented command leaves alone."""
+_MULTIPLE = 4
+
+
+def native_model(dense: DenseModel) -> Any:
+    """transformers' own model. Its dependency graph is traced through plain attention only."""
+    return AutoModelForCausalLM.from_pretrained(dense.source, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def prune(
+    model: Any, importance: Any, *, channels: float, heads: float, ignored: Sequence[nn.Module], multiple: int | None
+) -> None:
+    """Prune `model` in place with Torch-Pruning.
+
+    Args:
+        model: transformers' own.
+        importance: of torch_pruning.importance.
+        channels: the fraction of channels that goes; of heads none would go where it is 0.
+        heads: the fraction of query heads that goes.
+        ignored: modules whose output stays as wide as it is.
+        multiple: what sizes are rounded down to.
+    """
+    kv_heads, query_heads = model.config.num_key_value_heads, model.config.num_attention_heads
+    num_heads = {}
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        num_heads |= {attention.q_proj: query_heads, attention.k_proj: kv_heads, attention.v_proj: kv_heads}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it names every norm that it prunes by its last dimension
+        pruner = torch_pruning.pruner.MetaPruner(
+            model,
+            example_inputs=torch.zeros(1, 8, dtype=torch.long),
+            importance=importance,
+            pruning_ratio=channels,
+            ignored_layers=[model.lm_head, *ignored],
+            num_heads=num_heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=heads,
+            round_to=multiple,
+            forward_fn=lambda model, ids: model(ids, use_cache=False).logits,
+        )
+        pruner.step()
+    model.zero_grad()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+
+
+@torch.no_grad()
+def express(model: Any, dense: DenseModel) -> DarwinLMForCausalLM:
+    """The pruned `model` in our modelling file; its logits are compared on 16 tokens."""
+    config, head_dim = copy.deepcopy(dense.config), dense.config.head_dim
+    config.hidden_size = model.model.embed_tokens.weight.shape[1]
+    config.per_layer_config = {
+        number: {
+            "num_attention_heads": layer.self_attn.q_proj.out_features // head_dim,
+            "num_key_value_heads": layer.self_attn.k_proj.out_features // head_dim,
+            "intermediate_size": layer.mlp.gate_proj.out_features,
+        }
+        for number, layer in enumerate(model.model.layers)
+    }
+    tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        # Torch-Pruning cuts the two by the same columns, and they are two tensors after that.
+        assert torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"])
+    ours = assemble(config, tensors, trainable=False)
+    ids = torch.randint(0, config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
+    expected, found = model(ids, use_cache=False).logits, ours(ids).logits
+    assert (expected - found).abs().max() < 1e-4 * expected.abs().max(), "not the model that Torch-Pruning made"
+    return ours
+
+
+def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+    """With each number of query heads a KV head, the widest MLPs within `parameters`: in all layers, and in most."""
+    dense, config = calibrated.dense, calibrated.dense.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    first, last = (max(1, round(count * config.num_hidden_layers / 32)) for count in WHOLE_LAYERS)
+    native = native_model(dense)
+    for whole in (0, first + last):
+        layers = config.num_hidden_layers - whole
+        # Where each KV head would be left with a single query head, version 1.6.1 prunes no heads, without a word.
+        for left in range(group, 1, -1):
+            channels = _channels(dense, parameters, layers, (group - left) * config.num_key_value_heads)
+            if not 0 < channels < config.intermediate_size:
+                continue
+            model = copy.deepcopy(native)
+            _set_gradients(model, calibrated.gradients)
+            kept = (
+                [*model.model.layers[:first], *model.model.layers[config.num_hidden_layers - last :]] if whole else []
+            )
+            outputs = [
+                module for layer in model.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
+            ]
+            prune(
+                model,
+                torch_pruning.importance.GroupTaylorImportance(),
+                # Half a channel and a bit of a head: what is to be kept is rounded down.
+                channels=1 - (channels + 0.5) / config.intermediate_size,
+                heads=max(0.0, 1 - left / group - 1e-6),
+                ignored=[model.model.embed_tokens, *outputs, *kept],
+                multiple=None,
+            )
+            name = f"{left} of {group} query heads a KV head, {channels} of {config.intermediate_size} channels"
+            yield name + (f" in {layers} layers" if whole else ""), express(model, dense)
+
+
+def as_in_the_example(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+    """The smallest ratio, in thousandths, that leaves at most `parameters`."""
+    dense = calibrated.dense
+    ratio = next(number / 1000 for number in range(1, 1000) if _example_size(dense, number / 1000) <= parameters)
+    model = native_model(dense)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
+    prune(model, importance, channels=ratio, heads=ratio, ignored=[], multiple=_MULTIPLE)
+    yield f"ratio {ratio}, hidden size {model.lm_head.in_features}", express(model, dense)
+
+
+def _set_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].clone()
+
+
+def _channels(dense: DenseModel, parameters: int, layers: int, heads_gone: int) -> int:
+    """How wide the MLPs of `layers` layers may be where so many query heads are gone from each of them."""
+    config, mlp = dense.config, dense.sites[1]
+    channel = count_parameters(mlp, dense.shapes, [0, 1]) - count_parameters(mlp, dense.shapes, [0])
+    head = config.head_dim * (2 * config.hidden_size + bool(config.qkv_bias))
+    channels_gone = ((dense.parameters - parameters) / layers - heads_gone * head) / channel
+    return int(config.intermediate_size - channels_gone)
+
+
+def _example_size(dense: DenseModel, ratio: float) -> int:
+    """Parameters that are left of a model without biases, by the rounding of Torch-Pruning 1.6."""
+    config = dense.config
+    kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    hidden, channels = (int(size * (1 - ratio)) for size in (config.hidden_size, config.intermediate_size))
+    hidden, channels = hidden - hidden % _MULTIPLE, channels - channels % _MULTIPLE
+    gone = math.ceil(math.ceil(ratio * config.num_attention_heads) / kv_heads)
+    queries = (group - gone) * kv_heads * config.head_dim
+    layer = 2 * hidden * (queries + kv_heads * config.head_dim) + 3 * hidden * channels + 2 * hidden
+    ends = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden + hidden
+    return config.num_hidden_layers * layer + ends
