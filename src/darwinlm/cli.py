@@ -125,7 +125,9 @@ def export(
         str, typer.Option(help="gguf (llama.cpp and all that is built on it), vllm, or hf-native (layers of one size).")
     ],
     out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="gguf: f32, f16, bf16 or q8_0; by default the model's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="gguf: f32, f16, bf16, q8_0, q4_k_m, q5_k_m, q6_k; by default the model's.")
+    ] = None,
 ) -> None:
     """Write a pruned model for another engine, and compare its logits there with the model's."""
     from darwinlm.export.targets import export_model

@@ -170,7 +170,7 @@ class Engine:
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = count
         parameters.type_k = parameters.type_v = _FLOAT32
         parameters.flash_attn_type = 0
-        parameters.n_threads = parameters.n_threads_batch = _threads()
+        parameters.n_threads = parameters.n_threads_batch = threads()
         context = library.llama_init_from_model(self._model, parameters)
         if not context:
             raise EngineError(self._errors[0] if self._errors else "no context can be made")
@@ -204,7 +204,8 @@ class Engine:
             self._errors.append(text.decode(errors="replace").strip())
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many llama.cpp may use: `OMP_NUM_THREADS`, or all cores."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdecimal() and int(told) else os.cpu_count() or 1
 

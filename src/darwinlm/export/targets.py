@@ -19,12 +19,15 @@ from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
 from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, check, compare, logits_of, proof_tokens
+from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.export.shapes import check_equal_groups
 from darwinlm.export.vllm import write_vllm
 from darwinlm.files import new_file, new_folder, write_json
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
+DTYPES = (*FILE_TYPES, *K_QUANTS)
+"""In which a GGUF file can hold weight matrices."""
+_MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, **dict.fromkeys(K_QUANTS, 0.5)}
 """Over the largest logit. Only float32 is computed without rounding, which a model pruned hard minds; a wrong file is
 off by half and more."""
 _MAGIC = b"GGUF"
@@ -54,7 +57,7 @@ def export_model(source: Path, target: str, out: Path | None = None, dtype: str 
         source: a run directory, or the folder of a pruned model.
         target: one of `TARGETS`.
         out: where to; by default beside the model's folder.
-        dtype: of a GGUF file's weight matrices (`FILE_TYPES`); by default the model's.
+        dtype: of a GGUF file's weight matrices (`DTYPES`); by default the model's.
 
     Raises:
         UserError: if there is no pruned model, the engine cannot run it, or what was written gives other logits.
@@ -63,8 +66,8 @@ def export_model(source: Path, target: str, out: Path | None = None, dtype: str 
         raise UserError(f"--to {target}: there is no such target; known are {', '.join(TARGETS)}")
     if dtype is not None and target != "gguf":
         raise UserError(f"--dtype is for --to gguf; {target} keeps the model's")
-    if dtype is not None and dtype not in FILE_TYPES:
-        raise UserError(f"--dtype {dtype}: known are {', '.join(FILE_TYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
     return TARGETS[target](find_model(source), out, dtype)
 
 
@@ -84,6 +87,8 @@ def sites_kept_for(targets: Sequence[str]) -> set[str]:
 def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
     config = DarwinLMConfig.from_pretrained(folder)
     architecture = choose_architecture(config)
+    if dtype in K_QUANTS:
+        quantizer()
     tokenizer = load_tokenizer(folder)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, folder)
     model = load(folder)
@@ -91,7 +96,16 @@ def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
     file = out or folder.with_name(f"{folder.name}-{dtype}.gguf")
     _check_file(file)
     with new_file(file) as draft:
-        write_gguf(model, vocabulary, draft, dtype, file.stem, architecture)
+        if dtype in K_QUANTS:
+            whole = file.with_name(f"{file.name}.whole.draft")
+            try:
+                # In the dtype that the weights are stored in: nothing is rounded twice.
+                write_gguf(model, vocabulary, whole, _STORED_AS[model.dtype], file.stem, architecture)
+                quantize(whole, draft, dtype)
+            finally:
+                whole.unlink(missing_ok=True)
+        else:
+            write_gguf(model, vocabulary, draft, dtype, file.stem, architecture)
         proof, notes = _prove_gguf(model, tokenizer, draft, dtype)
     if context_length(config) < config.max_position_embeddings:
         notes.append(
