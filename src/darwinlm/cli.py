@@ -128,12 +128,13 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="gguf: f32, f16, bf16, q8_0, q4_k_m, q5_k_m, q6_k; by default the model's.")
     ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="vllm: devices that share out each layer.")] = 1,
 ) -> None:
     """Write a pruned model for another engine, and compare its logits there with the model's."""
     from darwinlm.export.targets import export_model
 
     _silence_libraries()
-    for line in export_model(source, to, out, dtype).lines():
+    for line in export_model(source, to, out, dtype, tensor_parallel).lines():
         typer.echo(line)
 
 

@@ -207,6 +207,9 @@ class ExportRecipe(_Section):
     targets: tuple[Target, ...] = ()
     """Written at the end of the run, beside `model/`, as `darwinlm export` does. What an engine cannot run is refused
     before the search, and what it would need a stub for in the first layer is not proposed."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Divides the KV heads and the MLP width of every layer at every level of the database, so that so many devices can
+    share out each layer."""
 
 
 class Recipe(_Section):
@@ -267,6 +270,12 @@ class Recipe(_Section):
                 f"export.targets={list(self.export.targets)} with database.granularity={self.database.granularity}: "
                 "only transformers can run KV heads that serve different numbers of query heads; set "
                 "database.granularity=kv_group"
+            )
+        if self.export.tensor_parallel > 1 and self.database.granularity != "kv_group":
+            raise ValueError(
+                f"export.tensor_parallel={self.export.tensor_parallel} with "
+                f"database.granularity={self.database.granularity}: query heads and KV heads would not be shared out "
+                "alike; set database.granularity=kv_group"
             )
         if "hf-native" in self.export.targets and not self.search.uniform:
             raise ValueError(

@@ -21,7 +21,7 @@ from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, check, compare, logits_of, proof_tokens
 from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.export.shapes import check_equal_groups
-from darwinlm.export.vllm import write_vllm
+from darwinlm.export.vllm import check_tensor_parallel, write_vllm
 from darwinlm.files import new_file, new_folder, write_json
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -50,7 +50,17 @@ class Exported:
         return [*proved, *self.notes, f"exported: {self.path}"]
 
 
-def export_model(source: Path, target: str, out: Path | None = None, dtype: str | None = None) -> Exported:
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Of one engine alone."""
+
+    dtype: str | None
+    tensor_parallel: int
+
+
+def export_model(
+    source: Path, target: str, out: Path | None = None, dtype: str | None = None, tensor_parallel: int = 1
+) -> Exported:
     """Write the pruned model in `source` for another engine.
 
     Args:
@@ -58,6 +68,7 @@ def export_model(source: Path, target: str, out: Path | None = None, dtype: str 
         target: one of `TARGETS`.
         out: where to; by default beside the model's folder.
         dtype: of a GGUF file's weight matrices (`DTYPES`); by default the model's.
+        tensor_parallel: the number of devices that vLLM is to share out each layer to.
 
     Raises:
         UserError: if there is no pruned model, the engine cannot run it, or what was written gives other logits.
@@ -68,7 +79,9 @@ def export_model(source: Path, target: str, out: Path | None = None, dtype: str 
         raise UserError(f"--dtype is for --to gguf; {target} keeps the model's")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
-    return TARGETS[target](find_model(source), out, dtype)
+    if tensor_parallel > 1 and target != "vllm":
+        raise UserError("--tensor-parallel is for --to vllm")
+    return TARGETS[target](find_model(source), out, _Options(dtype=dtype, tensor_parallel=tensor_parallel))
 
 
 def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
@@ -84,8 +97,8 @@ def sites_kept_for(targets: Sequence[str]) -> set[str]:
     return {"layers.0.attention"} if "gguf" in targets else set()
 
 
-def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
-    config = DarwinLMConfig.from_pretrained(folder)
+def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
+    dtype, config = options.dtype, DarwinLMConfig.from_pretrained(folder)
     architecture = choose_architecture(config)
     if dtype in K_QUANTS:
         quantizer()
@@ -158,21 +171,23 @@ def _check_file(file: Path) -> None:
                 raise UserError(f"--out {file} is there already and is no GGUF file; name a new file")
 
 
-def _export_vllm(folder: Path, out: Path | None, _: str | None) -> Exported:
-    check_equal_groups(DarwinLMConfig.from_pretrained(folder), "vLLM")
+def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
+    config, devices = DarwinLMConfig.from_pretrained(folder), options.tensor_parallel
+    check_equal_groups(config, "vLLM")
+    check_tensor_parallel(config, devices)
     target = out or folder.with_name(f"{folder.name}-vllm")
     _check_folder(target)
     model = load(folder)
     with new_folder(target) as draft:
-        write_vllm(model, folder, draft)
+        write_vllm(model, folder, draft, devices)
         proof = _prove_folder(model.float(), load(draft, dtype=torch.float32), folder)
-        write_json(draft / _FACTS, {"target": "vllm", "proof": asdict(proof)})
+        write_json(draft / _FACTS, {"target": "vllm", "tensor_parallel": devices, "proof": asdict(proof)})
     return Exported(
         path=target, proof=proof, notes=("vLLM itself was not run: the folder was compared in transformers",)
     )
 
 
-def _export_native(folder: Path, out: Path | None, _: str | None) -> Exported:
+def _export_native(folder: Path, out: Path | None, _: _Options) -> Exported:
     native = native_config(DarwinLMConfig.from_pretrained(folder))
     target = out or folder.with_name(f"{folder.name}-native")
     _check_folder(target)
@@ -199,7 +214,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"--out {folder} is there already and is no earlier export; name a new folder")
 
 
-TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {
+TARGETS: dict[str, Callable[[Path, Path | None, _Options], Exported]] = {
     "gguf": _export_gguf,
     "vllm": _export_vllm,
     "hf-native": _export_native,
