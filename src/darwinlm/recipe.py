@@ -99,8 +99,9 @@ class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
     uniform: bool = False
-    """All layers get the same sizes, so that the result is a model of transformers' own (`export --to hf-native`).
-    Every largest such plan is trained a little and scored as in the last step; no descent, no evolution."""
+    """All layers that stay get the same sizes, so that the result is a model of transformers' own (`export --to
+    hf-native`); whole layers may go. Of all largest such plans, the `offspring` best without training are trained a
+    little and scored as in the last step; no descent, no evolution."""
     descent_rounds: int = Field(4, ge=0)
     """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
     sensitivity_tokens: Tokens = Field(8_192, ge=1)
