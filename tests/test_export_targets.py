@@ -29,7 +29,7 @@ def test_the_recipe_knows_all_targets():
     [
         ({"export": {"targets": ["vllm"]}, "database": {"granularity": "query_head"}}, "only transformers can run"),
         ({"export": {"targets": ["hf-native"]}}, r"needs layers of one size; set search\.uniform=true"),
-        ({"export": {"targets": ["onnx"]}}, r"export\.targets\.0 = 'onnx'"),
+        ({"export": {"targets": ["openvino"]}}, r"export\.targets\.0 = 'openvino'"),
         ({"export": {"targets": "gguf"}}, "a list is expected"),
         (
             {"export": {"tensor_parallel": 2}, "database": {"granularity": "query_head"}},

@@ -254,7 +254,7 @@ def test_what_llama_cpp_cannot_run_is_refused(settings, shape, match, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--to", "onnx"], "there is no such target; known are gguf"),
+        (["--to", "openvino"], "there is no such target; known are gguf"),
         (["--to", "gguf", "--dtype", "q4"], "known are f32, f16, q8_0, bf16, q4_k_m"),
         (["--to", "gguf", "--out", "."], "is a folder"),
         (["--to", "gguf", "--out", "notes.txt"], "is there already and is no GGUF file"),

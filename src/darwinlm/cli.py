@@ -122,7 +122,10 @@ def recover(
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, or a pruned model's folder.")],
     to: Annotated[
-        str, typer.Option(help="gguf (llama.cpp and all that is built on it), vllm, or hf-native (layers of one size).")
+        str,
+        typer.Option(
+            help="gguf (llama.cpp and all that is built on it), vllm, hf-native (layers of one size), mlx or onnx."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
     dtype: Annotated[

@@ -25,7 +25,7 @@ from darwinlm.errors import UserError
 
 RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
-Target = Literal["gguf", "vllm", "hf-native"]
+Target = Literal["gguf", "vllm", "hf-native", "mlx", "onnx"]
 """What a pruned model can be exported to."""
 _MOST_BYTES = 2**20
 _MOST = 10**1000

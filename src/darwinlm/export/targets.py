@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
-from darwinlm.export import llama_cpp
+from darwinlm.export import llama_cpp, mlx, onnx
 from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
@@ -86,6 +87,10 @@ def export_model(
 
 def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
     """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
+    if "onnx" in targets:
+        onnx.check_writer()
+    if "mlx" in targets:
+        mlx.check_mlx(dense.config)
     if "gguf" in targets:
         gguf_package()
         choose_architecture(dense.config)
@@ -200,12 +205,62 @@ def _export_native(folder: Path, out: Path | None, _: _Options) -> Exported:
     return Exported(path=target, proof=proof)
 
 
+def _export_mlx(folder: Path, out: Path | None, _: _Options) -> Exported:
+    mlx.check_mlx(DarwinLMConfig.from_pretrained(folder))
+    target = out or folder.with_name(f"{folder.name}-mlx")
+    _check_folder(target)
+    model = load(folder)
+    with new_folder(target) as draft:
+        mlx.write_mlx(model, folder, draft)
+        proof = _prove_elsewhere(model, folder, draft, mlx.engine_version(), mlx.mlx_logits)
+        write_json(draft / _FACTS, {"target": "mlx", "proof": proof and asdict(proof)})
+    notes = () if proof else (f"not proved: run pip install {mlx.PACKAGE} 'mlx[cpu]' and export again",)
+    return Exported(path=target, proof=proof, notes=notes)
+
+
+def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
+    onnx.check_writer()
+    target = out or folder.with_name(f"{folder.name}-onnx")
+    _check_folder(target)
+    model = load(folder, dtype=torch.float32)
+    with new_folder(target) as draft:
+        onnx.write_onnx(model, draft)
+        load_tokenizer(folder).save_pretrained(draft)
+        proof = _prove_elsewhere(model, folder, draft, onnx.engine_version(), onnx.onnx_logits)
+        write_json(draft / _FACTS, {"target": "onnx", "proof": proof and asdict(proof)})
+    notes = () if proof else (f"not proved: run pip install {onnx.ENGINE} and export again",)
+    return Exported(path=target, proof=proof, notes=(*notes, "the file reads whole texts: it has no KV cache"))
+
+
 def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
     """Compare two models in transformers, float32. Raises UserError."""
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
     engine = f"transformers {transformers.__version__}"
     proof = compare(logits_of(model, tokens), logits_of(written, tokens), engine)
     return check(proof, _MOST_DIFFERENCE["f32"], "the folder")
+
+
+def _prove_elsewhere(
+    model: DarwinLMForCausalLM,
+    folder: Path,
+    draft: Path,
+    engine: str | None,
+    logits: Callable[[Path, Sequence[int]], np.ndarray],
+) -> Proof | None:
+    """Compare `model`, loaded from `folder`, with `draft` in an engine that computes in float32; None if it is missing.
+
+    Raises:
+        UserError: if the logits are others, or the engine cannot run the folder.
+    """
+    if engine is None:
+        return None
+    tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
+    try:
+        found_TV = logits(draft, tokens)
+    except Exception as error:  # of kinds of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{engine} cannot run the folder, which was not kept: {reason}") from None
+    return check(compare(logits_of(model.float(), tokens), found_TV, engine), _MOST_DIFFERENCE["f32"], "the folder")
 
 
 def _check_folder(folder: Path) -> None:
@@ -218,5 +273,7 @@ TARGETS: dict[str, Callable[[Path, Path | None, _Options], Exported]] = {
     "gguf": _export_gguf,
     "vllm": _export_vllm,
     "hf-native": _export_native,
+    "mlx": _export_mlx,
+    "onnx": _export_onnx,
 }
 """What writes each."""
