@@ -4,11 +4,13 @@ import json
 from typing import get_args
 
 import pytest
-from conftest import SETTINGS, make_checkpoint
+from conftest import SETTINGS, make_checkpoint, make_config
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from darwinlm import UserError
+from darwinlm.adapters.families import find_sites
+from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
 from darwinlm.export.targets import TARGETS, sites_kept_for
 from darwinlm.pipeline import prune
@@ -27,8 +29,12 @@ def test_the_recipe_knows_all_targets():
     [
         ({"export": {"targets": ["vllm"]}, "database": {"granularity": "query_head"}}, "only transformers can run"),
         ({"export": {"targets": ["hf-native"]}}, r"needs layers of one size; set search\.uniform=true"),
-        ({"export": {"targets": ["onnx"]}}, r"export\.targets\.0 = 'onnx'"),
+        ({"export": {"targets": ["openvino"]}}, r"export\.targets\.0 = 'openvino'"),
         ({"export": {"targets": "gguf"}}, "a list is expected"),
+        (
+            {"export": {"tensor_parallel": 2}, "database": {"granularity": "query_head"}},
+            r"export\.tensor_parallel=2 with database\.granularity=query_head",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(settings, match):
@@ -81,6 +87,39 @@ def test_sensitivities_of_the_levels_left_stay_as_they_are(pruned, calibration):
     for index, (before, after) in enumerate(zip(whole.first, fewer.first, strict=True)):
         assert after == pytest.approx(before[: len(after)], rel=1e-4, abs=1e-7)
         assert len(after) == len(before) - (index in (0, 3))
+
+
+def test_layers_that_devices_cannot_share_out_are_refused_before_anything_is_written(tmp_path, checkpoint, text):
+    for parallel, told in (
+        (3, "does not divide the 2 KV heads of the model's layers; it can be 1, 2"),
+        (128, "2 KV heads"),
+    ):
+        settings = SETTINGS | {"data.source": str(text), "export.tensor_parallel": parallel}
+        with pytest.raises(UserError, match=told):
+            prune(checkpoint("llama"), target=0.7, out=tmp_path / "run", settings=settings)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kv_heads", "width"), [(8, 64), (2, 22), (6, 1536), (4, 11008)])
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_all_levels_divide(kv_heads, width, parallel):
+    config = make_config("mistral", num_attention_heads=3 * kv_heads, num_key_value_heads=kv_heads)
+    config.intermediate_size = width
+    attention, mlp = find_sites(config, "kv_group")[:2]
+    for site in (attention, mlp):
+        sizes = level_sizes(site, 10, parallel)
+        assert all(size % parallel == 0 for size in sizes)
+        assert sizes[0] == site.num_units and sizes[-1] == 0 and list(sizes) == sorted(set(sizes), reverse=True)
+        assert len(sizes) == min(11, site.num_units // parallel + 1)
+
+
+def test_a_run_for_two_devices(checkpoint, text, tmp_path):
+    settings = SETTINGS | {"data.source": str(text), "export.tensor_parallel": 2, "export.targets": ["vllm"]}
+    run = prune(checkpoint("qwen2"), target=0.6, out=tmp_path / "run", settings=settings)
+    sizes = json.loads((run.model_path / "plan.json").read_text())["units"].values()
+    assert all(size % 2 == 0 for size in sizes)
+    facts = json.loads((tmp_path / "run" / "model-vllm" / "export.json").read_text())
+    assert facts["tensor_parallel"] == 2
 
 
 def test_a_run_writes_what_its_engines_take(checkpoint, text, tmp_path):

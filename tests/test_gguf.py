@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import unicodedata
 
 import numpy as np
@@ -18,7 +19,7 @@ from darwinlm import UserError, demo
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.cli import _exit_code
 from darwinlm.export import gguf as export_gguf
-from darwinlm.export import llama_cpp
+from darwinlm.export import llama_cpp, quantize
 from darwinlm.export.gguf_tokenizer import PRE_TOKENIZERS, read_vocabulary
 from darwinlm.export.hf import load
 from darwinlm.export.llama_cpp import Engine, EngineError, ask
@@ -141,6 +142,61 @@ def test_smaller_dtypes(dtype, most, tmp_path):
     assert kinds["output_norm.weight"] == kinds["blk.2.attn_q.bias"] == "F32"
 
 
+ENGINE = """#!{python}
+import shutil, sys
+source, file, kind, threads = sys.argv[1:]
+assert kind == "Q4_K_M" and int(threads) > 0 and open(source, "rb").read(4) == b"GGUF"
+{body}
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A `llama-quantize` on the PATH that does what it is told, and no llama-cpp-python."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(quantize, "_LIBRARY", "no-such-package")
+
+    def install(body):
+        program = tmp_path / "bin" / "llama-quantize"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(ENGINE.format(python=sys.executable, body=body))
+        program.chmod(0o755)
+
+    return install
+
+
+def test_k_quants_are_made_by_llama_cpp_and_proved(stand_in, tmp_path):
+    config = make_config("llama")
+    config.per_layer_config = SHAPES["middle without MLP"]
+    save_pruned(config, tmp_path / "model")
+    with pytest.raises(UserError, match=r"neither its program llama-quantize is on the PATH nor is .* pip install"):
+        export_model(tmp_path, "gguf", dtype="q4_k_m")
+    stand_in("shutil.copyfile(source, file)")
+    exported = export_model(tmp_path, "gguf", dtype="q4_k_m")
+    assert exported.path == tmp_path / "model-q4_k_m.gguf" and exported.proof.difference < 1e-4
+    assert {file.name for file in tmp_path.glob("model-*")} == {"model-q4_k_m.gguf", "model-q4_k_m.gguf.json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        ("sys.exit('llama_model_quantize: failed to quantize: no room')", "did not make q4_k_m: .*no room"),
+        ("", "did not make q4_k_m: exit code 0"),
+        ("open(file, 'wb').write(open(source, 'rb').read()[:-400])", "cannot run the file, which was not kept"),
+        (
+            "d = bytearray(open(source, 'rb').read()); d[-9000:] = bytes(9000); open(file, 'wb').write(d)",
+            "other logits",
+        ),
+    ],
+)
+def test_k_quants_that_went_wrong_are_not_kept(body, match, stand_in, tmp_path):
+    save_pruned(make_config("llama"), tmp_path / "model")
+    stand_in(body)
+    with pytest.raises(UserError, match=match):
+        export_model(tmp_path, "gguf", dtype="q4_k_m")
+    assert not list(tmp_path.glob("model-*"))
+
+
 def test_a_sliding_window_limits_the_context(tmp_path):
     config = make_config("mistral")
     config.per_layer_config = SHAPES["middle without MLP"]
@@ -198,8 +254,8 @@ def test_what_llama_cpp_cannot_run_is_refused(settings, shape, match, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--to", "onnx"], "there is no such target; known are gguf"),
-        (["--to", "gguf", "--dtype", "q4"], "known are f32, f16, q8_0, bf16"),
+        (["--to", "openvino"], "there is no such target; known are gguf"),
+        (["--to", "gguf", "--dtype", "q4"], "known are f32, f16, q8_0, bf16, q4_k_m"),
         (["--to", "gguf", "--out", "."], "is a folder"),
         (["--to", "gguf", "--out", "notes.txt"], "is there already and is no GGUF file"),
     ],

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError
 from darwinlm.cli import _exit_code
+from darwinlm.database.store import Database
 from darwinlm.export.targets import export_model
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
@@ -93,23 +94,53 @@ def test_what_has_no_native_form_is_refused(settings, shape, match, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("target", [0.95, 0.8, 0.7])
+@pytest.mark.parametrize("target", [0.95, 0.8, 0.7, 0.5])
 def test_even_plans_are_all_the_largest_ones(pruned, target):
     dense, database = pruned("qwen2", "kv_group")
     space = database.space(dense.sites)
     budget = parameter_budget(target, space)
-    pairs = list(itertools.product(range(len(space.sites[0].units) - 1), range(len(space.sites[1].units) - 1)))
-    fitting = {pair for pair in pairs if space.parameters(pair * 3) <= budget.limits[0].maximum}
-    largest = {
-        one
-        for one in fitting
-        if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in fitting)
-    }
-    found = even_plans(space, budget)
-    assert {plan.levels for plan in found} == {pair * 3 for pair in largest}
-    assert len(found) == len(largest) > 0
+    last = [len(site.units) - 1 for site in space.sites]
+    errors = [space.sites[2 * layer].errors[-1] + space.sites[2 * layer + 1].errors[-1] for layer in range(3)]
+    expected = []
+    for removed in range(3):
+        gone = sorted(range(3), key=errors.__getitem__)[:removed]
+
+        def levels(attention, mlp, gone=gone):
+            pairs = [last[2 * n : 2 * n + 2] if n in gone else [attention, mlp] for n in range(3)]
+            return tuple(level for pair in pairs for level in pair)
+
+        pairs = itertools.product(range(last[0]), range(last[1]))
+        fitting = {pair for pair in pairs if space.parameters(levels(*pair)) <= budget.limits[0].maximum}
+        expected += [
+            levels(*one)
+            for one in sorted(fitting)
+            if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in fitting)
+        ]
+        if (0, 0) in fitting:
+            break
+    assert [plan.levels for plan in even_plans(space, budget)] == expected != []
     tight = replace(budget.limits[0], maximum=space.fixed_parameters + 1)
     assert even_plans(space, replace(budget, limits=(tight,))) == []
+
+
+def test_layers_whose_removal_errors_are_least_go_first_and_kept_ones_never(pruned):
+    dense, database = pruned("qwen2", "kv_group")
+    budget = parameter_budget(0.7, database.space(dense.sites))
+
+    def removed(kept):
+        space = Database(database.folder, kept=kept).space(dense.sites)
+        units = [
+            [site.units[level] for site, level in zip(space.sites, p.levels, strict=True)]
+            for p in even_plans(space, budget)
+        ]
+        return {tuple(n for n in range(3) if not any(one[2 * n : 2 * n + 2])) for one in units}
+
+    space = database.space(dense.sites)
+    cheapest = min(range(3), key=lambda n: space.sites[2 * n].errors[-1] + space.sites[2 * n + 1].errors[-1])
+    assert (cheapest,) in removed(())
+    without = removed({f"layers.{cheapest}.attention"})
+    assert without and not any(cheapest in gone for gone in without)
+    assert removed({site.name for site in dense.sites}) <= {()}
 
 
 def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsys):
@@ -118,7 +149,7 @@ def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsy
     assert not (tmp_path / "run" / "search" / "descent.json").exists()
     history = [json.loads(line) for line in (tmp_path / "run" / "search" / "history.jsonl").read_text().splitlines()]
     assert len(history) == 1 and history[0]["score"] == min(history[0]["scores"])
-    assert len(history[0]["scores"]) > 1
+    assert 1 < len(history[0]["scores"]) <= SETTINGS["search.offspring"]
     found = run.metrics["rows"][-1]["parameters"]
     assert 0.6 < found / run.metrics["rows"][0]["parameters"] <= 0.8
 

@@ -151,6 +151,11 @@ def test_the_folder_holds_what_a_user_expects(result):
     assert "message.content" in checks["template"]
 
 
+def test_the_tokenizer_has_a_name_that_transformers_4_knows(result):
+    settings = json.loads((result[0] / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer")
+
+
 def test_removed_sites_and_tied_heads_take_no_space(result):
     folder, _, _, _ = result
     tensors = load_file(folder / "model.safetensors")

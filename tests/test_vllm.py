@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from conftest import FAMILIES, make_config, save_pruned
-from shapes import BOTH, SHAPES
+from shapes import ATTENTION, BOTH, SHAPES
 from transformers import AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -43,6 +43,28 @@ def test_every_layer_has_attention_and_nothing_else_changes(family, shape, tmp_p
         assert layer.self_attn.q_proj.out_features == sizes.num_attention_heads * config.head_dim
         assert layer.self_attn.v_proj.out_features == sizes.num_key_value_heads * config.head_dim
         assert sizes.num_attention_heads % sizes.num_key_value_heads == 0
+
+
+def test_devices_share_out_the_stubs_too(tmp_path):
+    config = make_config("llama")
+    config.per_layer_config = {0: {"num_attention_heads": 3, "num_key_value_heads": 1}, 1: ATTENTION}
+    save_pruned(config, tmp_path / "odd")
+    with pytest.raises(UserError, match=r"layer 0 has 1 KV heads, which 2 devices cannot.*export\.tensor_parallel=2"):
+        export_model(tmp_path / "odd", "vllm", tensor_parallel=2)
+    config.per_layer_config = {0: {"intermediate_size": 31}}
+    save_pruned(config, tmp_path / "odd")
+    with pytest.raises(UserError, match="layer 0 has 31 MLP channels"):
+        export_model(tmp_path / "odd", "vllm", tensor_parallel=2)
+    config.per_layer_config = {0: {"intermediate_size": 30}, 1: ATTENTION}
+    model = save_pruned(config, tmp_path / "even")
+    arguments = ["export", str(tmp_path / "even"), "--to", "vllm", "--tensor-parallel", "2"]
+    assert _exit_code(arguments) == 0
+    written = load(tmp_path / "even-vllm")
+    assert written.config.per_layer_config[1].num_key_value_heads == 2
+    with torch.no_grad():
+        assert torch.equal(written(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(UserError, match="--tensor-parallel is for --to vllm"):
+        export_model(tmp_path / "even", "gguf", tensor_parallel=2)
 
 
 def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):

@@ -142,16 +142,22 @@ def recover(
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, or a pruned model's folder.")],
     to: Annotated[
-        str, typer.Option(help="gguf (llama.cpp and all that is built on it), vllm, or hf-native (layers of one size).")
+        str,
+        typer.Option(
+            help="gguf (llama.cpp and all that is built on it), vllm, hf-native (layers of one size), mlx or onnx."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="gguf: f32, f16, bf16 or q8_0; by default the model's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="gguf: f32, f16, bf16, q8_0, q4_k_m, q5_k_m, q6_k; by default the model's.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="vllm: devices that share out each layer.")] = 1,
 ) -> None:
     """Write a pruned model for another engine, and compare its logits there with the model's."""
     from darwinlm.export.targets import export_model
 
     _silence_libraries()
-    for line in export_model(source, to, out, dtype).lines():
+    for line in export_model(source, to, out, dtype, tensor_parallel).lines():
         typer.echo(line)
 
 

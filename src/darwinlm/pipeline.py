@@ -25,6 +25,7 @@ from darwinlm.adapters.memory import free_memory
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
+from darwinlm.database.levels import check_tensor_parallel
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.determinism import same_bits
@@ -151,6 +152,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
+    check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
     sizes = run_sizes(recipe, out)
     for size in sizes:
         if "params" in size.target:
@@ -164,7 +166,8 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     if not run.done("database"):
         phases = Phases(lambda: _synchronise(device))
         with run.stage("database") as facts:
-            build_database(dense, corpus.blocks["calibration"], recipe.database, out / "database", phases)
+            tokens_BT, parallel = corpus.blocks["calibration"], recipe.export.tensor_parallel
+            build_database(dense, tokens_BT, recipe.database, out / "database", phases, parallel)
             facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
     database = Database(out / "database", kept=sites_kept_for(recipe.export.targets))
     space = database.space(dense.sites)
@@ -338,7 +341,8 @@ def _evaluate_and_export(
     for target in recipe.export.targets:
         if not run.done(f"{size.prefix}{target}"):
             with run.stage(f"{size.prefix}{target}") as facts:
-                exported = export_model(out, target)
+                parallel = recipe.export.tensor_parallel if target == "vllm" else 1
+                exported = export_model(out, target, tensor_parallel=parallel)
                 facts["proof"] = str(exported.proof) if exported.proof else None
             for line in exported.lines():
                 log.info("%s", line)

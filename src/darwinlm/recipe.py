@@ -25,7 +25,7 @@ from darwinlm.errors import UserError
 
 RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
-Target = Literal["gguf", "vllm", "hf-native"]
+Target = Literal["gguf", "vllm", "hf-native", "mlx", "onnx"]
 """What a pruned model can be exported to."""
 _MOST_BYTES = 2**20
 _MOST = 10**1000
@@ -102,8 +102,9 @@ class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
     uniform: bool = False
-    """All layers get the same sizes, so that the result is a model of transformers' own (`export --to hf-native`).
-    Every largest such plan is trained a little and scored as in the last step; no descent, no evolution."""
+    """All layers that stay get the same sizes, so that the result is a model of transformers' own (`export --to
+    hf-native`); whole layers may go. Of all largest such plans, the `offspring` best without training are trained a
+    little and scored as in the last step; no descent, no evolution."""
     descent_rounds: int = Field(4, ge=0)
     """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
     sensitivity_tokens: Tokens = Field(8_192, ge=1)
@@ -221,6 +222,9 @@ class ExportRecipe(_Section):
     targets: tuple[Target, ...] = ()
     """Written at the end of the run, beside `model/`, as `darwinlm export` does. What an engine cannot run is refused
     before the search, and what it would need a stub for in the first layer is not proposed."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Divides the KV heads and the MLP width of every layer at every level of the database, so that so many devices can
+    share out each layer."""
 
 
 class Recipe(_Section):
@@ -285,6 +289,12 @@ class Recipe(_Section):
                 f"export.targets={list(self.export.targets)} with database.granularity={self.database.granularity}: "
                 "only transformers can run KV heads that serve different numbers of query heads; set "
                 "database.granularity=kv_group"
+            )
+        if self.export.tensor_parallel > 1 and self.database.granularity != "kv_group":
+            raise ValueError(
+                f"export.tensor_parallel={self.export.tensor_parallel} with "
+                f"database.granularity={self.database.granularity}: query heads and KV heads would not be shared out "
+                "alike; set database.granularity=kv_group"
             )
         if "hf-native" in self.export.targets and not self.search.uniform:
             raise ValueError(

@@ -5,15 +5,19 @@ This file travels with every pruned checkpoint and needs torch and transformers 
 `per_layer_config`: `num_attention_heads`, `num_key_value_heads`, `intermediate_size`, `skip: ["attention", "mlp"]`, and
 `query_heads_per_kv_head` where the KV heads of a layer serve unequal numbers of query heads. Tensors keep the names of
 the model that was pruned. A skipped part has no tensors at all: no projections and no norm.
+
+Written for transformers 5; what 4.57 lacks stands below the imports.
 """
 
+import copy
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,8 +26,61 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 
+if hasattr(PreTrainedConfig, "per_layer_config"):
+    BaseConfig = PreTrainedConfig
+else:
 
-class DarwinLMConfig(PreTrainedConfig):
+    class BaseConfig(PreTrainedConfig):
+        """Configs by layer, rope and the caches' view of the layers, for transformers before 5.14."""
+
+        @property
+        def per_layer_config(self):
+            sizes = self.__dict__.get("per_layer_config") or {}
+            layers = [copy.copy(self) for _ in range(self.num_hidden_layers)]
+            for index, layer in enumerate(layers):
+                layer.__dict__.update(sizes.get(index, {}))
+            return layers
+
+        @per_layer_config.setter
+        def per_layer_config(self, sizes):
+            # In `__dict__`, from where it is saved.
+            self.__dict__["per_layer_config"] = {int(index): layer for index, layer in (sizes or {}).items()}
+
+        @property
+        def rope_theta(self):
+            return (self.rope_parameters or {}).get("rope_theta")
+
+        @property
+        def rope_scaling(self):
+            return self.rope_parameters
+
+        def get_text_config(self, decoder=None, encoder=None):
+            """Caches are made from this: they number the layers that have attention."""
+            text = copy.copy(self)
+            if decoder:
+                kinds = enumerate(self.layer_types)
+                text.layer_types = [kind for index, kind in kinds if "attention" not in self.skipped(index)]
+                text.num_hidden_layers = len(text.layer_types)
+                text.per_layer_config = None
+            return text
+
+
+if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+    _FUNCTIONS = ALL_ATTENTION_FUNCTIONS
+
+    class ALL_ATTENTION_FUNCTIONS:  # noqa: N801
+        """As in transformers 5; version 4 looks for ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation] here."""
+
+        @staticmethod
+        def get_interface(name, default):
+            return default if name in (None, "eager") else _FUNCTIONS[name]
+
+
+NEEDS_CACHE_POSITION = "input_embeds" in inspect.signature(create_causal_mask).parameters
+"""Whether this is transformers 4, where masks and static caches go by it."""
+
+
+class DarwinLMConfig(BaseConfig):
     model_type = "darwinlm"
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -91,6 +148,12 @@ class DarwinLMConfig(PreTrainedConfig):
         """The parts that a layer lacks: a subset of {"attention", "mlp"}."""
         return set(getattr(self.per_layer_config[layer_idx], "skip", None) or ())
 
+    def cache_index(self, layer_idx):
+        """Where a layer's keys and values lie in a cache; before transformers 5.14 caches cannot leave layers out."""
+        if BaseConfig is PreTrainedConfig:
+            return layer_idx
+        return sum("attention" not in self.skipped(i) for i in range(layer_idx))
+
     @property
     def kv_sharing_modes(self):
         """Tell the caches of transformers which layers store nothing, so that lengths are read from one that does."""
@@ -119,7 +182,8 @@ class DarwinLMRotaryEmbedding(nn.Module):
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = init(config)
+        inv_freq, self.attention_scaling = init(config, device=None)
+        self.rope_init_fn = init
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -169,7 +233,7 @@ class DarwinLMAttention(nn.Module):
         super().__init__()
         layer = config.per_layer_config[layer_idx]
         self.config = config
-        self.layer_idx = layer_idx
+        self.layer_idx = config.cache_index(layer_idx)
         self.head_dim = config.head_dim
         self.query_heads_per_kv_head = layer.query_heads_per_kv_head
         unequal = self.query_heads_per_kv_head is not None
@@ -201,7 +265,9 @@ class DarwinLMAttention(nn.Module):
         query = apply_rotary_pos_emb(query.transpose(1, 2), cos, sin)
         key = apply_rotary_pos_emb(key.transpose(1, 2), cos, sin)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            position = kwargs.get("cache_position")
+            extra = () if position is None else ({"cache_position": position},)
+            key, value = past_key_values.update(key, value, self.layer_idx, *extra)
         if self.query_heads_per_kv_head is not None:
             key, value = repeat_kv(key, self.query_heads_per_kv_head), repeat_kv(value, self.query_heads_per_kv_head)
 
@@ -255,7 +321,9 @@ class DarwinLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-def attention_masks(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None):
+def attention_masks(
+    config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, cache_position=None
+):
     """One mask for each kind of attention that the layers use."""
     if isinstance(attention_mask, dict):
         return attention_mask
@@ -266,6 +334,8 @@ def attention_masks(config, inputs_embeds, attention_mask=None, past_key_values=
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
+    if NEEDS_CACHE_POSITION:
+        arguments |= {"input_embeds": arguments.pop("inputs_embeds"), "cache_position": cache_position}
     kinds = {kind for i, kind in enumerate(config.layer_types) if "attention" not in config.skipped(i)}
     masks = {}
     if "full_attention" in kinds:
@@ -322,11 +392,16 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        if position_ids is None or (NEEDS_CACHE_POSITION and kwargs.get("cache_position") is None):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = positions.unsqueeze(0) if position_ids is None else position_ids
+            if NEEDS_CACHE_POSITION:
+                kwargs["cache_position"] = positions
 
-        masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = attention_masks(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, kwargs.get("cache_position")
+        )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         all_hidden_states = [hidden_states]

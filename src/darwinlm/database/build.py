@@ -18,7 +18,12 @@ from darwinlm.recipe import DatabaseRecipe
 
 
 def build_database(
-    dense: DenseModel, tokens_BT: Tensor, recipe: DatabaseRecipe, folder: Path, phases: Phases | None = None
+    dense: DenseModel,
+    tokens_BT: Tensor,
+    recipe: DatabaseRecipe,
+    folder: Path,
+    phases: Phases | None = None,
+    tensor_parallel: int = 1,
 ) -> Database:
     """Prune every site of `dense` to every level, or what an interrupted build left undone, into `folder`.
 
@@ -31,6 +36,7 @@ def build_database(
         recipe: levels, damping, batch size, offload, dtype.
         folder: the database's.
         phases: a clock for `read`, `forward`, `Gram`, `solve` and `write`.
+        tensor_parallel: divides the units kept at every level.
     """
     phases = phases or Phases()
     database = Database(folder)
@@ -57,7 +63,7 @@ def build_database(
                 last_of_layer = site.kind == "mlp"
                 round_is_full = (site.layer + 1) % dist.world_size() == 0
                 if (last_of_layer and round_is_full) or site is missing[-1]:
-                    _solve(dense, waiting, recipe, database, phases)
+                    _solve(dense, waiting, recipe, tensor_parallel, database, phases)
                     progress.advance(len(waiting), note=site.name)
                     waiting = []
                 if site is missing[-1]:
@@ -76,6 +82,7 @@ def _solve(
     dense: DenseModel,
     waiting: list[tuple[Site, SiteStatistics | None]],
     recipe: DatabaseRecipe,
+    tensor_parallel: int,
     database: Database,
     phases: Phases,
 ) -> None:
@@ -92,7 +99,7 @@ def _solve(
                 weight_OI,
                 statistics.gram_II,
                 columns_per_unit=site.columns_per_unit,
-                sizes=level_sizes(site, recipe.levels)[1:-1],
+                sizes=level_sizes(site, recipe.levels, tensor_parallel)[1:-1],
                 damping=recipe.damping,
             )
         with phases("write"):

@@ -1,22 +1,41 @@
 """Which sizes a site gets in the database."""
 
+import math
+from collections.abc import Sequence
+
 from darwinlm.adapters.families import Site
+from darwinlm.errors import UserError
 
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
-def level_sizes(site: Site, levels: int) -> tuple[int, ...]:
+def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int, ...]:
     """Units kept at each level, from all of them down to none, in steps as even as the site allows.
 
     MLP sizes are multiples of 256 where that leaves at least four multiples a level, else of the largest smaller power
     of two that does: tensor cores and the K-quants of llama.cpp want it. A site with fewer units than levels gets one
-    level a unit.
+    level a unit. All sizes are multiples of `tensor_parallel`, which the number of units must be too.
     """
     units = site.num_units
     multiple = 1
     if site.kind == "mlp":
         multiple = next(m for m in _MULTIPLES if units >= 4 * levels * m or m == 1)
+    multiple = math.lcm(multiple, tensor_parallel)
     sizes = {units, 0}
     for level in range(1, levels):
         sizes.add(min(units, max(multiple, round(units * (1 - level / levels) / multiple) * multiple)))
     return tuple(sorted(sizes, reverse=True))
+
+
+def check_tensor_parallel(sites: Sequence[Site], tensor_parallel: int) -> None:
+    """Refuse a number of devices that the units of a dense site cannot be shared out to. Raises UserError."""
+    for site in sites:
+        if site.num_units % tensor_parallel:
+            units = "KV heads" if site.kind == "attention" else "MLP channels"
+            common = math.gcd(*(other.num_units for other in sites))
+            possible = [str(number) for number in range(1, common + 1) if common % number == 0]
+            raise UserError(
+                f"export.tensor_parallel={tensor_parallel} does not divide the {site.num_units} {units} of the model's "
+                f"layers; {'it can be ' if len(possible) > 1 else 'for this model it can only be '}"
+                f"{', '.join(possible)}"
+            )

@@ -41,6 +41,7 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
         save_model(model, dense.dtype, draft)
         dense.generation_config.to_json_file(draft / "generation_config.json", use_diff=True)
         dense.tokenizer.save_pretrained(draft)
+        _name_tokenizer(draft / "tokenizer_config.json")
         write_json(draft / "plan.json", plan)
         (draft / "README.md").write_text(card, encoding="utf-8")
         difference = _largest_difference(model, draft)
@@ -58,6 +59,14 @@ def save_model(model: DarwinLMForCausalLM, dtype: torch.dtype, folder: Path) -> 
     config |= {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     config |= {"architectures": ["DarwinLMForCausalLM"]}
     write_json(folder / "config.json", config)
+
+
+def _name_tokenizer(file: Path) -> None:
+    """Call a tokenizer of transformers' own general class by the name that versions 4 and 5 both know."""
+    if file.exists():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:

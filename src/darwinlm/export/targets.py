@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -13,18 +14,21 @@ from transformers import AutoModelForCausalLM
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
-from darwinlm.export import llama_cpp
+from darwinlm.export import llama_cpp, mlx, onnx
 from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
 from darwinlm.export.hf import find_model, load
 from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, ProofError, check, compare, logits_of, proof_tokens
+from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.export.shapes import check_equal_groups
-from darwinlm.export.vllm import write_vllm
+from darwinlm.export.vllm import check_tensor_parallel, write_vllm
 from darwinlm.files import new_file, new_folder, write_json
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
+DTYPES = (*FILE_TYPES, *K_QUANTS)
+"""In which a GGUF file can hold weight matrices."""
+_MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, **dict.fromkeys(K_QUANTS, 0.5)}
 """Over the largest logit. Only float32 is computed without rounding, which a model pruned hard minds; a wrong file is
 off by half and more."""
 _MAGIC = b"GGUF"
@@ -47,14 +51,25 @@ class Exported:
         return [*proved, *self.notes, f"exported: {self.path}"]
 
 
-def export_model(source: Path, target: str, out: Path | None = None, dtype: str | None = None) -> Exported:
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Of one engine alone."""
+
+    dtype: str | None
+    tensor_parallel: int
+
+
+def export_model(
+    source: Path, target: str, out: Path | None = None, dtype: str | None = None, tensor_parallel: int = 1
+) -> Exported:
     """Write the pruned model in `source` for another engine.
 
     Args:
         source: a run directory, or the folder of a pruned model.
         target: one of `TARGETS`.
         out: where to; by default beside the model's folder.
-        dtype: of a GGUF file's weight matrices (`FILE_TYPES`); by default the model's.
+        dtype: of a GGUF file's weight matrices (`DTYPES`); by default the model's.
+        tensor_parallel: the number of devices that vLLM is to share out each layer to.
 
     Raises:
         UserError: if there is no pruned model, the engine cannot run it, or what was written gives other logits.
@@ -63,13 +78,19 @@ def export_model(source: Path, target: str, out: Path | None = None, dtype: str 
         raise UserError(f"--to {target}: there is no such target; known are {', '.join(TARGETS)}")
     if dtype is not None and target != "gguf":
         raise UserError(f"--dtype is for --to gguf; {target} keeps the model's")
-    if dtype is not None and dtype not in FILE_TYPES:
-        raise UserError(f"--dtype {dtype}: known are {', '.join(FILE_TYPES)}")
-    return TARGETS[target](find_model(source), out, dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
+    if tensor_parallel > 1 and target != "vllm":
+        raise UserError("--tensor-parallel is for --to vllm")
+    return TARGETS[target](find_model(source), out, _Options(dtype=dtype, tensor_parallel=tensor_parallel))
 
 
 def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
     """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
+    if "onnx" in targets:
+        onnx.check_writer()
+    if "mlx" in targets:
+        mlx.check_mlx(dense.config)
     if "gguf" in targets:
         gguf_package()
         choose_architecture(dense.config)
@@ -81,9 +102,11 @@ def sites_kept_for(targets: Sequence[str]) -> set[str]:
     return {"layers.0.attention"} if "gguf" in targets else set()
 
 
-def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
-    config = DarwinLMConfig.from_pretrained(folder)
+def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
+    dtype, config = options.dtype, DarwinLMConfig.from_pretrained(folder)
     architecture = choose_architecture(config)
+    if dtype in K_QUANTS:
+        quantizer()
     tokenizer = load_tokenizer(folder)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, folder)
     model = load(folder)
@@ -91,7 +114,16 @@ def _export_gguf(folder: Path, out: Path | None, dtype: str | None) -> Exported:
     file = out or folder.with_name(f"{folder.name}-{dtype}.gguf")
     _check_file(file)
     with new_file(file) as draft:
-        write_gguf(model, vocabulary, draft, dtype, file.stem, architecture)
+        if dtype in K_QUANTS:
+            whole = file.with_name(f"{file.name}.whole.draft")
+            try:
+                # In the dtype that the weights are stored in: nothing is rounded twice.
+                write_gguf(model, vocabulary, whole, _STORED_AS[model.dtype], file.stem, architecture)
+                quantize(whole, draft, dtype)
+            finally:
+                whole.unlink(missing_ok=True)
+        else:
+            write_gguf(model, vocabulary, draft, dtype, file.stem, architecture)
         proof, notes = _prove_gguf(model, tokenizer, draft, dtype)
     if context_length(config) < config.max_position_embeddings:
         notes.append(
@@ -144,21 +176,23 @@ def _check_file(file: Path) -> None:
                 raise UserError(f"--out {file} is there already and is no GGUF file; name a new file")
 
 
-def _export_vllm(folder: Path, out: Path | None, _: str | None) -> Exported:
-    check_equal_groups(DarwinLMConfig.from_pretrained(folder), "vLLM")
+def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
+    config, devices = DarwinLMConfig.from_pretrained(folder), options.tensor_parallel
+    check_equal_groups(config, "vLLM")
+    check_tensor_parallel(config, devices)
     target = out or folder.with_name(f"{folder.name}-vllm")
     _check_folder(target)
     model = load(folder)
     with new_folder(target) as draft:
-        write_vllm(model, folder, draft)
+        write_vllm(model, folder, draft, devices)
         proof = _prove_folder(model.float(), load(draft, dtype=torch.float32), folder)
-        write_json(draft / _FACTS, {"target": "vllm", "proof": asdict(proof)})
+        write_json(draft / _FACTS, {"target": "vllm", "tensor_parallel": devices, "proof": asdict(proof)})
     return Exported(
         path=target, proof=proof, notes=("vLLM itself was not run: the folder was compared in transformers",)
     )
 
 
-def _export_native(folder: Path, out: Path | None, _: str | None) -> Exported:
+def _export_native(folder: Path, out: Path | None, _: _Options) -> Exported:
     native = native_config(DarwinLMConfig.from_pretrained(folder))
     target = out or folder.with_name(f"{folder.name}-native")
     _check_folder(target)
@@ -171,6 +205,33 @@ def _export_native(folder: Path, out: Path | None, _: str | None) -> Exported:
     return Exported(path=target, proof=proof)
 
 
+def _export_mlx(folder: Path, out: Path | None, _: _Options) -> Exported:
+    mlx.check_mlx(DarwinLMConfig.from_pretrained(folder))
+    target = out or folder.with_name(f"{folder.name}-mlx")
+    _check_folder(target)
+    model = load(folder)
+    with new_folder(target) as draft:
+        mlx.write_mlx(model, folder, draft)
+        proof = _prove_elsewhere(model, folder, draft, mlx.engine_version(), mlx.mlx_logits)
+        write_json(draft / _FACTS, {"target": "mlx", "proof": proof and asdict(proof)})
+    notes = () if proof else (f"not proved: run pip install {mlx.PACKAGE} 'mlx[cpu]' and export again",)
+    return Exported(path=target, proof=proof, notes=notes)
+
+
+def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
+    onnx.check_writer()
+    target = out or folder.with_name(f"{folder.name}-onnx")
+    _check_folder(target)
+    model = load(folder, dtype=torch.float32)
+    with new_folder(target) as draft:
+        onnx.write_onnx(model, draft)
+        load_tokenizer(folder).save_pretrained(draft)
+        proof = _prove_elsewhere(model, folder, draft, onnx.engine_version(), onnx.onnx_logits)
+        write_json(draft / _FACTS, {"target": "onnx", "proof": proof and asdict(proof)})
+    notes = () if proof else (f"not proved: run pip install {onnx.ENGINE} and export again",)
+    return Exported(path=target, proof=proof, notes=(*notes, "the file reads whole texts: it has no KV cache"))
+
+
 def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
     """Compare two models in transformers, float32. Raises UserError."""
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
@@ -179,15 +240,40 @@ def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Pro
     return check(proof, _MOST_DIFFERENCE["f32"], "the folder")
 
 
+def _prove_elsewhere(
+    model: DarwinLMForCausalLM,
+    folder: Path,
+    draft: Path,
+    engine: str | None,
+    logits: Callable[[Path, Sequence[int]], np.ndarray],
+) -> Proof | None:
+    """Compare `model`, loaded from `folder`, with `draft` in an engine that computes in float32; None if it is missing.
+
+    Raises:
+        UserError: if the logits are others, or the engine cannot run the folder.
+    """
+    if engine is None:
+        return None
+    tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
+    try:
+        found_TV = logits(draft, tokens)
+    except Exception as error:  # of kinds of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{engine} cannot run the folder, which was not kept: {reason}") from None
+    return check(compare(logits_of(model.float(), tokens), found_TV, engine), _MOST_DIFFERENCE["f32"], "the folder")
+
+
 def _check_folder(folder: Path) -> None:
     """Refuse to write over what is no earlier export. Raises UserError."""
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / _FACTS).exists()):
         raise UserError(f"--out {folder} is there already and is no earlier export; name a new folder")
 
 
-TARGETS: dict[str, Callable[[Path, Path | None, str | None], Exported]] = {
+TARGETS: dict[str, Callable[[Path, Path | None, _Options], Exported]] = {
     "gguf": _export_gguf,
     "vllm": _export_vllm,
     "hf-native": _export_native,
+    "mlx": _export_mlx,
+    "onnx": _export_onnx,
 }
 """What writes each."""

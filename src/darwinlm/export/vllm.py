@@ -1,8 +1,8 @@
 """A folder for vLLM's Transformers backend, in which every layer has attention.
 
 The backend runs our modelling file and reads the sizes of each layer from `per_layer_config`, but gives every layer a
-KV cache and looks for the attention that fills it. A layer without attention gets a head of zeros, which adds exactly
-nothing; a layer without any part is left out.
+KV cache and looks for the attention that fills it. A layer without attention gets a head of zeros (with tensor
+parallelism one for each device), which adds exactly nothing; a layer without any part is left out.
 """
 
 import copy
@@ -15,12 +15,24 @@ from torch import Tensor
 from darwinlm.adapters.cutting import assemble
 from darwinlm.adapters.loading import expected_shapes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.errors import UserError
 from darwinlm.export.hf import copy_rest, save_model
 from darwinlm.export.shapes import kept_layers, layer_shapes
 
 
-def with_attention_everywhere(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM:
-    """The same function as `model`, with a head of zeros in layers without attention and without layers of no part."""
+def check_tensor_parallel(config: DarwinLMConfig, devices: int) -> None:
+    """Refuse a number of devices that a layer cannot be shared out to. Raises UserError."""
+    for index, shape in enumerate(layer_shapes(config)):
+        for size, units in ((shape.kv_heads, "KV heads"), (shape.width, "MLP channels")):
+            if size % devices:
+                raise UserError(
+                    f"layer {index} has {size} {units}, which {devices} devices cannot share out; prune with --set "
+                    f"export.tensor_parallel={devices}"
+                )
+
+
+def with_attention_everywhere(model: DarwinLMForCausalLM, stub_heads: int = 1) -> DarwinLMForCausalLM:
+    """The same function as `model`, with heads of zeros in layers without attention, and no layers without any part."""
     config, kept = cast(DarwinLMConfig, model.config), kept_layers(cast(DarwinLMConfig, model.config))
     whole = copy.deepcopy(config)
     whole.per_layer_config = None
@@ -29,8 +41,8 @@ def with_attention_everywhere(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM
     shapes = [layer_shapes(config)[index] for index in kept]
     whole.per_layer_config = {
         number: {
-            "num_attention_heads": shape.heads or 1,
-            "num_key_value_heads": shape.kv_heads or 1,
+            "num_attention_heads": shape.heads or stub_heads,
+            "num_key_value_heads": shape.kv_heads or stub_heads,
             **({"intermediate_size": shape.width} if shape.width else {"skip": ["mlp"]}),
         }
         for number, shape in enumerate(shapes)
@@ -46,7 +58,7 @@ def with_attention_everywhere(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM
     return assemble(whole, tensors, trainable=False)
 
 
-def write_vllm(model: DarwinLMForCausalLM, source: Path, folder: Path) -> None:
-    """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source`."""
+def write_vllm(model: DarwinLMForCausalLM, source: Path, folder: Path, devices: int) -> None:
+    """Write `model`, loaded from `source`, to `folder`, for so many `devices`, with everything else in `source`."""
     copy_rest(source, folder, ("config.json",))
-    save_model(with_attention_everywhere(model), model.dtype, folder)
+    save_model(with_attention_everywhere(model, devices), model.dtype, folder)

@@ -113,24 +113,44 @@ def uniform_plan(space: Space, budget: Budget) -> Plan | None:
 
 
 def even_plans(space: Space, budget: Budget) -> list[Plan]:
-    """Plans whose sites of a kind all have one level, and keep some units: the largest within the maxima.
+    """Plans with some whole layers removed, or none, and one level for each kind of site in all others.
 
-    None of them can grow in either kind; there are none if even the smallest is too large.
+    The layers go in the order of the database's errors for removing both of their sites. For every number of them these
+    are all plans within the maxima that cannot grow in either kind; once the other layers can stay dense, no more go.
+    There are none if even the smallest is too large.
     """
     levels = {kind: min(sum(n > 0 for n in site.units) for site in space.sites if site.kind == kind) for kind in _KINDS}
+    found: list[Plan] = []
+    for count in range(len(order := _removable_layers(space)) + 1):
+        gone = set(order[:count])
 
-    def plan(attention: int, mlp: int) -> Plan:
-        return Plan(levels=tuple(attention if site.kind == "attention" else mlp for site in space.sites))
+        def plan(attention: int, mlp: int, gone: set[int] = gone) -> Plan:
+            kept = {"attention": attention, "mlp": mlp}
+            return Plan(
+                levels=tuple(len(site.units) - 1 if site.layer in gone else kept[site.kind] for site in space.sites)
+            )
 
-    def fits(attention: int, mlp: int) -> bool:
-        chosen = plan(attention, mlp).levels
-        return min(attention, mlp) >= 0 and all(limit.cost(chosen) <= limit.maximum for limit in budget.limits)
+        def fits(attention: int, mlp: int, plan: Callable[[int, int], Plan] = plan) -> bool:
+            chosen = plan(attention, mlp).levels
+            return min(attention, mlp) >= 0 and all(limit.cost(chosen) <= limit.maximum for limit in budget.limits)
 
-    return [
-        plan(attention, mlp)
-        for attention, mlp in itertools.product(range(levels["attention"]), range(levels["mlp"]))
-        if fits(attention, mlp) and not fits(attention - 1, mlp) and not fits(attention, mlp - 1)
-    ]
+        found += [
+            plan(attention, mlp)
+            for attention, mlp in itertools.product(range(levels["attention"]), range(levels["mlp"]))
+            if fits(attention, mlp) and not fits(attention - 1, mlp) and not fits(attention, mlp - 1)
+        ]
+        if fits(0, 0):
+            break
+    return found
+
+
+def _removable_layers(space: Space) -> list[int]:
+    """Layers whose sites may all be removed, least total error first; not the one that would be the last left."""
+    errors: dict[int, float] = {}
+    for site in space.sites:
+        errors[site.layer] = errors.get(site.layer, 0.0) + (site.errors[-1] if site.units[-1] == 0 else math.inf)
+    order = sorted(errors, key=errors.__getitem__)
+    return [layer for layer in order[:-1] if errors[layer] < math.inf]
 
 
 def error_plan(space: Space, budget: Budget) -> Plan | None:

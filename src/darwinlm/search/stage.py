@@ -81,7 +81,7 @@ class TrialScorer:
 
 
 def starting_plans(space: Space, budget: Budget, *, uniform: bool = False) -> list[Plan]:
-    """The plans a search begins with: uniform sizes, and least total output error; or all that are strictly uniform.
+    """The plans a search begins with: uniform sizes, and least total output error; or all whose layers are alike.
 
     Raises:
         UserError: if none fits.
@@ -169,6 +169,11 @@ class _Judge:
 
     def best(self, plans: Sequence[Plan]) -> tuple[int, list[float]]:
         """The number of the plan of least KL(dense || plan), and the KL of each on what it was judged on."""
+        order, scores = self.ranked(plans)
+        return order[0], scores
+
+    def ranked(self, plans: Sequence[Plan]) -> tuple[list[int], list[float]]:
+        """The numbers of the plans, best first and given up last, and the KL of each on what it was judged on."""
         running = list(range(len(plans)))
         kls: list[list[float]] = [[] for _ in plans]
         for heat in self._heats:
@@ -178,8 +183,8 @@ class _Judge:
                 kls[number] += found
             leader = min(running, key=lambda number: sum(kls[number]))
             running = [number for number in running if not _beaten(kls[number], kls[leader])]
-        best = min(running, key=lambda number: sum(kls[number]))
-        return best, [sum(found) / len(found) for found in kls]
+        scores = [sum(found) / len(found) for found in kls]
+        return sorted(range(len(plans)), key=lambda number: (-len(kls[number]), scores[number])), scores
 
     def _kls(self, reference: DenseReference, plan: Plan) -> list[float]:
         dense = self._dense
@@ -245,6 +250,10 @@ def search_plan(
         log.info("search: going on at generation %d", search.generation)
     else:
         starts = starting_plans(space, budget, uniform=recipe.uniform)
+        if recipe.uniform and len(starts) > recipe.offspring:
+            order, scores = _Judge(dense, database, corpus.blocks["score"]).ranked(starts)
+            log.info("search: %d plans of equal layers, best KL %.4f without training", len(starts), scores[order[0]])
+            starts = [starts[number] for number in order[: recipe.offspring]]
         costs = None
         if recipe.descent_rounds > 0:
             file = folder / "descent.json"

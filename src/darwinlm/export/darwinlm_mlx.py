@@ -1,0 +1,161 @@
+# Copyright the DarwinLM authors. Licensed under the Apache License, Version 2.0.
+"""A pruned model in MLX, for mlx-lm, which runs this file by the key `model_file` of `config.json`.
+
+It travels with the folder and needs mlx and mlx-lm only. Sizes stand in `config.json` as `per_layer_config`; tensors
+have the names that they have for transformers. A skipped part has no tensors, and a layer without attention no cache.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    layer_types: list
+    rope_periods: list
+    rope_attention_scaling: float
+    sliding_window: int | None = None
+    per_layer_config: dict | None = None
+
+    def __post_init__(self):
+        self.per_layer_config = {int(layer): sizes for layer, sizes in (self.per_layer_config or {}).items()}
+
+    def size(self, layer, name):
+        return self.per_layer_config.get(layer, {}).get(name, getattr(self, name))
+
+    def has(self, layer, part):
+        return part not in self.per_layer_config.get(layer, {}).get("skip", ())
+
+
+class Attention(nn.Module):
+    def __init__(self, args, layer):
+        super().__init__()
+        self.heads = args.size(layer, "num_attention_heads")
+        self.kv_heads = args.size(layer, "num_key_value_heads")
+        self.head_dim = args.head_dim
+        self.rope_scaling = args.rope_attention_scaling
+        self._periods = mx.array(args.rope_periods)
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(args.hidden_size, queries, bias=args.qkv_bias)
+        self.k_proj = nn.Linear(args.hidden_size, keys, bias=args.qkv_bias)
+        self.v_proj = nn.Linear(args.hidden_size, keys, bias=args.qkv_bias)
+        self.o_proj = nn.Linear(queries, args.hidden_size, bias=args.attention_output_bias)
+        if args.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=args.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=args.rms_norm_eps)
+
+    def rope(self, x, offset):
+        turned = mx.fast.rope(
+            x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
+        return turned if self.rope_scaling == 1 else turned * self.rope_scaling
+
+    def __call__(self, x, mask=None, cache=None):
+        batch, length, _ = x.shape
+        queries = self.q_proj(x).reshape(batch, length, self.heads, -1)
+        keys = self.k_proj(x).reshape(batch, length, self.kv_heads, -1)
+        values = self.v_proj(x).reshape(batch, length, self.kv_heads, -1).transpose(0, 2, 1, 3)
+        if "q_norm" in self:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        offset = 0 if cache is None else cache.offset
+        queries = self.rope(queries.transpose(0, 2, 1, 3), offset)
+        keys = self.rope(keys.transpose(0, 2, 1, 3), offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        output = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, args, layer):
+        super().__init__()
+        width = args.size(layer, "intermediate_size")
+        self.gate_proj = nn.Linear(args.hidden_size, width, bias=args.mlp_bias)
+        self.up_proj = nn.Linear(args.hidden_size, width, bias=args.mlp_bias)
+        self.down_proj = nn.Linear(width, args.hidden_size, bias=args.mlp_bias)
+
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, args, layer):
+        super().__init__()
+        self.window = args.sliding_window if args.layer_types[layer] == "sliding_attention" else None
+        if args.has(layer, "attention"):
+            self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+            self.self_attn = Attention(args, layer)
+        if args.has(layer, "mlp"):
+            self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+            self.mlp = MLP(args, layer)
+
+    def __call__(self, x, mask=None, cache=None):
+        if "self_attn" in self:
+            x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        if "mlp" in self:
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class DarwinLMModel(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [DecoderLayer(args, layer) for layer in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, inputs, cache=None, input_embeddings=None):
+        x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        attending = [layer for layer in self.layers if "self_attn" in layer]
+        caches = iter(cache or [None] * len(attending))
+        masks = {}
+        for layer in self.layers:
+            own = next(caches) if "self_attn" in layer else None
+            if "self_attn" in layer and layer.window not in masks:
+                # Made by the first cache of its kind, before that is filled.
+                masks[layer.window] = create_attention_mask(x, own, window_size=layer.window)
+            x = layer(x, masks.get(layer.window), own)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = DarwinLMModel(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, inputs, cache=None, input_embeddings=None):
+        x = self.model(inputs, cache, input_embeddings)
+        return self.model.embed_tokens.as_linear(x) if self.args.tie_word_embeddings else self.lm_head(x)
+
+    def sanitize(self, weights):
+        return {k: v for k, v in weights.items() if not (self.args.tie_word_embeddings and k == "lm_head.weight")}
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def make_cache(self):
+        attending = [layer for layer in self.layers if "self_attn" in layer]
+        return [RotatingKVCache(max_size=layer.window) if layer.window else KVCache() for layer in attending]

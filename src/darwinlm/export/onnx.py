@@ -1,0 +1,82 @@
+"""An ONNX file of the prefill: token ids in, logits out, batch and length free, without a KV cache."""
+
+import importlib.metadata
+import importlib.util
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.errors import UserError
+
+FILE = "model.onnx"
+ENGINE = "onnxruntime"
+_WRITERS = ("onnx", "onnxscript")
+_LENGTH = 6
+"""Of the example that the graph is traced with."""
+
+
+class _Prefill(nn.Module):
+    """Token ids to logits, and nothing else."""
+
+    def __init__(self, model: DarwinLMForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def check_writer() -> None:
+    """Raises UserError where what writes ONNX is not installed."""
+    missing = [name for name in _WRITERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the export to ONNX needs {' and '.join(missing)}; run: pip install onnxscript onnxruntime")
+
+
+def write_onnx(model: DarwinLMForCausalLM, folder: Path) -> None:
+    """Write `model`, float32, to `FILE` in `folder`; its weights lie beside it in `model.onnx.data`."""
+    example_BT = torch.arange(2 * _LENGTH).view(2, _LENGTH) % model.config.vocab_size
+    free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
+    with warnings.catch_warnings(), torch.no_grad():
+        # About the exporter's own use of PyTorch.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            _Prefill(model).eval(),
+            (example_BT,),
+            str(folder / FILE),
+            dynamo=True,
+            dynamic_shapes=free,
+            input_names=["input_ids"],
+            output_names=["logits"],
+            external_data=True,
+            verbose=False,
+        )
+
+
+def engine_version() -> str | None:
+    """The name and version of onnxruntime, or None where it is not installed."""
+    try:
+        return f"{ENGINE} {importlib.metadata.version(ENGINE)}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def onnx_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
+    """What onnxruntime makes of the file in `folder` on the CPU: logits by position and vocabulary entry.
+
+    The tokens are the second row of a batch, beside themselves in reverse.
+    """
+    runtime: Any = importlib.import_module(ENGINE)
+    session = runtime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    batch_BT = np.array([list(tokens)[::-1], list(tokens)], dtype=np.int64)
+    found: np.ndarray = session.run(["logits"], {"input_ids": batch_BT})[0][1]
+    return found
