@@ -165,8 +165,17 @@ class TextStream:
     Documents come in the source's own order. What the splits that judge hold is left out.
     """
 
-    def __init__(self, recipe: DataRecipe, tokenizer: Any, seed: int, judged: frozenset[bytes]) -> None:
+    def __init__(
+        self,
+        recipe: DataRecipe,
+        tokenizer: Any,
+        seed: int,
+        judged: frozenset[bytes],
+        begin: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`begin` is a state that `blocks` has given: where the first blocks are to be had from."""
         self._recipe, self._tokenizer, self._seed, self._judged = recipe, tokenizer, seed, judged
+        self._begin = begin
 
     def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
         """Yield each block (int32, tokens, marked as in `Corpus`) with the state that the next ones can be had from.
@@ -176,7 +185,7 @@ class TextStream:
         Raises:
             UserError: if the source cannot be read, or there is nothing but what judges.
         """
-        length = self._recipe.sequence_length
+        length, state = self._recipe.sequence_length, state or self._begin
         begin = None if state is None else state["place"]
         left_N = torch.tensor([] if state is None else state["tokens"], dtype=torch.int32)
         while True:

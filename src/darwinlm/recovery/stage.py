@@ -63,11 +63,12 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     The order is the same for any number of ranks, and after resuming.
     """
 
-    def __init__(self, blocks_BT: Tensor, samples: int, seed: int) -> None:
+    def __init__(self, blocks_BT: Tensor, samples: int, seed: int, passed: int) -> None:
         self._blocks_BT = blocks_BT
         generator = torch.Generator().manual_seed(seed)
-        passes = -(-samples // len(blocks_BT))
-        self._order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])[:samples]
+        passes = -(-(passed + samples) // len(blocks_BT))
+        order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])
+        self._order = order[passed : passed + samples]
 
     def __len__(self) -> int:
         return len(self._order)
@@ -206,6 +207,7 @@ def recover(
     seed: int,
     folder: Path,
     device: torch.device,
+    passed: int = 0,
 ) -> tuple[DarwinLMForCausalLM, Training]:
     """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
 
@@ -221,6 +223,7 @@ def recover(
         folder: of checkpoints; if there is one, training goes on from it, to the same losses. They stay until
             `remove_checkpoints`.
         device: this rank's.
+        passed: how many blocks of the order to pass over, if `text` is a tensor: an earlier training has had them.
 
     Returns:
         The trained model, whole on every rank, and what happened.
@@ -281,7 +284,7 @@ def recover(
         trainer = _Trainer(
             model=objective,
             args=arguments,
-            train_dataset=_samples(text, steps, recipe.batch_size, seed, last),
+            train_dataset=_samples(text, steps, recipe.batch_size, seed, last, passed),
             callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
         trainer.validation_BT = validation_BT
@@ -311,9 +314,11 @@ def recover(
     return model, Training(_losses(trainer.state), evaluations, int(best["step"]) if best is not None else steps)
 
 
-def _samples(text: Tensor | TextStream, steps: int, batch_size: int, seed: int, last: Path | None) -> _Blocks | _Stream:
+def _samples(
+    text: Tensor | TextStream, steps: int, batch_size: int, seed: int, last: Path | None, passed: int
+) -> _Blocks | _Stream:
     if isinstance(text, Tensor):
-        return _Blocks(text, steps * batch_size, seed)
+        return _Blocks(text, steps * batch_size, seed, passed)
     if last is None:
         return _Stream(text, batch_size, 0, None)
     return _Stream(text, batch_size, step_of(last), read_json(last / "text.json"))

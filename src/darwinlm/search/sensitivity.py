@@ -56,7 +56,7 @@ def measure_sensitivity(
     sites = [_WidenedSite(dense, index, cut, space, base) for index in range(len(dense.sites))]
     model = _widened_model(dense, sites)
     mine = range(dist.rank(), len(blocks_BT), dist.world_size())
-    reference = DenseReference(dense.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
+    reference = DenseReference(dense.reference.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
     changes: dict[int, list[Tensor]] = {}
     """By block: the first order and the second, sites * levels."""
     for row, block in enumerate(mine):
