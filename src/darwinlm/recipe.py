@@ -162,6 +162,9 @@ class RecoveryRecipe(_Section):
     """Training tokens in all; 0: none. Text that has run out is read again."""
     text: Literal["trial", "stream"] = "trial"
     """`trial`: that split of the run's text; `stream`: all of `data.source` but what judges, read as it is needed."""
+    cut_documents: bool = False
+    """No token attends to the document before its own in a block, and positions begin anew with each; by default blocks
+    are read whole, as by calibration, trials and scores."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Of the learning rate after the warm-up; `wsd`: constant, and in the last fifth of the steps down to zero."""

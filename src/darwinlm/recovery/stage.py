@@ -19,7 +19,7 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
-from darwinlm.data import TextStream, unmark
+from darwinlm.data import TextStream, positions, unmark
 from darwinlm.errors import UserError
 from darwinlm.files import read_json
 from darwinlm.progress import log, task
@@ -63,8 +63,8 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     The order is the same for any number of ranks, and after resuming.
     """
 
-    def __init__(self, blocks_BT: Tensor, samples: int, seed: int, passed: int) -> None:
-        self._blocks_BT = blocks_BT
+    def __init__(self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool) -> None:
+        self._blocks_BT, self._cut = blocks_BT, cut
         generator = torch.Generator().manual_seed(seed)
         passes = -(-(passed + samples) // len(blocks_BT))
         order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])
@@ -74,14 +74,16 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _sample(self._blocks_BT[self._order[index]])
+        return _sample(self._blocks_BT[self._order[index]], self._cut)
 
 
 class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     """Samples from a stream. Rank 0 reads and hands out, some batches before they are needed."""
 
-    def __init__(self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None) -> None:
-        self._stream, self._batch_size = stream, batch_size
+    def __init__(
+        self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None, cut: bool
+    ) -> None:
+        self._stream, self._batch_size, self._cut = stream, batch_size, cut
         self._steps_done, self._state = steps_done, state
         self._states: dict[int, Mapping[str, Any]] = {}
 
@@ -91,7 +93,7 @@ class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             samples += 1
             if samples % self._batch_size == 0:
                 self._states[samples // self._batch_size] = state
-            yield _sample(block_T)
+            yield _sample(block_T, self._cut)
 
     def state_after(self, step: int) -> dict[str, Any]:
         """Where the stream was after the batch of this optimiser step, as plain data; forgets the steps before."""
@@ -99,9 +101,14 @@ class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return {**self._states[step], "tokens": self._states[step]["tokens"].tolist()}
 
 
-def _sample(marked_T: Tensor) -> dict[str, Tensor]:
+def _sample(marked_T: Tensor, cut: bool) -> dict[str, Tensor]:
+    """What the objective reads; with `cut`, positions that begin anew with every document."""
     ids_T, labels_T = unmark(marked_T.long())
-    return {"input_ids": ids_T, "labels": labels_T}
+    if not cut:
+        return {"input_ids": ids_T, "labels": labels_T}
+    positions_T = positions(marked_T.long())
+    # Nothing foretells how a document begins.
+    return {"input_ids": ids_T, "labels": labels_T.masked_fill(positions_T == 0, -100), "position_ids": positions_T}
 
 
 class _Follow(TrainerCallback):
@@ -139,6 +146,7 @@ class _Trainer(Trainer):
     """The Trainer with our checkpoints (its own are pickles in part), our order of text and our evaluation."""
 
     validation_BT: Tensor | None = None
+    cut_documents = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Losses on the validation text: all of it on every rank, so that all know which weights are the best."""
@@ -147,7 +155,7 @@ class _Trainer(Trainer):
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch_BT in self.validation_BT.to(self.args.device).split(self.args.train_batch_size):
-                sums += self.model_wrapped(**_sample(batch_BT))["sums"].double().cpu()
+                sums += self.model_wrapped(**_sample(batch_BT, self.cut_documents))["sums"].double().cpu()
         self.model_wrapped.train()
         next_token, kl = (sums[:2] / sums[2]).tolist()
         objective = cast(Objective, self.model)
@@ -284,10 +292,10 @@ def recover(
         trainer = _Trainer(
             model=objective,
             args=arguments,
-            train_dataset=_samples(text, steps, recipe.batch_size, seed, last, passed),
+            train_dataset=_samples(text, steps, recipe, seed, last, passed),
             callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
-        trainer.validation_BT = validation_BT
+        trainer.validation_BT, trainer.cut_documents = validation_BT, recipe.cut_documents
         trainer.pop_callback(PrinterCallback)
         if last is not None:
             progress.advance(step_of(last))
@@ -315,13 +323,14 @@ def recover(
 
 
 def _samples(
-    text: Tensor | TextStream, steps: int, batch_size: int, seed: int, last: Path | None, passed: int
+    text: Tensor | TextStream, steps: int, recipe: RecoveryRecipe, seed: int, last: Path | None, passed: int
 ) -> _Blocks | _Stream:
+    size, cut = recipe.batch_size, recipe.cut_documents
     if isinstance(text, Tensor):
-        return _Blocks(text, steps * batch_size, seed, passed)
+        return _Blocks(text, steps * size, seed, passed, cut)
     if last is None:
-        return _Stream(text, batch_size, 0, None)
-    return _Stream(text, batch_size, step_of(last), read_json(last / "text.json"))
+        return _Stream(text, size, 0, None, cut)
+    return _Stream(text, size, step_of(last), read_json(last / "text.json"), cut)
 
 
 def _losses(state: TrainerState) -> list[float]:
