@@ -265,15 +265,22 @@ def crash_at(monkeypatch, wanted):
 
 @pytest.fixture(scope="module")
 def gradual(checkpoint, text, tmp_path_factory):
-    """A finished gradual run, its settings, and the same run as it was when its second step began."""
+    """A finished gradual run, its settings, and where it was in its first step and when its second began."""
     root = tmp_path_factory.mktemp("gradual")
     settings = {**GRADUAL, "data.source": str(text), "export.targets": ["gguf", "vllm"]}
+    places, replace = {"step-1/search/state.json": root / "early", "run/database": root / "begun"}, os.replace
+
+    def copy_before(source, destination):
+        for place, copied in places.items():
+            if place in str(destination) and not copied.exists():
+                shutil.copytree(root / "run", copied)
+                (copied / "lock").unlink()
+        replace(source, destination)
+
     with pytest.MonkeyPatch.context() as patch:
-        crash_at(patch, lambda path: path.startswith(str(root / "run" / "database")))
-        with pytest.raises(Crash):
-            prune(checkpoint("llama"), target=SIZE, out=root / "run", settings=settings)
-    shutil.copytree(root / "run", root / "begun")
-    return prune(checkpoint("llama"), target=SIZE, out=root / "run", settings=settings), settings, root / "begun"
+        patch.setattr(os, "replace", copy_before)
+        run = prune(checkpoint("llama"), target=SIZE, out=root / "run", settings=settings)
+    return run, settings, root / "begun"
 
 
 def units_of(folder):
@@ -302,7 +309,7 @@ def test_a_gradual_run_meets_its_target_and_what_was_removed_stays_removed(gradu
     assert (budget["dense"], budget["found"]) == (dense, rows["found"]["parameters"])
 
 
-def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engines(gradual, checkpoint):
+def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engines(gradual, checkpoint, tmp_path):
     run, _, _ = gradual
     held_out = load_corpus(run.path / "corpus.safetensors").blocks["held_out"].long()
     with torch.no_grad():
@@ -313,7 +320,7 @@ def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engin
     stages = run.metrics["stages"]
     assert stages["gguf"]["proof"] and stages["vllm"]["proof"]
     assert units_of(run.model_path)["layers.0.attention"] > 0
-    assert export_model(run.path / "step-1", "vllm").proof is not None
+    assert export_model(run.path / "step-1", "vllm", tmp_path / "vllm").proof is not None
 
 
 def test_its_steps_share_out_the_training_and_are_in_the_report(gradual):
@@ -353,17 +360,18 @@ def test_inspect_shows_it_against_the_dense_model_however_far_it_is(gradual, tmp
 
 
 @pytest.mark.parametrize(
-    "place", ["nothing", "run/database/index.json", "run/search/state.json", "run/recovery/weights", "run/model"]
+    "place",
+    ["step 1", "nothing", "run/database/index.json", "run/search/state.json", "run/recovery/weights", "run/model"],
 )
 def test_it_ends_the_same_wherever_it_stops(place, gradual, checkpoint, tmp_path, monkeypatch):
     finished, settings, begun = gradual
-    shutil.copytree(begun, tmp_path / "run")
-    if place != "nothing":
+    shutil.copytree(begun.with_name("early") if place == "step 1" else begun, tmp_path / "run")
+    if place.startswith("run/"):
         with monkeypatch.context() as patch:
             crash_at(patch, lambda path: place in path)
             with pytest.raises(Crash):
                 prune(checkpoint("llama"), target=SIZE, out=tmp_path / "run", settings=settings)
-    else:
+    elif place == "nothing":
         # A file of an earlier step, damaged: it is made again.
         file = tmp_path / "run" / "step-1" / "model" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"x")

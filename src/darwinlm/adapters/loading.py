@@ -233,7 +233,9 @@ def load_dense(
     """
     base_config = load_config(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # Of a pruned model it would read the config as that of a type that it does not know, and warn.
+        known = {"config": base_config} if isinstance(base_config, DarwinLMConfig) else {}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **known)
     except Exception as error:
         raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {_reason(error, source)}") from None
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
