@@ -168,13 +168,17 @@ def test_uneven_groups_of_heads_are_no_units_together(twice):
         ({"query_heads_per_kv_head": ["a"]}, "no model can be built"),
         ({"intermediate_size": 5}, "has shape"),
         ({"skip": 3}, "its config.json cannot be used"),
+        (None, "has neither attention nor MLPs left; there is nothing to prune"),
     ],
 )
 def test_a_pruned_model_whose_sizes_make_no_sense_is_one_line(change, message, twice, tmp_path):
     _, again, _ = twice("qwen2", "kv_group")
     folder = shutil.copytree(again.source, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["per_layer_config"]["2"] = {**config["per_layer_config"].get("2", {}), **change}
+    if change is None:
+        config["per_layer_config"] = {str(layer): {"skip": ["attention", "mlp"]} for layer in range(3)}
+    else:
+        config["per_layer_config"]["2"] = {**config["per_layer_config"].get("2", {}), **change}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message) as caught:
         load_dense(str(folder), "kv_group", CPU)

@@ -352,7 +352,8 @@ def _recover(
         teacher = dense.reference.whole(place, dtype)
     text: Tensor | TextStream = corpus.marked["trial"]
     if wanted.text == "stream":
-        begin = read_json(earlier[-1].folder / "recovery" / "text.json") if passed else None
+        stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
+        begin = read_json(stopped[0]) if stopped else None
         text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged, begin)
     validation_BT = corpus.marked["score"]
     model, done = recover(

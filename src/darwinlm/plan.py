@@ -183,7 +183,7 @@ def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit], 
         check_target(name, size, limit.dense, limit.smallest)
         maximum = _count(size, limit.dense)
         if way < 1:
-            removable, left = limit.dense - limit.fixed, max(0, maximum - limit.fixed)
+            removable, left = limit.dense - limit.fixed, max(1, maximum - limit.fixed)
             maximum = limit.fixed + round(removable ** (1 - way) * left**way)
         chosen.append(replace(limit, maximum=maximum))
     if len(chosen) == 1:

@@ -253,6 +253,8 @@ def load_dense(
         raise UserError(
             f"model {source!r}: no model can be built from its config.json: {_reason(error, source)}"
         ) from None
+    if not sites:
+        raise UserError(f"model {source!r} has neither attention nor MLPs left; there is nothing to prune")
     config._attn_implementation = "sdpa"
     checkpoint.check_names(shapes)
     settings = {
