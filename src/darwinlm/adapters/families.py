@@ -138,15 +138,15 @@ def _attention(config: DarwinLMConfig, layer: int, granularity: Granularity) -> 
     groups = sizes.query_heads_per_kv_head or [sizes.num_attention_heads // kv_heads] * kv_heads
     if len(groups) != kv_heads or sum(groups) != sizes.num_attention_heads or min(groups) < 1:
         raise UserError(
-            f"layer {layer} of the model: {kv_heads} KV heads cannot serve {sizes.num_attention_heads} query heads as "
-            f"its config.json says ({', '.join(map(str, groups))}); get the whole model"
+            f"layer {layer}: {kv_heads} KV heads cannot serve {sizes.num_attention_heads} query heads as config.json "
+            f"says ({', '.join(map(str, groups))}); get the whole model"
         )
     served: tuple[int, ...]
     if granularity == "kv_group":
         if len(set(groups)) > 1:
             raise UserError(
-                f"layer {layer} of the model has KV heads that serve {', '.join(map(str, groups))} query heads, so "
-                "these are its units; set database.granularity=query_head"
+                f"layer {layer} has KV heads that serve {', '.join(map(str, groups))} query heads, and units "
+                "are of one size; set database.granularity=query_head"
             )
         heads_per_unit, served = groups[0], tuple(range(kv_heads))
     else:

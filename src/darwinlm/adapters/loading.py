@@ -247,8 +247,8 @@ def load_dense(
         config = _in_our_words(base_config)
         shapes = expected_shapes(config)
         sites = find_sites(config, granularity)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"model {source!r}: {error}") from None
     except Exception as error:
         raise UserError(
             f"model {source!r}: no model can be built from its config.json: {_reason(error, source)}"
