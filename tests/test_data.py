@@ -20,6 +20,7 @@ from darwinlm.data import (
     load_corpus,
     needed_blocks,
     pack,
+    positions,
     read_corpus,
     save_corpus,
     unmark,
@@ -108,6 +109,24 @@ def test_no_document_reaches_into_two_splits():
     assert blocks["trial"].flatten().tolist() == list(range(80, 96))
     with pytest.raises(UserError, match="holds 90 tokens, but the splits need 80"):
         pack(map(list, documents[:5]), asked)
+
+
+def test_positions_begin_anew_with_every_piece_and_block():
+    # Three pieces, of which the second is not to be learnt, and one that is cut short.
+    pieces = [[5, 6, 7], [~8, ~9, ~0, ~3], [2], list(range(30))]
+    marked = pack(pieces, recipe("any", tokens=1, held_out_tokens=32)).marked["held_out"]
+    ids, labels = unmark(marked)
+    assert ids.flatten().tolist() == [5, 6, 7, 8, 9, 0, 3, 2, *range(24)]
+    assert labels.flatten().tolist() == [5, 6, 7, *[-100] * 4, 2, *range(24)]
+    assert positions(marked).tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(8)], list(range(16))]
+
+
+def test_a_stream_knows_where_documents_begin(mixed):
+    blocks = TextStream(recipe(mixed), Words(), 0, frozenset()).blocks()
+    marked = torch.stack([next(blocks)[0] for _ in range(100)])
+    for ids, found in zip(unmark(marked)[0].tolist(), positions(marked).tolist(), strict=True):
+        begins = [0, *(place + 1 for place, word in enumerate(ids) if word == END)]
+        assert found == [place - max(begin for begin in begins if begin <= place) for place in range(16)]
 
 
 def test_the_seed_alone_decides_what_is_read(mixed):
@@ -398,7 +417,7 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
         after, _ = streamed(stream, 1500 - cut, state)
         assert before + after == whole
 
-    text = tokenizer.decode([token for block in whole for token in block])
+    text = tokenizer.decode(unmark(torch.tensor(whole))[0].flatten().tolist())
     judging = "</s>".join(tokenizer.decode(corpus.blocks[name].flatten().tolist()) for name in ("held_out", "score"))
     seen = {piece.strip() for piece in text.split("</s>")}
     judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.judged}
@@ -482,7 +501,8 @@ def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, 
     # A stream marks the same way.
     blocks = TextStream(asked, tokenizer, 0, frozenset()).blocks()
     streamed = torch.cat([next(blocks)[0] for _ in range(9)])
-    words = tokenizer.decode(streamed[streamed >= 0].tolist())
+    _, labels = unmark(streamed)
+    words = tokenizer.decode(labels[labels != -100].tolist())
     assert "answer 1" in words and "question" not in words
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -15,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DAMAGES, VOCABULARY, apart, flip_a_bit, make_tokenizer
+from conftest import DAMAGES, FAMILIES, VOCABULARY, apart, flip_a_bit, make_tokenizer
 
 from darwinlm import files
 from darwinlm.adapters.cutting import build_model
-from darwinlm.data import TextStream
+from darwinlm.data import TextStream, positions
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe, RecoveryRecipe
 from darwinlm.recovery import objective, stage
@@ -151,6 +152,53 @@ def killed_at(step, monkeypatch):
         patch.setattr(stage, "_Follow", Kill)
         with pytest.raises(Killed):
             yield
+
+
+def packed(lengths):
+    """A block of documents of these lengths, marked as a corpus is, and the documents."""
+    documents = BLOCKS.flatten()[: sum(lengths)].split(lengths)
+    block = torch.cat(documents)
+    block[torch.tensor([0, *itertools.accumulate(lengths[:-1])])] += 2**30
+    return block.unsqueeze(0), [document.long().unsqueeze(0) for document in documents]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_in_a_block_of_several_is_read_as_if_it_were_alone(family, attention, pruned):
+    dense, database = pruned(family, "kv_group")
+    block, documents = packed([5, 12, 1, 6])
+    for model in (dense.whole(CPU, torch.float32), halved(dense, database)):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            together = model(block.long() & (2**30 - 1), position_ids=positions(block), use_cache=False).logits
+            alone = torch.cat([model(document).logits for document in documents], dim=1)
+        assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_the_objective_of_cut_documents_is_that_of_each_alone(pruned):
+    dense, database = pruned("mistral", "kv_group")
+    lengths = [[5, 12, 1, 6], [24], [20, 4]]
+    blocks, documents = zip(*map(packed, lengths), strict=True)
+    goal = Objective(halved(dense, database), dense.model, 0.5)
+    with torch.no_grad():
+        sums = goal(**stage._sample(torch.cat(blocks), cut=True))["sums"]
+        each = [goal(document, document)["sums"] for some in documents for document in some]
+    assert torch.allclose(sums, torch.stack(each).sum(0), rtol=1e-4)
+    assert sums[2] == 3 * 24 - sum(map(len, lengths))
+
+
+def test_training_on_cut_documents_begins_with_their_loss(pruned, tmp_path):
+    dense, database = pruned("qwen3", "kv_group")
+    blocks, documents = zip(*(packed([length, 24 - length]) for length in (7, 11, 3)), strict=True)
+    recipe = RecoveryRecipe(tokens=24 * 3, batch_size=3, micro_batch_size=1, distillation=0, cut_documents=True)
+    with torch.no_grad():
+        goal = Objective(halved(dense, database), None, 0)
+        sums = sum(goal(document, document)["sums"] for some in documents for document in some)
+    model, text = halved(dense, database, trainable=True), torch.cat(blocks)
+    done = recover(model, None, text, text, recipe, seed=0, folder=tmp_path, device=CPU)[1]
+    expected = (sums[0] / sums[2]).item()
+    assert done.losses == pytest.approx([expected], rel=5e-3)
+    assert done.evaluations[0]["next_token"] == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 11])

@@ -32,6 +32,10 @@ Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable.")
 ]
 
+Steps = Annotated[
+    int | None, typer.Option(help="Prune and recover so many times on the way to the target, for deep cuts.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -69,11 +73,14 @@ def prune(
         str | None,
         typer.Option(help="A Hub data set id, a text, JSONL or Parquet file or folder, or self."),
     ] = None,
+    steps: Steps = None,
     settings: Setting = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL to the target size; the same command goes on after an interruption."""
     overrides: dict[str, Any] = {"model": model, "target": target}
+    if steps is not None:
+        overrides["steps"] = steps
     if data is not None:
         overrides["data.source"] = data
     _run(recipe, overrides | _overrides(settings), out, quiet)
@@ -84,6 +91,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="As for `prune`; its config is enough.")],
     target: Annotated[str, typer.Option(help="Parameters to keep: 0.5, or 2.7B.")],
     recipe: Annotated[str, typer.Option(help="As for `prune`.")] = "quick",
+    steps: Steps = None,
     settings: Setting = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many there will be.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="h100, h200, a100, l40s or rtx4090; by default this machine.")] = None,
@@ -98,7 +106,8 @@ def plan(
     from darwinlm.recipe import load_recipe
     from darwinlm.report.summary import show_costs
 
-    checked = load_recipe(recipe, {"model": model, "target": target} | _overrides(settings))
+    asked = {"model": model, "target": target} | ({} if steps is None else {"steps": steps})
+    checked = load_recipe(recipe, asked | _overrides(settings))
     machine, costs = plan_run(checked, gpus, gpu, gpu_memory)
     show_costs(costs, machine, Console() if sys.stdout.isatty() else Console(width=120))
 

@@ -10,8 +10,8 @@ from math import prod
 import torch
 
 from darwinlm.adapters.cutting import count_parameters
-from darwinlm.adapters.families import Site, dense_config, find_sites
-from darwinlm.adapters.loading import choose_device, expected_shapes, load_config
+from darwinlm.adapters.families import Site, dense_again, find_sites
+from darwinlm.adapters.loading import choose_device, expected_shapes, load_sizes
 from darwinlm.adapters.memory import kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
 from darwinlm.demo import resolve
@@ -78,7 +78,7 @@ def plan_run(
     targets = [parse_target(target) for target in split_targets(recipe.target)]
     if len(targets) > 1 or set(targets[0]) != {"params"}:
         raise UserError(f"plan: target {recipe.target!r}: one number of parameters is expected, such as 0.5 or 2.7B")
-    config = dense_config(load_config(resolve(recipe.model)))
+    config = load_sizes(resolve(recipe.model))
     sites = find_sites(config, recipe.database.granularity)
     size, shapes = targets[0]["params"], expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
@@ -87,11 +87,12 @@ def plan_run(
     fraction = size if isinstance(size, float) else size / dense
     if gpu is None:
         device = choose_device(recipe.device)
-        machine, rates = machine_here(device), measure_rates(config, device, recipe.data.sequence_length)
+        machine = machine_here(device)
+        rates = measure_rates(dense_again(config), device, recipe.data.sequence_length)
     elif gpu in GPUS:
         there = GPUS[gpu]
         machine = Machine(name=f"{gpus} x {gpu}", devices=gpus, memory=there.memory, accelerator=True)
-        rates = rates_of(config, there, recipe.data.sequence_length)
+        rates = rates_of(dense_again(config), there, recipe.data.sequence_length)
     else:
         raise UserError(f"plan: --gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
     if gpu_memory is not None:
@@ -108,30 +109,78 @@ def predict(
     """The costs of a run.
 
     Args:
-        config: of the dense model.
+        config: of the model, dense or pruned already.
         sites: its sites.
         recipe: what is asked.
-        fraction: of the dense model's parameters that are to be left.
+        fraction: of the model's parameters that are to be left.
         machine: where.
-        rates: of one of its devices.
+        rates: of one of its devices, for layers that were never pruned.
     """
     shapes = expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
     in_sites = sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
     fixed = dense - in_sites
     left = max(0.0, (fraction * dense - fixed) / in_sites)
-    layers, devices = config.num_hidden_layers, machine.devices
+    stages: list[StageCost] = []
+    stored, models = 0.0, 0.0
+    for number in range(1, recipe.steps + 1):
+        step = _Step(
+            before=left ** ((number - 1) / recipe.steps),
+            left=left ** (number / recipe.steps),
+            tokens=recipe.recovery.tokens // recipe.steps,
+            last=number == recipe.steps,
+        )
+        prefix = "" if step.last else f"step {number}: "
+        found, columns = _predict_step(config, sites, recipe, machine, rates, step)
+        stages += [_with_overhead(replace(stage, name=prefix + stage.name)) for stage in found]
+        stored += columns
+        models += 4 * (fixed + step.left * in_sites)
+    checkpoint = 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
+    return Costs(
+        dense_parameters=dense,
+        target_parameters=round(fraction * dense),
+        smallest_parameters=fixed,
+        stages=tuple(stages),
+        disk=stored + models + checkpoint + 4 * fraction * dense,
+        advice=tuple(_advice(tuple(stages), machine, recipe)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """Of a gradual run; the only one of any other."""
+
+    before: float
+    """The share of what the layers of the dense model hold that is still there when it begins."""
+    left: float
+    """When it ends."""
+    tokens: int
+    """Of recovery."""
+    last: bool
+
+
+def _predict_step(
+    config: DarwinLMConfig, sites: tuple[Site, ...], recipe: Recipe, machine: Machine, rates: Rates, step: _Step
+) -> tuple[list[StageCost], float]:
+    """The stages of a step, without their overhead, and the bytes of its database."""
+    shapes, again = expected_shapes(config), expected_shapes(dense_again(config))
+    dense = sum(prod(shape) for shape in shapes.values())
+    in_sites = sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
+    fixed, before, left = dense - in_sites, step.before, step.left
+    # In layers that were never pruned, which is what rates are of.
+    layers = config.num_hidden_layers * in_sites / (sum(map(prod, again.values())) - fixed)
+    devices = machine.devices
     data, search, recovery = recipe.data, recipe.search, recipe.recovery
 
     # Database.
     calibration = rates.layer_fast if machine.accelerator else rates.layer_float32
-    columns = [site.num_units * site.columns_per_unit for site in sites]
+    columns = [before * site.num_units * site.columns_per_unit for site in sites]
     rows = config.hidden_size
     gram = sum(d**2 for d in columns) * data.calibration_tokens
     solving = sum(10 / 3 * d**3 + 3.5 * rows * d**2 for d in columns)
     stored = sum(rows * d for d in columns) * (recipe.database.levels - 1) / 2 * 2
     database = (
-        layers * data.calibration_tokens * calibration
+        before * layers * data.calibration_tokens * calibration
         + (gram + solving / _SOLVER_UTILISATION) * rates.product
         + stored / _DISK
     ) / devices
@@ -139,7 +188,7 @@ def predict(
     # Search. `small` and `trained`: a token through the layers of a candidate.
     small, trained = left * layers * rates.layer_fast, left * layers * rates.layer_training
     sensitivities = search.sensitivity_tokens * (
-        layers * rates.layer_training * _GRADIENT_PASSES + 3 * rates.head_float32
+        before * layers * rates.layer_training * _GRADIENT_PASSES + 3 * rates.head_float32
     )
     judging = _JUDGED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
     candidates = [search.offspring, *search.survivors[:-1]]
@@ -153,44 +202,38 @@ def predict(
 
     # Recovery.
     teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
-    step = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
+    token = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
     evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
     refit = recovery.refit_tokens * (1 + left) * layers * rates.layer_float32
-    refit += recovery.refit_tokens * 2 * left * sum(d**2 + rows * d for d in columns) * rates.product
-    training = recovery.tokens * step / devices + (evaluated if recovery.tokens else 0) + refit
-
-    # Evaluation: dense, uniform, found and recovered, in float32 and then a few requests in the model's own dtype.
-    models = [1.0, left, left, *([left] if recovery.wanted else [])]
-    held_out = data.held_out_tokens * (
-        layers * rates.layer_float32
-        + sum(share * layers * rates.layer_float32 + 2 * rates.head_float32 for share in models)
-    )
-    request = layers * (
-        recipe.evaluation.prefill_tokens * rates.layer_fast + recipe.evaluation.decode_tokens * rates.layer_alone
-    )
-    held_out += (recipe.evaluation.repeats + 1) * sum(share * request for share in models)
+    refit += recovery.refit_tokens * 2 * left / before * sum(d**2 + rows * d for d in columns) * rates.product
+    training = step.tokens * token / devices + (evaluated if step.tokens else 0) + refit
 
     base, whole = _LIBRARIES, 4.0 * dense
+    # Later steps hold the model that they cut beside the dense one.
+    whole += 4.0 * (fixed + before * in_sites) if before < 1 else 0.0
     candidate = left * in_sites
-    widened = 2 * (in_sites + sum(rows * d for d in columns) * recipe.database.levels / 2)
-    width = max(columns)
+    widened = 2 * (before * in_sites + sum(rows * d for d in columns) * recipe.database.levels / 2)
+    width = max(columns, default=0.0)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
     per_block = kept_bytes(config, data.sequence_length, torch.bfloat16)
-    layer = per_block / layers
+    layer = per_block / config.num_hidden_layers
     # Trials compute activations again where they do not fit; sensitivities cannot.
     descent = widened + whole / 2 + per_block if search.descent_rounds else 0
     sharded = devices if recovery.sharding == "fsdp" else 1
     blocks = recovery.micro_batch_size or max(1, recovery.batch_size // devices)
     kept = blocks * (
-        left * per_block if recovery.activations == "keep" else layer + 2 * rows * layers * data.sequence_length
+        left * per_block
+        if recovery.activations == "keep"
+        else layer + 2 * rows * config.num_hidden_layers * data.sequence_length
     )
     teacher_bytes = 2 * dense if recovery.distillation > 0 else 0
     logits = 1024 * config.vocab_size * 4 * 4
     chunk = 3 * 128 * 4 * config.vocab_size
-    stages = (
+    stages = [
         StageCost(
             name="database", seconds=database,
-            memory=base + 4 * in_sites / layers + (activations if not machine.accelerator else 0) + 7 * 4 * width**2,
+            memory=base + 4 * before * in_sites / config.num_hidden_layers
+            + (activations if not machine.accelerator else 0) + 7 * 4 * width**2,
         ),
         StageCost(
             name="search", seconds=searching,
@@ -200,20 +243,22 @@ def predict(
             name="recovery", seconds=training,
             memory=base + max(whole, (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits),
         ),
-        StageCost(name="evaluation", seconds=held_out, memory=base + whole + 3 * 4 * (fixed + candidate) + 2 * dense),
-    )  # fmt: skip
-    # Of weights and the two moments of AdamW; two are kept.
-    checkpoints = 2 * 12 * (fixed + candidate) if recovery.tokens else 0
-    disk = stored + 2 * 2 * fraction * dense + checkpoints + 4 * fraction * dense
-    loaded = tuple(_with_overhead(stage) for stage in stages)
-    return Costs(
-        dense_parameters=dense,
-        target_parameters=round(fraction * dense),
-        smallest_parameters=fixed,
-        stages=loaded,
-        disk=disk,
-        advice=tuple(_advice(loaded, machine, recipe)),
-    )
+    ]  # fmt: skip
+    if step.last:
+        # The dense model, the uniform plan, what this step cuts, the plan found, and recovered; in float32 and then a
+        # few requests in the model's own dtype.
+        models = [1.0, left, *([before] if before < 1 else []), left, *([left] if recovery.wanted else [])]
+        held_out = data.held_out_tokens * (
+            layers * rates.layer_float32
+            + sum(share * layers * rates.layer_float32 + 2 * rates.head_float32 for share in models)
+        )
+        request = layers * (
+            recipe.evaluation.prefill_tokens * rates.layer_fast + recipe.evaluation.decode_tokens * rates.layer_alone
+        )
+        held_out += (recipe.evaluation.repeats + 1) * sum(share * request for share in models)
+        memory = base + whole + 3 * 4 * (fixed + candidate) + 2 * dense
+        stages.append(StageCost(name="evaluation", seconds=held_out, memory=memory))
+    return stages, stored
 
 
 def _with_overhead(stage: StageCost) -> StageCost:
@@ -223,7 +268,7 @@ def _with_overhead(stage: StageCost) -> StageCost:
 
 def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> list[str]:
     """What to change for the stages that do not fit, the cheapest first."""
-    full = {stage.name for stage in stages if stage.memory > machine.memory}
+    full = {stage.name.split(": ")[-1] for stage in stages if stage.memory > machine.memory}
     recovery, found = recipe.recovery, []
     if "recovery" in full:
         if recovery.activations == "keep":

@@ -25,6 +25,8 @@ SPLITS = ("held_out", "score", "calibration", "trial")
 _TEXT, _JSON, _PARQUET = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 _Item = TypeVar("_Item")
 _FINGERPRINT_BYTES = 16
+_BEGINS = 2**30
+"""The bit that marks the first token of a piece."""
 _JUDGED = "judged"
 _MESSAGES = "messages"
 _STREAM_BATCH = 64
@@ -53,7 +55,8 @@ class Corpus:
     """Token blocks of every split; no token of the text is in two of them."""
 
     marked: Mapping[str, Tensor]
-    """By split name: int32, blocks * sequence_length; a token that is read but not to be learnt is `~id` (negative)."""
+    """By split name: int32, blocks * sequence_length. The first token of a piece of text is `id + 2**30`; one that is
+    read but not to be learnt is the complement (`~`, negative) of what it would be."""
     judged: frozenset[bytes] = frozenset()
     """Fingerprints of the pieces of text in the splits that judge, `held_out` and `score`."""
 
@@ -73,7 +76,18 @@ class Corpus:
 
 def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids, and labels for training: the same, but -100 where a token is not to be learnt."""
-    return torch.where(marked < 0, ~marked, marked), marked.masked_fill(marked < 0, -100)
+    ids = torch.where(marked < 0, ~marked, marked) & (_BEGINS - 1)
+    return ids, ids.masked_fill(marked < 0, -100)
+
+
+def positions(marked: Tensor) -> Tensor:
+    """Of every token in its piece of text, counted from the piece's first token or, if that is earlier, the block's.
+
+    Pieces are whole documents, or the parts of one that is longer than two blocks; these are not beside each other.
+    """
+    begins = (torch.where(marked < 0, ~marked, marked) & _BEGINS) != 0
+    index = torch.arange(marked.shape[-1], device=marked.device).expand_as(marked)
+    return index - (index * begins).cummax(-1).values
 
 
 def needed_blocks(recipe: DataRecipe) -> dict[str, int]:
@@ -128,7 +142,7 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
     for tokens in documents:
         total += len(tokens)
         judging += split in ("held_out", "score")
-        buffer += tokens
+        buffer += _begun(tokens)
         if len(buffer) >= needed[split] * length:
             kept = torch.tensor(buffer[: needed[split] * length], dtype=torch.int32)
             filled[split] = kept.view(needed[split], length)
@@ -165,8 +179,17 @@ class TextStream:
     Documents come in the source's own order. What the splits that judge hold is left out.
     """
 
-    def __init__(self, recipe: DataRecipe, tokenizer: Any, seed: int, judged: frozenset[bytes]) -> None:
+    def __init__(
+        self,
+        recipe: DataRecipe,
+        tokenizer: Any,
+        seed: int,
+        judged: frozenset[bytes],
+        begin: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`begin` is a state that `blocks` has given: where the first blocks are to be had from."""
         self._recipe, self._tokenizer, self._seed, self._judged = recipe, tokenizer, seed, judged
+        self._begin = begin
 
     def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
         """Yield each block (int32, tokens, marked as in `Corpus`) with the state that the next ones can be had from.
@@ -176,7 +199,7 @@ class TextStream:
         Raises:
             UserError: if the source cannot be read, or there is nothing but what judges.
         """
-        length = self._recipe.sequence_length
+        length, state = self._recipe.sequence_length, state or self._begin
         begin = None if state is None else state["place"]
         left_N = torch.tensor([] if state is None else state["tokens"], dtype=torch.int32)
         while True:
@@ -204,7 +227,7 @@ class TextStream:
                 if piece.text.strip() and _fingerprint(piece.text) not in self._judged
             ]
             if pieces:
-                yield [token for ids in _tokenise(pieces, self._tokenizer) for token in ids], behind
+                yield [token for ids in _tokenise(pieces, self._tokenizer) for token in _begun(ids)], behind
 
 
 def _documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple[list[str | Chat], Any]]:
@@ -451,6 +474,11 @@ def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
                 ]
             )
     return marked
+
+
+def _begun(ids: list[int]) -> list[int]:
+    """`ids` of a piece, marked but for that, with the mark of its beginning."""
+    return [ids[0] ^ _BEGINS, *ids[1:]] if ids else ids
 
 
 def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:

@@ -245,6 +245,32 @@ class Size:
     """Of the names of its stages."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """One of the times that a run prunes and recovers."""
+
+    number: int
+    folder: Path
+    """Its database is in there; so are search, recovery and model of a step before the last."""
+    prefix: str
+    """Of the names of its stages."""
+    sizes: list[Size]
+
+
+STEP = "step "
+"""What the names of stages of all steps but the last begin with."""
+
+
+def run_steps(recipe: Recipe, run: Path) -> list[Step]:
+    """The steps of a gradual run, of which the last leaves the result; of any other run, one."""
+    steps = []
+    for number in range(1, recipe.steps):
+        name, folder = f"{STEP}{number}", run / f"step-{number}"
+        size = Size(name, parse_target(recipe.target), folder, f"{name}: ")
+        steps.append(Step(number, folder, size.prefix, [size]))
+    return [*steps, Step(recipe.steps, run, "", run_sizes(recipe, run))]
+
+
 def run_sizes(recipe: Recipe, run: Path) -> list[Size]:
     """The sizes of a family, the largest first, each in a folder of its own; or the one that is asked for."""
     targets = split_targets(recipe.target)
@@ -327,11 +353,15 @@ class RunDirectory:
 
     @staticmethod
     def change_recipe(path: Path, recipe: Recipe, stages: Collection[str]) -> None:
-        """Give the run in `path` another recipe, with all `stages` (of each size) to be done anew."""
+        """Give the run in `path` another recipe, with all `stages` (of each size, in the last step) to be done anew."""
         manifest = read_json(path / "manifest.json")
         for part in ("stages", "files"):
             entries = manifest.get(part, {})
-            manifest[part] = {name: entry for name, entry in entries.items() if name.split(": ")[-1] not in stages}
+            manifest[part] = {
+                name: entry
+                for name, entry in entries.items()
+                if name.startswith(STEP) or name.split(": ")[-1] not in stages
+            }
         manifest["recipe"] = recipe.model_dump(mode="json")
         # Written again by `open`; a run that stops in between has none rather than a wrong one.
         (path / "recipe.yaml").unlink(missing_ok=True)
@@ -340,6 +370,11 @@ class RunDirectory:
     def done(self, stage: str) -> bool:
         """Whether `stage` has ended well."""
         return bool(self.manifest["stages"].get(stage, {}).get("done"))
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What is known of `stage`; nothing if it has not begun."""
+        known: dict[str, Any] = self.manifest["stages"].get(stage, {})
+        return known
 
     def outputs(self, stage: str) -> dict[str, str]:
         """The files that `stage` left when it last ended well, from the run's folder on, with their checksums."""

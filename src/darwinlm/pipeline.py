@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,29 +35,34 @@ from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
 from darwinlm.export.targets import check_targets, export_model, sites_kept_for
 from darwinlm.files import (
+    STEP,
     RunDirectory,
     Size,
+    Step,
     file_checksum,
     find_fault,
     read_json,
     read_tensors,
-    run_sizes,
+    run_steps,
     write_bytes,
     write_json,
 )
 from darwinlm.lock import RunLock
 from darwinlm.memory import check_room, naming_memory_faults
-from darwinlm.plan import Budget, Plan, check_target, make_budget
+from darwinlm.plan import Budget, Limit, Plan, Space, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
-from darwinlm.recovery.checkpoints import read_weights, remove_checkpoints, save_weights
+from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_checkpoints, save_weights
 from darwinlm.recovery.refit import refit
-from darwinlm.recovery.stage import recover
+from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.report.page import write_report
 from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
+
+_SAMPLES = "samples"
+"""In the manifest, of a recovery: how many blocks it has read."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,9 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
     check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
-    sizes = run_sizes(recipe, out)
-    for size in sizes:
+    _check_alike(recipe, dense)
+    steps = run_steps(recipe, out)
+    for size in steps[-1].sizes:
         if "params" in size.target:
             check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
     if not (out / "report" / "metrics.json").exists():
@@ -163,38 +169,104 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
 
-    if not run.done("database"):
-        phases = Phases(lambda: _synchronise(device))
-        with run.stage("database") as facts:
-            tokens_BT, parallel = corpus.blocks["calibration"], recipe.export.tensor_parallel
-            build_database(dense, tokens_BT, recipe.database, out / "database", phases, parallel)
-            facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
-    database = Database(out / "database", kept=sites_kept_for(recipe.export.targets))
-    space = database.space(dense.sites)
-    larger: Path | None = None
-    for size in sizes:
-        limits = resource_limits(dense, space, size.target, recipe.workload, out / "search" / "latency.json")
-        budget = make_budget(size.target, limits)
-        search_folder = size.folder / "search"
-        if not run.done(f"{size.prefix}search"):
-            found = search_folder / "best_plan.json", search_folder / "history.jsonl"
-            with run.stage(f"{size.prefix}search", *found):
-                search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, search_folder, larger)
-                dist.barrier()
-        larger = search_folder if recipe.search.descent_rounds > 0 else None
-        plan = Plan.from_dict(read_json(search_folder / "best_plan.json"), space)
-        if not (run.done(f"{size.prefix}evaluation") and run.done(f"{size.prefix}export")):
-            run.verify(f"{size.prefix}recovery")
-        if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
-            with run.stage(f"{size.prefix}recovery", size.folder / "recovery" / "weights.safetensors"):
-                _recover(recipe, dense, corpus, database, plan, size.folder / "recovery")
-        with dist.main_first():
-            if dist.rank() == 0:
-                _evaluate_and_export(recipe, dense, corpus, database, budget, plan, run, size)
+    first: Material | None = None
+    for step in steps:
+        if first is not None:
+            source = str(steps[step.number - 2].folder / "model")
+            dense = load_dense(source, recipe.database.granularity, device, cut_from=first.dense)
+        here = Material(dense, _database(recipe, dense, corpus, step, run))
+        first = first or here
+        larger: Path | None = None
+        for size in step.sizes:
+            budgets = _budgets(recipe, first, here, step, size)
+            _run_size(recipe, first, here, corpus, budgets, step, size, run, larger)
+            larger = size.folder / "search" if recipe.search.descent_rounds > 0 else None
     if dist.rank() == 0:
         _report(out)
     dist.barrier()
     return Run(out, read_json(out / "report" / "metrics.json"))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a step cuts plans out of."""
+
+    dense: DenseModel
+    """The model that the run began with or, in later steps, what the step before has left."""
+    database: Database
+
+    @property
+    def space(self) -> Space:
+        """The search space."""
+        return self.database.space(self.dense.sites)
+
+
+def _database(recipe: Recipe, dense: DenseModel, corpus: Corpus, step: Step, run: RunDirectory) -> Database:
+    folder = step.folder / "database"
+    if not run.done(f"{step.prefix}database"):
+        phases = Phases(lambda: _synchronise(dense.device))
+        with run.stage(f"{step.prefix}database") as facts:
+            tokens_BT, parallel = corpus.blocks["calibration"], recipe.export.tensor_parallel
+            build_database(dense, tokens_BT, recipe.database, folder, phases, parallel)
+            facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
+    return Database(folder, kept=sites_kept_for(recipe.export.targets))
+
+
+def _budgets(recipe: Recipe, first: Material, here: Material, step: Step, size: Size) -> tuple[Budget, Budget]:
+    """What plans of this step must meet, and what those of the first model would have to meet to be of `size`.
+
+    Fractions are of the model that the run began with.
+    """
+
+    def limits(material: Material) -> dict[str, Limit]:
+        latencies = step.folder / "search" / "latency.json"
+        return resource_limits(material.dense, material.space, size.target, recipe.workload, latencies)
+
+    whole = limits(first)
+    own = whole
+    if here is not first:
+        own = {name: replace(limit, reference=whole[name].dense) for name, limit in limits(here).items()}
+    return make_budget(size.target, own, step.number / recipe.steps), make_budget(size.target, whole)
+
+
+def _run_size(
+    recipe: Recipe,
+    first: Material,
+    here: Material,
+    corpus: Corpus,
+    budgets: tuple[Budget, Budget],
+    step: Step,
+    size: Size,
+    run: RunDirectory,
+    larger: Path | None,
+) -> None:
+    """Search, recovery and export of one size, and its evaluation, if they are not done yet."""
+    search_folder = size.folder / "search"
+    if not run.done(f"{size.prefix}search"):
+        found = search_folder / "best_plan.json", search_folder / "history.jsonl"
+        with run.stage(f"{size.prefix}search", *found):
+            search_plan(
+                here.dense, here.database, corpus, budgets[0], recipe.search, recipe.seed, search_folder, larger
+            )
+            dist.barrier()
+    plan = Plan.from_dict(read_json(search_folder / "best_plan.json"), here.space)
+    last = step.number == recipe.steps
+    if not (run.done(f"{size.prefix}export") and (run.done(f"{size.prefix}evaluation") or not last)):
+        run.verify(f"{size.prefix}recovery")
+    if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
+        with run.stage(f"{size.prefix}recovery", size.folder / "recovery" / "weights.safetensors") as facts:
+            taken = _recover(recipe, here, corpus, plan, step, size.folder / "recovery", run)
+            if recipe.steps > 1:
+                facts[_SAMPLES] = taken
+    with dist.main_first():
+        if dist.rank() == 0:
+            if last:
+                _evaluate_and_export(recipe, first, here, corpus, budgets, plan, run, size)
+            elif not run.done(f"{size.prefix}export"):
+                with run.stage(f"{size.prefix}export", size.folder / "model"):
+                    card = f"# The model after step {step.number} of {recipe.steps}, which the next step cuts\n"
+                    model = _result(recipe, here, plan, size)
+                    export_hf(model, here.dense, plan.to_dict(here.space), card, size.folder / "model")
 
 
 def _report(out: Path) -> None:
@@ -213,6 +285,16 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
         raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
 
 
+def _check_alike(recipe: Recipe, dense: DenseModel) -> None:
+    """A model that is pruned already may have layers that no plan can make alike. Raises UserError."""
+    shapes = {(site.kind, site.num_units) for site in dense.sites}
+    if recipe.search.uniform and (len(shapes) != 2 or len(dense.sites) != 2 * dense.config.num_hidden_layers):
+        raise UserError(
+            f"model {recipe.model!r}: its layers differ in size already, so that search.uniform=true cannot make them "
+            "alike; leave it out, or begin with the dense model"
+        )
+
+
 def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple[RunDirectory, Corpus]:
     """Open the run directory, and read or write the text. A new run is locked as soon as it has a folder."""
     corpus_file = out / "corpus.safetensors"
@@ -224,7 +306,7 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple
         lock.take()
     run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
     if dist.rank() == 0:
-        _verify(run)
+        _verify(run, recipe)
     if not run.done("corpus"):
         before = run.outputs("corpus")
         with run.stage("corpus", corpus_file):
@@ -240,9 +322,20 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple
     return run, load_corpus(corpus_file)
 
 
-def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Database, plan: Plan, folder: Path) -> None:
-    """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`."""
-    wanted = recipe.recovery
+def _recover(
+    recipe: Recipe, here: Material, corpus: Corpus, plan: Plan, step: Step, folder: Path, run: RunDirectory
+) -> int:
+    """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`. Returns how many blocks it read.
+
+    Every step but the last has the same share of the tokens. The last has what is left, and each reads on in the text
+    where the one before has stopped.
+    """
+    dense, database = here.dense, here.database
+    earlier = run_steps(recipe, run.path)[: step.number - 1]
+    passed = sum(run.facts(f"{one.prefix}recovery").get(_SAMPLES, 0) for one in earlier)
+    left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
+    share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
+    wanted = recipe.recovery.model_copy(update={"tokens": share})
     # What is sharded need not fit on one device.
     place = torch.device("cpu") if wanted.sharding == "fsdp" else dense.device
     cuts = database.cuts(dense.sites, plan.levels, place)
@@ -254,7 +347,7 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
                     log.warning("%s: it is refitted anew", fault)
                 cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
                 model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
-                refit(model, dense.model, corpus.tokens("trial", wanted.refit_tokens))
+                refit(model, dense.reference.model, corpus.tokens("trial", wanted.refit_tokens))
                 save_weights(refitted, _stored(model, torch.float32))
         tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
         model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
@@ -266,20 +359,26 @@ def _recover(recipe: Recipe, dense: DenseModel, corpus: Corpus, database: Databa
     teacher = None
     if wanted.distillation > 0:
         fast = fast_dtype(dense.device)
-        teacher = dense.whole(place, fast if wanted.teacher_dtype == "auto" else getattr(torch, wanted.teacher_dtype))
+        dtype = fast if wanted.teacher_dtype == "auto" else getattr(torch, wanted.teacher_dtype)
+        teacher = dense.reference.whole(place, dtype)
     text: Tensor | TextStream = corpus.marked["trial"]
     if wanted.text == "stream":
-        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged)
+        stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
+        begin = read_json(stopped[0]) if stopped else None
+        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged, begin)
     validation_BT = corpus.marked["score"]
     model, done = recover(
-        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device
+        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device, passed=passed
     )
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
         write_json(folder / "losses.json", history)
+        if step.number < recipe.steps and checkpoints(folder) and isinstance(text, TextStream):
+            write_json(folder / "text.json", read_json(checkpoints(folder)[-1] / "text.json"))
         write_bytes(folder / "weights.safetensors", save(_stored(model, dense.dtype)))
         _forget_recovery(folder)
     dist.barrier()
+    return steps_for(wanted, recipe.data.sequence_length) * wanted.batch_size
 
 
 def _forget_recovery(folder: Path) -> None:
@@ -288,25 +387,26 @@ def _forget_recovery(folder: Path) -> None:
     shutil.rmtree(folder / "refit", ignore_errors=True)
 
 
-def _verify(run: RunDirectory) -> None:
+def _verify(run: RunDirectory, recipe: Recipe) -> None:
     """Read what is there of an earlier run once; what is damaged is named, and made again in its turn."""
-    folder = run.path / "database"
-    index = folder / "index.json"
-    if index.exists():
-        try:
-            read_json(index)
-        except UserError:
-            if not os.access(index, os.R_OK):
-                raise
-            log.warning("%s is damaged: the database is built anew", index)
-            index.unlink()
-    elif run.done("database"):
-        log.warning("%s is missing: the database is built anew", index)
-    damaged = Database(folder).forget_damaged()
-    for file in damaged:
-        log.warning("%s is damaged or missing: its site is built anew", file)
-    if damaged or not index.exists():
-        run.undo("database")
+    for step in run_steps(recipe, run.path):
+        folder, stage = step.folder / "database", f"{step.prefix}database"
+        index = folder / "index.json"
+        if index.exists():
+            try:
+                read_json(index)
+            except UserError:
+                if not os.access(index, os.R_OK):
+                    raise
+                log.warning("%s is damaged: the database is built anew", index)
+                index.unlink()
+        elif run.done(stage):
+            log.warning("%s is missing: the database is built anew", index)
+        damaged = Database(folder).forget_damaged()
+        for file in damaged:
+            log.warning("%s is damaged or missing: its site is built anew", file)
+        if damaged or not index.exists():
+            run.undo(stage)
     for stage in list(run.manifest["stages"]):
         # Trained weights are verified when they are needed: where the model is whole they are not.
         if not stage.endswith("recovery"):
@@ -315,28 +415,37 @@ def _verify(run: RunDirectory) -> None:
 
 def _evaluate_and_export(
     recipe: Recipe,
-    dense: DenseModel,
+    first: Material,
+    here: Material,
     corpus: Corpus,
-    database: Database,
-    budget: Budget,
+    budgets: tuple[Budget, Budget],
     plan: Plan,
     run: RunDirectory,
     size: Size,
 ) -> None:
-    out = size.folder
+    out, dense = size.folder, here.dense
     measured_file = out / "evaluation" / "measured.json"
     evaluated = run.done(f"{size.prefix}evaluation")
     if not (evaluated and run.done(f"{size.prefix}export")):
-        models = _models(dense, database, budget, plan)
+        models = {"dense": first.dense.model}
+        # Where there is no room for all, the others wait elsewhere for their turns.
+        wait = torch.device("cpu")
+        if 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(dense.device):
+            wait = dense.device
+        uniform = uniform_plan(first.space, budgets[1])
+        if uniform is not None:
+            models["uniform"] = _cut(first, uniform).to(wait)  # type: ignore[arg-type]
+        if here is not first:
+            models[f"{STEP}{recipe.steps - 1}"] = dense.model
+        models["found"] = _cut(here, plan).to(wait)  # type: ignore[arg-type]
         if recipe.recovery.wanted:
-            weights = read_tensors(out / "recovery" / "weights.safetensors")
-            models["recovered"] = copy_trained(models["found"], weights)
+            models["recovered"] = _result(recipe, here, plan, size).to(wait)  # type: ignore[arg-type]
         last = models[next(reversed(models))]
         if not evaluated:
             with run.stage(f"{size.prefix}evaluation", measured_file):
-                write_json(measured_file, _measure(recipe, dense, corpus, budget, plan, models, size), sealed=True)
+                write_json(measured_file, _measure(recipe, dense, corpus, budgets[0], plan, models, size), sealed=True)
         with run.stage(f"{size.prefix}export", out / "model"):
-            as_json = plan.to_dict(database.space(dense.sites))
+            as_json = plan.to_dict(here.space)
             export_hf(last, dense, as_json, model_card(recipe, as_json, read_json(measured_file)), out / "model")
     for target in recipe.export.targets:
         if not run.done(f"{size.prefix}{target}"):
@@ -360,8 +469,8 @@ def _measure(
 ) -> dict[str, Any]:
     """What `measured.json` holds; the last of `models` is the result."""
     rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
-    sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.model, dense.tokenizer)}
     last = models[list(models)[-1]]
+    sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
     with visiting(last, dense.device):
         sample["after"] = write_sample(last, dense.tokenizer)
     limits: list[dict[str, Any]] = [
@@ -407,19 +516,18 @@ def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
     return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)
 
 
-def _models(dense: DenseModel, database: Database, budget: Budget, plan: Plan) -> dict[str, DarwinLMForCausalLM]:
-    space = database.space(dense.sites)
-    uniform = uniform_plan(space, budget)
-    plans = {"uniform": uniform, "found": plan} if uniform is not None else {"found": plan}
-    models = {"dense": dense.model}
-    # There may be a third, trained one beside these. Without room for all, they wait elsewhere for their turns.
-    size = dense.compute_dtype.itemsize * sum(space.parameters(one.levels) for one in (*plans.values(), plan))
-    place = dense.device if size < free_memory(dense.device) else torch.device("cpu")
-    for name, one in plans.items():
-        cuts = database.cuts(dense.sites, one.levels, dense.device)
-        model = build_model(dense.config, dense.sites, dense.weights, cuts)
-        models[name] = model.to(place)  # type: ignore[arg-type]
-    return models
+def _cut(material: Material, plan: Plan) -> DarwinLMForCausalLM:
+    dense = material.dense
+    cuts = material.database.cuts(dense.sites, plan.levels, dense.device)
+    return build_model(dense.config, dense.sites, dense.weights, cuts)
+
+
+def _result(recipe: Recipe, here: Material, plan: Plan, size: Size) -> DarwinLMForCausalLM:
+    """What a step leaves: `plan`, recovered if that is wanted."""
+    cut = _cut(here, plan)
+    if not recipe.recovery.wanted:
+        return cut
+    return copy_trained(cut, read_tensors(size.folder / "recovery" / "weights.safetensors"))
 
 
 def _stored(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:

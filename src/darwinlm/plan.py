@@ -33,11 +33,26 @@ class SiteLevels:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SiteBefore:
+    """A site as it was before the model was pruned for the first time; it may be gone by now."""
+
+    name: str
+    layer: int
+    kind: SiteKind
+    units: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
     """All sites with their levels, and the parameters that no plan removes (embeddings, head, last norm)."""
 
     sites: tuple[SiteLevels, ...]
     fixed_parameters: int
+    reference_parameters: int | None = None
+    """Of the model that sizes are fractions of, where that is not the one at level 0."""
+    before: tuple[SiteBefore, ...] = ()
+    """Of a model that is pruned already, all sites as they once were; empty where that is what level 0 has."""
 
     def parameters(self, plan: Sequence[int]) -> int:
         """Parameters of the whole model under `plan`; tied embeddings count once."""
@@ -49,8 +64,18 @@ class Space:
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters of the dense model."""
-        return self.parameters([0] * len(self.sites))
+        """Parameters of the model that sizes are fractions of."""
+        return self.reference_parameters or self.parameters([0] * len(self.sites))
+
+    @property
+    def first_sites(self) -> tuple[SiteBefore, ...]:
+        """All sites as they were before the model was pruned for the first time."""
+        return self.before or tuple(
+            SiteBefore(
+                name=site.name, layer=site.layer, kind=site.kind, units=site.units[0], parameters=site.parameters[0]
+            )
+            for site in self.sites
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +127,8 @@ class Limit:
     """Never exceeded."""
     minimum: int = 0
     """A plan below it leaves capacity unused; 0 where there are several limits."""
+    reference: int | None = None
+    """What the model takes that sizes are fractions of, where that is not the one at level 0."""
 
     def cost(self, levels: Sequence[int]) -> int:
         """What the plan with these levels takes."""
@@ -109,7 +136,12 @@ class Limit:
 
     @property
     def dense(self) -> int:
-        """What the dense model takes."""
+        """What the model takes that sizes are fractions of."""
+        return self.uncut if self.reference is None else self.reference
+
+    @property
+    def uncut(self) -> int:
+        """What the model at level 0 takes."""
         return self.cost([0] * len(self.costs))
 
     @property
@@ -133,12 +165,14 @@ class Budget:
         return all(limit.minimum <= cost <= limit.maximum for limit, cost in zip(self.limits, costs, strict=True))
 
 
-def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit]) -> Budget:
+def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit], way: float = 1.0) -> Budget:
     """The budget for `target`: by resource a fraction of the dense model's (float) or a count (int).
 
     Args:
         target: what was asked for.
         limits: by resource, what plans take; the maximum is filled in here.
+        way: how far to go from the dense model to the target. What can be removed shrinks by the same factor on every
+            piece of the way: each step of a gradual run leaves the same share of what its model's layers hold.
 
     Raises:
         UserError: if no plan is that small, or the dense model already is.
@@ -147,7 +181,11 @@ def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit]) 
     for name, size in target.items():
         limit = limits[name]
         check_target(name, size, limit.dense, limit.smallest)
-        chosen.append(replace(limit, maximum=_count(size, limit.dense)))
+        maximum = _count(size, limit.dense)
+        if way < 1:
+            removable, left = limit.dense - limit.fixed, max(1, maximum - limit.fixed)
+            maximum = limit.fixed + round(removable ** (1 - way) * left**way)
+        chosen.append(replace(limit, maximum=maximum))
     if len(chosen) == 1:
         only = chosen[0]
         steps = [abs(a - b) for site in only.costs for a, b in itertools.pairwise(site) if a != b]

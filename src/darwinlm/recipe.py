@@ -172,6 +172,9 @@ class RecoveryRecipe(_Section):
     """Training tokens in all; 0: none. Text that has run out is read again."""
     text: Literal["trial", "stream"] = "trial"
     """`trial`: that split of the run's text; `stream`: all of `data.source` but what judges, read as it is needed."""
+    cut_documents: bool = False
+    """No token attends to the document before its own in a block, and positions begin anew with each; by default blocks
+    are read whole, as by calibration, trials and scores."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """The highest, reached after the warm-up."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -235,6 +238,9 @@ class Recipe(_Section):
     target: float | str
     """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B); limits by resource
     (`params=0.5,kv_cache=0.5`; also `flops`, `memory`, `latency`); or the sizes of a family (`0.8,0.6,0.45`)."""
+    steps: int = Field(1, ge=1, le=16)
+    """Prune and recover so many times on the way to the target, each time the model that the step before has left;
+    `recovery.tokens` are shared out evenly. The model that the run began with stays the teacher and the measure."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of everything that is drawn."""
     device: str = "auto"
@@ -269,6 +275,21 @@ class Recipe(_Section):
         if isinstance(size, int):
             return value if isinstance(value, str) else str(size)
         return size
+
+    @model_validator(mode="after")
+    def _one_way_to_the_target(self) -> "Recipe":
+        targets = split_targets(self.target)
+        if self.steps > 1 and len(targets) > 1:
+            raise ValueError(
+                f"steps={self.steps} with target {_show(self.target)}: the sizes of a family come from one database; "
+                "ask for one size, or leave steps out"
+            )
+        if self.steps > 1 and "latency" in parse_target(targets[0]):
+            raise ValueError(
+                f"steps={self.steps} with a limit on latency: what was measured in one step does not compare with "
+                "another's measurements; limit params, flops, kv_cache or memory, or leave steps out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _text_can_be_streamed(self) -> "Recipe":

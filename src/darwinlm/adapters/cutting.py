@@ -15,6 +15,13 @@ from darwinlm.adapters.modeling_darwinlm import (
     DarwinLMForCausalLM,
     DarwinLMRotaryEmbedding,
 )
+from darwinlm.plan import SiteKind
+
+_SIZES: Mapping[SiteKind, Sequence[str]] = {
+    "attention": ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head"),
+    "mlp": ("intermediate_size",),
+}
+"""Of a layer, in `per_layer_config`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,7 @@ def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequ
         return 0
     count = sum(_numel(shapes[name]) for name in site.whole)
     for rows in site.inputs:
-        groups = len({unit // rows.units for unit in kept})
-        count += groups * rows.rows * _numel(shapes[rows.tensor][1:])
+        count += len(rows.kept(kept)) * rows.rows * _numel(shapes[rows.tensor][1:])
     return count + shapes[f"{site.output}.weight"][0] * len(kept) * site.columns_per_unit
 
 
@@ -76,12 +82,14 @@ def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def pruned_config(config: DarwinLMConfig, sites: Sequence[Site], cuts: Mapping[str, Cut]) -> DarwinLMConfig:
-    """`config` with the sizes of `cuts` (by site name; a site without an entry stays dense)."""
-    layers: dict[int | str, dict[str, Any]] = {}
+    """`config` with the sizes of `cuts` (by site name; a site without an entry stays as it is in `config`)."""
+    layers: dict[int | str, dict[str, Any]] = sizes_by_layer(config)
     for site in sites:
         if site.name in cuts:
             sizes = layer_sizes(site, cuts[site.name].kept)
             layer = layers.setdefault(site.layer, {})
+            for name in _SIZES[site.kind]:
+                layer.pop(name, None)
             skip = [*layer.get("skip", []), *sizes.pop("skip", [])]
             layer |= sizes
             if skip:
@@ -89,6 +97,12 @@ def pruned_config(config: DarwinLMConfig, sites: Sequence[Site], cuts: Mapping[s
     pruned = copy.deepcopy(config)
     pruned.per_layer_config = layers or None
     return pruned
+
+
+def sizes_by_layer(config: DarwinLMConfig) -> dict[int | str, dict[str, Any]]:
+    """A copy of what `per_layer_config` was set to: of each layer what differs from the dense model."""
+    written: dict[str, dict[str, Any]] = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(sizes) for layer, sizes in written.items()}
 
 
 def build_model(
@@ -103,12 +117,12 @@ def build_model(
     """A model cut physically out of the dense `weights`, on the device of their embeddings.
 
     Args:
-        config: of the dense model.
-        sites: all sites of the dense model.
-        weights: the dense model's state dict.
-        cuts: by site name; a site without an entry stays dense.
-        trainable: copy every tensor, in float32, so that training leaves the dense weights alone. Without it, all are
-            in the dense weights' dtype, and those that are not cut are shared.
+        config: of the model that is cut, dense or pruned already.
+        sites: all sites of that model.
+        weights: its state dict.
+        cuts: by site name; a site without an entry stays as it is.
+        trainable: copy every tensor, in float32, so that training leaves `weights` alone. Without it, all are in their
+            dtype, and those that are not cut are shared.
         shared_ends: of a trainable model too, share embeddings, last norm and head.
     """
     embeddings = weights["model.embed_tokens.weight"]
@@ -173,7 +187,7 @@ def _in_a_site(name: str) -> bool:
 
 
 def _kept_rows(rows: Rows, kept: Sequence[int], like: Tensor) -> Tensor:
-    groups = torch.tensor(sorted({unit // rows.units for unit in kept}), device=like.device)
+    groups = torch.tensor(rows.kept(kept), device=like.device)
     return (groups[:, None] * rows.rows + torch.arange(rows.rows, device=like.device)).flatten()
 
 
@@ -182,7 +196,7 @@ def _query_heads_by_kv_head(site: Site, kept: Sequence[int]) -> list[int]:
         return []
     heads: dict[int, int] = {}
     for unit in kept:
-        kv_head = unit // site.units_per_kv_head
+        kv_head = site.kv_heads[unit]
         heads[kv_head] = heads.get(kv_head, 0) + site.heads_per_unit
     return [heads[kv_head] for kv_head in sorted(heads)]
 

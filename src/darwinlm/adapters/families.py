@@ -1,6 +1,7 @@
 """Model families as data: which switches of the modelling file a family sets, and which weights form each site."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,11 +74,16 @@ def dense_config(config: Any) -> DarwinLMConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """A tensor that loses rows: `rows` of them serve `units` consecutive units and go with the last of these."""
+    """A tensor that loses rows, `rows` at a time: they go with the last of the units that need them."""
 
     tensor: str
     rows: int
-    units: int = 1
+    serves: tuple[int, ...] = ()
+    """By unit, which `rows` rows it needs, ascending; empty where each unit has its own."""
+
+    def kept(self, units: Sequence[int]) -> list[int]:
+        """Which groups of `rows` rows the units `units` need, ascending."""
+        return sorted({self.serves[unit] for unit in units} if self.serves else units)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,62 +103,98 @@ class Site:
     columns_per_unit: int
     heads_per_unit: int = 0
     """Query heads in a unit; 0 in an MLP."""
-    units_per_kv_head: int = 0
-    """Units that share a KV head; 0 in an MLP."""
+    kv_heads: tuple[int, ...] = ()
+    """By unit, the KV head that it needs; empty in an MLP."""
 
 
 def find_sites(config: DarwinLMConfig, granularity: Granularity) -> tuple[Site, ...]:
-    """Every site of a dense model, attention before MLP, layer by layer."""
-    return tuple(_sites(config, granularity))
+    """Every site of a model, attention before MLP, layer by layer; of one that is pruned already, those it still has.
 
-
-def _sites(config: Any, granularity: Granularity) -> Iterator[Site]:
-    head_dim, kv_heads = config.head_dim, config.num_key_value_heads
-    group = config.num_attention_heads // kv_heads
-    heads_per_unit, units_per_kv_head = (group, 1) if granularity == "kv_group" else (1, group)
+    Raises:
+        UserError: if KV heads that serve different numbers of query heads are to be units.
+    """
+    found = []
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        attention = f"{prefix}.self_attn"
-        kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
-        yield Site(
-            name=f"layers.{layer}.attention",
-            layer=layer,
-            kind="attention",
-            output=f"{attention}.o_proj",
-            inputs=tuple(
-                Rows(tensor=f"{attention}.{module}.{kind}", rows=rows, units=units)
-                for module, rows, units in (
-                    ("q_proj", heads_per_unit * head_dim, 1),
-                    ("k_proj", head_dim, units_per_kv_head),
-                    ("v_proj", head_dim, units_per_kv_head),
-                )
-                for kind in kinds
-            ),
-            whole=(
-                f"{prefix}.input_layernorm.weight",
-                *([f"{attention}.o_proj.bias"] if config.attention_output_bias else []),
-                *([f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"] if config.qk_norm else []),
-            ),
-            num_units=kv_heads * units_per_kv_head,
-            columns_per_unit=heads_per_unit * head_dim,
-            heads_per_unit=heads_per_unit,
-            units_per_kv_head=units_per_kv_head,
+        skipped = config.skipped(layer)
+        if "attention" not in skipped:
+            found.append(_attention(config, layer, granularity))
+        if "mlp" not in skipped:
+            found.append(_mlp(config, layer))
+    return tuple(found)
+
+
+def dense_again(config: DarwinLMConfig) -> DarwinLMConfig:
+    """The config of the model that a pruned one was cut from: layers of one size, none of them without a part."""
+    whole = copy.deepcopy(config)
+    whole.per_layer_config = None
+    return whole
+
+
+def _attention(config: DarwinLMConfig, layer: int, granularity: Granularity) -> Site:
+    prefix = f"model.layers.{layer}"
+    attention, head_dim, sizes = f"{prefix}.self_attn", config.head_dim, config.per_layer_config[layer]
+    kv_heads = sizes.num_key_value_heads
+    # Query heads of each KV head.
+    groups = sizes.query_heads_per_kv_head or [sizes.num_attention_heads // kv_heads] * kv_heads
+    if len(groups) != kv_heads or sum(groups) != sizes.num_attention_heads or min(groups) < 1:
+        raise UserError(
+            f"layer {layer}: {kv_heads} KV heads cannot serve {sizes.num_attention_heads} query heads as config.json "
+            f"says ({', '.join(map(str, groups))}); get the whole model"
         )
-        kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
-        yield Site(
-            name=f"layers.{layer}.mlp",
-            layer=layer,
-            kind="mlp",
-            output=f"{prefix}.mlp.down_proj",
-            inputs=tuple(
-                Rows(tensor=f"{prefix}.mlp.{module}.{kind}", rows=1)
-                for module in ("gate_proj", "up_proj")
-                for kind in kinds
-            ),
-            whole=(
-                f"{prefix}.post_attention_layernorm.weight",
-                *([f"{prefix}.mlp.down_proj.bias"] if config.mlp_bias else []),
-            ),
-            num_units=config.intermediate_size,
-            columns_per_unit=1,
-        )
+    served: tuple[int, ...]
+    if granularity == "kv_group":
+        if len(set(groups)) > 1:
+            raise UserError(
+                f"layer {layer} has KV heads that serve {', '.join(map(str, groups))} query heads, and units "
+                "are of one size; set database.granularity=query_head"
+            )
+        heads_per_unit, served = groups[0], tuple(range(kv_heads))
+    else:
+        heads_per_unit, served = 1, tuple(kv_head for kv_head, heads in enumerate(groups) for _ in range(heads))
+    kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
+    return Site(
+        name=f"layers.{layer}.attention",
+        layer=layer,
+        kind="attention",
+        output=f"{attention}.o_proj",
+        inputs=tuple(
+            Rows(tensor=f"{attention}.{module}.{kind}", rows=rows, serves=serves)
+            for module, rows, serves in (
+                ("q_proj", heads_per_unit * head_dim, ()),
+                ("k_proj", head_dim, served),
+                ("v_proj", head_dim, served),
+            )
+            for kind in kinds
+        ),
+        whole=(
+            f"{prefix}.input_layernorm.weight",
+            *([f"{attention}.o_proj.bias"] if config.attention_output_bias else []),
+            *([f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"] if config.qk_norm else []),
+        ),
+        num_units=len(served),
+        columns_per_unit=heads_per_unit * head_dim,
+        heads_per_unit=heads_per_unit,
+        kv_heads=served,
+    )
+
+
+def _mlp(config: DarwinLMConfig, layer: int) -> Site:
+    prefix = f"model.layers.{layer}"
+    kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+    return Site(
+        name=f"layers.{layer}.mlp",
+        layer=layer,
+        kind="mlp",
+        output=f"{prefix}.mlp.down_proj",
+        inputs=tuple(
+            Rows(tensor=f"{prefix}.mlp.{module}.{kind}", rows=1)
+            for module in ("gate_proj", "up_proj")
+            for kind in kinds
+        ),
+        whole=(
+            f"{prefix}.post_attention_layernorm.weight",
+            *([f"{prefix}.mlp.down_proj.bias"] if config.mlp_bias else []),
+        ),
+        num_units=config.per_layer_config[layer].intermediate_size,
+        columns_per_unit=1,
+    )

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.families import FAMILIES, Granularity, Site, dense_config, find_sites
+from darwinlm.adapters.families import FAMILIES, Granularity, Site, dense_again, dense_config, find_sites
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMForCausalLM
 from darwinlm.errors import UserError
 from darwinlm.files import digest
@@ -30,7 +30,10 @@ _UNQUANTISED = "give the unquantised checkpoint it was made from"
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModel:
-    """A dense checkpoint, ready to be pruned: whole (`model`, read when first asked for) or a block at a time."""
+    """A checkpoint, ready to be pruned: whole (`model`, read when first asked for) or a block at a time.
+
+    Dense, or pruned already: then what is left of it is the `dense` model of all that follows.
+    """
 
     source: str
     checkpoint: Checkpoint
@@ -43,6 +46,15 @@ class DenseModel:
     """Of the checkpoint; the pruned model is saved in it."""
     fingerprint: str
     """Of config and weights: two checkpoints that differ have different ones."""
+    sites_before: tuple[Site, ...] = ()
+    """Of a model that is pruned already, those of the dense model that it came from; none of a dense one."""
+    cut_from: "DenseModel | None" = None
+    """In the later steps of a gradual run, the model that it began with."""
+
+    @property
+    def reference(self) -> "DenseModel":
+        """The model that candidates are compared with and learn from: this one, or the one it was cut from."""
+        return self.cut_from or self
 
     @property
     def model(self) -> DarwinLMForCausalLM:
@@ -64,8 +76,9 @@ class DenseModel:
         return build_model(self.config, self.sites, self.checkpoint.read(self.shapes, device, dtype), {})
 
     def release(self) -> None:
-        """Forget `model`, so that its memory is free; it is read again when it is next asked for."""
+        """Forget `model`, the reference's too, so that its memory is free; it is read again when next asked for."""
         self.__dict__.pop("ends", None)
+        self.reference.__dict__.pop("ends", None)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -172,27 +185,35 @@ def load_settings(source: str) -> dict[str, Any]:
 
 def load_sizes(source: str) -> DarwinLMConfig:
     """The config of a dense or a pruned model in the words of our modelling file, no weight read. Raises UserError."""
-    settings = load_settings(source)
+    config = load_config(source)
     try:
-        if settings["model_type"] == DarwinLMConfig.model_type:
-            return DarwinLMConfig.from_dict(settings)
-        return dense_config(load_config(source))
-    except UserError:
-        raise
+        return _in_our_words(config)
     except Exception as error:
         raise UserError(f"model {source!r}: its config.json cannot be used: {_reason(error, source)}") from None
 
 
+def _in_our_words(config: Any) -> DarwinLMConfig:
+    return config if isinstance(config, DarwinLMConfig) else dense_config(config)
+
+
 def load_config(source: str) -> Any:
-    """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError."""
-    model_type = load_settings(source)["model_type"]
-    if model_type not in FAMILIES:
+    """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError.
+
+    That of a model which is pruned already is read as ours, whatever code its folder names.
+    """
+    settings = load_settings(source)
+    model_type = settings["model_type"]
+    if model_type not in FAMILIES and model_type != DarwinLMConfig.model_type:
         raise UserError(
             f"model {source!r}: model type {model_type!r} is not supported; supported families: "
             f"{', '.join(sorted(FAMILIES))}"
         )
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if model_type == DarwinLMConfig.model_type:
+            settings.pop("auto_map", None)
+            config = DarwinLMConfig.from_dict(settings)
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"model {source!r}: its config.json cannot be used: {_reason(error, source)}") from None
     architectures = config.architectures or []
@@ -206,8 +227,16 @@ def load_config(source: str) -> Any:
 
 
 @torch.no_grad()
-def load_dense(source: str, granularity: Granularity, device: torch.device) -> DenseModel:
+def load_dense(
+    source: str, granularity: Granularity, device: torch.device, cut_from: DenseModel | None = None
+) -> DenseModel:
     """Load a checkpoint (safetensors only, no remote code) into our modelling file.
+
+    Args:
+        source: a folder or a Hub id; a model that this package has pruned can be pruned further.
+        granularity: what an attention unit is.
+        device: where to work on it.
+        cut_from: the model that it is compared with and learns from, if that is another.
 
     Raises:
         UserError: if it cannot be loaded, lacks weights, or our modelling file does not reproduce its logits.
@@ -220,16 +249,19 @@ def load_dense(source: str, granularity: Granularity, device: torch.device) -> D
         if key not in ("_name_or_path", "transformers_version", "dtype")
     }
     weights = dense.checkpoint.fingerprint(dense.shapes)
-    _check_equal(base_config, dense.checkpoint, source)
+    if not isinstance(base_config, DarwinLMConfig):
+        _check_equal(base_config, dense.checkpoint, source)
     fingerprint = digest(json.dumps(settings, sort_keys=True, default=str), weights)
-    return replace(dense, fingerprint=fingerprint)
+    return replace(dense, fingerprint=fingerprint, cut_from=cut_from)
 
 
 def open_dense(source: str, granularity: Granularity, device: torch.device) -> tuple[Any, DenseModel]:
     """The config of transformers and the dense model, its weights neither read nor compared. Raises UserError."""
     base_config = load_config(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # Of a pruned model it would read the config as that of a type that it does not know, and warn.
+        known = {"config": base_config} if isinstance(base_config, DarwinLMConfig) else {}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **known)
     except Exception as error:
         raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {_reason(error, source)}") from None
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -238,24 +270,30 @@ def open_dense(source: str, granularity: Granularity, device: torch.device) -> t
             raise UserError(f"model {source!r}: its tokenizer has a chat template called {name!r}; rename it")
     checkpoint = Checkpoint(source)
     try:
-        config = dense_config(base_config)
+        config = _in_our_words(base_config)
         shapes = expected_shapes(config)
+        sites = find_sites(config, granularity)
+    except UserError as error:
+        raise UserError(f"model {source!r}: {error}") from None
     except Exception as error:
         raise UserError(
             f"model {source!r}: no model can be built from its config.json: {_reason(error, source)}"
         ) from None
+    if not sites:
+        raise UserError(f"model {source!r} has neither attention nor MLPs left; there is nothing to prune")
     config._attn_implementation = "sdpa"
     checkpoint.check_names(shapes)
     dense = DenseModel(
         source=source,
         checkpoint=checkpoint,
         config=config,
-        sites=find_sites(config, granularity),
+        sites=sites,
         tokenizer=tokenizer,
         generation_config=_generation_config(base_config, source),
         device=device,
         dtype=base_config.dtype if isinstance(base_config.dtype, torch.dtype) else torch.float32,
         fingerprint="",
+        sites_before=find_sites(dense_again(config), granularity) if config.is_heterogeneous else (),
     )
     return base_config, dense
 

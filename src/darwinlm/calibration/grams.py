@@ -83,7 +83,7 @@ def walk_blocks(
         for index in range(dense.config.num_hidden_layers):
             with phases("read"):
                 layer = dense.block(index)
-            sites = by_layer[index] if index >= first_layer else []
+            sites = by_layer.get(index, []) if index >= first_layer else []
 
             def forward(rows: slice, layer: nn.Module = layer, index: int = index) -> Tensor:
                 with phases("forward"):
@@ -142,9 +142,9 @@ class _Recorder:
             device = next(module.parameters()).device
             self._grams[site.name] = torch.zeros(columns, columns, device=device)
             self._hooks.append(module.register_forward_pre_hook(self._record_inputs(site)))
-            # The stream after attention is what the MLP's norm reads; after the MLP it is what the block returns.
+            # The stream after attention is what the MLP's norm reads; at the end it is what the block returns.
             hook = self._record_power(site)
-            if site.kind == "attention":
+            if site.kind == "attention" and layer.has_mlp:
                 norm = layer.get_submodule("post_attention_layernorm")
                 self._hooks.append(norm.register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0])))
             else:

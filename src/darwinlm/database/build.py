@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.families import Site
-from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.cutting import count_parameters
+from darwinlm.adapters.families import Site, dense_again
+from darwinlm.adapters.loading import DenseModel, expected_shapes
 from darwinlm.calibration.grams import SiteStatistics, walk_blocks
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.solver import prune_site, removal_error
@@ -41,6 +42,7 @@ def build_database(
     phases = phases or Phases()
     database = Database(folder)
     missing = [site for site in dense.sites if site not in database]
+    last_of_layer = set({site.layer: site.name for site in dense.sites}.values())
     with task("database (sites)", len(dense.sites)) as progress:
         progress.advance(len(dense.sites) - len(missing))
         if missing:
@@ -60,18 +62,32 @@ def build_database(
                     continue
                 waiting.append((site, statistics))
                 # Solve when every rank has a layer of its own to solve, so that none waits for another.
-                last_of_layer = site.kind == "mlp"
                 round_is_full = (site.layer + 1) % dist.world_size() == 0
-                if (last_of_layer and round_is_full) or site is missing[-1]:
+                if (site.name in last_of_layer and round_is_full) or site is missing[-1]:
                     _solve(dense, waiting, recipe, tensor_parallel, database, phases)
                     progress.advance(len(waiting), note=site.name)
                     waiting = []
                 if site is missing[-1]:
                     break
     if dist.rank() == 0:
-        database.finish(dense.fixed_parameters)
+        database.finish(dense.fixed_parameters, _before(dense), dense.reference.parameters)
     dist.barrier()
     return Database(folder)
+
+
+def _before(dense: DenseModel) -> list[dict[str, Any]]:
+    """The sites that a model had before it was pruned for the first time; none if this is the first."""
+    shapes = expected_shapes(dense_again(dense.config)) if dense.sites_before else {}
+    return [
+        {
+            "name": site.name,
+            "layer": site.layer,
+            "kind": site.kind,
+            "units": site.num_units,
+            "parameters": count_parameters(site, shapes, range(site.num_units)),
+        }
+        for site in dense.sites_before
+    ]
 
 
 def _owner(site: Site) -> int:

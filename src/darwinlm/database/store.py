@@ -15,7 +15,7 @@ from darwinlm.adapters.families import Site
 from darwinlm.database.solver import Snapshot
 from darwinlm.errors import UserError
 from darwinlm.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, write_bytes, write_json
-from darwinlm.plan import SiteLevels, Space
+from darwinlm.plan import SiteBefore, SiteLevels, Space
 
 FORMAT = 2
 
@@ -125,9 +125,19 @@ class Database:
         if write:
             self._write()
 
-    def finish(self, fixed_parameters: int) -> None:
-        """Say how many parameters no plan removes; the database is complete from here on."""
+    def finish(
+        self, fixed_parameters: int, before: Sequence[Mapping[str, Any]] = (), reference_parameters: int | None = None
+    ) -> None:
+        """Say what all plans have in common; the database is complete from here on.
+
+        Args:
+            fixed_parameters: that no plan removes.
+            before: the fields of `SiteBefore`, of a model that is pruned already.
+            reference_parameters: of the model that sizes are fractions of, if that is not the one at level 0.
+        """
         self._index["fixed_parameters"] = fixed_parameters
+        if before:
+            self._index |= {"before": list(before), "reference_parameters": reference_parameters}
         self._write()
 
     def forget_damaged(self) -> list[Path]:
@@ -222,4 +232,6 @@ def _space(index: Mapping[str, Any], names: Sequence[str], whole: Container[str]
             for name in names
         ),
         fixed_parameters=index["fixed_parameters"],
+        reference_parameters=index.get("reference_parameters"),
+        before=tuple(SiteBefore(**site) for site in index.get("before", ())),
     )

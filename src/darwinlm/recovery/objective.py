@@ -48,7 +48,11 @@ class Objective(nn.Module):
         return (1 - self._share) * next_token + self._share * kl
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`loss` in nats a prediction, and the `sums` it is made of: next-token loss, KL, predictions.
 
@@ -56,15 +60,17 @@ class Objective(nn.Module):
             input_ids: B * T.
             labels: B * T; where the label is -100, the prediction of this token counts in neither part.
             num_items_in_batch: what `loss` divides the sums by, if these blocks are a part of a larger batch.
+            position_ids: B * T, if they are not just counted: a token attends to nothing before the last 0.
         """
-        hidden_ND = self.model.model(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        hidden_ND = self.model.model(**inputs).last_hidden_state.flatten(0, 1)
         # A block's last position has no next token.
         targets_N = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         (teacher,) = self._teacher
         taught_ND = hidden_ND
         if teacher is not None:
             with torch.no_grad():
-                taught_ND = teacher.model(input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+                taught_ND = teacher.model(**inputs).last_hidden_state.flatten(0, 1)
         sums = torch.zeros(2, device=hidden_ND.device)
         for rows in torch.arange(len(hidden_ND), device=hidden_ND.device).split(_CHUNK_TOKENS):
             part = slice(int(rows[0]), int(rows[-1]) + 1)

@@ -27,7 +27,7 @@ def refit(model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Ten
 
     Args:
         model: the pruned model, float32.
-        dense: the model it was cut from, on the same device, in any dtype.
+        dense: the model it was cut from, perhaps in several steps, on the same device, in any dtype.
         blocks_BT: token ids, blocks * tokens.
     """
     batches = blocks_BT.to(dense.device, torch.long).split(max(1, _BATCH_TOKENS // blocks_BT.shape[1]))
@@ -57,12 +57,14 @@ def refit(model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Ten
 
     with task("refit (layers)", len(model.model.layers)) as progress:
         for index, (whole, cut) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
-            run = attention(whole, index)
-            wanted = [states_BTD + run(states_BTD) for states_BTD in wanted]
+            if whole.has_attention:
+                run = attention(whole, index)
+                wanted = [states_BTD + run(states_BTD) for states_BTD in wanted]
             if cut.has_attention:
                 _correct(cut.self_attn.o_proj, attention(cut, index), states, wanted)
-            run = mlp(whole)
-            wanted = [states_BTD + run(states_BTD) for states_BTD in wanted]
+            if whole.has_mlp:
+                run = mlp(whole)
+                wanted = [states_BTD + run(states_BTD) for states_BTD in wanted]
             if cut.has_mlp:
                 _correct(cut.mlp.down_proj, mlp(cut), states, wanted)
             progress.advance()

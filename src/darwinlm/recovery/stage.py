@@ -20,7 +20,7 @@ from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
-from darwinlm.data import TextStream, unmark
+from darwinlm.data import TextStream, positions, unmark
 from darwinlm.errors import UserError
 from darwinlm.files import read_json
 from darwinlm.progress import log, task
@@ -64,24 +64,27 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     The order is the same for any number of ranks, and after resuming.
     """
 
-    def __init__(self, blocks_BT: Tensor, samples: int, seed: int) -> None:
-        self._blocks_BT = blocks_BT
+    def __init__(self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool) -> None:
+        self._blocks_BT, self._cut = blocks_BT, cut
         generator = torch.Generator().manual_seed(seed)
-        passes = -(-samples // len(blocks_BT))
-        self._order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])[:samples]
+        passes = -(-(passed + samples) // len(blocks_BT))
+        order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])
+        self._order = order[passed : passed + samples]
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _sample(self._blocks_BT[self._order[index]])
+        return _sample(self._blocks_BT[self._order[index]], self._cut)
 
 
 class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     """Samples from a stream. Rank 0 reads and hands out, some batches before they are needed."""
 
-    def __init__(self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None) -> None:
-        self._stream, self._batch_size = stream, batch_size
+    def __init__(
+        self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None, cut: bool
+    ) -> None:
+        self._stream, self._batch_size, self._cut = stream, batch_size, cut
         self._steps_done, self._state = steps_done, state
         self._states: dict[int, Mapping[str, Any]] = {}
 
@@ -91,7 +94,7 @@ class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             samples += 1
             if samples % self._batch_size == 0:
                 self._states[samples // self._batch_size] = state
-            yield _sample(block_T)
+            yield _sample(block_T, self._cut)
 
     def state_after(self, step: int) -> dict[str, Any]:
         """Where the stream was after the batch of this optimiser step, as plain data; forgets the steps before."""
@@ -99,9 +102,14 @@ class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return {**self._states[step], "tokens": self._states[step]["tokens"].tolist()}
 
 
-def _sample(marked_T: Tensor) -> dict[str, Tensor]:
+def _sample(marked_T: Tensor, cut: bool) -> dict[str, Tensor]:
+    """What the objective reads; with `cut`, positions that begin anew with every document."""
     ids_T, labels_T = unmark(marked_T.long())
-    return {"input_ids": ids_T, "labels": labels_T}
+    if not cut:
+        return {"input_ids": ids_T, "labels": labels_T}
+    positions_T = positions(marked_T.long())
+    # Nothing foretells how a document begins.
+    return {"input_ids": ids_T, "labels": labels_T.masked_fill(positions_T == 0, -100), "position_ids": positions_T}
 
 
 class _Follow(TrainerCallback):
@@ -161,6 +169,8 @@ class _Trainer(Trainer):
 
         return self._fitting(run)
 
+    cut_documents = False
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Losses on the validation text: all of it on every rank, so that all know which weights are the best."""
         assert self.validation_BT is not None
@@ -168,7 +178,10 @@ class _Trainer(Trainer):
         blocks_BT = self.validation_BT.to(self.args.device)
 
         def run(size: int) -> Tensor:
-            parts = [self.model_wrapped(**_sample(part_BT))["sums"].double().cpu() for part_BT in blocks_BT.split(size)]
+            parts = [
+                self.model_wrapped(**_sample(part_BT, self.cut_documents))["sums"].double().cpu()
+                for part_BT in blocks_BT.split(size)
+            ]
             return torch.stack(parts).sum(0)
 
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -232,6 +245,7 @@ def recover(
     seed: int,
     folder: Path,
     device: torch.device,
+    passed: int = 0,
 ) -> tuple[DarwinLMForCausalLM, Training]:
     """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
 
@@ -247,6 +261,7 @@ def recover(
         folder: of checkpoints; if there is one, training goes on from it, to the same losses; from the one before
             where it is damaged. They stay until `remove_checkpoints`.
         device: this rank's.
+        passed: how many blocks of the order to pass over, if `text` is a tensor: an earlier training has had them.
 
     Returns:
         The trained model, whole on every rank, and what happened.
@@ -311,10 +326,10 @@ def recover(
         trainer = _Trainer(
             model=objective,
             args=arguments,
-            train_dataset=_samples(text, steps, recipe.batch_size, seed, last),
+            train_dataset=_samples(text, steps, recipe, seed, last, passed),
             callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
-        trainer.validation_BT, trainer.portion = validation_BT, portion
+        trainer.validation_BT, trainer.portion, trainer.cut_documents = validation_BT, portion, recipe.cut_documents
         trainer.pop_callback(PrinterCallback)
         if last is not None:
             progress.advance(step_of(last))
@@ -341,12 +356,15 @@ def recover(
     return model, Training(_losses(trainer.state), evaluations, int(best["step"]) if best is not None else steps)
 
 
-def _samples(text: Tensor | TextStream, steps: int, batch_size: int, seed: int, last: Path | None) -> _Blocks | _Stream:
+def _samples(
+    text: Tensor | TextStream, steps: int, recipe: RecoveryRecipe, seed: int, last: Path | None, passed: int
+) -> _Blocks | _Stream:
+    size, cut = recipe.batch_size, recipe.cut_documents
     if isinstance(text, Tensor):
-        return _Blocks(text, steps * batch_size, seed)
+        return _Blocks(text, steps * size, seed, passed, cut)
     if last is None:
-        return _Stream(text, batch_size, 0, None)
-    return _Stream(text, batch_size, step_of(last), read_json(last / "text.json"))
+        return _Stream(text, size, 0, None, cut)
+    return _Stream(text, size, step_of(last), read_json(last / "text.json"), cut)
 
 
 def _losses(state: TrainerState) -> list[float]:

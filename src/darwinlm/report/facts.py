@@ -9,7 +9,7 @@ from typing import Any
 
 from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
-from darwinlm.files import Size, read_json, run_sizes
+from darwinlm.files import Size, Step, read_json, run_steps
 from darwinlm.plan import Plan, Space
 from darwinlm.recipe import Recipe, make_recipe
 
@@ -35,10 +35,13 @@ def collect(run: Path) -> dict[str, Any]:
         UserError: if `run` is no run, or a file in it is damaged.
     """
     recipe, stages = read_manifest(run)
-    sizes = run_sizes(recipe, run)
-    wanted = _stages(recipe, sizes)
+    steps = run_steps(recipe, run)
+    sizes = steps[-1].sizes
+    wanted = _stages(recipe, steps)
     pending = [name for name in wanted if not stages.get(name, {}).get("done")]
-    space = read_space(run / "database")
+    # Of a gradual run, what the last step that has a database has found.
+    spaces = [(step, read_space(step.folder / "database")) for step in steps]
+    step, space = next((pair for pair in reversed(spaces) if pair[1] is not None), (steps[-1], None))
     facts: dict[str, Any] = {
         "model": recipe.model,
         "target": ", ".join(size.name for size in sizes),
@@ -51,9 +54,10 @@ def collect(run: Path) -> dict[str, Any]:
         "attention_unit": {"kv_group": "KV groups", "query_head": "query heads"}[recipe.database.granularity],
         "recipe": recipe.model_dump(mode="json"),
     }
-    each = {size.name: _size_facts(recipe, space, size) for size in sizes}
-    if len(sizes) == 1:
-        facts |= each[sizes[0].name]
+    each = {size.name: _size_facts(recipe, space, size) for size in step.sizes}
+    if len(each) == 1:
+        (own,) = each.values()
+        facts |= own
     else:
         facts |= _family(each) | {"sizes": each}
     tasks_file = run / "report" / "tasks.json"
@@ -75,9 +79,18 @@ def read_manifest(run: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UserError(f"{run / 'manifest.json'} is damaged (it lacks recipe or stages)") from None
 
 
-def _stages(recipe: Recipe, sizes: Sequence[Size]) -> list[str]:
+def _stages(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
     names = ["search", *(["recovery"] if recipe.recovery.wanted else []), "evaluation", "export"]
-    return ["corpus", "database", *(f"{size.prefix}{name}" for size in sizes for name in names)]
+    found = ["corpus"]
+    for step in steps:
+        found.append(f"{step.prefix}database")
+        found += [
+            f"{size.prefix}{name}"
+            for size in step.sizes
+            for name in names
+            if not (step.prefix and name == "evaluation")
+        ]
+    return found
 
 
 def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, Any]:
@@ -147,16 +160,21 @@ def _family(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
-    """By layer, what `plan` keeps of attention and MLP: units and parameters, and those of the dense model."""
+    """By layer, what `plan` keeps of attention and MLP: units and parameters, and those before anything was pruned."""
+    kept = {
+        site.name: (site.units[level], site.parameters[level])
+        for site, level in zip(space.sites, plan.levels, strict=True)
+    }
     found: dict[int, dict[str, Any]] = {}
-    for site, level in zip(space.sites, plan.levels, strict=True):
+    for site in space.first_sites:
+        units, parameters = kept.get(site.name, (0, 0))
         layer = found.setdefault(site.layer, {"layer": site.layer})
         layer[site.kind] = {
-            "kept": site.units[level],
-            "dense": site.units[0],
-            "share": site.units[level] / site.units[0],
-            "parameters": site.parameters[level],
-            "dense_parameters": site.parameters[0],
+            "kept": units,
+            "dense": site.units,
+            "share": units / site.units,
+            "parameters": parameters,
+            "dense_parameters": site.parameters,
         }
     return [found[number] for number in sorted(found)]
 

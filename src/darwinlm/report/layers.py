@@ -1,6 +1,5 @@
 """The sizes of a model's layers as a table: of a run, of a pruned model, or of any model that could be pruned."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from darwinlm.adapters.families import dense_again
 from darwinlm.adapters.loading import expected_shapes, load_sizes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
 from darwinlm.demo import resolve
@@ -53,9 +53,7 @@ def inspect(source: str) -> list[dict[str, Any]]:
 
 def model_sizes(config: DarwinLMConfig) -> dict[str, Any]:
     """`layers`, `parameters` and `dense_parameters` of a model, counted in the shapes of its weights."""
-    dense_config = copy.deepcopy(config)
-    dense_config.per_layer_config = None
-    shapes, dense = expected_shapes(config), expected_shapes(dense_config)
+    shapes, dense = expected_shapes(config), expected_shapes(dense_again(config))
     layers = []
     for number in range(config.num_hidden_layers):
         layer: dict[str, Any] = {"layer": number}
@@ -108,8 +106,10 @@ def show_layers(entry: Mapping[str, Any], console: Console) -> None:
         left, full = (sum(site[key] for site in sites) for key in ("parameters", "dense_parameters"))
         table.add_row(str(layer["layer"]), *cells, f"{left:,}", f"{left / full:.1%}")
     console.print(table)
-    left, full = entry["parameters"], entry["dense_parameters"]
-    fixed = full - sum(layer[kind]["dense_parameters"] for layer in entry["layers"] for kind in _PARTS)
+    left = entry["parameters"]
+    parts = [layer[kind] for layer in entry["layers"] for kind in _PARTS]
+    fixed = left - sum(part["parameters"] for part in parts)
+    full = fixed + sum(part["dense_parameters"] for part in parts)
     lines = [
         f"all: {left:,} of {full:,} parameters ({left / full:.1%}), {fixed:,} of them outside the layers",
         *(

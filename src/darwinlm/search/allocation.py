@@ -100,7 +100,7 @@ def uniform_plan(space: Space, budget: Budget) -> Plan | None:
     """
     fractions = [1.0] * len(space.sites)
     for limit in budget.limits:
-        fraction = (limit.maximum - limit.fixed) / max(1, limit.dense - limit.fixed)
+        fraction = (limit.maximum - limit.fixed) / max(1, limit.uncut - limit.fixed)
         for index, costs in enumerate(limit.costs):
             if costs[0] > 0:
                 fractions[index] = min(fractions[index], fraction)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.families import Site
+from darwinlm.adapters.cutting import Cut, assemble, cut_site, layer_sizes
+from darwinlm.adapters.families import Site, dense_again
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.files import read_json, write_json
@@ -21,6 +21,7 @@ from darwinlm.timing import time_request
 _TIMED_TOKENS = 16
 """New tokens that are timed; each takes about as long as the next."""
 _REPEATS = 5
+_KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
 
 
 def resource_limits(
@@ -106,11 +107,16 @@ def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe)
         `{"fixed": ns, "attention": {"3": ns, ...}, "mlp": {"1536": ns, ...}}`
     """
     weights = {name: tensor.to(dense.dtype) for name, tensor in dense.weights.items()}
-    kinds: tuple[SiteKind, ...] = ("attention", "mlp")
-    sizes = {kind: sorted({n for site in space.sites if site.kind == kind for n in site.units} - {0}) for kind in kinds}
-    stacks: dict[tuple[str, int], DarwinLMForCausalLM] = {("none", 0): _stack(dense, weights, {})}
-    for kind in kinds:
-        stacks |= {(kind, size): _stack(dense, weights, {kind: size}) for size in sizes[kind]}
+    sizes = {
+        kind: sorted({n for site in space.sites if site.kind == kind for n in site.units} - {0}) for kind in _KINDS
+    }
+    stacks: dict[tuple[str, int], DarwinLMForCausalLM] = {("none", 0): _stack(dense, weights)}
+    for kind in _KINDS:
+        # In a model that is pruned already, it alone may have all sizes.
+        largest = max(
+            (site for site in dense.sites if site.kind == kind), key=lambda site: site.num_units, default=None
+        )
+        stacks |= {(kind, size): _stack(dense, weights, largest, size) for size in sizes[kind]}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in stacks}
     timed = min(_TIMED_TOKENS, workload.new_tokens)
     with task("latencies (timings)", len(stacks) * (_REPEATS + 1)) as progress:
@@ -125,19 +131,29 @@ def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe)
     seconds = {key: statistics.median(values) for key, values in times.items()}
     fixed, layers = seconds["none", 0], dense.config.num_hidden_layers
     table: dict[str, Any] = {"fixed": round(1e9 * fixed)}
-    for kind in kinds:
+    for kind in _KINDS:
         table[kind] = {str(size): max(0, round(1e9 * (seconds[kind, size] - fixed) / layers)) for size in sizes[kind]}
     return table
 
 
-def _stack(dense: DenseModel, weights: Mapping[str, Tensor], units: Mapping[SiteKind, int]) -> DarwinLMForCausalLM:
-    cuts = {site.name: _first_units(site, weights, units.get(site.kind, 0)) for site in dense.sites}
-    return build_model(dense.config, dense.sites, weights, cuts)
-
-
-def _first_units(site: Site, weights: Mapping[str, Tensor], units: int) -> Cut:
-    units = min(units, site.num_units)
-    if units == 0:
-        return Cut((), None)
-    output = weights[f"{site.output}.weight"][:, : units * site.columns_per_unit]
-    return Cut(tuple(range(units)), output.contiguous())
+def _stack(
+    dense: DenseModel, weights: Mapping[str, Tensor], site: Site | None = None, units: int = 0
+) -> DarwinLMForCausalLM:
+    """All layers with a copy of the first `units` units of `site` and nothing else; without it, without any part."""
+    config = dense_again(dense.config)
+    kept = tuple(range(units))
+    config.per_layer_config = {
+        layer: layer_sizes(site, kept) | {"skip": [kind for kind in _KINDS if kind != site.kind]}
+        if site is not None
+        else {"skip": list(_KINDS)}
+        for layer in range(config.num_hidden_layers)
+    }
+    tensors = {name: tensor for name, tensor in weights.items() if not name.startswith("model.layers.")}
+    if site is not None:
+        output = weights[f"{site.output}.weight"][:, : units * site.columns_per_unit].contiguous()
+        left, old = cut_site(site, weights, Cut(kept, output)), f"model.layers.{site.layer}."
+        for layer in range(config.num_hidden_layers):
+            # Each layer with memory of its own, as in the model.
+            new = f"model.layers.{layer}."
+            tensors |= {name.replace(old, new, 1): tensor.clone() for name, tensor in left.items()}
+    return assemble(config, tensors, trainable=False)

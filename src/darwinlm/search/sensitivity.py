@@ -55,7 +55,7 @@ def measure_sensitivity(
         after_block: called whenever a block is done.
     """
     mine = range(dist.rank(), len(blocks_BT), dist.world_size())
-    reference = DenseReference(dense.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
+    reference = DenseReference(dense.reference.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
     place = _place_of_columns(dense, space)
     sites = [_WidenedSite(dense, index, cut, space, base, place) for index in range(len(dense.sites))]
     model = _widened_model(dense, sites)

@@ -40,7 +40,7 @@ class TrialScorer:
 
     def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
         self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
-        self._reference = DenseReference(dense.model, corpus.tokens("score", max(recipe.score_tokens)))
+        self._reference = DenseReference(dense.reference.model, corpus.tokens("score", max(recipe.score_tokens)))
         self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
         self._portion = Portion(recipe.batch_size, "search")
@@ -165,7 +165,7 @@ class _Judge:
         self._dense, self._database = dense, database
         quarter = -(-len(blocks_BT) // 4)
         heats = [blocks_BT[:quarter], blocks_BT[quarter : 2 * quarter], blocks_BT[2 * quarter :]]
-        self._heats = [DenseReference(dense.model, heat_BT) for heat_BT in heats if len(heat_BT)]
+        self._heats = [DenseReference(dense.reference.model, heat_BT) for heat_BT in heats if len(heat_BT)]
 
     def best(self, plans: Sequence[Plan]) -> tuple[int, list[float]]:
         """The number of the plan of least KL(dense || plan), and the KL of each on what it was judged on."""
