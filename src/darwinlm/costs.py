@@ -12,7 +12,7 @@ import torch
 from darwinlm.adapters.cutting import count_parameters
 from darwinlm.adapters.families import Site, dense_again, find_sites
 from darwinlm.adapters.loading import choose_device, expected_shapes, load_sizes
-from darwinlm.adapters.memory import kept_bytes
+from darwinlm.adapters.memory import SPARE, TRIAL_BYTES, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
@@ -24,6 +24,8 @@ _SOLVER_UTILISATION = 0.45
 """Of the speed of large matrix products, what the solver reaches."""
 _OVERHEAD = 1.25
 """What database, search and recovery take beyond their layers and heads: optimiser, reading and writing, Python."""
+_SAMPLE_TOKENS = 40
+"""That evaluation has the dense and the last model write."""
 _SLACK = 1.15
 """What memory takes beyond tensors: buffers, fragments."""
 _DISK = 3e8
@@ -135,7 +137,8 @@ def predict(
         stages += [_with_overhead(replace(stage, name=prefix + stage.name)) for stage in found]
         stored += columns
         models += 4 * (fixed + step.left * in_sites)
-    checkpoint = 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
+    # Of weights and the two moments of AdamW; two are kept.
+    checkpoint = 2 * 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
     return Costs(
         dense_parameters=dense,
         target_parameters=round(fraction * dense),
@@ -172,15 +175,17 @@ def _predict_step(
     devices = machine.devices
     data, search, recovery = recipe.data, recipe.search, recipe.recovery
 
+    # The dense model is held and run in the checkpoint's dtype on an accelerator, else in float32.
+    item, exact = (2, rates.layer_fast) if machine.accelerator else (4, rates.layer_float32)
+
     # Database.
-    calibration = rates.layer_fast if machine.accelerator else rates.layer_float32
     columns = [before * site.num_units * site.columns_per_unit for site in sites]
     rows = config.hidden_size
     gram = sum(d**2 for d in columns) * data.calibration_tokens
     solving = sum(10 / 3 * d**3 + 3.5 * rows * d**2 for d in columns)
     stored = sum(rows * d for d in columns) * (recipe.database.levels - 1) / 2 * 2
     database = (
-        before * layers * data.calibration_tokens * calibration
+        before * layers * data.calibration_tokens * exact
         + (gram + solving / _SOLVER_UTILISATION) * rates.product
         + stored / _DISK
     ) / devices
@@ -196,7 +201,7 @@ def _predict_step(
         count * (trial * (trained + rates.head_training) + score * (small + 2 * rates.head_float32))
         for count, trial, score in zip(candidates, search.trial_tokens, search.score_tokens, strict=True)
     )
-    reference = data.score_tokens * layers * rates.layer_float32
+    reference = data.score_tokens * layers * exact
     shared_out = search.descent_rounds * (sensitivities + judging) + search.generations * generation
     searching = 2 * reference + shared_out / devices
 
@@ -204,21 +209,31 @@ def _predict_step(
     teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
     token = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
     evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
-    refit = recovery.refit_tokens * (1 + left) * layers * rates.layer_float32
+    refit = recovery.refit_tokens * (exact + left * rates.layer_float32) * layers
     refit += recovery.refit_tokens * 2 * left / before * sum(d**2 + rows * d for d in columns) * rates.product
     training = step.tokens * token / devices + (evaluated if step.tokens else 0) + refit
 
-    base, whole = _LIBRARIES, 4.0 * dense
+    base, whole = _LIBRARIES, float(item * dense)
     # Later steps hold the model that they cut beside the dense one.
-    whole += 4.0 * (fixed + before * in_sites) if before < 1 else 0.0
+    whole += item * (fixed + before * in_sites) if before < 1 else 0.0
     candidate = left * in_sites
-    widened = 2 * (before * in_sites + sum(rows * d for d in columns) * recipe.database.levels / 2)
+    outputs = sum(rows * d for d in columns)
+    levels = 2 * outputs * recipe.database.levels / 2
     width = max(columns, default=0.0)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
     per_block = kept_bytes(config, data.sequence_length, torch.bfloat16)
     layer = per_block / config.num_hidden_layers
+    chunk = 3 * 128 * 4 * config.vocab_size
     # Trials compute activations again where they do not fit; sensitivities cannot.
-    descent = widened + whole / 2 + per_block if search.descent_rounds else 0
+    trials = whole + TRIAL_BYTES * candidate + search.batch_size * layer
+    if machine.accelerator:
+        if base + chunk + trials > machine.memory:
+            trials -= whole - item * fixed
+        descent = whole + 2 * outputs + per_block
+        if base + whole + SPARE * (levels + 2 * outputs + per_block) < machine.memory:
+            descent += levels
+    else:
+        descent = whole + levels + 2 * before * in_sites + whole / 2 + per_block
     sharded = devices if recovery.sharding == "fsdp" else 1
     blocks = recovery.micro_batch_size or max(1, recovery.batch_size // devices)
     kept = blocks * (
@@ -228,7 +243,6 @@ def _predict_step(
     )
     teacher_bytes = 2 * dense if recovery.distillation > 0 else 0
     logits = 1024 * config.vocab_size * 4 * 4
-    chunk = 3 * 128 * 4 * config.vocab_size
     stages = [
         StageCost(
             name="database", seconds=database,
@@ -237,26 +251,38 @@ def _predict_step(
         ),
         StageCost(
             name="search", seconds=searching,
-            memory=base + whole + chunk + max(18 * candidate + search.batch_size * layer, descent),
+            memory=base + chunk + max(
+                trials if search.generations else 0.0, descent if search.descent_rounds else 0.0, whole
+            ),
         ),
         StageCost(
             name="recovery", seconds=training,
-            memory=base + max(whole, (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits),
+            memory=base + max(
+                whole + (4 * (fixed + candidate) if recovery.refit_tokens else 0),
+                (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits,
+            ),
         ),
     ]  # fmt: skip
     if step.last:
-        # The dense model, the uniform plan, what this step cuts, the plan found, and recovered; in float32 and then a
-        # few requests in the model's own dtype.
+        # The dense model, the uniform plan, what this step cuts, the plan found, and recovered; then a few requests in
+        # the model's own dtype.
         models = [1.0, left, *([before] if before < 1 else []), left, *([left] if recovery.wanted else [])]
         held_out = data.held_out_tokens * (
-            layers * rates.layer_float32
-            + sum(share * layers * rates.layer_float32 + 2 * rates.head_float32 for share in models)
+            layers * exact + sum(share * layers * exact + 2 * rates.head_float32 for share in models)
         )
-        request = layers * (
-            recipe.evaluation.prefill_tokens * rates.layer_fast + recipe.evaluation.decode_tokens * rates.layer_alone
+        wanted = recipe.evaluation
+        request = layers * (wanted.prefill_tokens * rates.layer_fast + wanted.decode_tokens * rates.layer_alone)
+        held_out += (wanted.repeats + 1) * sum(
+            share * request + wanted.decode_tokens * rates.head_alone for share in models
         )
-        held_out += (recipe.evaluation.repeats + 1) * sum(share * request for share in models)
-        memory = base + whole + 3 * 4 * (fixed + candidate) + 2 * dense
+        # What the dense model and the last one write.
+        held_out += _SAMPLE_TOKENS * ((1 + left) * layers * rates.layer_alone + 2 * rates.head_alone)
+        others = item * (fixed + candidate)
+        if machine.accelerator:
+            # One at a time where there is no room for all.
+            memory = base + whole + (3 * others if base + whole + 4 * others < machine.memory else others)
+        else:
+            memory = base + whole + 3 * others + 2 * dense
         stages.append(StageCost(name="evaluation", seconds=held_out, memory=memory))
     return stages, stored
 
@@ -279,8 +305,8 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
             found.append("recovery.micro_batch_size=1")
         if recovery.lora_rank == 0:
             found.append("recovery.lora_rank=64")
-    if "search" in full or "evaluation" in full:
-        found.append("a device with more memory for search and evaluation, which hold the dense model in float32")
+    if "search" in full:
+        found.append("search.generations=0 (no trials) or a device with more memory")
     if "database" in full:
         found.append("database.offload=cpu, or disk")
     return found

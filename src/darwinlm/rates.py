@@ -56,6 +56,8 @@ class Rates:
     """A single token through one layer, as in decoding."""
     head_float32: float
     """Through the head, forwards, with its log-probabilities, in float32."""
+    head_alone: float
+    """A single token through the head."""
     head_training: float
     """Forwards (twice) and backwards through the head."""
     product: float
@@ -100,6 +102,7 @@ def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:
         layer_training=3 * layer / fast,
         layer_alone=2 * weights / gpu.bandwidth + _LAUNCHES,
         head_float32=head / float32,
+        head_alone=2 * config.vocab_size * config.hidden_size / gpu.bandwidth + _LAUNCHES,
         head_training=4 * head / fast,
         product=1 / (gpu.float32 * 2 * _UTILISATION),
     )
@@ -156,6 +159,7 @@ def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> 
             device,
         )
         head_forward = _seconds(head, device)
+        head_alone = _seconds(lambda: torch.mm(states[fast][0, :1], head_fast_VD.T), device)
         product = _seconds(lambda: square @ square, device)
     return Rates(
         layer_float32=slow_forward / tokens,
@@ -163,6 +167,7 @@ def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> 
         layer_alone=alone,
         layer_training=_seconds(lambda: train(layers[fast], states[fast].detach()), device) / tokens,
         head_float32=head_forward / rows,
+        head_alone=head_alone,
         head_training=_seconds(train_head, device) / rows,
         product=product / (2 * side**3),
     )

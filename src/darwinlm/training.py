@@ -12,8 +12,6 @@ from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 
-TRIAL_BYTES = 18
-"""For each trained parameter: float32 weight, its two moments and gradient, and a bfloat16 copy that computes."""
 _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
 

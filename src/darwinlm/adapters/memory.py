@@ -44,6 +44,12 @@ class Portion:
         return result
 
 
+TRIAL_BYTES = 18
+"""For each parameter that a trial trains: float32 weight, two moments, gradient, and a bfloat16 copy that computes."""
+SPARE = 1.25
+"""By how much more than what is counted must be free before something is put on a device that can be elsewhere."""
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of `device` that this process can still take."""
     if device.type == "cuda":

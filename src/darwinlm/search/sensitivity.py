@@ -19,7 +19,7 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.memory import free_memory
+from darwinlm.adapters.memory import SPARE, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.plan import Plan, Space
 from darwinlm.scoring import DenseReference
@@ -56,7 +56,7 @@ def measure_sensitivity(
     """
     mine = range(dist.rank(), len(blocks_BT), dist.world_size())
     reference = DenseReference(dense.reference.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
-    place = _place_of_columns(dense, space)
+    place = _place_of_columns(dense, space, blocks_BT.shape[1])
     sites = [_WidenedSite(dense, index, cut, space, base, place) for index in range(len(dense.sites))]
     model = _widened_model(dense, sites)
     changes: dict[int, list[Tensor]] = {}
@@ -88,13 +88,15 @@ def measure_sensitivity(
     )
 
 
-def _place_of_columns(dense: DenseModel, space: Space) -> torch.device:
-    """Where the columns of all levels are: on the device, or, where they would take half of its room, on the CPU."""
+def _place_of_columns(dense: DenseModel, space: Space, tokens: int) -> torch.device:
+    """Where the columns of all levels are: on the device, or where it has no room for them, on the CPU."""
+    dtype = fast_dtype(dense.device)
+    widened = sum(site.num_units * site.columns_per_unit for site in dense.sites)
     columns = sum(
         site.columns_per_unit * sum(levels.units) for site, levels in zip(dense.sites, space.sites, strict=True)
     )
-    size = columns * dense.config.hidden_size * fast_dtype(dense.device).itemsize
-    return dense.device if 2 * size < free_memory(dense.device) else torch.device("cpu")
+    size = (columns + widened) * dense.config.hidden_size * dtype.itemsize + kept_bytes(dense.config, tokens, dtype)
+    return dense.device if SPARE * size < free_memory(dense.device) else torch.device("cpu")
 
 
 class _WidenedSite:

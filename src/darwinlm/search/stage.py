@@ -14,7 +14,7 @@ from torch import Tensor
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.memory import Portion, free_memory
+from darwinlm.adapters.memory import TRIAL_BYTES, Portion, free_memory
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -29,7 +29,7 @@ from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.training import TRIAL_BYTES, train_briefly
+from darwinlm.training import train_briefly
 
 DIVERGED = 1e9
 """The score of a candidate whose trial diverged: it is dropped, the search goes on."""
