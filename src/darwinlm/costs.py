@@ -306,7 +306,7 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
         if recovery.lora_rank == 0:
             found.append("recovery.lora_rank=64")
     if "search" in full:
-        found.append("search.generations=0 (no trials) or a device with more memory")
+        found.append("search.generations=0 (no trials), a lower data.sequence_length, or a device with more memory")
     if "database" in full:
         found.append("database.offload=cpu, or disk")
     return found
