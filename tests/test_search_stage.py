@@ -18,7 +18,7 @@ from darwinlm.plan import Plan, parameter_budget
 from darwinlm.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search import stage
-from darwinlm.search.allocation import error_plan, uniform_plan
+from darwinlm.search.allocation import error_plan, even_plans, uniform_plan
 from darwinlm.search.stage import DIVERGED, TrialScorer, search_plan
 
 RECIPE = SearchRecipe(
@@ -107,6 +107,28 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
     kls = [whole(plan) for plan in [hopeless, *plans]]
     assert kls[best] <= 1.02 * min(kls)
     assert found[best] == pytest.approx(kls[best], rel=0.02)
+
+
+def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_path):
+    dense, database, space, budget = scored
+    plans = even_plans(space, parameter_budget(0.7, space))
+    reference = DenseReference(dense.model, CORPUS.blocks["score"])
+    kls = {}
+    for plan in plans:
+        cuts = database.cuts(dense.sites, plan.levels, dense.device)
+        kls[plan] = reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl
+    trained = []
+    score_after = TrialScorer.score_after
+
+    def note(self, plan, trial_tokens, score_tokens):
+        trained.append(plan)
+        return score_after(self, plan, trial_tokens, score_tokens)
+
+    monkeypatch.setattr(TrialScorer, "score_after", note)
+    recipe = RECIPE.model_copy(update={"uniform": True, "offspring": 3})
+    found = search_plan(dense, database, CORPUS, budget, recipe, 0, tmp_path)
+    assert len(plans) > 3 == len(trained) and found in trained
+    assert max(kls[plan] for plan in trained) <= 1.02 * sorted(kls.values())[2] < max(kls.values())
 
 
 def test_the_paired_difference_decides_a_race():

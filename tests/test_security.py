@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from darwinlm import cli
 from darwinlm.adapters import modeling_darwinlm
 from darwinlm.adapters.loading import load_dense
 from darwinlm.errors import UserError
+from darwinlm.export import mlx
 from darwinlm.export.card import model_card
 from darwinlm.files import open_new, write_json
 from darwinlm.lock import RunLock
@@ -258,14 +260,19 @@ def test_an_error_says_nothing_to_the_terminal(capsys):
     assert capsys.readouterr().err == "error: model ' ]0;owned [2J' is nowhere\n"
 
 
-def test_the_modelling_file_needs_torch_and_transformers_only():
-    with open(modeling_darwinlm.__file__) as file:
-        tree = ast.parse(file.read())
+@pytest.mark.parametrize(
+    ("file", "needed"),
+    [
+        (Path(modeling_darwinlm.__file__), {"collections", "copy", "inspect", "torch", "transformers"}),
+        (Path(mlx.__file__).with_name("darwinlm_mlx.py"), {"dataclasses", "mlx", "mlx_lm"}),
+    ],
+)
+def test_the_code_in_a_folder_needs_its_engine_only(file, needed):
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module.split(".")[0])
         assert not (isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "open", "__import__"))
-    assert found == {"collections", "torch", "transformers"}
+    assert found == needed
