@@ -56,7 +56,8 @@ def test_another_fault_is_left_alone():
 def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monkeypatch):
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert available_memory() == 1000
     (tmp_path / "memory.max").write_text("500\n")
@@ -65,6 +66,21 @@ def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monk
     assert available_memory() == 500 - 400 + 200
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory() == 1000
+    # A batch system's job is a group somewhere below, and its limit may be that of a group above it.
+    (tmp_path / "own").write_text("1:name=systemd:/x\n0::/system.slice/job_1/step_0\n")
+    job = tmp_path / "system.slice" / "job_1"
+    (job / "step_0").mkdir(parents=True)
+    for group, most in ((job / "step_0", "max"), (job, "300")):
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text("100\n")
+        (group / "memory.stat").write_text("file 30\nshmem 10\n")
+    assert available_memory() == 300 - 100 + 20
+    (job / "step_0" / "memory.max").write_text("150")
+    assert available_memory() == 150 - 100 + 20
+    (job / "memory.current").write_text("290\n")
+    assert available_memory() == 300 - 290 + 20
+    for group in (job / "step_0", job):
+        (group / "memory.max").write_text("max\n")
     mine = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda which: (mine // 2, resource.RLIM_INFINITY))
     assert available_memory() == 0

@@ -481,13 +481,21 @@ def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_pa
     stream = TextStream(data, make_tokenizer(), 0, frozenset())
     recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, micro_batch_size=1, checkpoint_steps=3)
 
-    def once(folder):
+    class Breaks(TextStream):
+        def blocks(self, state=None):
+            yield from itertools.islice(super().blocks(state), 9)
+            raise UserError("data: gone")
+
+    def once(folder, stream=stream):
         model = halved(dense, database, trainable=True)
         return recover(model, dense.model, stream, VALIDATION, recipe, seed=0, folder=folder, device=CPU)[1]
 
     whole = once(tmp_path / "whole")
     with killed_at(8, monkeypatch):
         once(tmp_path / "broken")
+    with pytest.raises(UserError, match="data: gone"):
+        once(tmp_path / "broken", Breaks(data, make_tokenizer(), 0, frozenset()))
+    assert {path.name for path in (tmp_path / "broken").glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}
     assert once(tmp_path / "broken") == whole
     assert len(whole.losses) == 12
 

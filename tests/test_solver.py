@@ -96,7 +96,8 @@ def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monk
     renewed, excess, renew = [], solver._State._excess, solver._State.renew
 
     def spoil(state):
-        state.weight_On.add_(0.1)
+        for matrix in (state.weight_On, *state.symmetric()):
+            matrix.mul_(1 + torch.arange(matrix.shape[1]) / 500)
         return excess(state)
 
     monkeypatch.setattr(solver._State, "_excess", spoil)

@@ -12,7 +12,7 @@ import torch
 
 from darwinlm.errors import UserError
 
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _REMEDIES = {
     "corpus": "lower data.sequence_length",
     "database": "lower database.batch_size, set database.offload=disk",
@@ -24,20 +24,36 @@ _TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate 
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take: of the machine, its control group or its own limit, whichever is less."""
+    """Bytes that this process can still take: of the machine, a control group or its own limit, whichever is least."""
     available: int = psutil.virtual_memory().available
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         available = min(available, limit - psutil.Process().memory_info().vms)
+    left = [_left_in(group) for group in _control_groups()]
+    return max(0, min([available, *(size for size in left if size is not None)]))
+
+
+def _control_groups() -> list[Path]:
+    """The group that this process is in, as of a batch system's job, and those above it; without one that of all."""
     try:
-        most = (_CONTROL_GROUP / "memory.max").read_text().strip()
-        used = int((_CONTROL_GROUP / "memory.current").read_text())
-        parts = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        own = next(line[3:] for line in _OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "/"
+    folder = _CONTROL_GROUPS / own.strip("/")
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(_CONTROL_GROUPS))]
+
+
+def _left_in(group: Path) -> int | None:
+    """Bytes that are left of a control group's limit; None if it has none."""
+    try:
+        most = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         # What is cached of files is given back as soon as somebody needs the room.
         cached = int(parts["file"]) - int(parts["shmem"])
     except (OSError, ValueError, KeyError):
-        return max(0, available)
-    return max(0, min(available, int(most) - used + cached) if most.isdigit() else available)
+        return None
+    return int(most) - used + cached if most.isdigit() else None
 
 
 def check_room(size: int, device: torch.device, what: str) -> None:
