@@ -27,10 +27,10 @@ coverage: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check coverage
 	$(BIN)/coverage run --source src/darwinlm -m pytest && $(BIN)/coverage report --skip-covered --sort cover
 
-# site/index.html; strict: a link that leads nowhere fails. `make reference` writes docs/cli.md and docs/recipe.md anew.
+# site/index.html; a link that leads nowhere fails (but not with --quiet). `make reference` writes docs/cli.md and docs/recipe.md anew.
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: $(VENV)/.ready
 	$(BIN)/python docs/reference.py

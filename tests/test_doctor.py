@@ -13,7 +13,13 @@ from darwinlm import cli
 from darwinlm.adapters import cutting, modeling_darwinlm
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.loading import load_config
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMMLP, DarwinLMModel
+from darwinlm.adapters.modeling_darwinlm import (
+    DarwinLMConfig,
+    DarwinLMDecoderLayer,
+    DarwinLMMLP,
+    DarwinLMModel,
+    DarwinLMRotaryEmbedding,
+)
 from darwinlm.doctor import choose_layers, examine
 from darwinlm.export import gguf, hf, llama_cpp, native, vllm
 
@@ -141,6 +147,10 @@ def break_saving(monkeypatch):
     monkeypatch.setattr("darwinlm.doctor.save_model", save)
 
 
+def round_frequencies(monkeypatch):
+    monkeypatch.setattr(DarwinLMRotaryEmbedding, "_apply", torch.nn.Module._apply)
+
+
 def break_gguf(monkeypatch):
     monkeypatch.setattr(gguf, "_interleave", lambda rows, head_dim: rows)
 
@@ -191,6 +201,14 @@ def test_what_is_broken_is_told(broken, told, targets, checkpoint, monkeypatch):
     monkeypatch.setattr("darwinlm.doctor.TARGETS", targets)
     broken(monkeypatch)
     assert failed(examine(str(checkpoint("llama")))) == told
+
+
+def test_a_checkpoint_in_bfloat16_is_healthy_while_rope_stays_in_float32(tmp_path, monkeypatch):
+    folder = str(make_checkpoint("llama", tmp_path / "bfloat16", torch.bfloat16))
+    monkeypatch.setattr("darwinlm.doctor.TARGETS", [])
+    assert examine(folder).passed
+    round_frequencies(monkeypatch)
+    assert failed(examine(folder)) == {"saved"}
 
 
 def test_the_command_shows_a_line_a_check_and_ends_with_1_where_one_fails(checkpoint, monkeypatch, capsys):

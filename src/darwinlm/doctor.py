@@ -36,7 +36,7 @@ from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.progress import task
 from darwinlm.report.checks import Check, Examination
 
-_LAYERS, _LAYER_PARAMETERS = 8, 200_000_000
+_LAYERS, _LAYER_PARAMETERS = 8, 100_000_000
 """As many layers are taken as are no more and have no more; two at least."""
 _BLOCKS, _TOKENS, _NEW_TOKENS = 2, 64, 8
 _WINDOW = 32
@@ -46,8 +46,9 @@ _LOGITS, _GRADIENTS, _SAVED, _EXPORTED = 1e-4, 1e-3, 1e-6, 1e-3
 """Float32 sums in another order; gradients have larger sums; what was saved is the same; engines compute otherwise."""
 _ONE_SIZE = ("hf-native",)
 """The targets that take a model only if its layers are all of one size."""
-_COPIES = 4
-"""Of the layers, at the same time: weights, masked weights, a cut model, gradients."""
+_LAYER_COPIES, _OTHER_COPIES = 5, 3
+"""In float32 at the same time, of the layers: weights, masked weights, a cut model, two sets of gradients; of what is
+outside of them: the model, what was written of it, and what was read of that."""
 
 
 def examine(source: str) -> Examination:
@@ -112,7 +113,11 @@ class _Patient:
             checkpoint=whole.checkpoint.some_layers(layers),
         )
         in_layers = dense.parameters - dense.fixed_parameters
-        check_room(4 * (_COPIES * in_layers + 2 * dense.fixed_parameters), device, f"checking {whole.source!r}")
+        check_room(
+            4 * (_LAYER_COPIES * in_layers + _OTHER_COPIES * dense.fixed_parameters),
+            device,
+            f"checking {whole.source!r}",
+        )
         # Names what holds NaN or Inf.
         dense.checkpoint.fingerprint(dense.shapes)
         generator = torch.Generator().manual_seed(0)
@@ -352,6 +357,9 @@ def _exported(patient: _Patient, target: str, folder: Path) -> tuple[float, str]
     cuts = _alike(patient) if target in _ONE_SIZE else next(patient.worn())[1]
     model = patient.cut_model("kv_group", cuts)
     export_hf(model, patient.dense, {}, "", folder / "model")
+    # Read again for the next check; the exports hold embeddings and head several times.
+    del model, cuts
+    patient.dense.release()
     try:
         done = export_model(folder, target, folder / "exported", "f32" if target == "gguf" else None)
     except ProofError:

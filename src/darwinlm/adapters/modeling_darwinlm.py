@@ -187,6 +187,14 @@ class DarwinLMRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        # model.to(torch.bfloat16) must not round the frequencies: angles of far positions would be other ones.
+        kept = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        if not kept[0].is_meta:
+            self.inv_freq, self.original_inv_freq = (buffer.to(self.inv_freq.device) for buffer in kept)
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config, **kwargs):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
