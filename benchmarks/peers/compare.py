@@ -176,16 +176,17 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: for each target its methods, the closest to the dense model after recovery first."""
-    lines = [f"Dense: perplexity {row['perplexity']:.2f}." for row in rows if row["method"] == DENSE]
-    for target in dict.fromkeys(row["target"] for row in rows if "target" in row):
-        lines += ["", f"At {target} of all parameters:", ""]
+    """Markdown: the methods at each target and recovery, the closest to the dense model after it first."""
+    lines = [f"Dense: perplexity {row['perplexity']:.2f}." for row in rows if row["method"] == DENSE][:1]
+    pruned = [row for row in rows if row["method"] != DENSE]
+    for target, recovery in dict.fromkeys((row["target"], row["recovery_tokens"]) for row in pruned):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in pruned:
+            if (row["target"], row["recovery_tokens"]) == (target, recovery):
+                groups.setdefault(row["method"], []).append(row)
+        lines += ["", f"At {target} of all parameters, {recovery:,} tokens of recovery:", ""]
         lines.append("| method | share of parameters | KL | perplexity | recovered: KL | perplexity | seeds |")
         lines.append("|---|---|---|---|---|---|---|")
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            if row.get("target") == target:
-                groups.setdefault(row["method"], []).append(row)
         for name, group in sorted(groups.items(), key=lambda one: statistics.mean(r["recovered_kl"] for r in one[1])):
             columns = [
                 _mean([row[key] for row in group], digits)
