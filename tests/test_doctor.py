@@ -39,6 +39,12 @@ MODEL = {
 EXPORTS = {target: f"export --to {target}" for target in ("gguf", "vllm", "hf-native")}
 
 
+@pytest.fixture(autouse=True)
+def _quick_exports(monkeypatch):
+    """Without ONNX, whose tracing takes seconds, and mlx-lm, which is not installed: their own tests are elsewhere."""
+    monkeypatch.setattr("darwinlm.doctor.TARGETS", EXPORTS)
+
+
 def results(examination):
     return {check.name: check.result for check in examination.checks}
 

@@ -250,7 +250,7 @@ def _prove_elsewhere(
     """Compare `model`, loaded from `folder`, with `draft` in an engine that computes in float32; None if it is missing.
 
     Raises:
-        UserError: if the logits are others, or the engine cannot run the folder.
+        ProofError: if the logits are others, or the engine cannot run the folder.
     """
     if engine is None:
         return None
@@ -259,7 +259,7 @@ def _prove_elsewhere(
         found_TV = logits(draft, tokens)
     except Exception as error:  # of kinds of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{engine} cannot run the folder, which was not kept: {reason}") from None
+        raise ProofError(f"{engine} cannot run the folder, which was not kept: {reason}") from None
     return check(compare(logits_of(model.float(), tokens), found_TV, engine), _MOST_DIFFERENCE["f32"], "the folder")
 
 
