@@ -57,9 +57,10 @@ def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monk
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert available_memory() == 1000
+    (tmp_path / "own").write_text("0::/\n")
     (tmp_path / "memory.max").write_text("500\n")
     (tmp_path / "memory.current").write_text("400\n")
     (tmp_path / "memory.stat").write_text("anon 150\nfile 250\nshmem 50\n")
@@ -81,6 +82,16 @@ def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monk
     assert available_memory() == 300 - 290 + 20
     for group in (job / "step_0", job):
         (group / "memory.max").write_text("max\n")
+    assert available_memory() == 1000
+    # The first version, and in a container, where the group's own name is not to be seen.
+    (tmp_path / "own").write_text("4:cpu,memory:/docker/12ab\n")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("600\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("500\n")
+    (tmp_path / "memory" / "memory.stat").write_text("cache 1\nshmem 1\ntotal_cache 90\ntotal_shmem 20\n")
+    assert available_memory() == 600 - 500 + 70
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert available_memory() == 1000
     mine = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda which: (mine // 2, resource.RLIM_INFINITY))
     assert available_memory() == 0

@@ -12,7 +12,12 @@ import torch
 
 from darwinlm.errors import UserError
 
-_CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CONTROL_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_FILES = {
+    2: ("memory.max", "memory.current", "file", "shmem"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+}
+"""By version of control groups: where the limit and what is taken stand, and in `memory.stat` what is cached."""
 _REMEDIES = {
     "corpus": "lower data.sequence_length",
     "database": "lower database.batch_size, set database.offload=disk",
@@ -29,31 +34,38 @@ def available_memory() -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         available = min(available, limit - psutil.Process().memory_info().vms)
-    left = [_left_in(group) for group in _control_groups()]
+    left = [_left_in(group, version) for group, version in _control_groups()]
     return max(0, min([available, *(size for size in left if size is not None)]))
 
 
-def _control_groups() -> list[Path]:
-    """The group that this process is in, as of a batch system's job, and those above it; without one that of all."""
+def _control_groups() -> Iterator[tuple[Path, int]]:
+    """The groups that this process is in, such as a batch system's job, and those above them; with their version."""
     try:
-        own = next(line[3:] for line in _OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        own = "/"
-    folder = _CONTROL_GROUPS / own.strip("/")
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(_CONTROL_GROUPS))]
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not on Linux
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0" or "memory" in controllers.split(","):
+            root = _CONTROL_GROUPS if number == "0" else _CONTROL_GROUPS / "memory"
+            folder = root / path.strip("/")
+            for group in (folder, *folder.parents):
+                if group.is_relative_to(root):
+                    yield group, 2 if number == "0" else 1
 
 
-def _left_in(group: Path) -> int | None:
+def _left_in(group: Path, version: int) -> int | None:
     """Bytes that are left of a control group's limit; None if it has none."""
+    limit, taken, cached, shared = _FILES[version]
     try:
-        most = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        most = (group / limit).read_text().strip()
+        used = int((group / taken).read_text())
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         # What is cached of files is given back as soon as somebody needs the room.
-        cached = int(parts["file"]) - int(parts["shmem"])
+        free_again = int(parts[cached]) - int(parts[shared])
     except (OSError, ValueError, KeyError):
         return None
-    return int(most) - used + cached if most.isdigit() else None
+    return int(most) - used + free_again if most.isdigit() else None
 
 
 def check_room(size: int, device: torch.device, what: str) -> None:
