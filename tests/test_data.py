@@ -114,7 +114,8 @@ def test_no_document_reaches_into_two_splits():
 def test_positions_begin_anew_with_every_piece_and_block():
     # Three pieces, of which the second is not to be learnt, and one that is cut short.
     pieces = [[5, 6, 7], [~8, ~9, ~0, ~3], [2], list(range(30))]
-    marked = pack(pieces, recipe("any", tokens=1, held_out_tokens=32)).marked["held_out"]
+    rest = [[1] * 16] * 3
+    marked = pack([*pieces, *rest], recipe("any", tokens=1, held_out_tokens=32)).marked["held_out"]
     ids, labels = unmark(marked)
     assert ids.flatten().tolist() == [5, 6, 7, 8, 9, 0, 3, 2, *range(24)]
     assert labels.flatten().tolist() == [5, 6, 7, *[-100] * 4, 2, *range(24)]

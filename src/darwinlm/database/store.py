@@ -35,6 +35,17 @@ class _Entry(BaseModel):
     errors: list[float]
 
 
+class _Before(BaseModel):
+    """The fields of `SiteBefore`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str
+    layer: _Count
+    kind: Literal["attention", "mlp"]
+    units: _Count
+    parameters: _Count
+
+
 class _Index(BaseModel):
     """`index.json`."""
 
@@ -42,6 +53,8 @@ class _Index(BaseModel):
     format: int
     sites: dict[Annotated[str, Field(pattern=r"^layers\.\d+\.(attention|mlp)$")], _Entry]
     fixed_parameters: _Count | None = None
+    before: list[_Before] = []
+    reference_parameters: _Count | None = None
 
 
 class Database:
