@@ -27,8 +27,9 @@ from darwinlm.recovery import objective, stage
 from darwinlm.recovery.checkpoints import load_best, newest_intact, remove_checkpoints, save_best
 from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
-from darwinlm.recovery.refit import refit
+from darwinlm.recovery.refit import refit, refit_if_it_helps
 from darwinlm.recovery.stage import recover, steps_for
+from darwinlm.scoring import DenseReference
 
 CPU = torch.device("cpu")
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
@@ -160,6 +161,21 @@ def packed(lengths):
     block = torch.cat(documents)
     block[torch.tensor([0, *itertools.accumulate(lengths[:-1])])] += 2**30
     return block.unsqueeze(0), [document.long().unsqueeze(0) for document in documents]
+
+
+@pytest.mark.parametrize("harm", [False, True])
+def test_a_refit_that_leads_away_on_other_text_is_taken_back(harm, pruned, monkeypatch):
+    dense, database = pruned("llama", "kv_group")
+    model, judge = halved(dense, database), DenseReference(dense.model, BLOCKS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kl = judge.compare(model).kl
+    # To a text of one word there is always a fit, and it serves no other.
+    text = torch.zeros_like(BLOCKS[:1]) if harm else BLOCKS
+    monkeypatch.setattr("darwinlm.recovery.refit._RIDGE", 1e-4 if harm else 0.3)
+    assert refit_if_it_helps(model, dense.model, text, BLOCKS) is not harm
+    kept = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert kept is harm
+    assert (judge.compare(model).kl < kl) is not harm
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

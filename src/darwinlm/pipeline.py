@@ -53,7 +53,7 @@ from darwinlm.plan import Budget, Limit, Plan, Space, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
 from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_checkpoints, save_weights
-from darwinlm.recovery.refit import refit
+from darwinlm.recovery.refit import refit_if_it_helps
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.report.page import write_report
 from darwinlm.search.allocation import uniform_plan
@@ -347,7 +347,8 @@ def _recover(
                     log.warning("%s: it is refitted anew", fault)
                 cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
                 model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
-                refit(model, dense.reference.model, corpus.tokens("trial", wanted.refit_tokens))
+                fitted_BT, judged_BT = corpus.tokens("trial", wanted.refit_tokens), corpus.blocks["score"]
+                refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
                 save_weights(refitted, _stored(model, torch.float32))
         tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
         model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)

@@ -14,11 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer, DarwinLMForCausalLM, attention_masks
-from darwinlm.progress import task
+from darwinlm.progress import log, task
+from darwinlm.scoring import DenseReference
 
 _BATCH_TOKENS = 4096
 _RIDGE = 0.3
 """Of the mean of the diagonal of X^T X: the correction is small where the text says little."""
+
+
+def refit_if_it_helps(
+    model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Tensor, judged_BT: Tensor
+) -> bool:
+    """`refit`, taken back if KL(dense || model) on other text is not lower after it: on little text it can overfit.
+
+    Args:
+        model: the pruned model, float32.
+        dense: the model that it is to follow, on the same device, in any dtype.
+        blocks_BT: token ids to fit, blocks * tokens.
+        judged_BT: token ids to judge by, blocks * tokens.
+
+    Returns:
+        Whether it helped.
+    """
+    reference = DenseReference(dense, judged_BT)
+    before = reference.compare(model).kl
+    weights = {module: module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    refit(model, dense, blocks_BT)
+    after = reference.compare(model).kl
+    helped = after < before
+    log.info("refit: KL %.4f before, %.4f after%s", before, after, "" if helped else "; it is left out")
+    if not helped:
+        for module, weight in weights.items():
+            module.weight = weight
+    return helped
 
 
 @torch.no_grad()
