@@ -250,7 +250,8 @@ def test_rows_are_kept_and_summed_up(tmp_path):
     for seed, kl in ((0, 0.4), (1, 0.6)):
         rows.add({"method": "ours", "seed": seed, "kl": kl, "recovered_kl": kl / 2, **row})
     rows.add({"method": "other", "seed": 0, "kl": 1.0, "recovered_kl": 0.1, **row})
-    rows.add({"method": "ours", "seed": 0, "kl": 0.4, "recovered_kl": 0.1, **row, "recovery_tokens": 16_384})
+    held_out = {"held_out_kl": 0.3, "held_out_recovered_kl": 0.2, "recovery_tokens": 16_384}
+    rows.add({"method": "ours", "seed": 0, "kl": 0.4, "recovered_kl": 0.1, **row, **held_out})
     again = compare.Rows(tmp_path / "rows.jsonl")
     assert again.rows == rows.rows
     assert not again.lacks({"method": "ours", "seed": 1})
@@ -259,9 +260,9 @@ def test_rows_are_kept_and_summed_up(tmp_path):
     assert [line for line in lines if line.startswith(("Dense", "At", "| o"))] == [
         "Dense: perplexity 20.00.",
         "At 0.8 of all parameters, 8,192 tokens of recovery:",
-        "| other | 0.7999 | 1.000 | 40.0 | 0.100 | 30.0 | 1 |",
-        "| ours | 0.7999 ± 0.0000 | 0.500 ± 0.141 | 40.0 ± 0.0 | 0.250 ± 0.071 | 30.0 ± 0.0 | 2 |",
+        "| other | 0.7999 | 1.000 | 40.0 | 0.100 | 30.0 | - | - | 1 |",
+        "| ours | 0.7999 ± 0.0000 | 0.500 ± 0.141 | 40.0 ± 0.0 | 0.250 ± 0.071 | 30.0 ± 0.0 | - | - | 2 |",
         "At 0.8 of all parameters, 16,384 tokens of recovery:",
-        "| ours | 0.7999 | 0.400 | 40.0 | 0.100 | 30.0 | 1 |",
+        "| ours | 0.7999 | 0.400 | 40.0 | 0.100 | 30.0 | 0.300 | 0.200 | 1 |",
     ]
     assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["method"] == "dense"

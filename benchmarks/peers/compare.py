@@ -5,7 +5,8 @@
 
 The model is SmolLM2-135M (`smollm2`, the `demo` extra); `pip install torch-pruning` for the method of that name. Each
 peer proposes one model or a few of the size asked for, and the one of least KL to the dense model on the score text is
-taken, without training. All are judged on text that no method reads, before and after the same training (no refit).
+taken, without training. All are judged before and after the same training (no refit), on text that no method reads: a
+file, and a split of the same text that calibrates.
 
 A row is written when it is done, and those that are there already are skipped, so the command can be stopped and given
 again; databases and searches of ours lie in a folder beside the rows and go on where they were. Peers have no
@@ -141,6 +142,7 @@ def compare(arguments: argparse.Namespace) -> None:
         corpus = read_corpus(recipe.data, dense.tokenizer, seed)
         calibrated = Calibrated(dense, corpus.blocks["calibration"])
         score = DenseReference(dense.model, corpus.tokens("score", _SHAPE_TOKENS))
+        held_out = DenseReference(dense.model, corpus.tokens("held_out", arguments.tokens))
         if judge is None:
             blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
             judge = DenseReference(dense.model, blocks)
@@ -159,18 +161,15 @@ def compare(arguments: argparse.Namespace) -> None:
                 else:
                     shape, model = best(PEERS[method](calibrated, int(dense.parameters * target)), score)
                 seconds = time.perf_counter() - start
-                before = judge.compare(model)
                 trained = recovered(model, teacher, corpus, arguments.recovery_tokens, seed)
-                after = judge.compare(trained)
+                before, after = judge.compare(model), judge.compare(trained)
                 rows.add(
                     key
-                    | {
-                        "shape": shape,
-                        "parameters": parameters_of(model),
-                        "share": parameters_of(model) / dense.parameters,
-                    }
+                    | {"shape": shape, "parameters": parameters_of(model)}
+                    | {"share": parameters_of(model) / dense.parameters}
                     | {"kl": before.kl, "perplexity": before.perplexity}
                     | {"recovered_kl": after.kl, "recovered_perplexity": after.perplexity}
+                    | {"held_out_kl": held_out.compare(model).kl, "held_out_recovered_kl": held_out.compare(trained).kl}
                     | {"seconds": round(seconds), **facts}
                 )
 
@@ -185,13 +184,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             if (row["target"], row["recovery_tokens"]) == (target, recovery):
                 groups.setdefault(row["method"], []).append(row)
         lines += ["", f"At {target} of all parameters, {recovery:,} tokens of recovery:", ""]
-        lines.append("| method | share of parameters | KL | perplexity | recovered: KL | perplexity | seeds |")
-        lines.append("|---|---|---|---|---|---|---|")
+        lines.append(
+            "| method | share of parameters | KL | perplexity | recovered: KL | perplexity "
+            "| held-out split: KL | recovered: KL | seeds |"
+        )
+        lines.append("|---|---|---|---|---|---|---|---|---|")
         for name, group in sorted(groups.items(), key=lambda one: statistics.mean(r["recovered_kl"] for r in one[1])):
             columns = [
-                _mean([row[key] for row in group], digits)
+                _mean([row[key] for row in group if key in row], digits)
                 for key, digits in (
-                    ("share", 4), ("kl", 3), ("perplexity", 1), ("recovered_kl", 3), ("recovered_perplexity", 1)
+                    ("share", 4), ("kl", 3), ("perplexity", 1), ("recovered_kl", 3), ("recovered_perplexity", 1),
+                    ("held_out_kl", 3), ("held_out_recovered_kl", 3),
                 )
             ]  # fmt: skip
             lines.append(f"| {name} | {' | '.join(columns)} | {len(group)} |")
@@ -199,6 +202,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _mean(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
     mean = f"{statistics.mean(values):,.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
 
