@@ -45,7 +45,7 @@ def test_a_run_with_the_dense_model_in_bfloat16_finds_what_one_in_float32_finds(
     for name in ("uniform", "recovered"):
         full, half = (rows[dtype][name] for dtype in rows)
         assert full["parameters"] == pytest.approx(half["parameters"], rel=0.01)
-        assert half["kl"] == pytest.approx(full["kl"], rel=0.1)
+        assert half["kl"] == pytest.approx(full["kl"], rel=0.25)
 
 
 def test_the_dense_model_is_never_held_in_float32(half):

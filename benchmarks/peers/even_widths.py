@@ -61,7 +61,7 @@ def weight_scores(dense: DenseModel) -> dict[str, Tensor]:
         score_U = dense.weights[f"{site.output}.weight"].square().sum(0).view(site.num_units, -1).sum(1)
         for rows in site.inputs:
             power = dense.weights[rows.tensor].square().view(-1, rows.rows, *dense.shapes[rows.tensor][1:])
-            score_U = score_U + power.flatten(1).sum(1).repeat_interleave(rows.units)
+            score_U = score_U + power.flatten(1).sum(1)[list(rows.serves) or slice(None)]
         scores[site.name] = score_U
     return scores
 
