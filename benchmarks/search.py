@@ -24,6 +24,8 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -111,24 +113,29 @@ def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tens
     return torch.tensor(ids).view(-1, length)
 
 
-def prepare(arguments: argparse.Namespace, seed: int) -> tuple[Recipe, DenseModel, Corpus, DenseReference]:
+@contextmanager
+def prepared(
+    arguments: argparse.Namespace, seed: int
+) -> Iterator[tuple[Recipe, DenseModel, Corpus, DenseReference, Database, Budget]]:
+    """What the comparisons of a seed have in common; the database is gone afterwards."""
     settings = {"model": "smollm2", "target": arguments.target, "data.source": arguments.data, "seed": seed}
     recipe = load_recipe("quick", settings)
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
     blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
-    return recipe, dense, read_corpus(recipe.data, dense.tokenizer, seed), DenseReference(dense.model, blocks)
+    corpus, judge = read_corpus(recipe.data, dense.tokenizer, seed), DenseReference(dense.model, blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+        budget = parameter_budget(float(arguments.target), database.space(dense.sites))
+        yield recipe, dense, corpus, judge, database, budget
 
 
 def compare(arguments: argparse.Namespace) -> None:
     rows: dict[str, list[tuple[float, ...]]] = {}
     for seed in arguments.seeds:
-        recipe, dense, corpus, judge = prepare(arguments, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget):
             space = database.space(dense.sites)
-            budget = parameter_budget(float(arguments.target), space)
             start = time.perf_counter()
-            ours = search_plan(dense, database, corpus, budget, recipe.search, seed, Path(folder) / "search")
+            ours = search_plan(dense, database, corpus, budget, recipe.search, seed, database.folder / "search")
             seconds = time.perf_counter() - start
             uniform = uniform_plan(space, budget)
             assert uniform is not None
@@ -153,11 +160,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def compare_selections(arguments: argparse.Namespace) -> None:
     rows: dict[str, list[tuple[float, ...]]] = {}
     for seed in arguments.seeds:
-        recipe, dense, corpus, judge = prepare(arguments, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+        with prepared(arguments, seed) as (_, dense, corpus, judge, database, budget):
             space = database.space(dense.sites)
-            budget = parameter_budget(float(arguments.target), space)
             uniform = uniform_plan(space, budget)
             assert uniform is not None
             for name, settings in SELECTIONS.items():
@@ -184,13 +188,10 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
     }
     found: dict[str, list[float]] = {name: [] for name in cheap}
     for seed in arguments.seeds:
-        recipe, dense, corpus, judge = prepare(arguments, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget):
             space = database.space(dense.sites)
-            budget = parameter_budget(float(arguments.target), space)
             short = recipe.search.model_copy(update={"descent_rounds": 1, "generations": 0, "forecast_candidates": 0})
-            best = search_plan(dense, database, corpus, budget, short, seed, Path(folder) / "search")
+            best = search_plan(dense, database, corpus, budget, short, seed, database.folder / "search")
             plans = Evolution(space, budget, PAPER, [best], seed).relatives(arguments.plans)
             score = DenseReference(dense.model, corpus.tokens("score", 2048))
             scores: dict[str, list[float]] = {name: [] for name in cheap}

@@ -210,6 +210,9 @@ def _predict_step(
     token = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
     evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
     refit = recovery.refit_tokens * (exact + left * rates.layer_float32) * layers
+    if recovery.refit_tokens:
+        # What judges it: the dense model once, the pruned one before and after.
+        refit += data.score_tokens * (layers * (exact + 2 * left * rates.layer_float32) + 4 * rates.head_float32)
     refit += recovery.refit_tokens * 2 * left / before * sum(d**2 + rows * d for d in columns) * rates.product
     training = step.tokens * token / devices + (evaluated if step.tokens else 0) + refit
 

@@ -68,8 +68,10 @@ class DenseModel:
         return self.whole(self.device, self.compute_dtype)
 
     def park(self) -> None:
-        """Leave the layers in the CPU's memory until `model` is asked for again: the device's is for something else."""
-        self.ends.model.layers.to("cpu")
+        """Leave the layers, the reference's too, in the CPU's memory until `model` is asked for again: the device's is
+        for something else."""
+        for dense in (self, self.reference):
+            dense.ends.model.layers.to("cpu")
 
     def whole(self, device: torch.device, dtype: torch.dtype) -> DarwinLMForCausalLM:
         """The whole model, read anew."""
