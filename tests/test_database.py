@@ -61,11 +61,9 @@ def test_the_walk_sees_what_the_whole_model_sees(dense, calibration, tmp_path):
     walked = dict(walk_blocks(dense, calibration, batch_size=3, scratch=tmp_path, phases=phases))
     assert [site.name for site in walked] == [site.name for site in dense.sites]
     for site, statistics in walked.items():
-        x = inputs[site.name]
-        torch.testing.assert_close(statistics.gram_II.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        x = inputs[site.name] / streams[site.name].flatten(0, 1).double().norm(dim=1, keepdim=True)
+        torch.testing.assert_close(statistics.gram_II.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         assert torch.equal(statistics.gram_II, statistics.gram_II.T)
-        power = streams[site.name].square().sum(-1).flatten().median().item()
-        assert statistics.residual_power == pytest.approx(power, rel=1e-4)
     assert set(phases.seconds) == {"read", "forward", "Gram"}
 
 

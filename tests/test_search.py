@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from darwinlm.errors import UserError
 from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space, make_budget, parameter_budget, parameter_limit
 from darwinlm.recipe import SearchRecipe
-from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
+from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans, uniform_plan
 from darwinlm.search.descent import Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
@@ -154,6 +154,30 @@ def test_uniform_is_even_and_least_error_spares_the_sensitive():
     assert max(uniform.levels[:4]) - min(uniform.levels[:4]) <= 1
     least = error_plan(SPACE, budget)
     assert sum(least.levels[:2]) >= sum(least.levels[4:])
+
+
+def test_plans_that_spare_the_ends_or_attention():
+    sizes = [[90, 60, 30, 0]] * 64
+    space = space_of(sizes)
+    space = replace(
+        space,
+        sites=tuple(
+            replace(site, layer=i // 2, kind="mlp" if i % 2 else "attention") for i, site in enumerate(space.sites)
+        ),
+    )
+    budget = parameter_budget(4_660, space)
+    plans = sparing_plans(space, budget)
+    assert all(budget.holds(plan.levels) for plan in plans)
+    assert len(set(plans)) == len(plans) == 12
+    assert plans[0] == error_plan(space, budget)
+    whole = [{site.layer for site, level in zip(space.sites, plan.levels, strict=True) if level} for plan in plans]
+    assert [min(layers) for layers in whole[4:8]] == [2] * 4 and max(max(layers) for layers in whole[4:8]) < 31
+    assert [min(layers) for layers in whole[8:]] == [4] * 4 and max(max(layers) for layers in whole[8:]) < 30
+    for number, plan in enumerate(plans):
+        cut = {site.kind for site, level in zip(space.sites, plan.levels, strict=True) if level}
+        assert cut == ({"mlp"} if number % 4 >= 2 else {"attention", "mlp"})
+    # Where so little may be left that nothing can be spared, only the plans remain that spare nothing.
+    assert all(len(set(plan.levels)) == 1 for plan in sparing_plans(space, parameter_budget(100, space)))
 
 
 def sensitivity_around(base):

@@ -28,10 +28,30 @@ class Calibrated:
 
     @cached_property
     def grams(self) -> dict[str, Tensor]:
-        """By site, X^T X / tokens (I * I) over the inputs X of its output projection."""
+        """By site, this project's Gram matrix of the inputs of its output projection (I * I)."""
         with tempfile.TemporaryDirectory() as scratch:
             walk = walk_blocks(self.dense, self.blocks_BT, batch_size=_BATCH, scratch=Path(scratch))
             return {site.name: found.gram_II for site, found in walk if found is not None}
+
+    @cached_property
+    def input_norms(self) -> dict[str, Tensor]:
+        """By site, the norm over all tokens of each input of its output projection (I)."""
+        dense = self.dense
+        squares: dict[str, Tensor] = {}
+
+        def record(name: str):  # type: ignore[no-untyped-def]
+            def hook(module: object, inputs: tuple[Tensor, ...]) -> None:
+                squares[name] = squares.get(name, 0) + inputs[0].float().square().sum((0, 1))
+
+            return hook
+
+        hooks = [
+            dense.model.get_submodule(site.output).register_forward_pre_hook(record(site.name)) for site in dense.sites
+        ]
+        self._run()
+        for hook in hooks:
+            hook.remove()
+        return {name: square_I.sqrt() for name, square_I in squares.items()}
 
     @cached_property
     def influence(self) -> list[float]:
@@ -46,12 +66,15 @@ class Calibrated:
 
         layers = self.dense.model.model.layers
         hooks = [layer.register_forward_hook(record(number)) for number, layer in enumerate(layers)]
-        with torch.no_grad():
-            for batch_BT in self.blocks_BT.split(_BATCH):
-                self.dense.model.model(batch_BT.to(self.dense.device, torch.long), use_cache=False)
+        self._run()
         for hook in hooks:
             hook.remove()
         return [1 - torch.cat(found).mean().item() for found in cosines]
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        for batch_BT in self.blocks_BT.split(_BATCH):
+            self.dense.model.model(batch_BT.to(self.dense.device, torch.long), use_cache=False)
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:

@@ -70,8 +70,7 @@ def activation_scores(calibrated: Calibrated) -> dict[str, Tensor]:
     """By site, the sum over each unit's columns j and all rows i of |W_ij| times the norm of input j."""
     dense, scores = calibrated.dense, {}
     for site in dense.sites:
-        norm_I = calibrated.grams[site.name].diagonal().clamp_min(0).sqrt()
-        column_I = dense.weights[f"{site.output}.weight"].abs().sum(0) * norm_I
+        column_I = dense.weights[f"{site.output}.weight"].abs().sum(0) * calibrated.input_norms[site.name]
         scores[site.name] = column_I.view(site.num_units, -1).sum(1)
     return scores
 

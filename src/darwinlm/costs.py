@@ -202,7 +202,9 @@ def _predict_step(
         for count, trial, score in zip(candidates, search.trial_tokens, search.score_tokens, strict=True)
     )
     reference = data.score_tokens * layers * exact
-    shared_out = search.descent_rounds * (sensitivities + judging) + search.generations * generation
+    # Where it begins is judged like a round.
+    descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * judging
+    shared_out = (descending if search.descent_rounds else 0.0) + search.generations * generation
     searching = 2 * reference + shared_out / devices
 
     # Recovery.

@@ -67,7 +67,7 @@ class DataRecipe(_Section):
     """The key (JSONL) or column (Parquet, Hub) that holds a document."""
     sequence_length: int = Field(512, ge=8, le=131_072)
     """Tokens in a block."""
-    calibration_tokens: Tokens = Field(16_384, ge=1)
+    calibration_tokens: Tokens = Field(65_536, ge=1)
     """Text on which the inputs of every site are collected."""
     trial_tokens: Tokens = Field(32_768, ge=1)
     """Training text: trials read its beginning, recovery all of it."""

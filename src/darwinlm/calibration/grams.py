@@ -21,6 +21,7 @@ from darwinlm.progress import Phases
 from darwinlm.recipe import Offload
 
 _PANEL = 1024
+_LEAST_NORM = 1e-6
 _NO_LIMIT = ("cpu", "meta")
 """Devices that do not say when their memory does not suffice."""
 
@@ -30,10 +31,10 @@ class SiteStatistics:
     """What calibration knows of a site."""
 
     gram_II: Tensor
-    """X^T X / tokens over the inputs X of the site's output projection: float32, I = its columns."""
-    residual_power: float
-    """Median over tokens of the squared norm of the residual stream after the site. Not the mean: a few tokens with
-    massive activations (the first of a text) would set it, and nearly every block would look free to remove."""
+    """Mean over tokens of x x^T / |r|^2, where x is the input of the site's output projection and r the residual stream
+    after the site: float32, I = its columns. With it, `tr(dW G dW^T)` is the mean over tokens of the output's squared
+    error as a share of the stream that it enters, which is what the next norm passes on. Unweighted, a few tokens with
+    massive activations (the first of a text) would outweigh all others in the sites that write them."""
 
 
 @torch.no_grad()
@@ -132,18 +133,19 @@ class _Recorder:
     def __init__(self, layer: nn.Module, sites: list[Site], phases: Phases) -> None:
         self._phases = phases
         self._grams: dict[str, Tensor] = {}
-        self._power: dict[str, list[Tensor]] = {}
-        self._tokens = 0
+        self._tokens: dict[str, int] = {}
+        self._inputs_NI: dict[str, Tensor] = {}
+        """Of the batch on its way, until its residual stream is known."""
         self._hooks = []
         for site in sites:
-            self._power[site.name] = []
+            self._tokens[site.name] = 0
             module = layer.get_submodule(site.output.split(".", 3)[3])
             columns = site.num_units * site.columns_per_unit
             device = next(module.parameters()).device
             self._grams[site.name] = torch.zeros(columns, columns, device=device)
             self._hooks.append(module.register_forward_pre_hook(self._record_inputs(site)))
             # The stream after attention is what the MLP's norm reads; at the end it is what the block returns.
-            hook = self._record_power(site)
+            hook = self._record_stream(site)
             if site.kind == "attention" and layer.has_mlp:
                 norm = layer.get_submodule("post_attention_layernorm")
                 self._hooks.append(norm.register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0])))
@@ -161,15 +163,13 @@ class _Recorder:
         """Forget what was seen so far."""
         for gram_II in self._grams.values():
             gram_II.zero_()
-        for power in self._power.values():
-            power.clear()
+        self._tokens = dict.fromkeys(self._tokens, 0)
 
     def statistics(self, site: Site, owner: int) -> SiteStatistics | None:
         """The site's sums over all ranks, on rank `owner`; its own are freed."""
         with self._phases("Gram"):
             gram_II = self._grams.pop(site.name)
-            own = torch.cat(self._power.pop(site.name) or [torch.empty(0)])
-            power_N = torch.cat(dist.gather(own.cpu()))
+            tokens = sum(dist.gather(self._tokens[site.name]))
             dist.sum_to(gram_II, owner)
             if dist.rank() != owner:
                 return None
@@ -178,19 +178,23 @@ class _Recorder:
                     f"{site.name}: its activations hold NaN or Inf on the calibration text; the checkpoint is damaged "
                     f"or overflows in {str(gram_II.dtype).removeprefix('torch.')}"
                 )
-            gram_II /= len(power_N)
+            gram_II /= tokens
             mirror(gram_II)
-            return SiteStatistics(gram_II, power_N.median().item())
+            return SiteStatistics(gram_II)
 
     def _record_inputs(self, site: Site):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            with self._phases("Gram"):
-                add_gram(self._grams[site.name], inputs[0].flatten(0, -2).float())
+            self._inputs_NI[site.name] = inputs[0].flatten(0, -2)
 
         return hook
 
-    def _record_power(self, site: Site):  # type: ignore[no-untyped-def]
-        def hook(states: Tensor) -> None:
-            self._power[site.name].append(states.float().square().sum(-1).flatten())
+    def _record_stream(self, site: Site):  # type: ignore[no-untyped-def]
+        def hook(stream: Tensor) -> None:
+            with self._phases("Gram"):
+                x_NI = self._inputs_NI.pop(site.name).float()
+                norm_N = stream.flatten(0, -2).float().norm(dim=-1)
+                # A stream of zeros says nothing, and its x is zero too unless the site undoes what it adds to.
+                add_gram(self._grams[site.name], x_NI / norm_N.clamp_min(_LEAST_NORM)[:, None])
+                self._tokens[site.name] += len(x_NI)
 
         return hook

@@ -125,7 +125,6 @@ def _solve(
                 shapes=dense.shapes,
                 head_dim=dense.config.head_dim,
                 removal_error=removal_error(weight_OI, statistics.gram_II),
-                residual_power=statistics.residual_power,
                 dtype=dtype,
             )
     for ranks_entries in dist.gather(entries):

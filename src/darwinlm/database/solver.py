@@ -21,6 +21,8 @@ BLOCK = 128
 """Removals between two updates of the big matrices."""
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
+_LEAST_RIDGE = 1e-8
+"""Of inputs that are always zero. Any would do, but rounding turns this share of the weights' squares into error."""
 _PROBES = 8
 _LEAF = 256
 """Size below which a Cholesky factorisation inverts faster than products of halves."""
@@ -35,13 +37,13 @@ class Snapshot:
     weight_OK: Tensor
     """The output projection's surviving columns, refitted: float32."""
     error: float
-    """tr(dW G dW^T), G = X^T X / tokens: squared output error per token."""
+    """tr(dW G dW^T), without the damping."""
 
 
 def damping_ridge(gram_II: Tensor, damping: float) -> float:
-    """What is added to the diagonal: damping * mean(diag G), or 1 where the inputs are always zero."""
+    """What is added to the diagonal: damping * mean(diag G), or a little where the inputs are always zero."""
     mean = gram_II.diagonal().double().mean().item()
-    return damping * mean if mean > 0 else 1.0
+    return damping * mean if mean > 0 else _LEAST_RIDGE
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def prune_site(
 
     Args:
         weight_OI: the dense output projection.
-        gram_II: X^T X / tokens of its inputs, float32.
+        gram_II: the Gram matrix G of its inputs, float32.
         columns_per_unit: unit u owns columns u*C to u*C + C - 1.
         sizes: units kept at each snapshot, descending; neither all nor none of them.
         damping: lambda in H = G + lambda * mean(diag G) * I.
@@ -80,7 +82,7 @@ def prune_site(
 
 
 def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
-    """tr(W G W^T): the squared output per token, which is the error of removing the whole site."""
+    """tr(W G W^T): the error of removing the whole site."""
     weight_OI = weight_OI.float()
     return max(0.0, ((weight_OI @ gram_II) * weight_OI).sum().item())
 

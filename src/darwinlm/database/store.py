@@ -99,7 +99,6 @@ class Database:
         shapes: Mapping[str, Sequence[int]],
         head_dim: int,
         removal_error: float,
-        residual_power: float,
         dtype: torch.dtype,
     ) -> dict[str, Any]:
         """Write a site's file and return its entry for the index: `enter` makes it present.
@@ -109,8 +108,7 @@ class Database:
             snapshots: levels 1 to the last but one.
             shapes: of the dense tensors, to count parameters.
             head_dim: to count KV-cache elements.
-            removal_error: squared output error per token of the last level.
-            residual_power: what errors are divided by.
+            removal_error: of the last level.
             dtype: of the stored columns.
         """
         tensors: dict[str, Tensor] = {}
@@ -120,7 +118,6 @@ class Database:
         content = save(tensors)
         write_bytes(self._file(site.name), content)
         kept = [range(site.num_units), *(snapshot.kept for snapshot in snapshots), ()]
-        power = residual_power if residual_power > 0 else 1.0
         return {
             "layer": site.layer,
             "kind": site.kind,
@@ -128,7 +125,7 @@ class Database:
             "units": [len(units) for units in kept],
             "parameters": [count_parameters(site, shapes, units) for units in kept],
             "kv_elements": [kv_elements(site, units, head_dim) for units in kept],
-            "errors": [0.0, *(snapshot.error / power for snapshot in snapshots), removal_error / power],
+            "errors": [0.0, *(snapshot.error for snapshot in snapshots), removal_error],
         }
 
     def enter(self, entries: Mapping[str, Any], *, write: bool) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 
 from darwinlm.plan import Budget, Limit, Plan, SiteKind, SiteLevels, Space
 
+_SPARED_SHARES = (0.0, 1 / 16, 1 / 8)
+"""Of the layers, at the start; half as many at the end."""
 _KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
 _MOST_CELLS = 1 << 21
 _FEW_CELLS = 1 << 14
@@ -105,11 +107,35 @@ def uniform_plan(space: Space, budget: Budget) -> Plan | None:
             if costs[0] > 0:
                 fractions[index] = min(fractions[index], fraction)
     goal = {site.name: fraction for site, fraction in zip(space.sites, fractions, strict=True)}
+    return cheapest_plan(space, budget, lambda site, level: _unevenness(site, level, goal[site.name]))
 
-    def unevenness(site: SiteLevels, level: int) -> float:
-        return site.parameters[0] * (site.parameters[level] / site.parameters[0] - goal[site.name]) ** 2
 
-    return cheapest_plan(space, budget, unevenness)
+def sparing_plans(space: Space, budget: Budget) -> list[Plan]:
+    """Plans that leave some sites whole: the first and last layers, or none; attention, or none; all different.
+
+    Output errors do not know that those of the last layers go straight into the logits, and those of the first through
+    all others. LLM-Pruner (arXiv 2305.11627) leaves 4 of 32 layers whole at the start and 2 at the end. Of the rest
+    come the plan of least output error, and the most even one.
+    """
+    layers = 1 + max(site.layer for site in space.sites)
+    found = []
+    for share, attention_too, even in itertools.product(_SPARED_SHARES, (True, False), (False, True)):
+        first, last = math.ceil(share * layers), layers - math.ceil(share / 2 * layers)
+
+        def cost(
+            site: SiteLevels, level: int, first: int = first, last: int = last, whole: bool = not attention_too,
+            even: bool = even,
+        ) -> float:  # fmt: skip
+            if level > 0 and (not first <= site.layer < last or (whole and site.kind == "attention")):
+                return math.inf
+            return _unevenness(site, level, 1.0) if even else site.errors[level]
+
+        found.append(cheapest_plan(space, budget, cost))
+    return [plan for plan in dict.fromkeys(found) if plan is not None]
+
+
+def _unevenness(site: SiteLevels, level: int, fraction: float) -> float:
+    return site.parameters[0] * (site.parameters[level] / site.parameters[0] - fraction) ** 2
 
 
 def even_plans(space: Space, budget: Budget) -> list[Plan]:

@@ -23,7 +23,7 @@ from darwinlm.plan import Budget, Plan, Space
 from darwinlm.progress import log, task
 from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
-from darwinlm.search.allocation import error_plan, even_plans, uniform_plan
+from darwinlm.search.allocation import error_plan, even_plans, sparing_plans, uniform_plan
 from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
@@ -257,7 +257,9 @@ def search_plan(
         costs = None
         if recipe.descent_rounds > 0:
             file = folder / "descent.json"
-            begin = [starts[-1], *_from_other_budget(space, budget, larger)]
+            begin = [*sparing_plans(space, budget), *_from_other_budget(space, budget, larger)]
+            # Where every plan within the budget spares nothing, what is left is the start of least error.
+            begin = list(dict.fromkeys([starts[-1], *begin]))
             plan, sensitivity = descend(dense, database, corpus, budget, recipe, begin, seed, file)
             starts.append(plan)
             costs = sensitivity.costs()
