@@ -124,7 +124,7 @@ def test_scores_are_those_of_a_plain_loop(calibrated):
         prefix = f"model.layers.0.{'self_attn' if site.kind == 'attention' else 'mlp'}"
         for unit in range(site.num_units):
             columns = range(unit * site.columns_per_unit, (unit + 1) * site.columns_per_unit)
-            wanda = sum(output[:, j].abs().sum() * inputs[:, j].square().mean().sqrt() for j in columns)
+            wanda = sum(output[:, j].abs().sum() * inputs[:, j].square().sum().sqrt() for j in columns)
             assert activation_scores(calibrated)[site.name][unit] == pytest.approx(wanda.item(), rel=1e-3)
             power = sum(output[:, j].square().sum() for j in columns)
             # Two KV heads of eight rows each serve three query heads of eight rows.
