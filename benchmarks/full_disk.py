@@ -36,7 +36,7 @@ def trials(root: Path, count: int, settings: dict[str, Any]) -> int:
     whole = start([*command, "--out", str(disk / "run")], log)
     assert whole.code == 0, log.read_text()
     expected = result(disk / "run")
-    used = sum(math.ceil(file.stat().st_size / 4096) * 4 for file in disk.rglob("*"))
+    used = sum(math.ceil(file.stat().st_size / 4096) * 4 for file in disk.rglob("*") if file.is_file())
     subprocess.run(["umount", str(disk)], check=True)
     print(f"a run takes {used} KiB")
 
