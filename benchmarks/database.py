@@ -4,11 +4,13 @@
     python benchmarks/database.py stage [MODEL]
     torchrun --nproc-per-node 2 benchmarks/database.py stage [MODEL]
     python benchmarks/database.py memory
+    python benchmarks/database.py same FOLDER FOLDER
 
 `solver`: both get the same output projection and Gram matrix, remove columns in greedy order, refit after every removal
 and keep ten snapshots. The plain way is what the formulas say: full matrices in float32, a rank-one update of the
 inverse and of the weight for each removal. Where that would take hours, `--removals` lets both stop early, and the
-ratio is of that part. `stage`: random token ids, which cost what text costs. `memory`: random weights of one shape.
+ratio is of that part. `stage`: random token ids, which cost what text costs; `--out FOLDER` keeps the database.
+`memory`: random weights of one shape. `same`: do two databases keep the same units, and how far are their weights apart?
 """
 
 import argparse
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -132,7 +135,7 @@ def compare_solvers(shape: str, removals: int | None, seed: int, device: torch.d
     print(f"true output error, ours against plain: at most {worst:+.4%} apart")
 
 
-def time_stage(model: str, blocks: int, length: int, device: torch.device, seed: int) -> None:
+def time_stage(model: str, blocks: int, length: int, device: torch.device, seed: int, out: Path | None) -> None:
     dist.start()
     device = dist.local_device(device)
     dense = load_dense(resolve(model), "kv_group", device)
@@ -140,7 +143,7 @@ def time_stage(model: str, blocks: int, length: int, device: torch.device, seed:
     tokens = torch.randint(0, dense.config.vocab_size, (blocks, length), generator=generator)
     phases = Phases(lambda: _wait(device))
     with tempfile.TemporaryDirectory() as folder:
-        box = dist.gather(folder)
+        box = dist.gather(str(out) if out is not None else folder)
         start = time.perf_counter()
         database = build_database(dense, tokens, DatabaseRecipe(levels=LEVELS), Path(box[0]), phases)
         seconds = time.perf_counter() - start
@@ -152,6 +155,23 @@ def time_stage(model: str, blocks: int, length: int, device: torch.device, seed:
             if device.type == "cuda":
                 print(f"peak device memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
         dist.stop()
+
+
+def compare_databases(one: Path, other: Path) -> None:
+    indices = [json.loads((folder / "index.json").read_text(encoding="utf-8"))["sites"] for folder in (one, other)]
+    assert indices[0].keys() == indices[1].keys()
+    kept = differ = 0
+    worst = 0.0
+    for name in indices[0]:
+        here, there = (load_file(folder / f"{name}.safetensors") for folder in (one, other))
+        for key in (key for key in here if key.endswith(".kept")):
+            units, weight = key, key.replace(".kept", ".output")
+            kept += len(here[units])
+            differ += len(set(here[units].tolist()) ^ set(there[units].tolist())) // 2
+            if torch.equal(here[units], there[units]):
+                worst = max(worst, ((here[weight] - there[weight]).norm() / here[weight].norm()).item())
+    print(f"{len(indices[0])} sites, {kept:,} kept units at all levels: {differ} of them differ")
+    print(f"weights, where the units are the same: at most {worst:.1e} of their norm apart in any site and level")
 
 
 def measure_memory(depths: list[int], seed: int) -> None:
@@ -203,18 +223,24 @@ def main() -> None:
     stage.add_argument("model", nargs="?", default="smollm2")
     stage.add_argument("--blocks", type=int, default=32)
     stage.add_argument("--length", type=int, default=512)
+    stage.add_argument("--out", type=Path, help="keep the database there")
     memory = commands.add_parser("memory", help="peak memory of the stage for models of several depths")
     memory.add_argument("--depths", type=int, nargs="+", default=[4, 16, 48])
+    same = commands.add_parser("same", help="whether two databases are the same")
+    same.add_argument("folders", type=Path, nargs=2)
     for command in (solver, stage, memory):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    if arguments.command == "same":
+        compare_databases(*arguments.folders)
+        return
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"device": name, "machine": platform.machine(), "torch": torch.__version__}), flush=True)
     if arguments.command == "stage":
-        time_stage(arguments.model, arguments.blocks, arguments.length, device, arguments.seed)
+        time_stage(arguments.model, arguments.blocks, arguments.length, device, arguments.seed, arguments.out)
         return
     if arguments.command == "memory":
         measure_memory(arguments.depths, arguments.seed)

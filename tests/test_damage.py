@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import darwinlm
-from darwinlm import pipeline
+from darwinlm import pipeline, recovering
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.files import RunDirectory, read_json, write_json
@@ -118,7 +118,7 @@ def test_a_damaged_refit_is_made_again(damage, again, monkeypatch):
         raise UserError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "recover", stop)
+        patch.setattr(recovering, "recover", stop)
         with pytest.raises(UserError, match="stopped"):
             same_command()
     damage(out / "recovery" / "refit" / "weights.safetensors")

@@ -111,10 +111,15 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, ch
     def fail(*arguments, **named):
         raise torch.OutOfMemoryError(GPU)
 
-    name = {"database": "build_database", "search": "search_plan", "recovery": "recover", "evaluation": "measure"}
+    name = {
+        "database": "pipeline.build_database",
+        "search": "pipeline.search_plan",
+        "recovery": "recovering.recover",
+        "evaluation": "finishing.measure",
+    }
     arguments = {"target": TARGET, "out": tmp_path / "run", "settings": {**SETTINGS, "data.source": str(text)}}
     with monkeypatch.context() as patched:
-        patched.setattr(f"darwinlm.pipeline.{name[stage]}", fail)
+        patched.setattr(f"darwinlm.{name[stage]}", fail)
         with pytest.raises(UserError, match=f"^{stage}: the GPU's memory does not suffice .*; run the same command on"):
             prune(checkpoint("qwen3"), **arguments)
     prune(checkpoint("qwen3"), **arguments)

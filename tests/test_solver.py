@@ -75,6 +75,29 @@ def test_removing_more_than_a_block_at_once_gives_the_order_of_single_steps():
         assert torch.allclose(leap.weight_OK, by_size[len(leap.kept)].weight_OK, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_column_that_was_no_candidate_goes_when_its_turn_comes(seed, monkeypatch):
+    weight, _, gram = problem(120, 1, seed=seed)
+    sizes = range(119, 0, -1)
+    expected = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
+    looks, look = [], solver._Columns._steps_without_others
+
+    def counted(state, u_Bn, *others):
+        looks.append((look(state, u_Bn, *others), len(u_Bn)))
+        return looks[-1][0]
+
+    monkeypatch.setattr(solver._Columns, "_steps_without_others", counted)
+    monkeypatch.setattr(solver, "BLOCK", 8)
+    found = prune_site(weight, gram, columns_per_unit=1, sizes=[80, 30, 1], damping=DAMPING)
+    for one in found:
+        other = expected[119 - len(one.kept)]
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+    assert any(steps < block for steps, block in looks)
+    assert any(steps == block for steps, block in looks)
+
+
 def snapshots_of(columns_per_unit=1, units=300):
     weight, _, gram = problem(units, columns_per_unit)
     sizes = range(units - 20, 0, -40)
@@ -83,7 +106,7 @@ def snapshots_of(columns_per_unit=1, units=300):
 
 def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatch):
     expected = snapshots_of()
-    monkeypatch.setattr(solver._Columns, "choose", solver._Columns.choose_without_waiting)
+    monkeypatch.setattr(solver, "choose", solver.choose_without_waiting)
     for one, other in zip(snapshots_of(), expected, strict=True):
         assert one.kept == other.kept
         assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
@@ -96,8 +119,8 @@ def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monk
     renewed, excess, renew = [], solver._State._excess, solver._State.renew
 
     def spoil(state):
-        for matrix in (state.weight_On, *state.symmetric()):
-            matrix.mul_(1 + torch.arange(matrix.shape[1]) / 500)
+        for matrix in (state.weight_nO, state.inverse_nn):
+            matrix.mul_(1 + torch.arange(len(matrix))[:, None] / 500)
         return excess(state)
 
     monkeypatch.setattr(solver._State, "_excess", spoil)

@@ -1,68 +1,50 @@
 """The whole flow on one page: corpus, database, search, recovery, evaluation, export, report."""
 
 import os
-import platform
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 import darwinlm
 from darwinlm import dist
-from darwinlm.adapters.cutting import assemble, build_model, copy_trained, pruned_config
 from darwinlm.adapters.loading import (
     DenseModel,
     choose_device,
-    fast_dtype,
     load_dense,
 )
-from darwinlm.adapters.memory import free_memory
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
-from darwinlm.data import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.levels import check_tensor_parallel
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
-from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, visiting, write_sample
-from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf, load
-from darwinlm.export.targets import check_targets, export_model, sites_kept_for
+from darwinlm.export.targets import check_targets, sites_kept_for
 from darwinlm.files import (
-    STEP,
     RunDirectory,
     Size,
     Step,
     file_checksum,
-    find_fault,
     read_json,
-    read_tensors,
     run_steps,
-    write_bytes,
-    write_json,
 )
+from darwinlm.finishing import evaluate_and_export
 from darwinlm.lock import RunLock
+from darwinlm.material import Material
 from darwinlm.memory import check_room, naming_memory_faults
-from darwinlm.plan import Budget, Limit, Plan, Space, check_target, make_budget
+from darwinlm.plan import Budget, Limit, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
-from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_checkpoints, save_weights
-from darwinlm.recovery.refit import refit_if_it_helps
-from darwinlm.recovery.stage import recover, steps_for
+from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
 from darwinlm.report.page import write_report
-from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
-
-_SAMPLES = "samples"
-"""In the manifest, of a recovery: how many blocks it has read."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +112,7 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
         with RunLock(out) as lock:
             lock.take()
             for folder in (out / "recovery", *out.glob("sizes/*/recovery")):
-                _forget_recovery(folder)
+                forget_recovery(folder)
             RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *get_args(Target)))
     dist.barrier()
     return run_recipe(after, out)
@@ -187,20 +169,6 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     return Run(out, read_json(out / "report" / "metrics.json"))
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a step cuts plans out of."""
-
-    dense: DenseModel
-    """The model that the run began with or, in later steps, what the step before has left."""
-    database: Database
-
-    @property
-    def space(self) -> Space:
-        """The search space."""
-        return self.database.space(self.dense.sites)
-
-
 def _database(recipe: Recipe, dense: DenseModel, corpus: Corpus, step: Step, run: RunDirectory) -> Database:
     folder = step.folder / "database"
     if not run.done(f"{step.prefix}database"):
@@ -255,17 +223,17 @@ def _run_size(
         run.verify(f"{size.prefix}recovery")
     if recipe.recovery.wanted and not run.done(f"{size.prefix}recovery"):
         with run.stage(f"{size.prefix}recovery", size.folder / "recovery" / "weights.safetensors") as facts:
-            taken = _recover(recipe, here, corpus, plan, step, size.folder / "recovery", run)
+            taken = recover_plan(recipe, here, corpus, plan, step, size.folder / "recovery", run)
             if recipe.steps > 1:
-                facts[_SAMPLES] = taken
+                facts[SAMPLES] = taken
     with dist.main_first():
         if dist.rank() == 0:
             if last:
-                _evaluate_and_export(recipe, first, here, corpus, budgets, plan, run, size)
+                evaluate_and_export(recipe, first, here, corpus, budgets, plan, run, size)
             elif not run.done(f"{size.prefix}export"):
                 with run.stage(f"{size.prefix}export", size.folder / "model"):
                     card = f"# The model after step {step.number} of {recipe.steps}, which the next step cuts\n"
-                    model = _result(recipe, here, plan, size)
+                    model = here.result(recipe, plan, size.folder)
                     export_hf(model, here.dense, plan.to_dict(here.space), card, size.folder / "model")
 
 
@@ -322,72 +290,6 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple
     return run, load_corpus(corpus_file)
 
 
-def _recover(
-    recipe: Recipe, here: Material, corpus: Corpus, plan: Plan, step: Step, folder: Path, run: RunDirectory
-) -> int:
-    """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`. Returns how many blocks it read.
-
-    Every step but the last has the same share of the tokens. The last has what is left, and each reads on in the text
-    where the one before has stopped.
-    """
-    dense, database = here.dense, here.database
-    earlier = run_steps(recipe, run.path)[: step.number - 1]
-    passed = sum(run.facts(f"{one.prefix}recovery").get(_SAMPLES, 0) for one in earlier)
-    left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
-    share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
-    wanted = recipe.recovery.model_copy(update={"tokens": share})
-    # What is sharded need not fit on one device.
-    place = torch.device("cpu") if wanted.sharding == "fsdp" else dense.device
-    cuts = database.cuts(dense.sites, plan.levels, place)
-    if wanted.refit_tokens > 0:
-        refitted = folder / "refit"
-        with dist.main_first():
-            if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
-                if refitted.exists():
-                    log.warning("%s: it is refitted anew", fault)
-                cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
-                model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
-                fitted_BT, judged_BT = corpus.tokens("trial", wanted.refit_tokens), corpus.blocks["score"]
-                refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
-                save_weights(refitted, _stored(model, torch.float32))
-        tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
-        model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
-    else:
-        weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
-        model = build_model(dense.config, dense.sites, weights, cuts, trainable=True)
-    # The teacher has a dtype of its own, and memory is for the training now.
-    dense.release()
-    teacher = None
-    if wanted.distillation > 0:
-        fast = fast_dtype(dense.device)
-        dtype = fast if wanted.teacher_dtype == "auto" else getattr(torch, wanted.teacher_dtype)
-        teacher = dense.reference.whole(place, dtype)
-    text: Tensor | TextStream = corpus.marked["trial"]
-    if wanted.text == "stream":
-        stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
-        begin = read_json(stopped[0]) if stopped else None
-        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged, begin)
-    validation_BT = corpus.marked["score"]
-    model, done = recover(
-        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device, passed=passed
-    )
-    if dist.rank() == 0:
-        history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
-        write_json(folder / "losses.json", history)
-        if step.number < recipe.steps and checkpoints(folder) and isinstance(text, TextStream):
-            write_json(folder / "text.json", read_json(checkpoints(folder)[-1] / "text.json"))
-        write_bytes(folder / "weights.safetensors", save(_stored(model, dense.dtype)))
-        _forget_recovery(folder)
-    dist.barrier()
-    return steps_for(wanted, recipe.data.sequence_length) * wanted.batch_size
-
-
-def _forget_recovery(folder: Path) -> None:
-    """Remove what lets an interrupted recovery go on."""
-    remove_checkpoints(folder)
-    shutil.rmtree(folder / "refit", ignore_errors=True)
-
-
 def _verify(run: RunDirectory, recipe: Recipe) -> None:
     """Read what is there of an earlier run once; what is damaged is named, and made again in its turn."""
     for step in run_steps(recipe, run.path):
@@ -414,86 +316,6 @@ def _verify(run: RunDirectory, recipe: Recipe) -> None:
             run.verify(stage)
 
 
-def _evaluate_and_export(
-    recipe: Recipe,
-    first: Material,
-    here: Material,
-    corpus: Corpus,
-    budgets: tuple[Budget, Budget],
-    plan: Plan,
-    run: RunDirectory,
-    size: Size,
-) -> None:
-    out, dense = size.folder, here.dense
-    measured_file = out / "evaluation" / "measured.json"
-    evaluated = run.done(f"{size.prefix}evaluation")
-    if not (evaluated and run.done(f"{size.prefix}export")):
-        models = {"dense": first.dense.model}
-        # Where there is no room for all, the others wait elsewhere for their turns.
-        wait = torch.device("cpu")
-        if 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(dense.device):
-            wait = dense.device
-        uniform = uniform_plan(first.space, budgets[1])
-        if uniform is not None:
-            models["uniform"] = _cut(first, uniform).to(wait)  # type: ignore[arg-type]
-        if here is not first:
-            models[f"{STEP}{recipe.steps - 1}"] = dense.model
-        models["found"] = _cut(here, plan).to(wait)  # type: ignore[arg-type]
-        if recipe.recovery.wanted:
-            models["recovered"] = _result(recipe, here, plan, size).to(wait)  # type: ignore[arg-type]
-        last = models[next(reversed(models))]
-        if not evaluated:
-            with run.stage(f"{size.prefix}evaluation", measured_file):
-                write_json(measured_file, _measure(recipe, dense, corpus, budgets[0], plan, models, size), sealed=True)
-        with run.stage(f"{size.prefix}export", out / "model"):
-            as_json = plan.to_dict(here.space)
-            export_hf(last, dense, as_json, model_card(recipe, as_json, read_json(measured_file)), out / "model")
-    for target in recipe.export.targets:
-        if not run.done(f"{size.prefix}{target}"):
-            with run.stage(f"{size.prefix}{target}") as facts:
-                parallel = recipe.export.tensor_parallel if target == "vllm" else 1
-                exported = export_model(out, target, tensor_parallel=parallel)
-                facts["proof"] = str(exported.proof) if exported.proof else None
-            for line in exported.lines():
-                log.info("%s", line)
-    log.info("done: %s", out / "model")
-
-
-def _measure(
-    recipe: Recipe,
-    dense: DenseModel,
-    corpus: Corpus,
-    budget: Budget,
-    plan: Plan,
-    models: Mapping[str, DarwinLMForCausalLM],
-    size: Size,
-) -> dict[str, Any]:
-    """What `measured.json` holds; the last of `models` is the result."""
-    rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
-    last = models[list(models)[-1]]
-    sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
-    with visiting(last, dense.device):
-        sample["after"] = write_sample(last, dense.tokenizer)
-    limits: list[dict[str, Any]] = [
-        {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
-        for limit in budget.limits
-    ]
-    for limit in limits:
-        if limit["name"] == "latency":
-            timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
-            seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
-            limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
-    return {
-        "model": recipe.model,
-        "target": size.name,
-        "rows": rows,
-        "limits": limits,
-        "sample": sample,
-        "environment": environment(dense.device),
-        "seed": recipe.seed,
-    }
-
-
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -515,39 +337,3 @@ def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
     # Each split ends with a whole document, and what of that does not fit is lost.
     tokens = sum(needed_blocks(recipe.data).values()) * length + len(SPLITS) * length
     return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)
-
-
-def _cut(material: Material, plan: Plan) -> DarwinLMForCausalLM:
-    dense = material.dense
-    cuts = material.database.cuts(dense.sites, plan.levels, dense.device)
-    return build_model(dense.config, dense.sites, dense.weights, cuts)
-
-
-def _result(recipe: Recipe, here: Material, plan: Plan, size: Size) -> DarwinLMForCausalLM:
-    """What a step leaves: `plan`, recovered if that is wanted."""
-    cut = _cut(here, plan)
-    if not recipe.recovery.wanted:
-        return cut
-    return copy_trained(cut, read_tensors(size.folder / "recovery" / "weights.safetensors"))
-
-
-def _stored(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    return state
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions, for every number that is reported."""
-    import transformers
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return {
-        "device": name,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "darwinlm": darwinlm.__version__,
-    }

@@ -118,7 +118,7 @@ def _invert(matrix_nn: Tensor) -> None:
 
 
 class _State:
-    """A site on its way: `weight_On` and `inverse_nn` hold the columns that are left, and some that are gone."""
+    """A site on its way: `weight_nO` and `inverse_nn` hold the columns that are left, and some that are gone."""
 
     def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         self.C = columns_per_unit
@@ -127,7 +127,8 @@ class _State:
         """Units in the working matrices, in their order."""
         self.gone_n = torch.zeros(len(self.units_n), dtype=torch.bool, device=weight_OI.device)
         self.units_left = len(self.units_n)
-        self.weight_On = weight_OI.clone()
+        self.weight_nO = weight_OI.T.clone(memory_format=torch.contiguous_format)
+        """Transposed, so that columns of the projection are moved as rows."""
         self.inverse_nn = damped_inverse(gram_II, ridge)
         self.damped_error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
         """tr(dW H dW^T): the sum of the scores of all removals so far."""
@@ -143,25 +144,16 @@ class _State:
         fillers_U = left + (~self.gone_n[left:]).nonzero()[:, 0]
         holes, fillers = _columns_of(holes_U, self.C), _columns_of(fillers_U, self.C)
         size = left * self.C
-        for matrix_nn in self.symmetric():
-            rows_Fn = matrix_nn.index_select(0, fillers)
-            rows_Fn[:, holes] = rows_Fn[:, fillers]
-            matrix_nn[holes] = rows_Fn
-            matrix_nn[:, holes] = rows_Fn.T
-        self.weight_On[:, holes] = self.weight_On[:, fillers]
+        rows_Fn = self.inverse_nn.index_select(0, fillers)
+        rows_Fn[:, holes] = rows_Fn[:, fillers]
+        self.inverse_nn[holes] = rows_Fn
+        self.inverse_nn[:, holes] = rows_Fn.T
+        self.weight_nO[holes] = self.weight_nO[fillers]
         self.units_n[holes_U] = self.units_n[fillers_U]
-        self.narrow(size)
+        self.inverse_nn = self.inverse_nn[:size, :size]
+        self.weight_nO = self.weight_nO[:size]
         self.units_n = self.units_n[:left]
         self.gone_n = torch.zeros_like(self.gone_n[:left])
-
-    def symmetric(self) -> tuple[Tensor, ...]:
-        """The n * n matrices that are kept up to date."""
-        return (self.inverse_nn,)
-
-    def narrow(self, size: int) -> None:
-        """Forget all columns but the first `size`."""
-        self.weight_On = self.weight_On[:, :size]
-        self.inverse_nn = self.inverse_nn[:size, :size]
 
     def refitted(self) -> tuple[Tensor, Tensor]:
         """The units that are left, ascending, and their refitted columns, after a look at what rounding has done."""
@@ -169,7 +161,8 @@ class _State:
         if self._excess() > _EXCESS * self.damped_error.item():
             self.renew()
         units_U, order_U = self.units_n.sort()
-        return units_U, self.weight_On.index_select(1, _columns_of(order_U, self.C))
+        weight_KO = self.weight_nO.index_select(0, _columns_of(order_U, self.C))
+        return units_U, weight_KO.T.contiguous()
 
     def _times_hessian(self, rows_RI: Tensor, columns: Tensor | slice) -> Tensor:
         return (rows_RI @ self.gram_II)[:, columns] + self.ridge * rows_RI[:, columns]
@@ -177,7 +170,7 @@ class _State:
     def _residual(self, columns_K: Tensor) -> Tensor:
         """W_K H_KK - (W H)_K for the probes' random sums of rows: zero where the refit is exact."""
         rows_RI = torch.zeros_like(self.target_RI)
-        rows_RI[:, columns_K] = self.signs_RO @ self.weight_On
+        rows_RI[:, columns_K] = self.signs_RO @ self.weight_nO.T
         return self._times_hessian(rows_RI, columns_K) - self.target_RI[:, columns_K]
 
     def _excess(self) -> float:
@@ -190,124 +183,148 @@ class _State:
         columns_K = _columns_of(self.units_n, self.C)
         self.inverse_nn = damped_inverse(self.gram_II[columns_K][:, columns_K], self.ridge)
         target_OK = self._times_hessian(self.dense_OI, columns_K)
-        self.weight_On = target_OK @ self.inverse_nn
+        self.weight_nO = self.inverse_nn @ target_OK.T
         change_OI = self.dense_OI.clone()
-        change_OI[:, columns_K] -= self.weight_On
+        change_OI[:, columns_K] -= self.weight_nO.T
         self.damped_error = (self._times_hessian(change_OI, slice(None)) * change_OI).sum(dtype=torch.float64)
 
 
 class _Columns(_State):
     """Units of one column: thousands of removals, so the big matrices are touched once a block.
 
-    With P = H^-1 and M = W^T W a column's score is M_jj / P_jj. Removing column s changes both by low-rank terms:
-    `P - u u^T` with u = P_s / sqrt(P_ss), and `M - h u^T - u h^T` with g = M_s / sqrt(P_ss), h = g - (M_ss/P_ss) u / 2.
-    So within a block the two diagonals are enough to choose, one row of P and of M is read per removal and corrected by
-    the terms collected so far, and the terms are applied at the end of the block, by matrix products.
+    A column's score is |W_j|^2 / P_jj. A block is chosen among the few columns with the lowest scores at its start: of
+    these alone P and M = W^T W are kept up to date, and only by the terms that a removal adds (`choose`). Then P and W
+    take the whole block at once, and the scores that all other columns had at each step are known from the same terms:
+    where one of them would have gone first, the block ends before that step, and the next begins with it.
     """
 
     def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         super().__init__(weight_OI, gram_II, ridge, columns_per_unit)
-        self.squares_nn = self.weight_On.T @ self.weight_On
+        self.candidates = 2 * BLOCK
 
     def remove(self, count: int) -> None:
         """Remove `count` more columns."""
         while count > 0:
-            block = min(count, BLOCK)
-            self._remove_block(block)
-            count -= block
-            self.units_left -= block
+            removed = self._remove_block(min(count, BLOCK))
+            count -= removed
+            self.units_left -= removed
             if 4 * self.units_left < 3 * len(self.units_n):
                 self.compact()
 
-    def symmetric(self) -> tuple[Tensor, ...]:
-        return self.inverse_nn, self.squares_nn
-
-    def narrow(self, size: int) -> None:
-        super().narrow(size)
-        self.squares_nn = self.squares_nn[:size, :size]
-
-    def renew(self) -> None:
-        super().renew()
-        self.squares_nn = self.weight_On.T @ self.weight_On
-
-    def _remove_block(self, block: int) -> None:
-        # Rows u and h of each removal, one after the other, so that a prefix of the buffer holds the terms so far.
-        terms_Bn = self.inverse_nn.new_empty(2 * block, len(self.inverse_nn))
+    def _remove_block(self, block: int) -> int:
+        """Remove up to `block` columns, at least one; how many."""
+        # Of what is gone only rounding is left: an infinite square keeps it from going again.
+        inverse_n = self.inverse_nn.diagonal().masked_fill(self.gone_n, 1.0)
+        squares_n = self.weight_nO.square().sum(1).masked_fill_(self.gone_n, torch.inf)
+        candidates = min(self.candidates, self.units_left)
+        among_C = (squares_n / inverse_n).topk(candidates, largest=False).indices.sort().values
+        weight_CO = self.weight_nO.index_select(0, among_C)
+        inverse_Cn = self.inverse_nn.index_select(0, among_C)
         on_cpu = self.inverse_nn.device.type == "cpu"
-        removed_B, scores_B = (self.choose if on_cpu else self.choose_without_waiting)(terms_Bn)
+        chosen_B, scores_B = (choose if on_cpu else choose_without_waiting)(
+            inverse_Cn.index_select(1, among_C), weight_CO @ weight_CO.T, block
+        )
+        removed_B = among_C.index_select(0, chosen_B)
+
+        # P_SS = L L^T. With u = L^-1 P_S and v = L^-1 W_S^T a removal changes P by -u u^T and W^T by -u v^T.
+        u_Bn, v_BO = inverse_Cn.index_select(0, chosen_B), weight_CO.index_select(0, chosen_B)
+        factor_BB = torch.linalg.cholesky(u_Bn.index_select(1, removed_B))
+        u_Bn = torch.linalg.solve_triangular(factor_BB, u_Bn, upper=False)
+        v_BO = torch.linalg.solve_triangular(factor_BB, v_BO, upper=False)
+        if candidates < self.units_left:
+            squares_n.index_fill_(0, among_C, torch.inf)
+            steps = self._steps_without_others(u_Bn, v_BO, scores_B, squares_n, inverse_n)
+            if steps < block:
+                self.candidates *= 2
+                removed_B, scores_B, u_Bn, v_BO = (rows[:steps] for rows in (removed_B, scores_B, u_Bn, v_BO))
+        self.weight_nO.addmm_(u_Bn.T, v_BO, alpha=-1)
+        self.inverse_nn.addmm_(u_Bn.T, u_Bn, alpha=-1)
         self.gone_n.index_fill_(0, removed_B, True)
         self.damped_error += scores_B.sum(dtype=torch.float64)
+        return len(removed_B)
 
-        u_Bn = terms_Bn[::2]
-        # P_SS = A^T A with A = u[:, S] upper triangular, so W_S (P_SS)^-1 P_S = (W_S A^-1) u.
-        triangle_BB = u_Bn.index_select(1, removed_B).triu_()
-        removed_OB = self.weight_On.index_select(1, removed_B)
-        moved_OB = torch.linalg.solve_triangular(triangle_BB, removed_OB, upper=True, left=False)
-        self.weight_On.addmm_(moved_OB, u_Bn, alpha=-1)
-        self.inverse_nn.addmm_(u_Bn.T, u_Bn, alpha=-1)
-        swapped_Bn = terms_Bn.view(block, 2, -1).flip(1).view(2 * block, -1)
-        self.squares_nn.addmm_(terms_Bn.T, swapped_Bn, alpha=-1)
+    def _steps_without_others(
+        self, u_Bn: Tensor, v_BO: Tensor, scores_B: Tensor, squares_n: Tensor, inverse_n: Tensor
+    ) -> int:
+        """At how many of the first steps no column that was not a candidate had a lower score than the one chosen.
 
-    def choose(self, terms_Bn: Tensor) -> tuple[Tensor, Tensor]:
-        """The next columns in greedy order and their scores; fills `terms_Bn`.
-
-        For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one
-        thread, since NumPy's own threads would keep PyTorch's from running.
+        Step t takes `2 u_t W_t v_t - u_t^2 |v_t|^2` off the squares and `u_t^2` off the diagonal of P, where W_t is W
+        less the terms of the steps before.
         """
-        block = len(terms_Bn) // 2
-        inverse_n, squares_n = (diagonal.numpy() for diagonal in self._diagonals())
-        inverse_nn, squares_nn, terms = self.inverse_nn.numpy(), self.squares_nn.numpy(), terms_Bn.numpy()
-        scratch_n = np.empty_like(inverse_n)
-        removed, scores = [], []
-        with _numpy_threads().limit(limits=1):
-            for step in range(block):
-                s = int(np.divide(squares_n, inverse_n, out=scratch_n).argmin())
-                u_n, h_n = terms[2 * step], terms[2 * step + 1]
-                pairs = terms[: 2 * step, s].reshape(-1, 2)
-                np.subtract(inverse_nn[s], pairs[:, 0] @ terms[: 2 * step : 2], out=u_n)
-                np.subtract(squares_nn[s], pairs[:, ::-1].reshape(-1) @ terms[: 2 * step], out=h_n)
-                pivot, square = float(u_n[s]), float(h_n[s])
-                u_n *= pivot**-0.5
-                h_n *= pivot**-0.5
-                h_n -= np.multiply(u_n, 0.5 * square / pivot, out=scratch_n)
-                inverse_n -= np.multiply(u_n, u_n, out=scratch_n)
-                squares_n -= np.multiply(np.multiply(u_n, h_n, out=scratch_n), 2.0, out=scratch_n)
-                squares_n[s], inverse_n[s] = np.inf, 1.0
-                removed.append(s)
-                scores.append(square / pivot)
-        return torch.tensor(removed), torch.tensor(scores, dtype=torch.float64)
+        products_BB = v_BO @ v_BO.T
+        before_BB = products_BB.tril(-1).mul_(2).diagonal_scatter(products_BB.diagonal())
+        drops_Bn = torch.addmm(v_BO @ self.weight_nO.T, before_BB, u_Bn, beta=2, alpha=-1).mul_(u_Bn)
+        earlier_BB = torch.ones_like(products_BB).tril_(-1)
+        scores_B1 = scores_B.to(u_Bn.dtype)[:, None]
+        # By how much squares exceed what the chosen score times the diagonal of P would be.
+        margins_Bn = squares_n - scores_B1 * inverse_n
+        margins_Bn.addmm_(earlier_BB, drops_Bn, alpha=-1)
+        margins_Bn.addmm_(scores_B1 * earlier_BB, u_Bn.square())
+        overtaken = (margins_Bn.amin(1) < 0).nonzero()
+        # The first step is right by choice of the candidates; rounding may say otherwise.
+        return max(1, int(overtaken[0])) if len(overtaken) else len(scores_B)
 
-    def choose_without_waiting(self, terms_Bn: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for an accelerator: `s` is a tensor, and nothing in the loop waits for its value."""
-        block = len(terms_Bn) // 2
-        inverse_n, squares_n = self._diagonals()
-        score_n = torch.empty_like(inverse_n)
-        removed_B = torch.empty(block, dtype=torch.long, device=terms_Bn.device)
-        scores_B = terms_Bn.new_empty(block)
+
+def choose(inverse_CC: Tensor, squares_CC: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The next `block` of some columns in greedy order, and their scores, from their parts of P and of M = W^T W.
+
+    Removing column s changes both by low-rank terms: `P - u u^T` with u = P_s / sqrt(P_ss), and `M - h u^T - u h^T`
+    with g = M_s / sqrt(P_ss), h = g - (M_ss / P_ss) u / 2. So the two diagonals are enough to choose, and one row of P
+    and of M is read per removal and corrected by the terms collected so far.
+
+    For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one thread,
+    since NumPy's own threads would keep PyTorch's from running.
+    """
+    # Rows u and h of each removal, one after the other, so that a prefix of the buffer holds the terms so far.
+    terms = np.empty((2 * block, len(inverse_CC)), dtype=np.float32)
+    inverse_cc, squares_cc = inverse_CC.numpy(), squares_CC.numpy()
+    inverse_c, squares_c = inverse_cc.diagonal().copy(), squares_cc.diagonal().copy()
+    scratch_c = np.empty_like(inverse_c)
+    chosen, scores = [], []
+    with _numpy_threads().limit(limits=1):
         for step in range(block):
-            s = torch.div(squares_n, inverse_n, out=score_n).argmin().view(1)
-            terms, u_n, h_n = terms_Bn[: 2 * step], terms_Bn[2 * step], terms_Bn[2 * step + 1]
-            at_s = terms.index_select(1, s)[:, 0]
-            torch.addmv(self.inverse_nn.index_select(0, s)[0], terms[::2].T, at_s[::2], alpha=-1, out=u_n)
-            swapped = at_s.view(-1, 2).flip(1).view(-1)
-            torch.addmv(self.squares_nn.index_select(0, s)[0], terms.T, swapped, alpha=-1, out=h_n)
-            pivot, square = u_n.index_select(0, s), h_n.index_select(0, s)
-            scale = pivot.rsqrt()
-            u_n.mul_(scale)
-            h_n.mul_(scale).sub_(u_n * (0.5 * square / pivot))
-            inverse_n.addcmul_(u_n, u_n, value=-1)
-            squares_n.addcmul_(u_n, h_n, value=-2)
-            squares_n.index_fill_(0, s, torch.inf)
-            inverse_n.index_fill_(0, s, 1.0)
-            removed_B[step : step + 1] = s
-            scores_B[step : step + 1] = square / pivot
-        return removed_B, scores_B
+            s = int(np.divide(squares_c, inverse_c, out=scratch_c).argmin())
+            u_c, h_c = terms[2 * step], terms[2 * step + 1]
+            pairs = terms[: 2 * step, s].reshape(-1, 2)
+            np.subtract(inverse_cc[s], pairs[:, 0] @ terms[: 2 * step : 2], out=u_c)
+            np.subtract(squares_cc[s], pairs[:, ::-1].reshape(-1) @ terms[: 2 * step], out=h_c)
+            pivot, square = float(u_c[s]), float(h_c[s])
+            u_c *= pivot**-0.5
+            h_c *= pivot**-0.5
+            h_c -= np.multiply(u_c, 0.5 * square / pivot, out=scratch_c)
+            inverse_c -= np.multiply(u_c, u_c, out=scratch_c)
+            squares_c -= np.multiply(np.multiply(u_c, h_c, out=scratch_c), 2.0, out=scratch_c)
+            squares_c[s], inverse_c[s] = np.inf, 1.0
+            chosen.append(s)
+            scores.append(square / pivot)
+    return torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64)
 
-    def _diagonals(self) -> tuple[Tensor, Tensor]:
-        """Of P and M; a column that is gone has an infinite square and so an infinite score."""
-        squares_n = self.squares_nn.diagonal().masked_fill(self.gone_n, torch.inf)
-        # Of what is gone only rounding is left in P: any positive number will do.
-        return self.inverse_nn.diagonal().masked_fill(self.gone_n, 1.0), squares_n
+
+def choose_without_waiting(inverse_CC: Tensor, squares_CC: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The same for an accelerator: `s` is a tensor, and nothing in the loop waits for its value."""
+    terms_BC = inverse_CC.new_empty(2 * block, len(inverse_CC))
+    inverse_C, squares_C = inverse_CC.diagonal().clone(), squares_CC.diagonal().clone()
+    score_C = torch.empty_like(inverse_C)
+    chosen_B = torch.empty(block, dtype=torch.long, device=inverse_CC.device)
+    scores_B = inverse_CC.new_empty(block)
+    for step in range(block):
+        s = torch.div(squares_C, inverse_C, out=score_C).argmin().view(1)
+        terms, u_C, h_C = terms_BC[: 2 * step], terms_BC[2 * step], terms_BC[2 * step + 1]
+        at_s = terms.index_select(1, s)[:, 0]
+        torch.addmv(inverse_CC.index_select(0, s)[0], terms[::2].T, at_s[::2], alpha=-1, out=u_C)
+        swapped = at_s.view(-1, 2).flip(1).view(-1)
+        torch.addmv(squares_CC.index_select(0, s)[0], terms.T, swapped, alpha=-1, out=h_C)
+        pivot, square = u_C.index_select(0, s), h_C.index_select(0, s)
+        scale = pivot.rsqrt()
+        u_C.mul_(scale)
+        h_C.mul_(scale).sub_(u_C * (0.5 * square / pivot))
+        inverse_C.addcmul_(u_C, u_C, value=-1)
+        squares_C.addcmul_(u_C, h_C, value=-2)
+        squares_C.index_fill_(0, s, torch.inf)
+        inverse_C.index_fill_(0, s, 1.0)
+        chosen_B[step : step + 1] = s
+        scores_B[step : step + 1] = square / pivot
+    return chosen_B, scores_B
 
 
 class _Blocks(_State):
@@ -320,13 +337,13 @@ class _Blocks(_State):
             U = len(self.units_n)
             blocks_UCC = self.inverse_nn.view(U, C, U, C).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             factors_UCC = torch.linalg.cholesky(blocks_UCC)
-            weight_UCO = self.weight_On.T.reshape(U, C, -1)
+            weight_UCO = self.weight_nO.view(U, C, -1)
             scores_U = torch.linalg.solve_triangular(factors_UCC, weight_UCO, upper=False).square().sum(dim=(1, 2))
             unit = scores_U.argmin().view(1)
             columns_C = _columns_of(unit, C)
             rows_Cn = self.inverse_nn.index_select(0, columns_C)
             solved_Cn = torch.cholesky_solve(rows_Cn, factors_UCC.index_select(0, unit)[0])
-            self.weight_On.addmm_(self.weight_On.index_select(1, columns_C), solved_Cn, alpha=-1)
+            self.weight_nO.addmm_(solved_Cn.T, self.weight_nO.index_select(0, columns_C), alpha=-1)
             self.inverse_nn.addmm_(rows_Cn.T, solved_Cn, alpha=-1)
             self.damped_error += scores_U.index_select(0, unit)[0]
             self.gone_n.index_fill_(0, unit, True)

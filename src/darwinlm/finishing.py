@@ -1,0 +1,119 @@
+"""The end of a run: what its models are measured to be, and the exports."""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import darwinlm
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.memory import free_memory
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.data import Corpus
+from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, visiting, write_sample
+from darwinlm.export.card import model_card
+from darwinlm.export.hf import export_hf
+from darwinlm.export.targets import export_model
+from darwinlm.files import STEP, RunDirectory, Size, read_json, write_json
+from darwinlm.material import Material
+from darwinlm.plan import Budget, Plan
+from darwinlm.progress import log
+from darwinlm.recipe import Recipe
+from darwinlm.search.allocation import uniform_plan
+
+
+def evaluate_and_export(
+    recipe: Recipe,
+    first: Material,
+    here: Material,
+    corpus: Corpus,
+    budgets: tuple[Budget, Budget],
+    plan: Plan,
+    run: RunDirectory,
+    size: Size,
+) -> None:
+    """Measure the models of a size, write the last of them, and export it, as far as that is not done yet."""
+    out, dense = size.folder, here.dense
+    measured_file = out / "evaluation" / "measured.json"
+    evaluated = run.done(f"{size.prefix}evaluation")
+    if not (evaluated and run.done(f"{size.prefix}export")):
+        models = {"dense": first.dense.model}
+        # Where there is no room for all, the others wait elsewhere for their turns.
+        wait = torch.device("cpu")
+        if 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(dense.device):
+            wait = dense.device
+        uniform = uniform_plan(first.space, budgets[1])
+        if uniform is not None:
+            models["uniform"] = first.cut(uniform).to(wait)  # type: ignore[arg-type]
+        if here is not first:
+            models[f"{STEP}{recipe.steps - 1}"] = dense.model
+        models["found"] = here.cut(plan).to(wait)  # type: ignore[arg-type]
+        if recipe.recovery.wanted:
+            models["recovered"] = here.result(recipe, plan, size.folder).to(wait)  # type: ignore[arg-type]
+        last = models[next(reversed(models))]
+        if not evaluated:
+            with run.stage(f"{size.prefix}evaluation", measured_file):
+                write_json(measured_file, _measure(recipe, dense, corpus, budgets[0], plan, models, size), sealed=True)
+        with run.stage(f"{size.prefix}export", out / "model"):
+            as_json = plan.to_dict(here.space)
+            export_hf(last, dense, as_json, model_card(recipe, as_json, read_json(measured_file)), out / "model")
+    for target in recipe.export.targets:
+        if not run.done(f"{size.prefix}{target}"):
+            with run.stage(f"{size.prefix}{target}") as facts:
+                parallel = recipe.export.tensor_parallel if target == "vllm" else 1
+                exported = export_model(out, target, tensor_parallel=parallel)
+                facts["proof"] = str(exported.proof) if exported.proof else None
+            for line in exported.lines():
+                log.info("%s", line)
+    log.info("done: %s", out / "model")
+
+
+def _measure(
+    recipe: Recipe,
+    dense: DenseModel,
+    corpus: Corpus,
+    budget: Budget,
+    plan: Plan,
+    models: Mapping[str, DarwinLMForCausalLM],
+    size: Size,
+) -> dict[str, Any]:
+    """What `measured.json` holds; the last of `models` is the result."""
+    rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
+    last = models[list(models)[-1]]
+    sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
+    with visiting(last, dense.device):
+        sample["after"] = write_sample(last, dense.tokenizer)
+    limits: list[dict[str, Any]] = [
+        {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
+        for limit in budget.limits
+    ]
+    for limit in limits:
+        if limit["name"] == "latency":
+            timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
+            seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
+            limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
+    return {
+        "model": recipe.model,
+        "target": size.name,
+        "rows": rows,
+        "limits": limits,
+        "sample": sample,
+        "environment": environment(dense.device),
+        "seed": recipe.seed,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, for every number that is reported."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {
+        "device": name,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "darwinlm": darwinlm.__version__,
+    }

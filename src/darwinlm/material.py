@@ -1,0 +1,50 @@
+"""What a step cuts plans out of: a model and its database."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.cutting import build_model, copy_trained
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.database.store import Database
+from darwinlm.files import read_tensors
+from darwinlm.plan import Plan, Space
+from darwinlm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a step cuts plans out of."""
+
+    dense: DenseModel
+    """The model that the run began with or, in later steps, what the step before has left."""
+    database: Database
+
+    @property
+    def space(self) -> Space:
+        """The search space."""
+        return self.database.space(self.dense.sites)
+
+    def cut(self, plan: Plan) -> DarwinLMForCausalLM:
+        """`plan`, not trained."""
+        dense = self.dense
+        cuts = self.database.cuts(dense.sites, plan.levels, dense.device)
+        return build_model(dense.config, dense.sites, dense.weights, cuts)
+
+    def result(self, recipe: Recipe, plan: Plan, folder: Path) -> DarwinLMForCausalLM:
+        """What a step leaves: `plan`, recovered (in `folder/recovery`) if that is wanted."""
+        cut = self.cut(plan)
+        if not recipe.recovery.wanted:
+            return cut
+        return copy_trained(cut, read_tensors(folder / "recovery" / "weights.safetensors"))
+
+
+def stored_weights(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as files hold them: in `dtype`, tied ones once."""
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state

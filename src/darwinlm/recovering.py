@@ -1,0 +1,90 @@
+"""The recovery of a step: refit, training, and what lets it go on."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from darwinlm import dist
+from darwinlm.adapters.cutting import assemble, build_model, pruned_config
+from darwinlm.adapters.loading import fast_dtype
+from darwinlm.data import Corpus, TextStream
+from darwinlm.files import RunDirectory, Step, find_fault, read_json, run_steps, write_bytes, write_json
+from darwinlm.material import Material, stored_weights
+from darwinlm.plan import Plan
+from darwinlm.progress import log
+from darwinlm.recipe import Recipe
+from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_checkpoints, save_weights
+from darwinlm.recovery.refit import refit_if_it_helps
+from darwinlm.recovery.stage import recover, steps_for
+
+SAMPLES = "samples"
+"""In the manifest, of a recovery: how many blocks it has read."""
+
+
+def recover_plan(
+    recipe: Recipe, here: Material, corpus: Corpus, plan: Plan, step: Step, folder: Path, run: RunDirectory
+) -> int:
+    """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`. Returns how many blocks it read.
+
+    Every step but the last has the same share of the tokens. The last has what is left, and each reads on in the text
+    where the one before has stopped.
+    """
+    dense, database = here.dense, here.database
+    earlier = run_steps(recipe, run.path)[: step.number - 1]
+    passed = sum(run.facts(f"{one.prefix}recovery").get(SAMPLES, 0) for one in earlier)
+    left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
+    share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
+    wanted = recipe.recovery.model_copy(update={"tokens": share})
+    # What is sharded need not fit on one device.
+    place = torch.device("cpu") if wanted.sharding == "fsdp" else dense.device
+    cuts = database.cuts(dense.sites, plan.levels, place)
+    if wanted.refit_tokens > 0:
+        refitted = folder / "refit"
+        with dist.main_first():
+            if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
+                if refitted.exists():
+                    log.warning("%s: it is refitted anew", fault)
+                cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
+                model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
+                fitted_BT, judged_BT = corpus.tokens("trial", wanted.refit_tokens), corpus.blocks["score"]
+                refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
+                save_weights(refitted, stored_weights(model, torch.float32))
+        tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
+        model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
+    else:
+        weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
+        model = build_model(dense.config, dense.sites, weights, cuts, trainable=True)
+    # The teacher has a dtype of its own, and memory is for the training now.
+    dense.release()
+    teacher = None
+    if wanted.distillation > 0:
+        fast = fast_dtype(dense.device)
+        dtype = fast if wanted.teacher_dtype == "auto" else getattr(torch, wanted.teacher_dtype)
+        teacher = dense.reference.whole(place, dtype)
+    text: Tensor | TextStream = corpus.marked["trial"]
+    if wanted.text == "stream":
+        stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
+        begin = read_json(stopped[0]) if stopped else None
+        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged, begin)
+    validation_BT = corpus.marked["score"]
+    model, done = recover(
+        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device, passed=passed
+    )
+    if dist.rank() == 0:
+        history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
+        write_json(folder / "losses.json", history)
+        if step.number < recipe.steps and checkpoints(folder) and isinstance(text, TextStream):
+            write_json(folder / "text.json", read_json(checkpoints(folder)[-1] / "text.json"))
+        write_bytes(folder / "weights.safetensors", save(stored_weights(model, dense.dtype)))
+        forget_recovery(folder)
+    dist.barrier()
+    return steps_for(wanted, recipe.data.sequence_length) * wanted.batch_size
+
+
+def forget_recovery(folder: Path) -> None:
+    """Remove what lets an interrupted recovery go on."""
+    remove_checkpoints(folder)
+    shutil.rmtree(folder / "refit", ignore_errors=True)
