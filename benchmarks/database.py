@@ -10,7 +10,7 @@
 and keep ten snapshots. The plain way is what the formulas say: full matrices in float32, a rank-one update of the
 inverse and of the weight for each removal. Where that would take hours, `--removals` lets both stop early, and the
 ratio is of that part. `stage`: random token ids, which cost what text costs; `--out FOLDER` keeps the database.
-`memory`: random weights of one shape. `same`: do two databases keep the same units, and how far are their weights apart?
+`memory`: random weights of one shape. `same`: do two databases keep the same units, how far are their weights apart?
 """
 
 import argparse
