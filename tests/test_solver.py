@@ -88,6 +88,7 @@ def test_a_column_that_was_no_candidate_goes_when_its_turn_comes(seed, monkeypat
 
     monkeypatch.setattr(solver._Columns, "_steps_without_others", counted)
     monkeypatch.setattr(solver, "BLOCK", 8)
+    monkeypatch.setattr(solver, "_FEWEST", 1)
     found = prune_site(weight, gram, columns_per_unit=1, sizes=[80, 30, 1], damping=DAMPING)
     for one in found:
         other = expected[119 - len(one.kept)]

@@ -9,6 +9,7 @@ working matrices, B removals in a block, R random probes.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,14 +18,18 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-BLOCK = 128
-"""Removals between two updates of the big matrices."""
+BLOCK = 256
+"""Removals between two updates of the big matrices, at most."""
+_CANDIDATES, _FEWEST = 1.5, 32
+"""Columns that a block is chosen from: so many for each that goes, and at least so many."""
+_MORE = 1.5
+"""Times as many from then on, where they did not suffice for all of a block."""
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
 _LEAST_RIDGE = 1e-8
 """Of inputs that are always zero. Any would do, but rounding turns this share of the weights' squares into error."""
 _PROBES = 8
-_LEAF = 256
+_LEAF = 192
 """Size below which a Cholesky factorisation inverts faster than products of halves."""
 
 
@@ -104,7 +109,9 @@ def _invert(matrix_nn: Tensor) -> None:
     -A^-1 B S^-1 beside it, and A^-1 + A^-1 B S^-1 B^T A^-1 above.
     """
     if len(matrix_nn) <= _LEAF:
-        torch.cholesky_inverse(torch.linalg.cholesky(matrix_nn), out=matrix_nn)
+        identity_nn = torch.eye(len(matrix_nn), dtype=matrix_nn.dtype, device=matrix_nn.device)
+        root_nn = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix_nn), identity_nn, upper=False)
+        torch.mm(root_nn.T, root_nn, out=matrix_nn)
         return
     half = len(matrix_nn) // 2
     A, B, D = matrix_nn[:half, :half], matrix_nn[:half, half:], matrix_nn[half:, half:]
@@ -161,8 +168,7 @@ class _State:
         if self._excess() > _EXCESS * self.damped_error.item():
             self.renew()
         units_U, order_U = self.units_n.sort()
-        weight_KO = self.weight_nO.index_select(0, _columns_of(order_U, self.C))
-        return units_U, weight_KO.T.contiguous()
+        return units_U, self.weight_nO.index_select(0, _columns_of(order_U, self.C)).T
 
     def _times_hessian(self, rows_RI: Tensor, columns: Tensor | slice) -> Tensor:
         return (rows_RI @ self.gram_II)[:, columns] + self.ridge * rows_RI[:, columns]
@@ -200,12 +206,12 @@ class _Columns(_State):
 
     def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         super().__init__(weight_OI, gram_II, ridge, columns_per_unit)
-        self.candidates = 2 * BLOCK
+        self.candidates = _CANDIDATES
 
     def remove(self, count: int) -> None:
         """Remove `count` more columns."""
         while count > 0:
-            removed = self._remove_block(min(count, BLOCK))
+            removed = self._remove_block(-(-count // -(-count // BLOCK)))
             count -= removed
             self.units_left -= removed
             if 4 * self.units_left < 3 * len(self.units_n):
@@ -215,8 +221,8 @@ class _Columns(_State):
         """Remove up to `block` columns, at least one; how many."""
         # Of what is gone only rounding is left: an infinite square keeps it from going again.
         inverse_n = self.inverse_nn.diagonal().masked_fill(self.gone_n, 1.0)
-        squares_n = self.weight_nO.square().sum(1).masked_fill_(self.gone_n, torch.inf)
-        candidates = min(self.candidates, self.units_left)
+        squares_n = torch.linalg.vector_norm(self.weight_nO, dim=1).square_().masked_fill_(self.gone_n, torch.inf)
+        candidates = min(max(_FEWEST, math.ceil(self.candidates * block)), self.units_left)
         among_C = (squares_n / inverse_n).topk(candidates, largest=False).indices.sort().values
         weight_CO = self.weight_nO.index_select(0, among_C)
         inverse_Cn = self.inverse_nn.index_select(0, among_C)
@@ -235,7 +241,7 @@ class _Columns(_State):
             squares_n.index_fill_(0, among_C, torch.inf)
             steps = self._steps_without_others(u_Bn, v_BO, scores_B, squares_n, inverse_n)
             if steps < block:
-                self.candidates *= 2
+                self.candidates *= _MORE
                 removed_B, scores_B, u_Bn, v_BO = (rows[:steps] for rows in (removed_B, scores_B, u_Bn, v_BO))
         self.weight_nO.addmm_(u_Bn.T, v_BO, alpha=-1)
         self.inverse_nn.addmm_(u_Bn.T, u_Bn, alpha=-1)
@@ -253,13 +259,12 @@ class _Columns(_State):
         """
         products_BB = v_BO @ v_BO.T
         before_BB = products_BB.tril(-1).mul_(2).diagonal_scatter(products_BB.diagonal())
-        drops_Bn = torch.addmm(v_BO @ self.weight_nO.T, before_BB, u_Bn, beta=2, alpha=-1).mul_(u_Bn)
+        drops_Bn = (v_BO @ self.weight_nO.T).addmm_(before_BB, u_Bn, beta=2, alpha=-1).mul_(u_Bn)
         earlier_BB = torch.ones_like(products_BB).tril_(-1)
         scores_B1 = scores_B.to(u_Bn.dtype)[:, None]
-        # By how much squares exceed what the chosen score times the diagonal of P would be.
-        margins_Bn = squares_n - scores_B1 * inverse_n
-        margins_Bn.addmm_(earlier_BB, drops_Bn, alpha=-1)
-        margins_Bn.addmm_(scores_B1 * earlier_BB, u_Bn.square())
+        # By how much squares exceed what the chosen score times the diagonal of P would be: one product.
+        factors_BX = torch.cat([-earlier_BB, scores_B1 * earlier_BB, torch.ones_like(scores_B1), -scores_B1], dim=1)
+        margins_Bn = factors_BX @ torch.cat([drops_Bn, u_Bn.square(), squares_n[None], inverse_n[None]])
         overtaken = (margins_Bn.amin(1) < 0).nonzero()
         # The first step is right by choice of the candidates; rounding may say otherwise.
         return max(1, int(overtaken[0])) if len(overtaken) else len(scores_B)
@@ -275,28 +280,32 @@ def choose(inverse_CC: Tensor, squares_CC: Tensor, block: int) -> tuple[Tensor, 
     For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one thread,
     since NumPy's own threads would keep PyTorch's from running.
     """
-    # Rows u and h of each removal, one after the other, so that a prefix of the buffer holds the terms so far.
-    terms = np.empty((2 * block, len(inverse_CC)), dtype=np.float32)
     inverse_cc, squares_cc = inverse_CC.numpy(), squares_CC.numpy()
-    inverse_c, squares_c = inverse_cc.diagonal().copy(), squares_cc.diagonal().copy()
-    scratch_c = np.empty_like(inverse_c)
+    # Half the squares, which change by -u h.
+    diagonals = np.stack([inverse_cc.diagonal(), squares_cc.diagonal() / 2])
+    inverse_c, halves_c = diagonals
+    # From the middle, rows u of the removals downwards and rows h upwards. So the terms so far are one piece, and its
+    # column s, read backwards, has their factors in the same order.
+    terms = np.empty((2 * block, len(inverse_CC)), dtype=np.float32)
+    rows, scratch = np.empty_like(diagonals), np.empty_like(diagonals)
+    u_c, h_c = rows
     chosen, scores = [], []
     with _numpy_threads().limit(limits=1):
         for step in range(block):
-            s = int(np.divide(squares_c, inverse_c, out=scratch_c).argmin())
-            u_c, h_c = terms[2 * step], terms[2 * step + 1]
-            pairs = terms[: 2 * step, s].reshape(-1, 2)
-            np.subtract(inverse_cc[s], pairs[:, 0] @ terms[: 2 * step : 2], out=u_c)
-            np.subtract(squares_cc[s], pairs[:, ::-1].reshape(-1) @ terms[: 2 * step], out=h_c)
-            pivot, square = float(u_c[s]), float(h_c[s])
-            u_c *= pivot**-0.5
-            h_c *= pivot**-0.5
-            h_c -= np.multiply(u_c, 0.5 * square / pivot, out=scratch_c)
-            inverse_c -= np.multiply(u_c, u_c, out=scratch_c)
-            squares_c -= np.multiply(np.multiply(u_c, h_c, out=scratch_c), 2.0, out=scratch_c)
-            squares_c[s], inverse_c[s] = np.inf, 1.0
-            chosen.append(s)
-            scores.append(square / pivot)
+            s = np.divide(halves_c, inverse_c, out=scratch[0]).argmin()
+            so_far = terms[block - step : block + step]
+            at_s = so_far[:, s].copy()  # BLAS takes no other
+            np.subtract(inverse_cc[s], at_s[step:] @ so_far[step:], out=u_c)
+            np.subtract(squares_cc[s], at_s[::-1].copy() @ so_far, out=h_c)
+            # NumPy's own numbers: a Python float costs as much as the operation.
+            pivot, score = u_c[s], h_c[s] / u_c[s]
+            rows *= 1 / np.sqrt(pivot)
+            h_c -= np.multiply(u_c, score / 2, out=scratch[0])
+            diagonals -= np.multiply(rows, u_c, out=scratch)
+            terms[block + step], terms[block - 1 - step] = u_c, h_c
+            inverse_c[s], halves_c[s] = 1.0, np.inf
+            chosen.append(int(s))
+            scores.append(float(score))
     return torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64)
 
 
@@ -357,4 +366,6 @@ def _numpy_threads() -> ThreadpoolController:
 
 
 def _columns_of(units_U: Tensor, columns_per_unit: int) -> Tensor:
+    if columns_per_unit == 1:
+        return units_U
     return (units_U[:, None] * columns_per_unit + torch.arange(columns_per_unit, device=units_U.device)).flatten()
