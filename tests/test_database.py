@@ -191,6 +191,13 @@ def test_activations_that_overflow_are_named_by_site(checkpoint, tmp_path):
         list(walk_blocks(dense, tokens, batch_size=1, scratch=tmp_path))
 
 
+def test_a_damping_that_rounding_drowns_is_named(dense, calibration, tmp_path):
+    recipe = RECIPE.model_copy(update={"damping": 1e-30})
+    message = r"layers\.\d\.\w+: rounding leaves its Gram matrix no inverse at database.damping=1e-30; raise it"
+    with pytest.raises(UserError, match=message):
+        build_database(dense, calibration[:1, :4], recipe, tmp_path)
+
+
 def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
     whole = build_database(dense, calibration, RECIPE.model_copy(update={"batch_size": 2}), tmp_path / "whole")

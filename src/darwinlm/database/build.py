@@ -14,6 +14,7 @@ from darwinlm.calibration.grams import SiteStatistics, walk_blocks
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.solver import prune_site, removal_error
 from darwinlm.database.store import Database
+from darwinlm.errors import UserError
 from darwinlm.progress import Phases, task
 from darwinlm.recipe import DatabaseRecipe
 
@@ -38,6 +39,9 @@ def build_database(
         folder: the database's.
         phases: a clock for `read`, `forward`, `Gram`, `solve` and `write`.
         tensor_parallel: divides the units kept at every level.
+
+    Raises:
+        UserError: if the damping is too small for a site's Gram matrix.
     """
     phases = phases or Phases()
     database = Database(folder)
@@ -111,13 +115,19 @@ def _solve(
         with phases("solve"):
             name = f"{site.output}.weight"
             weight_OI = dense.checkpoint.read([name], dense.device, torch.float32)[name]
-            snapshots = prune_site(
-                weight_OI,
-                statistics.gram_II,
-                columns_per_unit=site.columns_per_unit,
-                sizes=level_sizes(site, recipe.levels, tensor_parallel)[1:-1],
-                damping=recipe.damping,
-            )
+            try:
+                snapshots = prune_site(
+                    weight_OI,
+                    statistics.gram_II,
+                    columns_per_unit=site.columns_per_unit,
+                    sizes=level_sizes(site, recipe.levels, tensor_parallel)[1:-1],
+                    damping=recipe.damping,
+                )
+            except torch.linalg.LinAlgError:
+                raise UserError(
+                    f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
+                    "raise it (0.01 is the default), or give more calibration text"
+                ) from None
         with phases("write"):
             entries[site.name] = database.write_site(
                 site,
