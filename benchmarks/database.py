@@ -160,18 +160,19 @@ def time_stage(model: str, blocks: int, length: int, device: torch.device, seed:
 def compare_databases(one: Path, other: Path) -> None:
     indices = [json.loads((folder / "index.json").read_text(encoding="utf-8"))["sites"] for folder in (one, other)]
     assert indices[0].keys() == indices[1].keys()
-    kept = differ = 0
+    kept = differ = compared = 0
     worst = 0.0
     for name in indices[0]:
         here, there = (load_file(folder / f"{name}.safetensors") for folder in (one, other))
-        for key in (key for key in here if key.endswith(".kept")):
-            units, weight = key, key.replace(".kept", ".output")
+        for units in (key for key in here if key.endswith(".kept")):
+            weight = units.replace(".kept", ".output")
             kept += len(here[units])
             differ += len(set(here[units].tolist()) ^ set(there[units].tolist())) // 2
             if torch.equal(here[units], there[units]):
+                compared += 1
                 worst = max(worst, ((here[weight] - there[weight]).norm() / here[weight].norm()).item())
     print(f"{len(indices[0])} sites, {kept:,} kept units at all levels: {differ} of them differ")
-    print(f"weights, where the units are the same: at most {worst:.1e} of their norm apart in any site and level")
+    print(f"weights at the {compared} levels with the same units: at most {worst:.1e} of their norm apart")
 
 
 def measure_memory(depths: list[int], seed: int) -> None:
@@ -240,6 +241,8 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"device": name, "machine": platform.machine(), "torch": torch.__version__}), flush=True)
     if arguments.command == "stage":
+        if arguments.out is not None and arguments.out.exists():
+            parser.error(f"{arguments.out} is there already: what it holds would not be built")
         time_stage(arguments.model, arguments.blocks, arguments.length, device, arguments.seed, arguments.out)
         return
     if arguments.command == "memory":

@@ -114,6 +114,54 @@ def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatc
         assert one.error == pytest.approx(other.error, rel=1e-3)
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_the_scale_of_the_inputs_changes_nothing(accelerator, monkeypatch):
+    if accelerator:
+        monkeypatch.setattr(solver, "choose", solver.choose_without_waiting)
+    weight, _, gram = problem(60, 1)
+    gram /= gram.diagonal().mean()
+    sizes = [40, 20, 3]
+    expected = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
+    for scale in (1e-14, 1e14):
+        for one, other in zip(
+            prune_site(weight, gram * scale, columns_per_unit=1, sizes=sizes, damping=DAMPING), expected, strict=True
+        ):
+            assert one.kept == other.kept
+            assert one.error == pytest.approx(scale * other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-7])
+def test_duplicates_with_hardly_any_damping_are_pruned_or_refused(damping, recwarn):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 90, generator=generator) * torch.logspace(-3, 1, 90)
+    x = torch.cat([x, x[:, :30]], dim=1)
+    weight, gram = torch.randn(16, 120, generator=generator), x.T @ x / len(x)
+    try:
+        found = prune_site(weight, gram, columns_per_unit=1, sizes=[90, 50, 9], damping=damping)
+    except torch.linalg.LinAlgError:
+        found = []
+    for snapshot in found:
+        assert len(set(snapshot.kept)) == len(snapshot.kept)
+        assert torch.isfinite(snapshot.weight_OK).all()
+    assert not recwarn.list
+
+
+def test_a_block_ends_where_rounding_leaves_no_pivot_and_the_inverse_is_computed_anew(monkeypatch):
+    expected = snapshots_of()
+    renewed, look, renew = [], solver._sound_steps, solver._State.renew
+    answers = iter([40, 0, 7, 0])
+    monkeypatch.setattr(solver, "_sound_steps", lambda *a: min(next(answers, 999), look(*a)))
+    monkeypatch.setattr(solver._State, "renew", lambda state: (renewed.append(True), renew(state)))
+    for one, other in zip(snapshots_of(), expected, strict=True):
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+    assert len(renewed) == 2
+    monkeypatch.setattr(solver, "_sound_steps", lambda *a: 0)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        snapshots_of()
+
+
 @pytest.mark.parametrize(("columns_per_unit", "units"), [(1, 300), (4, 60)])
 def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monkeypatch):
     expected = snapshots_of(columns_per_unit, units)
@@ -166,9 +214,10 @@ def test_units_that_never_fire_go_first_and_cost_nothing():
 def test_a_site_that_never_fires_and_a_singular_one_are_pruned_without_complaint():
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     for gram in (torch.zeros(8, 8), torch.ones(8, 8)):
-        snapshot = prune_site(weight, gram, columns_per_unit=2, sizes=[2], damping=DAMPING)[0]
-        assert torch.isfinite(snapshot.weight_OK).all()
-        assert len(snapshot.kept) == 2
+        for columns_per_unit in (1, 2):
+            snapshot = prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=[2], damping=DAMPING)[0]
+            assert torch.isfinite(snapshot.weight_OK).all()
+            assert len(snapshot.kept) == 2
 
 
 def test_removal_error_is_the_output_itself():

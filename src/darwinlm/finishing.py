@@ -99,12 +99,12 @@ def _measure(
         "rows": rows,
         "limits": limits,
         "sample": sample,
-        "environment": environment(dense.device),
+        "environment": _environment(dense.device),
         "seed": recipe.seed,
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     """Hardware and versions, for every number that is reported."""
     import transformers
 

@@ -10,11 +10,7 @@ import torch
 
 import darwinlm
 from darwinlm import dist
-from darwinlm.adapters.loading import (
-    DenseModel,
-    choose_device,
-    load_dense,
-)
+from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
@@ -25,14 +21,7 @@ from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf, load
 from darwinlm.export.targets import check_targets, sites_kept_for
-from darwinlm.files import (
-    RunDirectory,
-    Size,
-    Step,
-    file_checksum,
-    read_json,
-    run_steps,
-)
+from darwinlm.files import RunDirectory, Size, Step, file_checksum, read_json, run_steps
 from darwinlm.finishing import evaluate_and_export
 from darwinlm.lock import RunLock
 from darwinlm.material import Material

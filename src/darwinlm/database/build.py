@@ -123,7 +123,7 @@ def _solve(
                     sizes=level_sizes(site, recipe.levels, tensor_parallel)[1:-1],
                     damping=recipe.damping,
                 )
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 raise UserError(
                     f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
                     "raise it (0.01 is the default), or give more calibration text"

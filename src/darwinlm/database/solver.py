@@ -5,7 +5,8 @@ Removing the columns S of a unit from W, all others refitted, adds `tr(W_S (P_SS
 `P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives how that is done in blocks, without another outcome.
 
 Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, n columns in the
-working matrices, B removals in a block, R random probes.
+working matrices, F of them that move, B removals in a block, D columns it is chosen from, X rows of a stacked product,
+R random probes.
 """
 
 import functools
@@ -23,7 +24,7 @@ BLOCK = 256
 _CANDIDATES, _FEWEST = 1.5, 32
 """Columns that a block is chosen from: so many for each that goes, and at least so many."""
 _MORE = 1.5
-"""Times as many from then on, where they did not suffice for all of a block."""
+"""Times as many as there were for each that goes, from then on, where they did not suffice for all of a block."""
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
 _LEAST_RIDGE = 1e-8
@@ -70,6 +71,8 @@ def prune_site(
     Returns:
         One snapshot for each of `sizes`.
     """
+    if weight_OI.device.type == "mps":  # has no float64
+        weight_OI, gram_II = weight_OI.cpu(), gram_II.cpu()
     weight_OI = weight_OI.float()
     ridge = damping_ridge(gram_II, damping)
     state = (_Columns if columns_per_unit == 1 else _Blocks)(weight_OI, gram_II, ridge, columns_per_unit)
@@ -94,12 +97,10 @@ def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
 
 def damped_inverse(gram_II: Tensor, ridge: float) -> Tensor:
     """(G + ridge * I)^-1 in float32, computed in float64, which takes one such matrix and a quarter of another."""
-    # The one device without float64 leaves this to the CPU.
-    place = torch.device("cpu") if gram_II.device.type == "mps" else gram_II.device
-    work_II = gram_II.to(place, torch.float64, copy=True)
+    work_II = gram_II.to(torch.float64, copy=True)
     work_II.diagonal().add_(ridge)
     _invert(work_II)
-    return work_II.to(gram_II.device, torch.float32)
+    return work_II.float()
 
 
 def _invert(matrix_nn: Tensor) -> None:
@@ -209,40 +210,51 @@ class _Columns(_State):
         self.candidates = _CANDIDATES
 
     def remove(self, count: int) -> None:
-        """Remove `count` more columns."""
+        """Remove `count` more columns. Raises LinAlgError if P is not positive definite, however computed."""
+        anew = False
         while count > 0:
             removed = self._remove_block(-(-count // -(-count // BLOCK)))
+            if removed == 0 and anew:
+                raise torch.linalg.LinAlgError("the inverse is not positive definite")  # type: ignore[attr-defined]
+            anew = removed == 0
             count -= removed
             self.units_left -= removed
-            if 4 * self.units_left < 3 * len(self.units_n):
+            if anew or 4 * self.units_left < 3 * len(self.units_n):
                 self.compact()
+            if anew:
+                self.renew()
 
     def _remove_block(self, block: int) -> int:
-        """Remove up to `block` columns, at least one; how many."""
+        """Remove up to `block` columns; how many. None if rounding has left P without a positive pivot."""
         # Of what is gone only rounding is left: an infinite square keeps it from going again.
         inverse_n = self.inverse_nn.diagonal().masked_fill(self.gone_n, 1.0)
         squares_n = torch.linalg.vector_norm(self.weight_nO, dim=1).square_().masked_fill_(self.gone_n, torch.inf)
         candidates = min(max(_FEWEST, math.ceil(self.candidates * block)), self.units_left)
-        among_C = (squares_n / inverse_n).topk(candidates, largest=False).indices.sort().values
-        weight_CO = self.weight_nO.index_select(0, among_C)
-        inverse_Cn = self.inverse_nn.index_select(0, among_C)
+        among_D = (squares_n / inverse_n).topk(candidates, largest=False).indices.sort().values
+        weight_DO = self.weight_nO.index_select(0, among_D)
+        inverse_Dn = self.inverse_nn.index_select(0, among_D)
         on_cpu = self.inverse_nn.device.type == "cpu"
         chosen_B, scores_B = (choose if on_cpu else choose_without_waiting)(
-            inverse_Cn.index_select(1, among_C), weight_CO @ weight_CO.T, block
+            inverse_Dn.index_select(1, among_D), weight_DO @ weight_DO.T, block
         )
-        removed_B = among_C.index_select(0, chosen_B)
+        inverse_BB = inverse_Dn.index_select(0, chosen_B).index_select(1, among_D.index_select(0, chosen_B))
+        factor_BB, failed_at = torch.linalg.cholesky_ex(inverse_BB)
+        steps = _sound_steps(scores_B, failed_at)
+        if steps == 0:
+            return 0
+        chosen_B, scores_B, factor_BB = chosen_B[:steps], scores_B[:steps], factor_BB[:steps, :steps]
+        removed_B = among_D.index_select(0, chosen_B)
 
         # P_SS = L L^T. With u = L^-1 P_S and v = L^-1 W_S^T a removal changes P by -u u^T and W^T by -u v^T.
-        u_Bn, v_BO = inverse_Cn.index_select(0, chosen_B), weight_CO.index_select(0, chosen_B)
-        factor_BB = torch.linalg.cholesky(u_Bn.index_select(1, removed_B))
-        u_Bn = torch.linalg.solve_triangular(factor_BB, u_Bn, upper=False)
-        v_BO = torch.linalg.solve_triangular(factor_BB, v_BO, upper=False)
-        if candidates < self.units_left:
-            squares_n.index_fill_(0, among_C, torch.inf)
-            steps = self._steps_without_others(u_Bn, v_BO, scores_B, squares_n, inverse_n)
-            if steps < block:
-                self.candidates *= _MORE
-                removed_B, scores_B, u_Bn, v_BO = (rows[:steps] for rows in (removed_B, scores_B, u_Bn, v_BO))
+        identity_BB = torch.eye(steps, dtype=factor_BB.dtype, device=factor_BB.device)
+        root_BB = torch.linalg.solve_triangular(factor_BB, identity_BB, upper=False)
+        u_Bn, v_BO = root_BB @ inverse_Dn.index_select(0, chosen_B), root_BB @ weight_DO.index_select(0, chosen_B)
+        if candidates < self.units_left and steps > 1:
+            squares_n.index_fill_(0, among_D, torch.inf)
+            others = self._steps_without_others(u_Bn, v_BO, scores_B, squares_n, inverse_n)
+            if others < steps:
+                self.candidates = _MORE * candidates / block
+                removed_B, scores_B, u_Bn, v_BO = (rows[:others] for rows in (removed_B, scores_B, u_Bn, v_BO))
         self.weight_nO.addmm_(u_Bn.T, v_BO, alpha=-1)
         self.inverse_nn.addmm_(u_Bn.T, u_Bn, alpha=-1)
         self.gone_n.index_fill_(0, removed_B, True)
@@ -254,7 +266,7 @@ class _Columns(_State):
     ) -> int:
         """At how many of the first steps no column that was not a candidate had a lower score than the one chosen.
 
-        Step t takes `2 u_t W_t v_t - u_t^2 |v_t|^2` off the squares and `u_t^2` off the diagonal of P, where W_t is W
+        Step t takes `2 u_t W_t^T v_t - u_t^2 |v_t|^2` off the squares and `u_t^2` off the diagonal of P, where W_t is W
         less the terms of the steps before.
         """
         products_BB = v_BO @ v_BO.T
@@ -263,14 +275,21 @@ class _Columns(_State):
         earlier_BB = torch.ones_like(products_BB).tril_(-1)
         scores_B1 = scores_B.to(u_Bn.dtype)[:, None]
         # By how much squares exceed what the chosen score times the diagonal of P would be: one product.
-        factors_BX = torch.cat([-earlier_BB, scores_B1 * earlier_BB, torch.ones_like(scores_B1), -scores_B1], dim=1)
-        margins_Bn = factors_BX @ torch.cat([drops_Bn, u_Bn.square(), squares_n[None], inverse_n[None]])
+        factors_BX = torch.cat([-earlier_BB, scores_B1 * earlier_BB, -scores_B1], dim=1)
+        margins_Bn = torch.addmm(squares_n, factors_BX, torch.cat([drops_Bn, u_Bn.square(), inverse_n[None]]))
         overtaken = (margins_Bn.amin(1) < 0).nonzero()
         # The first step is right by choice of the candidates; rounding may say otherwise.
         return max(1, int(overtaken[0])) if len(overtaken) else len(scores_B)
 
 
-def choose(inverse_CC: Tensor, squares_CC: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _sound_steps(scores_B: Tensor, failed_at: Tensor) -> int:
+    """How many of the first steps had a finite score and a positive pivot; the factorisation failed at that order."""
+    order = int(failed_at)
+    unsound = (~scores_B.isfinite()).nonzero()
+    return min(order - 1 if order > 0 else len(scores_B), int(unsound[0]) if len(unsound) else len(scores_B))
+
+
+def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The next `block` of some columns in greedy order, and their scores, from their parts of P and of M = W^T W.
 
     Removing column s changes both by low-rank terms: `P - u u^T` with u = P_s / sqrt(P_ss), and `M - h u^T - u h^T`
@@ -280,57 +299,58 @@ def choose(inverse_CC: Tensor, squares_CC: Tensor, block: int) -> tuple[Tensor, 
     For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one thread,
     since NumPy's own threads would keep PyTorch's from running.
     """
-    inverse_cc, squares_cc = inverse_CC.numpy(), squares_CC.numpy()
+    inverse_dd, squares_dd = inverse_DD.numpy(), squares_DD.numpy()
     # Half the squares, which change by -u h.
-    diagonals = np.stack([inverse_cc.diagonal(), squares_cc.diagonal() / 2])
-    inverse_c, halves_c = diagonals
+    diagonals = np.stack([inverse_dd.diagonal(), squares_dd.diagonal() / 2])
+    inverse_d, halves_d = diagonals
     # From the middle, rows u of the removals downwards and rows h upwards. So the terms so far are one piece, and its
     # column s, read backwards, has their factors in the same order.
-    terms = np.empty((2 * block, len(inverse_CC)), dtype=np.float32)
+    terms = np.empty((2 * block, len(inverse_DD)), dtype=np.float32)
     rows, scratch = np.empty_like(diagonals), np.empty_like(diagonals)
-    u_c, h_c = rows
+    u_d, h_d = rows
     chosen, scores = [], []
-    with _numpy_threads().limit(limits=1):
+    with _numpy_threads().limit(limits=1), np.errstate(all="ignore"):
         for step in range(block):
-            s = np.divide(halves_c, inverse_c, out=scratch[0]).argmin()
+            s = np.divide(halves_d, inverse_d, out=scratch[0]).argmin()
             so_far = terms[block - step : block + step]
             at_s = so_far[:, s].copy()  # BLAS takes no other
-            np.subtract(inverse_cc[s], at_s[step:] @ so_far[step:], out=u_c)
-            np.subtract(squares_cc[s], at_s[::-1].copy() @ so_far, out=h_c)
+            np.subtract(inverse_dd[s], at_s[step:] @ so_far[step:], out=u_d)
+            np.subtract(squares_dd[s], at_s[::-1].copy() @ so_far, out=h_d)
             # NumPy's own numbers: a Python float costs as much as the operation.
-            pivot, score = u_c[s], h_c[s] / u_c[s]
+            pivot, score = u_d[s], h_d[s] / u_d[s]
             rows *= 1 / np.sqrt(pivot)
-            h_c -= np.multiply(u_c, score / 2, out=scratch[0])
-            diagonals -= np.multiply(rows, u_c, out=scratch)
-            terms[block + step], terms[block - 1 - step] = u_c, h_c
-            inverse_c[s], halves_c[s] = 1.0, np.inf
+            h_d -= np.multiply(u_d, score / 2, out=scratch[0])
+            diagonals -= np.multiply(rows, u_d, out=scratch)
+            terms[block + step], terms[block - 1 - step] = u_d, h_d
+            # What rounding leaves of it cannot turn this, or a score, negative.
+            inverse_d[s], halves_d[s] = np.finfo(np.float32).max, np.inf
             chosen.append(int(s))
             scores.append(float(score))
     return torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64)
 
 
-def choose_without_waiting(inverse_CC: Tensor, squares_CC: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The same for an accelerator: `s` is a tensor, and nothing in the loop waits for its value."""
-    terms_BC = inverse_CC.new_empty(2 * block, len(inverse_CC))
-    inverse_C, squares_C = inverse_CC.diagonal().clone(), squares_CC.diagonal().clone()
-    score_C = torch.empty_like(inverse_C)
-    chosen_B = torch.empty(block, dtype=torch.long, device=inverse_CC.device)
-    scores_B = inverse_CC.new_empty(block)
+    terms_BD = inverse_DD.new_empty(2 * block, len(inverse_DD))
+    inverse_D, squares_D = inverse_DD.diagonal().clone(), squares_DD.diagonal().clone()
+    score_D = torch.empty_like(inverse_D)
+    chosen_B = torch.empty(block, dtype=torch.long, device=inverse_DD.device)
+    scores_B = inverse_DD.new_empty(block)
     for step in range(block):
-        s = torch.div(squares_C, inverse_C, out=score_C).argmin().view(1)
-        terms, u_C, h_C = terms_BC[: 2 * step], terms_BC[2 * step], terms_BC[2 * step + 1]
+        s = torch.div(squares_D, inverse_D, out=score_D).argmin().view(1)
+        terms, u_D, h_D = terms_BD[: 2 * step], terms_BD[2 * step], terms_BD[2 * step + 1]
         at_s = terms.index_select(1, s)[:, 0]
-        torch.addmv(inverse_CC.index_select(0, s)[0], terms[::2].T, at_s[::2], alpha=-1, out=u_C)
+        torch.addmv(inverse_DD.index_select(0, s)[0], terms[::2].T, at_s[::2], alpha=-1, out=u_D)
         swapped = at_s.view(-1, 2).flip(1).view(-1)
-        torch.addmv(squares_CC.index_select(0, s)[0], terms.T, swapped, alpha=-1, out=h_C)
-        pivot, square = u_C.index_select(0, s), h_C.index_select(0, s)
+        torch.addmv(squares_DD.index_select(0, s)[0], terms.T, swapped, alpha=-1, out=h_D)
+        pivot, square = u_D.index_select(0, s), h_D.index_select(0, s)
         scale = pivot.rsqrt()
-        u_C.mul_(scale)
-        h_C.mul_(scale).sub_(u_C * (0.5 * square / pivot))
-        inverse_C.addcmul_(u_C, u_C, value=-1)
-        squares_C.addcmul_(u_C, h_C, value=-2)
-        squares_C.index_fill_(0, s, torch.inf)
-        inverse_C.index_fill_(0, s, 1.0)
+        u_D.mul_(scale)
+        h_D.mul_(scale).sub_(u_D * (0.5 * square / pivot))
+        inverse_D.addcmul_(u_D, u_D, value=-1)
+        squares_D.addcmul_(u_D, h_D, value=-2)
+        squares_D.index_fill_(0, s, torch.inf)
+        inverse_D.index_fill_(0, s, torch.finfo(torch.float32).max)
         chosen_B[step : step + 1] = s
         scores_B[step : step + 1] = square / pivot
     return chosen_B, scores_B
