@@ -305,7 +305,7 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
     inverse_d, halves_d = diagonals
     # From the middle, rows u of the removals downwards and rows h upwards. So the terms so far are one piece, and its
     # column s, read backwards, has their factors in the same order.
-    terms = np.empty((2 * block, len(inverse_DD)), dtype=np.float32)
+    terms, largest = np.empty((2 * block, len(inverse_DD)), dtype=np.float32), np.finfo(np.float32).max
     rows, scratch = np.empty_like(diagonals), np.empty_like(diagonals)
     u_d, h_d = rows
     chosen, scores = [], []
@@ -323,7 +323,7 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
             diagonals -= np.multiply(rows, u_d, out=scratch)
             terms[block + step], terms[block - 1 - step] = u_d, h_d
             # What rounding leaves of it cannot turn this, or a score, negative.
-            inverse_d[s], halves_d[s] = np.finfo(np.float32).max, np.inf
+            inverse_d[s], halves_d[s] = largest, np.inf
             chosen.append(int(s))
             scores.append(float(score))
     return torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64)
