@@ -276,7 +276,9 @@ def forget(run, *stages, files):
 
 
 def test_an_unfinished_run_shows_what_there_is_so_far(copied):
-    losses = json.loads((copied / "recovery" / "losses.json").read_text())["loss"]
+    written = json.loads((copied / "recovery" / "losses.json").read_text())
+    losses, evaluations = written["loss"], written["evaluations"]
+    assert len(evaluations) > 1 and collect(copied)["recovery"]["evaluations"] == evaluations
     forget(copied, "evaluation", "export", files=["evaluation/measured.json"])
     metrics = write_report(copied)
     assert metrics["pending"] == ["evaluation", "export"] and "rows" not in metrics
@@ -287,9 +289,12 @@ def test_an_unfinished_run_shows_what_there_is_so_far(copied):
         folder = copied / "recovery" / f"checkpoint-{step}"
         folder.mkdir()
         history = [{"loss": loss, "step": number} for number, loss in enumerate(losses[:step], 1)]
+        history.insert(0, {f"eval_{name}": value for name, value in evaluations[0].items()} | {"step": 0})
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (copied / "recovery" / "checkpoint-12.draft").mkdir()
-    assert [one["loss"] for one in write_report(copied)["recovery"]["curve"]] == losses[:10]
+    recovery = write_report(copied)["recovery"]
+    assert [one["loss"] for one in recovery["curve"]] == losses[:10]
+    assert recovery["evaluations"] == [evaluations[0] | {"step": 0}]
     shutil.rmtree(copied / "recovery")
 
     plan = collect(copied)["layers"]

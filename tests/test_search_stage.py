@@ -109,6 +109,23 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
     assert found[best] == pytest.approx(kls[best], rel=0.02)
 
 
+def test_a_plan_that_was_given_up_on_easy_text_does_not_look_better_than_the_winner(scored, monkeypatch):
+    dense, database, _, _ = scored
+    judge = stage._Judge(dense, database, torch.zeros(16, 8, dtype=torch.long))
+    harder = {id(heat): number for number, heat in enumerate(judge._heats)}
+    read = []
+
+    def kls(heat, above):
+        read.append((above, harder[id(heat)]))
+        return [1 + 2 * harder[id(heat)] + above + 0.01 * block for block in range(4)]
+
+    monkeypatch.setattr(judge, "_kls", kls)
+    order, scores = judge.ranked([0.5, 0.0])
+    assert (0.5, 0) in read and (0.5, 1) not in read
+    assert order == [1, 0]
+    assert scores[0] == pytest.approx(scores[1] + 0.5)
+
+
 def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_path):
     dense, database, space, budget = scored
     plans = even_plans(space, parameter_budget(0.7, space))

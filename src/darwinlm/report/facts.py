@@ -113,9 +113,9 @@ def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, An
             facts["dense_parameters"] = space.dense_parameters
             facts["share"] = facts["parameters"] / facts["dense_parameters"]
     with _reading(size.folder / "recovery"):
-        losses = _losses(size.folder / "recovery")
+        losses, evaluations = _training(size.folder / "recovery")
     if losses:
-        facts["recovery"] = {"steps": len(losses), "curve": thinned(losses)}
+        facts["recovery"] = {"steps": len(losses), "curve": thinned(losses), "evaluations": evaluations}
     return facts
 
 
@@ -258,16 +258,25 @@ def _forecast(forecast: Mapping[str, Any]) -> dict[str, Any]:
     return {"training_tokens": forecast["training_tokens"], "plans": len(forecast["scores"]), "steps": steps}
 
 
-def _losses(folder: Path) -> list[float]:
-    """Of every step of the recovery; while it runs, up to its last checkpoint."""
+def _training(folder: Path) -> tuple[list[float], list[dict[str, float]]]:
+    """Of a recovery: the loss of every step, and its evaluations; while it runs, up to its last checkpoint."""
     if (folder / "losses.json").exists():
-        return list(read_json(folder / "losses.json")["loss"])
+        history = read_json(folder / "losses.json")
+        return list(history["loss"]), [_evaluation(one, "") for one in history["evaluations"]]
     steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for checkpoint in sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         file = checkpoint / "trainer_state.json"
         if file.exists():
-            return [float(entry["loss"]) for entry in read_json(file)["log_history"] if "loss" in entry]
-    return []
+            log = read_json(file)["log_history"]
+            losses = [float(entry["loss"]) for entry in log if "loss" in entry]
+            return losses, [_evaluation(entry, "eval_") for entry in log if "eval_loss" in entry]
+    return [], []
+
+
+def _evaluation(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """`step`, `loss`, `next_token` and, with distillation, `kl`."""
+    names = [name for name in ("loss", "next_token", "kl") if prefix + name in entry]
+    return {"step": int(entry["step"]), **{name: float(entry[prefix + name]) for name in names}}
 
 
 def thinned(values: Sequence[float], points: int = _POINTS) -> list[dict[str, Any]]:

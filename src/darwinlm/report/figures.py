@@ -101,6 +101,15 @@ def recovery_chart(recovery: Mapping[str, Any]) -> Markup:
     return curve([Series(points=points, colour="recovered", dots=False)], label="Training loss by step", height=220)
 
 
+def evaluations_chart(recovery: Mapping[str, Any], name: str, title: str) -> Markup:
+    """What the evaluations of a training have measured, by step: `next_token` or `kl`."""
+    points = [
+        Point(x=one["step"], y=one[name], strong=True, title=f"step {one['step']:,}: {title} {one[name]:.3f}")
+        for one in recovery["evaluations"]
+    ]
+    return curve([Series(points=points, colour="recovered")], label=f"{title} by step", height=180)
+
+
 def family_chart(sizes: Mapping[str, Mapping[str, Any]]) -> Markup:
     """KL by parameters: a line for each kind of plan through all sizes that have been measured."""
     lines = []

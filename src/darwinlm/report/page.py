@@ -24,7 +24,13 @@ _NUMBERS: tuple[Callable[..., str], ...] = (
     *(numbers.signed_percent, numbers.probability, numbers.times, numbers.duration, numbers.memory, numbers.model_name),
 )
 _FIGURES: tuple[Callable[..., Any], ...] = (
-    *(figures.layer_charts, figures.descent_chart, figures.generations_chart, figures.recovery_chart),
+    *(
+        figures.layer_charts,
+        figures.descent_chart,
+        figures.generations_chart,
+        figures.recovery_chart,
+        figures.evaluations_chart,
+    ),
     *(figures.family_chart, figures.task_colour, figures.task_key),
 )
 _WATCH_SECONDS = 2.0

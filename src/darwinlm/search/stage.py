@@ -168,12 +168,16 @@ class _Judge:
         self._heats = [DenseReference(dense.reference.model, heat_BT) for heat_BT in heats if len(heat_BT)]
 
     def best(self, plans: Sequence[Plan]) -> tuple[int, list[float]]:
-        """The number of the plan of least KL(dense || plan), and the KL of each on what it was judged on."""
+        """The number of the plan of least KL(dense || plan), and the KL of each, as in `ranked`."""
         order, scores = self.ranked(plans)
         return order[0], scores
 
     def ranked(self, plans: Sequence[Plan]) -> tuple[list[int], list[float]]:
-        """The numbers of the plans, best first and given up last, and the KL of each on what it was judged on."""
+        """The numbers of the plans, best first and given up last, and the KL of each.
+
+        One that was given up has the winner's KL and what it was above it where both were judged: other text would
+        make it look better or worse than it is.
+        """
         running = list(range(len(plans)))
         kls: list[list[float]] = [[] for _ in plans]
         for heat in self._heats:
@@ -183,8 +187,12 @@ class _Judge:
                 kls[number] += found
             leader = min(running, key=lambda number: sum(kls[number]))
             running = [number for number in running if not _beaten(kls[number], kls[leader])]
-        scores = [sum(found) / len(found) for found in kls]
-        return sorted(range(len(plans)), key=lambda number: (-len(kls[number]), scores[number])), scores
+        order = sorted(range(len(plans)), key=lambda number: (-len(kls[number]), sum(kls[number])))
+        winner = kls[order[0]]
+        scores = [
+            statistics.fmean(winner) + statistics.fmean(found) - statistics.fmean(winner[: len(found)]) for found in kls
+        ]
+        return order, scores
 
     def _kls(self, reference: DenseReference, plan: Plan) -> list[float]:
         dense = self._dense
