@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm import cli, pipeline, progress
+from darwinlm import cli, files, pipeline, progress
 from darwinlm.adapters.loading import load_dense
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.recipe import load_recipe
@@ -75,6 +75,28 @@ def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoi
     before = files_of(tmp_path / "family")
     prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
     assert files_of(tmp_path / "family") == before
+
+    first, second = (tmp_path / "family" / "sizes" / name / "evaluation" / "measured.json" for name in ("0.8", "0.6"))
+    first.unlink()
+    measured = second.read_bytes()
+    prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
+    assert first.exists() and second.read_bytes() == measured
+
+
+@pytest.mark.parametrize(
+    ("stage", "later", "follows"),
+    [
+        ("corpus", "0.6: search", True),
+        ("0.8: evaluation", "0.8: export", True),
+        ("0.8: recovery", "0.6: recovery", False),
+        ("0.8: search", "0.6: search", True),
+        ("step 1: recovery", "step 2: database", True),
+        ("step 1: export", "search", True),
+        ("recovery", "evaluation", True),
+    ],
+)
+def test_what_is_made_again_after_a_stage(stage, later, follows):
+    assert files._follows(later, stage) == follows
 
 
 @pytest.mark.parametrize(

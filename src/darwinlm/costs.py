@@ -198,14 +198,17 @@ def _predict_step(
     )
     judging = _JUDGED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
     candidates = [search.offspring, *search.survivors[:-1]]
-    generation = sum(
-        count * (trial * (trained + rates.head_training) + score * (small + 2 * rates.head_float32))
-        for count, trial, score in zip(candidates, search.trial_tokens, search.score_tokens, strict=True)
-    )
+    tried = [
+        trial * (trained + rates.head_training) + score * (small + 2 * rates.head_float32)
+        for trial, score in zip(search.trial_tokens, search.score_tokens, strict=True)
+    ]
+    generation = sum(count * seconds for count, seconds in zip(candidates, tried, strict=True))
+    # Even sizes, the least error and the descent's plan: generation 0.
+    beginning = (3 if search.descent_rounds else 2) * tried[-1]
     reference = data.score_tokens * layers * exact
     # Where it begins is judged like a round.
     descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * judging
-    shared_out = (descending if search.descent_rounds else 0.0) + search.generations * generation
+    shared_out = (descending if search.descent_rounds else 0.0) + beginning + search.generations * generation
     searching = 2 * reference + shared_out / devices
 
     # Recovery.

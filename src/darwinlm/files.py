@@ -406,7 +406,7 @@ class RunDirectory:
         """Run a stage; its seconds (over all attempts), peak memory and what the block puts into the dict it gets go to
         the manifest, and so do the checksums of `outputs`, the files or folders of files that it leaves.
 
-        If a stage that is run again leaves other files than before, those after it are to be run again too.
+        If a stage that is run again leaves other files than before, those that follow from it are to be run again too.
         """
         before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
         start = time.monotonic()
@@ -434,8 +434,16 @@ class RunDirectory:
         if self.outputs(stage) not in ({}, sums):
             stages = list(self.manifest["stages"])
             for later in stages[stages.index(stage) + 1 :]:
-                self.manifest["stages"][later]["done"] = False
+                if _follows(later, stage):
+                    self.manifest["stages"][later]["done"] = False
         self.manifest.setdefault("files", {})[stage] = sums
+
+
+def _follows(later: str, stage: str) -> bool:
+    """Whether what the stage `later` leaves follows from what `stage` does, which comes before it."""
+    group, _, kind = stage.rpartition(": ")
+    # Of one size of a family, the others know the search alone.
+    return not group or group.startswith(STEP) or kind == "search" or later.startswith(f"{group}: ")
 
 
 def _leftover(entry: Path) -> bool:
