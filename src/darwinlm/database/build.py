@@ -126,7 +126,7 @@ def _solve(
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 raise UserError(
                     f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
-                    "raise it (0.01 is the default), or give more calibration text"
+                    "raise it (0.01 is the default) or give more calibration text, in a new run"
                 ) from None
         with phases("write"):
             entries[site.name] = database.write_site(
