@@ -13,7 +13,7 @@ candidate, ours against a deep copy of the dense model with zeros in it, trained
 does training candidates before they are judged choose better ones? Evolution from uniform sizes with and without it, in
 one selection step and in three, all with the same number of tokens (trained or scored) in each generation. `ranking`:
 how well do scores without a trial, and after one with next-token loss or distillation, rank plans as a longer recovery
-does?
+does? With `--keep FOLDER` databases stay there, as `FOLDER/seed-N/database`, and are used again.
 """
 
 import argparse
@@ -55,7 +55,7 @@ PAPER = SearchRecipe(
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
 
-_SELECTION = {"descent_rounds": 0, "generations": 3, "offspring": 8}
+_SELECTION = {"descent_rounds": 0, "offspring": 8}
 SELECTIONS = {
     "trained, three steps": SearchRecipe(
         **_SELECTION, survivors=(4, 2, 1), trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048)
@@ -116,26 +116,27 @@ def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tens
 @contextmanager
 def prepared(
     arguments: argparse.Namespace, seed: int
-) -> Iterator[tuple[Recipe, DenseModel, Corpus, DenseReference, Database, Budget]]:
-    """What the comparisons of a seed have in common; the database is gone afterwards."""
+) -> Iterator[tuple[Recipe, DenseModel, Corpus, DenseReference, Database, Budget, Path]]:
+    """What the comparisons of a seed have in common; the database is gone afterwards unless it is to be kept."""
     settings = {"model": "smollm2", "target": arguments.target, "data.source": arguments.data, "seed": seed}
     recipe = load_recipe("quick", settings)
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
     blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
     corpus, judge = read_corpus(recipe.data, dense.tokenizer, seed), DenseReference(dense.model, blocks)
-    with tempfile.TemporaryDirectory() as folder:
-        database = build_database(dense, corpus.blocks["calibration"], recipe.database, Path(folder))
+    with tempfile.TemporaryDirectory() as passing:
+        folder = arguments.keep / f"seed-{seed}" / "database" if arguments.keep else Path(passing)
+        database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder)
         budget = parameter_budget(float(arguments.target), database.space(dense.sites))
-        yield recipe, dense, corpus, judge, database, budget
+        yield recipe, dense, corpus, judge, database, budget, Path(passing) / "search"
 
 
 def compare(arguments: argparse.Namespace) -> None:
     rows: dict[str, list[tuple[float, ...]]] = {}
     for seed in arguments.seeds:
-        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget):
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
             space = database.space(dense.sites)
             start = time.perf_counter()
-            ours = search_plan(dense, database, corpus, budget, recipe.search, seed, database.folder / "search")
+            ours = search_plan(dense, database, corpus, budget, recipe.search, seed, folder)
             seconds = time.perf_counter() - start
             uniform = uniform_plan(space, budget)
             assert uniform is not None
@@ -160,11 +161,12 @@ def compare(arguments: argparse.Namespace) -> None:
 def compare_selections(arguments: argparse.Namespace) -> None:
     rows: dict[str, list[tuple[float, ...]]] = {}
     for seed in arguments.seeds:
-        with prepared(arguments, seed) as (_, dense, corpus, judge, database, budget):
+        with prepared(arguments, seed) as (_, dense, corpus, judge, database, budget, _):
             space = database.space(dense.sites)
             uniform = uniform_plan(space, budget)
             assert uniform is not None
-            for name, settings in SELECTIONS.items():
+            for name, recipe in SELECTIONS.items():
+                settings = recipe.model_copy(update={"generations": arguments.generations})
                 start = time.perf_counter()
                 search = Evolution(space, budget, settings, [uniform], seed)
                 plan = evolve(search, TrialScorer(dense, database, corpus, settings), math.inf)
@@ -188,10 +190,10 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
     }
     found: dict[str, list[float]] = {name: [] for name in cheap}
     for seed in arguments.seeds:
-        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget):
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
             space = database.space(dense.sites)
             short = recipe.search.model_copy(update={"descent_rounds": 1, "generations": 0, "forecast_candidates": 0})
-            best = search_plan(dense, database, corpus, budget, short, seed, database.folder / "search")
+            best = search_plan(dense, database, corpus, budget, short, seed, folder)
             plans = Evolution(space, budget, PAPER, [best], seed).relatives(arguments.plans)
             score = DenseReference(dense.model, corpus.tokens("score", 2048))
             scores: dict[str, list[float]] = {name: [] for name in cheap}
@@ -331,6 +333,7 @@ def main() -> None:
     comparison = commands.add_parser("compare", help="plans of one budget from several methods")
     comparison.add_argument("--without", nargs="*", default=[], help="methods to leave out, by name")
     selection = commands.add_parser("selection", help="evolution with and without training, in one step and three")
+    selection.add_argument("--generations", type=int, default=6)
     ranking = commands.add_parser("ranking", help="cheap scores against a longer recovery")
     ranking.add_argument("--plans", type=int, default=8)
     for command in (comparison, selection, ranking):
@@ -339,6 +342,7 @@ def main() -> None:
         command.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         command.add_argument("--recovery-tokens", type=int, default=0)
+        command.add_argument("--keep", type=Path, help="a folder for the databases, used again by the next command")
     trial = commands.add_parser("trial", help="seconds for a candidate")
     trial.add_argument("--repeats", type=int, default=5)
     trial.add_argument("--device", default="cpu")
@@ -351,7 +355,7 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "machine": platform.machine(),
                 "torch": torch.__version__,
-                **{key: value for key, value in vars(arguments).items() if key not in ("data", "evaluation")},
+                **{key: value for key, value in vars(arguments).items() if key not in ("data", "evaluation", "keep")},
             }
         ),
         flush=True,
