@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -542,6 +543,23 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
 )
 def test_a_setting_that_is_wrong(setting, message, refused):
     refused(message, settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "message"),
+    [
+        (["lora_rank=2", "sharding=fsdp"], None, r"recovery\.lora_rank and recovery\.sharding=fsdp do not go together"),
+        (["teacher_dtype=int8", "sharding=fsdp"], None, r"=int8 and recovery\.sharding=fsdp do not go together: the"),
+        (["teacher_top_k=8", "text=stream"], None, r"recovery\.teacher_top_k needs recovery\.text=trial: what is read"),
+        (["lora_rank=2"], "peft", r"^recovery\.lora_rank needs PEFT; pip install 'darwinlm\[lora\]'$"),
+        (["loggers=[wandb]"], "wandb", r"^recovery\.loggers: wandb is not installed; pip install wandb$"),
+        (["batch_size=3", "micro_batch_size=2"], None, r"recovery\.batch_size=3 is not a multiple of 1 processes"),
+    ],
+)
+def test_a_recovery_that_cannot_be_is_refused_before_the_search(settings, missing, message, refused, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    refused(message, settings=["recovery.tokens=32", *(f"recovery.{setting}" for setting in settings)])
 
 
 def test_two_faults_are_told_in_one_line(refused):

@@ -154,18 +154,19 @@ def test_the_command_recover_goes_on_with_a_run(run, tmp_path, capsys, monkeypat
     assert files_of(out) == before
 
 
-def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(run, tmp_path):
+@pytest.mark.parametrize("extra", [{"lora_rank": 2}, {"teacher_top_k": 8, "teacher_dtype": "int8"}])
+def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(extra, run, tmp_path):
     finished, _ = run
     out = tmp_path / "run"
     shutil.copytree(finished.path, out)
-    again = recover_again(out, {"recovery.tokens": "0.128K", "recovery.lora_rank": 2})
+    again = recover_again(out, {"recovery.tokens": "0.128K", **{f"recovery.{name}": extra[name] for name in extra}})
     losses = json.loads((out / "recovery" / "losses.json").read_text())
     assert (len(losses["loss"]), losses["evaluations"][-1]["step"]) == (4, 4)
     assert again.metrics["rows"][:3] != finished.metrics["rows"][:3]  # speeds, measured again
     assert [row["kl"] for row in again.metrics["rows"][:3]] == [row["kl"] for row in finished.metrics["rows"][:3]]
     assert again.metrics["rows"][3]["kl"] != finished.metrics["rows"][3]["kl"]
     before, after = files_of(finished.path), files_of(out)
-    changed = {name for name in before if before[name] != after[name]}
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {"recovery/losses.json", "recovery/weights.safetensors", "model/model.safetensors"}
     assert "tokens: 128" in (out / "recipe.yaml").read_text()
     assert recover_again(out).metrics == again.metrics

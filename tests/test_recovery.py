@@ -23,12 +23,13 @@ from darwinlm.adapters.cutting import build_model
 from darwinlm.data import TextStream, positions
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe, RecoveryRecipe
-from darwinlm.recovery import objective, stage
+from darwinlm.recovery import objective, stage, teacher
 from darwinlm.recovery.checkpoints import load_best, newest_intact, remove_checkpoints, save_best
 from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.refit import refit, refit_if_it_helps
 from darwinlm.recovery.stage import recover, steps_for
+from darwinlm.recovery.teacher import load_teacher, write_predictions
 from darwinlm.scoring import DenseReference
 
 CPU = torch.device("cpu")
@@ -133,6 +134,89 @@ def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, sh
     ((1 - share) * next_token + share * kl).backward()
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (7, 2.5), (VOCABULARY - 1, 1.0)])
+def test_from_the_likeliest_tokens_kl_is_that_of_these_and_another_one_and_so_is_its_gradient(
+    top_k, temperature, pruned, tmp_path, monkeypatch
+):
+    for module in (objective, teacher):
+        monkeypatch.setattr(module, "_CHUNK_TOKENS", 20)
+    monkeypatch.setattr(teacher, "_PIECE_BLOCKS", 4)
+    dense, database = pruned("qwen2", "kv_group")
+    ids = BLOCKS.long()
+    found = write_predictions(lambda: dense.model, BLOCKS, top_k, temperature, False, tmp_path, CPU)
+    blocks = [found[number] for number in range(len(BLOCKS))]
+    told = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+    model, again = (halved(dense, database, trainable=True) for _ in range(2))
+    got = Objective(model, None, 1.0, temperature)(ids, ids, **told)["loss"]
+    got.backward()
+    p, q = (torch.softmax(one(ids).logits.double() / temperature, -1)[:, :-1] for one in (dense.model, again))
+    _, order = p.detach().sort(dim=-1, descending=True)
+    p, q = (probabilities.gather(-1, order) for probabilities in (p.detach(), q))
+    p, q = (torch.cat([each[..., :top_k], each[..., top_k:].sum(-1, keepdim=True)], -1) for each in (p, q))
+    expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()
+    expected.backward()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_recovery_from_all_predictions_is_that_from_the_dense_model(cut, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "fast_dtype", lambda device: torch.float32)
+    dense, database = pruned("llama", "kv_group")
+    text = torch.cat([packed([5, 9, 10])[0], BLOCKS])
+    recipe = RecoveryRecipe(tokens=24 * 10, learning_rate=5e-3, teacher_top_k=VOCABULARY, cut_documents=cut)
+
+    def once(taught, folder):
+        model = halved(dense, database, trainable=True)
+        return recover(model, taught, text, VALIDATION, recipe, seed=0, folder=folder, device=CPU)[1]
+
+    predictions = [
+        write_predictions(lambda: dense.model, blocks, VOCABULARY, 1.0, cut, tmp_path / name, CPU)
+        for name, blocks in (("text", text), ("validation", VALIDATION))
+    ]
+    one, other = once(dense.model, tmp_path / "one"), once(teacher.Taught(*predictions), tmp_path / "other")
+    assert other.losses == pytest.approx(one.losses, abs=1e-5)
+    for mine, theirs in zip(other.evaluations, one.evaluations, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_predictions_are_written_once_and_a_damaged_piece_again(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "_PIECE_BLOCKS", 2)
+    dense, _ = pruned("qwen3", "kv_group")
+    asked = []
+
+    def load():
+        asked.append(True)
+        return dense.model
+
+    def write():
+        return write_predictions(load, BLOCKS, 5, 1.0, False, tmp_path, CPU)
+
+    before = [write()[number]["top_log_p"].clone() for number in range(len(BLOCKS))]  # they lie in the file itself
+    write()
+    assert len(asked) == 1
+    flip_a_bit(tmp_path / "00001" / "weights.safetensors")
+    written = (tmp_path / "00000" / "weights.safetensors").stat().st_mtime_ns
+    after = [write()[number]["top_log_p"] for number in range(len(BLOCKS))]
+    assert len(asked) == 2
+    assert (tmp_path / "00000" / "weights.safetensors").stat().st_mtime_ns == written
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_teacher_in_8_bits_is_the_dense_model_but_for_rounding(pruned):
+    dense, _ = pruned("qwen2", "kv_group")
+    rounded = load_teacher(dense, torch.float32, CPU, int8=True)
+    for name, linear in dense.model.model.layers.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            held = rounded.model.layers.get_submodule(name)
+            assert held.weight_OI.dtype == torch.int8
+            off = (held.weight_OI * held.scale_O[:, None] - linear.weight).abs()
+            assert (off <= linear.weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    wanted, found = dense.model(BLOCKS.long()).logits, rounded(BLOCKS.long()).logits
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
 
 
 class Killed(BaseException):
@@ -379,7 +463,6 @@ def test_a_recovery_that_runs_out_of_memory_takes_the_same_steps_in_parts(
 @pytest.mark.parametrize(
     ("settings", "missing", "message"),
     [
-        ({"lora_rank": 2, "sharding": "fsdp"}, "nothing", r"recovery\.sharding=fsdp do not go together; leave one"),
         ({"lora_rank": 2}, "peft", r"^recovery\.lora_rank needs PEFT; pip install 'darwinlm\[lora\]'$"),
         ({"loggers": ["wandb"]}, "wandb", r"^recovery\.loggers: wandb is not installed; pip install wandb$"),
     ],
@@ -419,7 +502,7 @@ from darwinlm.adapters import loading
 from darwinlm.adapters.loading import load_dense
 from darwinlm.database.store import Database
 from darwinlm.recipe import RecoveryRecipe
-from darwinlm.recovery import stage
+from darwinlm.recovery import stage, teacher
 sys.path.insert(0, sys.argv[1])
 from test_recovery import BLOCKS, VALIDATION, halved
 checkpoint, database, folder, settings, stop_at = sys.argv[2:]
@@ -437,8 +520,13 @@ class Stop(stage._Follow):
         control.should_training_stop |= state.global_step == int(stop_at)
 stage._Follow = Stop
 recipe = RecoveryRecipe(**json.loads(settings))
-teacher, place = dense.whole(dense.device, torch.float32), Path(folder)
-model, done = stage.recover(model, teacher, BLOCKS, VALIDATION, recipe, seed=0, folder=place, device=dense.device)
+taught, place = dense.whole(dense.device, torch.float32), Path(folder)
+if recipe.teacher_top_k:
+    teacher._PIECE_BLOCKS, told = 2, []
+    for name, text in (("text", BLOCKS), ("validation", VALIDATION)):
+        told.append(teacher.write_predictions(lambda: taught, text, 10**6, 1.0, False, place / name, dense.device))
+    taught = teacher.Taught(*told)
+model, done = stage.recover(model, taught, BLOCKS, VALIDATION, recipe, seed=0, folder=place, device=dense.device)
 if dist.rank() == 0:
     total = sum(p.double().abs().sum().item() for p in model.parameters())
     print(json.dumps({"losses": done.losses, "sum": total, "share": max(share)}))
@@ -541,3 +629,11 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(
     two = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "two", recipe)
     assert two["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
     assert two["sum"] == pytest.approx(one_rank["sum"], rel=1e-5)
+
+
+def test_two_ranks_share_out_the_predictions(one_rank, checkpoint, pruned, tmp_path):
+    _, database = pruned("qwen3", "kv_group")
+    recipe = {**RANKS_RECIPE, "teacher_top_k": 1}
+    two = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "run", recipe)
+    assert two["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
+    assert sorted(path.name for path in (tmp_path / "run" / "text").iterdir()) == ["00000", "00001", "00002"]

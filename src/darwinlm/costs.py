@@ -139,12 +139,14 @@ def predict(
         models += 4 * (fixed + step.left * in_sites)
     # Of weights and the two moments of AdamW; two are kept.
     checkpoint = 2 * 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
+    read = recipe.data.trial_tokens + recipe.data.score_tokens
+    predictions = 8 * recipe.recovery.teacher_top_k * read if recipe.recovery.distillation else 0
     return Costs(
         dense_parameters=dense,
         target_parameters=round(fraction * dense),
         smallest_parameters=fixed,
         stages=tuple(stages),
-        disk=stored + models + checkpoint + 4 * fraction * dense,
+        disk=stored + models + checkpoint + predictions + 4 * fraction * dense,
         advice=tuple(_advice(tuple(stages), machine, recipe)),
     )
 
@@ -213,6 +215,9 @@ def _predict_step(
 
     # Recovery.
     teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
+    before_training = 0.0
+    if recovery.teacher_top_k:
+        before_training, teacher = (data.trial_tokens + data.score_tokens) * teacher / devices, 0.0
     token = trained * (4 / 3 if recovery.activations == "recompute" else 1) + rates.head_training + teacher
     evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
     refit = recovery.refit_tokens * (exact + left * rates.layer_float32) * layers
@@ -220,7 +225,7 @@ def _predict_step(
         # What judges it: the dense model once, the pruned one before and after.
         refit += data.score_tokens * (layers * (exact + 2 * left * rates.layer_float32) + 4 * rates.head_float32)
     refit += recovery.refit_tokens * 2 * left / before * sum(d**2 + rows * d for d in columns) * rates.product
-    training = step.tokens * token / devices + (evaluated if step.tokens else 0) + refit
+    training = step.tokens * token / devices + (before_training + evaluated if step.tokens else 0) + refit
 
     base, whole = _LIBRARIES, float(item * dense)
     # Later steps hold the model that they cut beside the dense one.
@@ -250,7 +255,11 @@ def _predict_step(
         if recovery.activations == "keep"
         else layer + 2 * rows * config.num_hidden_layers * data.sequence_length
     )
-    teacher_bytes = 2 * dense if recovery.distillation > 0 else 0
+    teacher_bytes = 0.0
+    if recovery.distillation > 0:
+        teacher_bytes = 2 * dense - (in_sites if recovery.teacher_dtype == "int8" else 0)
+    predicting = base + (teacher_bytes if recovery.teacher_top_k else 0)
+    teacher_bytes = 0 if recovery.teacher_top_k else teacher_bytes
     logits = 1024 * config.vocab_size * 4 * 4
     stages = [
         StageCost(
@@ -266,10 +275,10 @@ def _predict_step(
         ),
         StageCost(
             name="recovery", seconds=training,
-            memory=base + max(
+            memory=max(predicting, base + max(
                 whole + (4 * (fixed + candidate) if recovery.refit_tokens else 0),
                 (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits,
-            ),
+            )),
         ),
     ]  # fmt: skip
     if step.last:
@@ -312,6 +321,10 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
             found.append("recovery.sharding=fsdp")
         if (recovery.micro_batch_size or recovery.batch_size // machine.devices) > 1:
             found.append("recovery.micro_batch_size=1")
+        if recovery.distillation > 0 and recovery.teacher_top_k == 0 and recovery.text == "trial":
+            found.append("recovery.teacher_top_k=64")
+        elif recovery.distillation > 0 and recovery.teacher_dtype != "int8" and recovery.sharding == "none":
+            found.append("recovery.teacher_dtype=int8")
         if recovery.lora_rank == 0:
             found.append("recovery.lora_rank=64")
     if "search" in full:

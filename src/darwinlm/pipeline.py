@@ -30,6 +30,7 @@ from darwinlm.plan import Budget, Limit, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
 from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
 from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
+from darwinlm.recovery.stage import check_recovery
 from darwinlm.report.page import write_report
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
@@ -129,6 +130,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
     check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
+    check_recovery(recipe.recovery)
     _check_alike(recipe, dense)
     steps = run_steps(recipe, out)
     for size in steps[-1].sizes:

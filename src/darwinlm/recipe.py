@@ -195,8 +195,12 @@ class RecoveryRecipe(_Section):
     """The share of KL(dense || model) in the loss; the rest is next-token loss."""
     temperature: float = Field(1.0, gt=0, le=100)
     """Of distillation."""
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the dense model in distillation; `auto`: bfloat16 where the hardware is faster with it."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Of the dense model in distillation; `auto`: bfloat16 where the hardware is faster with it; `int8`: its layers'
+    weights in 8 bits."""
+    teacher_top_k: int = Field(0, ge=0)
+    """Write the dense model's so many likeliest next tokens, for the trial and the score split, to disk, and train
+    without the model; all other tokens count as one. 0: it predicts at every step."""
     sharding: Literal["none", "fsdp"] = "none"
     """With several processes: each holds the whole model, or (FSDP2) a part of weights, gradients and optimiser."""
     evaluations: int = Field(2, ge=0)
@@ -206,6 +210,21 @@ class RecoveryRecipe(_Section):
     """An interrupted recovery repeats at most so many optimiser steps."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Where losses are sent besides the run directory."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "RecoveryRecipe":
+        if self.sharding == "fsdp" and self.lora_rank > 0:
+            raise ValueError("recovery.lora_rank and recovery.sharding=fsdp do not go together; leave one of them out")
+        if self.sharding == "fsdp" and self.teacher_dtype == "int8":
+            raise ValueError(
+                "recovery.teacher_dtype=int8 and recovery.sharding=fsdp do not go together: the dense model is sharded "
+                "too; leave one of them out"
+            )
+        if self.text == "stream" and self.teacher_top_k > 0:
+            raise ValueError(
+                "recovery.teacher_top_k needs recovery.text=trial: what is read once would be written for nothing"
+            )
+        return self
 
 
 class EvaluationRecipe(_Section):

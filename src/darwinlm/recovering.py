@@ -1,6 +1,7 @@
 """The recovery of a step: refit, training, and what lets it go on."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,19 +10,22 @@ from torch import Tensor
 
 from darwinlm import dist
 from darwinlm.adapters.cutting import assemble, build_model, pruned_config
-from darwinlm.adapters.loading import fast_dtype
+from darwinlm.adapters.loading import DenseModel, fast_dtype
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import Corpus, TextStream
 from darwinlm.files import RunDirectory, Step, find_fault, read_json, run_steps, write_bytes, write_json
 from darwinlm.material import Material, stored_weights
 from darwinlm.plan import Plan
 from darwinlm.progress import log
-from darwinlm.recipe import Recipe
+from darwinlm.recipe import Recipe, RecoveryRecipe
 from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_checkpoints, save_weights
 from darwinlm.recovery.refit import refit_if_it_helps
 from darwinlm.recovery.stage import recover, steps_for
+from darwinlm.recovery.teacher import Taught, load_teacher, write_predictions
 
 SAMPLES = "samples"
 """In the manifest, of a recovery: how many blocks it has read."""
+_PREDICTIONS = "predictions"
 
 
 def recover_plan(
@@ -59,12 +63,8 @@ def recover_plan(
         model = build_model(dense.config, dense.sites, weights, cuts, trainable=True)
     # The teacher has a dtype of its own, and memory is for the training now.
     dense.release()
-    teacher = None
-    if wanted.distillation > 0:
-        fast = fast_dtype(dense.device)
-        dtype = fast if wanted.teacher_dtype == "auto" else getattr(torch, wanted.teacher_dtype)
-        teacher = dense.reference.whole(place, dtype)
     text: Tensor | TextStream = corpus.marked["trial"]
+    teacher = _teacher(dense, wanted, corpus, place, folder) if wanted.tokens > 0 and wanted.distillation > 0 else None
     if wanted.text == "stream":
         stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
         begin = read_json(stopped[0]) if stopped else None
@@ -84,7 +84,36 @@ def recover_plan(
     return steps_for(wanted, recipe.data.sequence_length) * wanted.batch_size
 
 
+def _teacher(
+    dense: DenseModel, recipe: RecoveryRecipe, corpus: Corpus, place: torch.device, folder: Path
+) -> DarwinLMForCausalLM | Taught:
+    """The dense model as the recipe wants it, or what it predicts."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype, int8 = known.get(recipe.teacher_dtype, fast_dtype(dense.device)), recipe.teacher_dtype == "int8"
+    if recipe.teacher_top_k == 0:
+        return load_teacher(dense.reference, dtype, place, int8=int8)
+
+    @cache
+    def load() -> DarwinLMForCausalLM:
+        return load_teacher(dense.reference, dtype, dense.device, int8=int8)
+
+    text, validation = (
+        write_predictions(
+            load,
+            corpus.marked[split],
+            recipe.teacher_top_k,
+            recipe.temperature,
+            recipe.cut_documents,
+            folder / _PREDICTIONS / split,
+            dense.device,
+        )
+        for split in ("trial", "score")
+    )
+    return Taught(text, validation)
+
+
 def forget_recovery(folder: Path) -> None:
     """Remove what lets an interrupted recovery go on."""
     remove_checkpoints(folder)
-    shutil.rmtree(folder / "refit", ignore_errors=True)
+    for name in ("refit", _PREDICTIONS):
+        shutil.rmtree(folder / name, ignore_errors=True)

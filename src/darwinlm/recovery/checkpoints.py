@@ -24,7 +24,7 @@ from darwinlm.progress import log
 
 _PREFIX = "checkpoint-"
 _BEST = "best"
-_WEIGHTS = "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,7 +90,7 @@ def save_checkpoint(
     for older in checkpoints(folder)[:-1]:
         shutil.rmtree(older)
     with new_folder(folder / f"{_PREFIX}{step}") as draft:
-        save_file(weights, draft / _WEIGHTS)
+        save_file(weights, draft / WEIGHTS)
         save_file(moments, draft / "optimizer.safetensors")
         (draft / "optimizer.json").write_text(json.dumps({"groups": saved["param_groups"], "scheduler": scheduler}))
         (draft / "trainer_state.json").write_text(json.dumps(trainer_state))
@@ -109,7 +109,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """What `save_checkpoint`, `save_best` or `save_weights` wrote, on the CPU."""
-    return read_tensors(folder / _WEIGHTS)
+    return read_tensors(folder / WEIGHTS)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def save_best(folder: Path, model: nn.Module) -> None:
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `weights` into a folder of their own, with their checksum."""
     with new_folder(folder) as draft:
-        save_file(weights, draft / _WEIGHTS)
+        save_file(weights, draft / WEIGHTS)
         write_checksums(draft)
 
 

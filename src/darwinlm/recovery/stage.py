@@ -38,6 +38,7 @@ from darwinlm.recovery.checkpoints import (
 from darwinlm.recovery.forecast import FRACTIONS, forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.sharding import shard
+from darwinlm.recovery.teacher import Predictions, Taught
 
 _SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linear", "constant": "constant_with_warmup"}
 _LEAST = 20
@@ -64,8 +65,10 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     The order is the same for any number of ranks, and after resuming.
     """
 
-    def __init__(self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool) -> None:
-        self._blocks_BT, self._cut = blocks_BT, cut
+    def __init__(
+        self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool, taught: Predictions | None
+    ) -> None:
+        self._blocks_BT, self._cut, self._taught = blocks_BT, cut, taught
         generator = torch.Generator().manual_seed(seed)
         passes = -(-(passed + samples) // len(blocks_BT))
         order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])
@@ -75,7 +78,8 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _sample(self._blocks_BT[self._order[index]], self._cut)
+        block = int(self._order[index])
+        return _sample(self._blocks_BT[block], self._cut) | (self._taught[block] if self._taught is not None else {})
 
 
 class _Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -147,6 +151,8 @@ class _Trainer(Trainer):
     """The Trainer with our checkpoints (its own are pickles in part), our order of text and our evaluation."""
 
     validation_BT: Tensor | None = None
+    taught: Predictions | None = None
+    """Of `validation_BT`."""
     portion: Portion
 
     def _fitting(self, run: Callable[[int], Tensor]) -> Tensor:
@@ -179,10 +185,12 @@ class _Trainer(Trainer):
 
         def run(size: int) -> Tensor:
             parts = [
-                self.model_wrapped(**_sample(part_BT, self.cut_documents))["sums"].double().cpu()
-                for part_BT in blocks_BT.split(size)
+                self.model_wrapped(
+                    **_sample(blocks_BT[numbers], self.cut_documents), **self._predictions(numbers.tolist())
+                )["sums"]
+                for numbers in torch.arange(len(blocks_BT)).split(size)
             ]
-            return torch.stack(parts).sum(0)
+            return torch.stack(parts).double().cpu().sum(0)
 
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self._fitting(run)
@@ -198,6 +206,13 @@ class _Trainer(Trainer):
         if metrics["eval_loss"] < min(before, default=math.inf):
             save_best(Path(str(self.args.output_dir)), objective)
         return metrics
+
+    def _predictions(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The dense model's for these blocks of the validation text, if they take its place."""
+        if self.taught is None:
+            return {}
+        blocks = [self.taught[number] for number in numbers]
+        return {name: torch.stack([block[name] for block in blocks]).to(self.args.device) for name in blocks[0]}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
@@ -230,6 +245,16 @@ class _Trainer(Trainer):
         """Nothing: the order of the text comes from the seed, and the model draws no random numbers."""
 
 
+def check_recovery(recipe: RecoveryRecipe) -> None:
+    """Raises UserError if a setting cannot be met here: said before the search rather than after it."""
+    if recipe.tokens == 0:
+        return
+    _micro_batches(recipe)
+    _available(recipe.loggers)
+    if recipe.lora_rank > 0 and importlib.util.find_spec("peft") is None:
+        raise UserError("recovery.lora_rank needs PEFT; pip install 'darwinlm[lora]'")
+
+
 def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
     """Optimiser steps that `recipe.tokens` come to, rounded up."""
     return -(-recipe.tokens // (recipe.batch_size * sequence_length))
@@ -237,7 +262,7 @@ def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
 
 def recover(
     model: DarwinLMForCausalLM,
-    teacher: DarwinLMForCausalLM | None,
+    teacher: DarwinLMForCausalLM | Taught | None,
     text: Tensor | TextStream,
     validation_BT: Tensor,
     recipe: RecoveryRecipe,
@@ -252,7 +277,8 @@ def recover(
     Args:
         model: trainable, float32; the same on all ranks; on `device`, or on the CPU if it is to be sharded, and moved
             layer by layer. It is used up.
-        teacher: the model it was cut from, for distillation, of any dtype; sharded if `model` is.
+        teacher: the model it was cut from, for distillation, of any dtype, sharded if `model` is; or its predictions
+            for `text`, which is a tensor then, and for `validation_BT`.
         text: token ids, blocks * tokens, marked as in `Corpus`, shuffled by `seed` and read again when they run out; or
             a stream of blocks.
         validation_BT: other text, marked too, blocks * tokens (as many in a block), to choose the best weights by.
@@ -272,8 +298,7 @@ def recover(
     steps = steps_for(recipe, validation_BT.shape[1])
     if steps == 0:
         return model.eval(), Training([], [], 0)
-    if recipe.lora_rank > 0 and recipe.sharding != "none":
-        raise UserError("recovery.lora_rank and recovery.sharding=fsdp do not go together; leave one of them out")
+    check_recovery(recipe)
     micro, accumulation = _micro_batches(recipe)
     portion = Portion(micro, "recovery")
     if dist.world_size() == 1:
@@ -314,22 +339,23 @@ def recover(
     last = newest_intact(folder)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
-    if recipe.distillation == 0:
-        teacher = None
+    taught = teacher if isinstance(teacher, Taught) else None
+    model_taught = None if isinstance(teacher, Taught) or recipe.distillation == 0 else teacher
     adapted = _with_lora(model, recipe.lora_rank) if recipe.lora_rank > 0 else None
     if recipe.activations == "recompute":
         model.activation_checkpointing_enable({"use_reentrant": False})
-    objective = Objective(model.train(), teacher, recipe.distillation, recipe.temperature)
+    objective = Objective(model.train(), model_taught, recipe.distillation, recipe.temperature)
     if sharded:
-        shard(objective, teacher, device, dtype)
+        shard(objective, model_taught, device, dtype)
     with task("recovery (steps)", steps) as progress:
         trainer = _Trainer(
             model=objective,
             args=arguments,
-            train_dataset=_samples(text, steps, recipe, seed, last, passed),
+            train_dataset=_samples(text, steps, recipe, seed, last, passed, taught),
             callbacks=[_Follow(progress, recipe, frozenset(evaluate_at))],
         )
         trainer.validation_BT, trainer.portion, trainer.cut_documents = validation_BT, portion, recipe.cut_documents
+        trainer.taught = taught.validation if taught is not None else None
         trainer.pop_callback(PrinterCallback)
         if last is not None:
             progress.advance(step_of(last))
@@ -357,11 +383,17 @@ def recover(
 
 
 def _samples(
-    text: Tensor | TextStream, steps: int, recipe: RecoveryRecipe, seed: int, last: Path | None, passed: int
+    text: Tensor | TextStream,
+    steps: int,
+    recipe: RecoveryRecipe,
+    seed: int,
+    last: Path | None,
+    passed: int,
+    taught: Taught | None,
 ) -> _Blocks | _Stream:
     size, cut = recipe.batch_size, recipe.cut_documents
     if isinstance(text, Tensor):
-        return _Blocks(text, steps * size, seed, passed, cut)
+        return _Blocks(text, steps * size, seed, passed, cut, taught.text if taught is not None else None)
     if last is None:
         return _Stream(text, size, 0, None, cut)
     return _Stream(text, size, step_of(last), read_json(last / "text.json"), cut)
@@ -401,10 +433,8 @@ def _available(loggers: Sequence[str]) -> list[str]:
 
 def _with_lora(model: DarwinLMForCausalLM, rank: int) -> Any:
     """Freeze `model` and put trainable low-rank updates beside all projections of its layers, in place."""
-    try:
-        import peft
-    except ImportError:
-        raise UserError("recovery.lora_rank needs PEFT; pip install 'darwinlm[lora]'") from None
+    import peft
+
     with warnings.catch_warnings():
         # It asks transformers for what is called otherwise by now.
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,0 +1,147 @@
+"""The dense model in distillation: in a dtype of its own, or as predictions that are kept on disk.
+
+Dimension letters: B blocks, T tokens, N tokens of a chunk, K likeliest tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from darwinlm import dist
+from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.data import positions, unmark
+from darwinlm.files import find_fault
+from darwinlm.progress import task
+from darwinlm.recovery.checkpoints import WEIGHTS, save_weights
+from darwinlm.recovery.objective import log_mass_of_others
+
+_PIECE_BLOCKS = 32
+_CHUNK_TOKENS = 1024
+
+
+def load_teacher(dense: DenseModel, dtype: torch.dtype, place: torch.device, *, int8: bool) -> DarwinLMForCausalLM:
+    """The dense model on `place`, to predict and not to train.
+
+    Args:
+        dense: read anew from its checkpoint.
+        dtype: that it computes in.
+        place: its device.
+        int8: hold the layers' projections in 8 bits with a scale for each row; the rest stays in `dtype`.
+    """
+    if not int8:
+        return dense.whole(place, dtype)
+    # Layer by layer, so that the device never holds all of them in `dtype`.
+    model = dense.whole(torch.device("cpu"), dtype)
+    for layer in model.model.layers:
+        layer.to(place)
+        for parent in list(layer.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+    model.to(place)  # type: ignore[arg-type]
+    return model
+
+
+class Int8Linear(nn.Module):
+    """A linear map whose weights are whole numbers from -127 to 127, with a scale for each row; not to be trained."""
+
+    weight_OI: Tensor
+    scale_O: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Of `linear`, rounded to the nearest: off by at most 1/254 of the largest weight in each row."""
+        super().__init__()
+        weight_OI = linear.weight.detach().float()
+        scale_O = weight_OI.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.register_buffer("weight_OI", (weight_OI / scale_O[:, None]).round().to(torch.int8))
+        self.register_buffer("scale_O", scale_O)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` with its last dimension mapped."""
+        y = (nn.functional.linear(x, self.weight_OI.to(x.dtype)) * self.scale_O).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Predictions:
+    """What the dense model predicts at every position of some blocks: its K likeliest next tokens, and all others as
+    one outcome."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of what `write_predictions` has written there."""
+        self._folder = folder
+
+    def __getitem__(self, block: int) -> dict[str, Tensor]:
+        """`top_ids`, T * K, and their `top_log_p`, T * (K + 1), in nats, the last of all other tokens together."""
+        with safe_open(_piece(self._folder, block // _PIECE_BLOCKS) / WEIGHTS, "pt") as file:
+            return {name: file.get_slice(name)[block % _PIECE_BLOCKS] for name in ("top_ids", "top_log_p")}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The dense model's predictions, in place of the model."""
+
+    text: Predictions
+    validation: Predictions
+
+
+def write_predictions(
+    load: Callable[[], DarwinLMForCausalLM],
+    marked_BT: Tensor,
+    top_k: int,
+    temperature: float,
+    cut: bool,
+    folder: Path,
+    device: torch.device,
+) -> Predictions:
+    """Write the predictions of a model for some text; ranks share the pieces out, and what is there already is kept.
+
+    Args:
+        load: gives the model, on `device`; not called if nothing is left to do.
+        marked_BT: token ids, marked as in `Corpus`.
+        top_k: how many tokens to keep at each position, at most all but one.
+        temperature: that the logits are divided by.
+        cut: no token sees the document before its own.
+        folder: to write to.
+        device: this rank's.
+    """
+    pieces = marked_BT.split(_PIECE_BLOCKS)
+    numbers = range(dist.rank(), len(pieces), dist.world_size())
+    left = [number for number in numbers if find_fault(_piece(folder, number)) is not None]
+    if left:
+        model = load()
+        with task("the dense model's predictions (blocks)", sum(len(pieces[number]) for number in left)) as progress:
+            for number in left:
+                blocks = []
+                for block_T in pieces[number].long():
+                    blocks.append(_predict(model, block_T.to(device), top_k, temperature, cut))
+                    progress.advance()
+                together = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+                save_weights(_piece(folder, number), together)
+    dist.barrier()
+    return Predictions(folder)
+
+
+@torch.no_grad()
+def _predict(
+    model: DarwinLMForCausalLM, marked_T: Tensor, top_k: int, temperature: float, cut: bool
+) -> dict[str, Tensor]:
+    ids_1T = unmark(marked_T)[0].unsqueeze(0)
+    position_ids = positions(marked_T).unsqueeze(0) if cut else None
+    hidden_TD = model.model(input_ids=ids_1T, position_ids=position_ids, use_cache=False).last_hidden_state[0]
+    found: dict[str, list[Tensor]] = {"top_ids": [], "top_log_p": []}
+    for chunk_ND in hidden_TD.split(_CHUNK_TOKENS):
+        log_p_NV = (model.lm_head(chunk_ND).float() / temperature).log_softmax(-1)
+        top_NK, ids_NK = log_p_NV.topk(min(top_k, log_p_NV.shape[-1] - 1))
+        found["top_ids"].append(ids_NK.int().cpu())
+        found["top_log_p"].append(torch.cat([top_NK, log_mass_of_others(log_p_NV, ids_NK)], -1).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _piece(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}"
