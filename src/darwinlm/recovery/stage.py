@@ -66,7 +66,7 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool, taught: Predictions | None
+        self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool, taught: Predictions | None = None
     ) -> None:
         self._blocks_BT, self._cut, self._taught = blocks_BT, cut, taught
         generator = torch.Generator().manual_seed(seed)
