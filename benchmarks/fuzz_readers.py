@@ -32,7 +32,7 @@ def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[byt
     from darwinlm.database.store import Database, read_space
     from darwinlm.files import RunDirectory, find_fault, read_json, write_json
     from darwinlm.plan import Plan
-    from darwinlm.recipe import load_recipe, parse_override
+    from darwinlm.settings import load_recipe, parse_override
 
     asked = {"model": "m", "target": 0.5}
     recipe = load_recipe("quick", asked)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from darwinlm.costs import plan_run
 from darwinlm.rates import GPUS
-from darwinlm.recipe import load_recipe
+from darwinlm.settings import load_recipe
 
 CASES = {
     "Llama-2-7B": ("llama2_7b_2.7b", "2.7B", {

@@ -38,7 +38,7 @@ from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
-from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe, load_recipe
+from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
@@ -46,6 +46,7 @@ from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
 from darwinlm.search.stage import TrialScorer, search_plan
+from darwinlm.settings import load_recipe
 
 PAPER = SearchRecipe(
     descent_rounds=0, generations=1000, offspring=8, max_flips=3, survivors=(4, 2, 1),

@@ -32,7 +32,7 @@ from darwinlm.files import RunDirectory, naming_disk_faults, new_folder
 from darwinlm.lock import RunLock
 from darwinlm.pipeline import prune
 from darwinlm.plan import check_target
-from darwinlm.recipe import load_recipe, parse_override
+from darwinlm.settings import load_recipe, parse_override
 
 SMALL = [
     "data.sequence_length=16",

@@ -11,7 +11,7 @@ from darwinlm.adapters.loading import load_config
 from darwinlm.cli import main
 from darwinlm.costs import plan_run, predict
 from darwinlm.rates import GPUS, Machine, measure_rates, rates_of
-from darwinlm.recipe import load_recipe
+from darwinlm.settings import load_recipe
 
 
 def recipe_for(model, **settings):

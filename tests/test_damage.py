@@ -15,7 +15,7 @@ from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.files import RunDirectory, read_json, write_json
 from darwinlm.pipeline import prune
-from darwinlm.recipe import load_recipe
+from darwinlm.settings import load_recipe
 
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]
 MADE_AGAIN = {

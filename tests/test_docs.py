@@ -12,7 +12,7 @@ import yaml
 from conftest import SETTINGS
 
 from darwinlm.cli import app
-from darwinlm.recipe import _known_keys
+from darwinlm.settings import known_keys
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -84,7 +84,7 @@ def test_every_command_and_every_setting_is_explained():
             assert part.help, f"{name}: {part.name} has no help"
             if part.param_type_name == "option":
                 assert f"| `{part.opts[0]}" in commands
-    for key in _known_keys():
+    for key in known_keys():
         assert f"| `{key}` |" in settings or f"\n## {key}\n" in settings, key
     for kind, fields in generator().field_docs().items():
         for field, text in fields.items():
@@ -106,7 +106,7 @@ def test_commands_parse(page):
     for name, *arguments in command_lines(page):
         context = COMMANDS[name].make_context(name, list(arguments))
         for setting in context.params.get("settings") or []:
-            assert setting.partition("=")[0] in _known_keys(), setting
+            assert setting.partition("=")[0] in known_keys(), setting
 
 
 def test_there_are_commands_to_parse():

@@ -15,9 +15,10 @@ from darwinlm.database.store import Database
 from darwinlm.export.targets import TARGETS, sites_kept_for
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
-from darwinlm.recipe import Target, make_recipe
+from darwinlm.recipe import Target
 from darwinlm.search.allocation import cheapest_plan, even_plans
 from darwinlm.search.sensitivity import measure_sensitivity
+from darwinlm.settings import make_recipe
 
 
 def test_the_recipe_knows_all_targets():

@@ -13,7 +13,9 @@ from darwinlm.database.store import Database, read_space
 from darwinlm.errors import UserError
 from darwinlm.files import read_json, write_json
 from darwinlm.plan import Plan, SiteLevels, Space, check_target, parameter_budget
-from darwinlm.recipe import Recipe, _known_keys, load_recipe, parse_override, parse_target, split_targets
+from darwinlm.recipe import Recipe
+from darwinlm.settings import known_keys, load_recipe, parse_override
+from darwinlm.target import parse_target, split_targets
 
 FUZZ = settings(
     max_examples=200,
@@ -35,7 +37,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-KEYS = st.sampled_from(_known_keys()) | st.text(max_size=12)
+KEYS = st.sampled_from(known_keys()) | st.text(max_size=12)
 SPACE = Space(
     sites=tuple(
         SiteLevels(

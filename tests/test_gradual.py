@@ -25,12 +25,13 @@ from darwinlm.export.targets import export_model
 from darwinlm.files import run_steps
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.plan import Limit, Plan, make_budget
-from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe, load_recipe
+from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import _Blocks
 from darwinlm.report.layers import inspect
 from darwinlm.search.resources import measure_latencies
 from darwinlm.search.stage import TrialScorer
+from darwinlm.settings import load_recipe
 
 CPU = torch.device("cpu")
 CASES = [(family, granularity) for family in FAMILIES for granularity in GRANULARITIES]

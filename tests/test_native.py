@@ -16,8 +16,8 @@ from darwinlm.database.store import Database
 from darwinlm.export.targets import export_model
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import make_recipe
 from darwinlm.search.allocation import even_plans
+from darwinlm.settings import make_recipe
 
 SMALL = {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 40}
 INDIVISIBLE = {"num_attention_heads": 5, "num_key_value_heads": 1, "intermediate_size": 40}

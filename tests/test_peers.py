@@ -18,8 +18,8 @@ from darwinlm.adapters.cutting import build_model, count_parameters
 from darwinlm.adapters.loading import load_dense
 from darwinlm.data import read_corpus
 from darwinlm.evaluation.measure import parameters_of
-from darwinlm.recipe import load_recipe
 from darwinlm.scoring import DenseReference
+from darwinlm.settings import load_recipe
 
 IDS = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(3))
 

@@ -21,7 +21,7 @@ import darwinlm
 from darwinlm import cli, files, pipeline, progress
 from darwinlm.adapters.loading import load_dense
 from darwinlm.pipeline import prune, recover_again
-from darwinlm.recipe import load_recipe
+from darwinlm.settings import load_recipe
 
 
 def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):

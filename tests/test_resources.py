@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from darwinlm.adapters.cutting import build_model
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of
 from darwinlm.plan import Plan, make_budget
-from darwinlm.recipe import RESOURCES, WorkloadRecipe
+from darwinlm.recipe import WorkloadRecipe
 from darwinlm.search.resources import measure_latencies, resource_limits
+from darwinlm.target import RESOURCES
 
 WORKLOAD = WorkloadRecipe(batch_size=2, prompt_tokens=20, new_tokens=0)
 

@@ -26,8 +26,8 @@ from darwinlm.export.card import model_card
 from darwinlm.files import open_new, write_json
 from darwinlm.lock import RunLock
 from darwinlm.pipeline import prune
-from darwinlm.recipe import load_recipe
 from darwinlm.report.summary import show
+from darwinlm.settings import load_recipe
 
 CPU = torch.device("cpu")
 

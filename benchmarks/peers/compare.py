@@ -42,10 +42,11 @@ from darwinlm.demo import resolve
 from darwinlm.evaluation.measure import parameters_of
 from darwinlm.files import write_bytes
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import Recipe, RecoveryRecipe, load_recipe
+from darwinlm.recipe import Recipe, RecoveryRecipe
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
 from darwinlm.search.stage import search_plan
+from darwinlm.settings import load_recipe
 
 Candidates = Iterator[tuple[str, DarwinLMForCausalLM]]
 """What a method proposes, in words, and the model."""

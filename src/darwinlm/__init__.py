@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from darwinlm.errors import UserError
-from darwinlm.recipe import Recipe, load_recipe
+from darwinlm.recipe import Recipe
+from darwinlm.settings import load_recipe
 
 if TYPE_CHECKING:
     from darwinlm.export.hf import load

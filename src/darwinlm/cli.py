@@ -103,8 +103,8 @@ def plan(
     from rich.console import Console
 
     from darwinlm.costs import plan_run
-    from darwinlm.recipe import load_recipe
     from darwinlm.report.summary import show_costs
+    from darwinlm.settings import load_recipe
 
     asked = {"model": model, "target": target} | ({} if steps is None else {"steps": steps})
     checked = load_recipe(recipe, asked | _overrides(settings))
@@ -275,7 +275,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None:
-    from darwinlm.recipe import load_recipe
+    from darwinlm.settings import load_recipe
 
     checked = load_recipe(recipe, overrides)
     _start(quiet)
@@ -333,7 +333,7 @@ def _silence_libraries() -> None:
 
 
 def _overrides(settings: list[str] | None) -> dict[str, Any]:
-    from darwinlm.recipe import parse_override
+    from darwinlm.settings import parse_override
 
     return dict(parse_override(setting) for setting in settings or [])
 

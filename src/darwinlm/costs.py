@@ -18,7 +18,8 @@ from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.plan import check_target
 from darwinlm.rates import GPUS, Machine, Rates, machine_here, measure_rates, rates_of
-from darwinlm.recipe import Recipe, parse_target, split_targets
+from darwinlm.recipe import Recipe
+from darwinlm.target import parse_target, split_targets
 
 _SOLVER_UTILISATION = 0.45
 """Of the speed of large matrix products, what the solver reaches."""

@@ -21,7 +21,9 @@ from darwinlm import dist
 from darwinlm.errors import UserError
 from darwinlm.memory import naming_memory_faults
 from darwinlm.progress import log
-from darwinlm.recipe import Recipe, differences, make_recipe, parse_target, split_targets
+from darwinlm.recipe import Recipe
+from darwinlm.settings import differences, make_recipe
+from darwinlm.target import parse_target, split_targets
 
 FORMAT = 1
 LOCK = "lock"

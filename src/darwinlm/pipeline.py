@@ -28,13 +28,14 @@ from darwinlm.material import Material
 from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.plan import Budget, Limit, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe, Target, change_recipe, differences, load_recipe
+from darwinlm.recipe import Recipe, Target
 from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
 from darwinlm.recovery.stage import check_recovery
 from darwinlm.report.page import write_report
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
+from darwinlm.settings import change_recipe, differences, load_recipe
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,6 @@
 """A recipe: everything that was asked of a run, as data that checks itself before any model is loaded."""
 
-import difflib
 import re
-import reprlib
-from decimal import Decimal
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -14,22 +9,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from darwinlm.errors import UserError
+from darwinlm.target import not_a_size, parse_size, parse_target, show, split_targets
 
-RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
-"""What a target can limit."""
 Target = Literal["gguf", "vllm", "hf-native", "mlx", "onnx"]
 """What a pruned model can be exported to."""
-_MOST_BYTES = 2**20
-_MOST = 10**1000
-"""Parameters or bytes; Python prints no integers of thousands of digits."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -279,7 +268,7 @@ class Recipe(_Section):
     @classmethod
     def _target_is_a_size(cls, value: Any) -> float | str:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError(_neither(value))
+            raise ValueError(not_a_size(value))
         value = value.strip() if isinstance(value, str) else value
         for target in split_targets(value):
             for name, size in parse_target(target).items():
@@ -288,7 +277,7 @@ class Recipe(_Section):
                     raise ValueError(f"target {str(target)[:80]} must be above 0 and at most 1 (a fraction){count}")
         if isinstance(value, str) and ("=" in value or "," in value):
             if len(set(split_targets(value))) < len(split_targets(value)):
-                raise ValueError(f"target {_show(value)}: a size is asked for twice")
+                raise ValueError(f"target {show(value)}: a size is asked for twice")
             return value
         size = parse_size(value)
         if isinstance(size, int):
@@ -300,7 +289,7 @@ class Recipe(_Section):
         targets = split_targets(self.target)
         if self.steps > 1 and len(targets) > 1:
             raise ValueError(
-                f"steps={self.steps} with target {_show(self.target)}: the sizes of a family come from one database; "
+                f"steps={self.steps} with target {show(self.target)}: the sizes of a family come from one database; "
                 "ask for one size, or leave steps out"
             )
         if self.steps > 1 and "latency" in parse_target(targets[0]):
@@ -355,204 +344,3 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """Every setting, defaults filled in, in the order of this file."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-
-
-def parse_size(value: float | str) -> float | int:
-    """Read a target: a fraction as float (`0.5`), a count of parameters as int (`2.7B`, `500M`).
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(value, str):
-        text = value.strip().replace("_", "")
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMBT])", text, re.IGNORECASE)
-        if match:
-            return _count(Decimal(match[1]) * {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2].upper()])
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError(_neither(value)) from None
-    if value >= 1_000 and value % 1 == 0:
-        return _count(value)
-    return float(value)
-
-
-def _count(value: float | Decimal) -> int:
-    if value >= _MOST:
-        raise ValueError("target: no model has so many parameters or bytes")
-    return int(value)
-
-
-def split_targets(value: float | str) -> list[float | str]:
-    """The sizes of a family (`0.8,0.6,0.45`), or the one target that is asked for."""
-    if isinstance(value, str) and "," in value and "=" not in value:
-        return [part.strip() for part in value.split(",")]
-    return [value]
-
-
-def parse_target(value: float | str) -> dict[str, float | int]:
-    """Read a target as limits by resource; a size alone limits `params`.
-
-    `params` takes a fraction (float) or a count (int), `memory` a fraction or bytes (`8GB`); `flops`, `kv_cache` and
-    `latency` take a fraction of the dense model's.
-
-    Raises:
-        ValueError: if it is none of this.
-    """
-    if not isinstance(value, str) or "=" not in value:
-        return {"params": parse_size(value)}
-    limits: dict[str, float | int] = {}
-    for part in value.split(","):
-        name, _, size = (piece.strip() for piece in part.partition("="))
-        if name not in RESOURCES:
-            near = difflib.get_close_matches(name, RESOURCES, n=1, cutoff=0.0)[0]
-            raise ValueError(f"target {_show(value)}: {name!r} cannot be limited; did you mean {near!r}?")
-        if name in limits:
-            raise ValueError(f"target {_show(value)}: {name} is limited twice")
-        in_bytes = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)B", size, re.IGNORECASE) if name == "memory" else None
-        if in_bytes:
-            base = 1024 if len(in_bytes[2]) == 2 else 1000
-            limits[name] = _count(Decimal(in_bytes[1]) * base ** ("KMGT".index(in_bytes[2][0].upper()) + 1))
-            continue
-        limits[name] = parse_size(size)
-        if isinstance(limits[name], int) and name != "params":
-            known = "a fraction (0.5) or bytes (8GB)" if name == "memory" else "a fraction (0.5) of the dense model's"
-            raise ValueError(f"target {_show(value)}: {name} takes {known}")
-    return limits
-
-
-def _neither(value: object) -> str:
-    return f"target {_show(value)} is neither a fraction of the parameters (0.5) nor a count of them (2.7B, 500M)"
-
-
-def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
-    """Read a recipe by name (`quick`, `paper`) or file, then apply `overrides` ({"search.offspring": 8}).
-
-    Raises:
-        UserError: naming the key, what is allowed, and for an unknown key the nearest known one.
-    """
-    return _changed(_read(recipe), overrides)
-
-
-def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """`recipe` with other settings ({"recovery.tokens": "1B"}). Raises UserError."""
-    return _changed(recipe.model_dump(mode="json"), overrides)
-
-
-def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
-    for key, value in overrides.items():
-        if not isinstance(key, str):
-            raise UserError(f"recipe: {_show(key)} is no setting; write them as search.offspring")
-        section = settings
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise UserError(f"recipe: {key!r} cannot be set: {parent!r} is a value, not a section")
-        section[leaf] = value
-    return make_recipe(settings)
-
-
-def make_recipe(settings: dict[str, Any]) -> Recipe:
-    """Check `settings` (nested) and fill in the defaults. Raises UserError."""
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        raise UserError("recipe: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for every setting that differs: `search.offspring: 6 -> 8`."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    return [f"{key}: {before.get(key)} -> {value}" for key, value in after.items() if before.get(key) != value]
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Read one `--set key=value`; the value is YAML (numbers, lists, words)."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise UserError(f"--set {_show(text)}: write key=value, for example --set search.offspring=8")
-    return key.strip(), _parse_yaml(value, f"--set {_show(text)}")
-
-
-def _read(recipe: str | Path) -> dict[str, Any]:
-    built_in = resources.files("darwinlm") / "recipes"
-    names = sorted(entry.name.removesuffix(".yaml") for entry in built_in.iterdir() if entry.name.endswith(".yaml"))
-    where = f"recipe {str(recipe)!r}"
-    try:
-        source = built_in / f"{recipe}.yaml" if str(recipe) in names else Path(recipe)
-        with source.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise UserError(f"{where} is larger than 1 MiB; that is no recipe")
-        text = content.decode()
-    except FileNotFoundError:
-        raise UserError(f"{where}: no such file; the built-in recipes are {', '.join(names)}") from None
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{where} cannot be read as UTF-8 text: {error}") from None
-    settings = _parse_yaml(text, where)
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise UserError(f"{where}: expected settings as `key: value` lines, for example `target: 0.5`")
-    # `search:` with nothing under it means the defaults.
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and more through for odd scalars
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        told = [getattr(error, part, None) for part in ("context", "problem")]
-        problem = " ".join((", ".join(filter(None, told)) or str(error)).split())
-        raise UserError(f"{where}: not valid YAML ({line}{problem})") from None
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
-        return f"unknown key {_show(key)}; did you mean {near[0]!r}?"
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    expected = {
-        "model_type": "this is a section; set what is in it, such as search.offspring",
-        "tuple_type": "a list is expected, such as [2, 1]",
-    }.get(error["type"], f"{error['msg'][0].lower()}{error['msg'][1:]}")
-    return f"{key} = {_show(error['input'])}: {expected}"
-
-
-def _show(value: object) -> str:
-    """`value` on one line, cut short where it is long."""
-    shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = 80
-    try:
-        return shortened.repr(value)
-    except ValueError:  # Python does not print integers of thousands of digits
-        return "an integer of thousands of digits"

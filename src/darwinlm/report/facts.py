@@ -11,7 +11,8 @@ from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
 from darwinlm.files import Size, Step, read_json, run_steps
 from darwinlm.plan import Plan, Space
-from darwinlm.recipe import Recipe, make_recipe
+from darwinlm.recipe import Recipe
+from darwinlm.settings import make_recipe
 
 _MEASURED = (
     *("parameters", "kv_cache_bytes_per_token"),

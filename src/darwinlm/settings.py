@@ -1,0 +1,139 @@
+"""Recipes from files and command lines; what is wrong with one is told in a line that names the key."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from darwinlm.errors import UserError
+from darwinlm.recipe import Recipe
+from darwinlm.target import show
+
+_MOST_BYTES = 2**20
+
+
+def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
+    """Read a recipe by name (`quick`, `paper`) or file, then apply `overrides` ({"search.offspring": 8}).
+
+    Raises:
+        UserError: naming the key, what is allowed, and for an unknown key the nearest known one.
+    """
+    return _changed(_read(recipe), overrides)
+
+
+def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """`recipe` with other settings ({"recovery.tokens": "1B"}). Raises UserError."""
+    return _changed(recipe.model_dump(mode="json"), overrides)
+
+
+def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
+    for key, value in overrides.items():
+        if not isinstance(key, str):
+            raise UserError(f"recipe: {show(key)} is no setting; write them as search.offspring")
+        section = settings
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"recipe: {key!r} cannot be set: {parent!r} is a value, not a section")
+        section[leaf] = value
+    return make_recipe(settings)
+
+
+def make_recipe(settings: dict[str, Any]) -> Recipe:
+    """Check `settings` (nested) and fill in the defaults. Raises UserError."""
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError("recipe: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """One line for every setting that differs: `search.offspring: 6 -> 8`."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in after.items() if before.get(key) != value]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Read one `--set key=value`; the value is YAML (numbers, lists, words)."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {show(text)}: write key=value, for example --set search.offspring=8")
+    return key.strip(), _parse_yaml(value, f"--set {show(text)}")
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    built_in = resources.files("darwinlm") / "recipes"
+    names = sorted(entry.name.removesuffix(".yaml") for entry in built_in.iterdir() if entry.name.endswith(".yaml"))
+    where = f"recipe {str(recipe)!r}"
+    try:
+        source = built_in / f"{recipe}.yaml" if str(recipe) in names else Path(recipe)
+        with source.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UserError(f"{where} is larger than 1 MiB; that is no recipe")
+        text = content.decode()
+    except FileNotFoundError:
+        raise UserError(f"{where}: no such file; the built-in recipes are {', '.join(names)}") from None
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text: {error}") from None
+    settings = _parse_yaml(text, where)
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"{where}: expected settings as `key: value` lines, for example `target: 0.5`")
+    # `search:` with nothing under it means the defaults.
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and more through for odd scalars
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        told = [getattr(error, part, None) for part in ("context", "problem")]
+        problem = " ".join((", ".join(filter(None, told)) or str(error)).split())
+        raise UserError(f"{where}: not valid YAML ({line}{problem})") from None
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """All settings of `model` and all sections, as `--set` names them."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [prefix + name, *known_keys(field.annotation, f"{prefix}{name}.")]
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        return f"unknown key {show(key)}; did you mean {near[0]!r}?"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    expected = {
+        "model_type": "this is a section; set what is in it, such as search.offspring",
+        "tuple_type": "a list is expected, such as [2, 1]",
+    }.get(error["type"], f"{error['msg'][0].lower()}{error['msg'][1:]}")
+    return f"{key} = {show(error['input'])}: {expected}"
