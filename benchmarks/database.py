@@ -36,7 +36,7 @@ from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.database.build import build_database
 from darwinlm.database.solver import damped_inverse, damping_ridge, prune_site
 from darwinlm.demo import resolve
-from darwinlm.files import peak_memory_bytes
+from darwinlm.memory import peak_memory_bytes
 from darwinlm.progress import Phases
 from darwinlm.recipe import DatabaseRecipe
 

@@ -46,8 +46,9 @@ from darwinlm.export.llama_cpp import Engine, ask, engine_version, threads
 from darwinlm.export.proof import TEXT, compare, logits_of
 from darwinlm.export.shapes import layer_shapes
 from darwinlm.export.targets import DTYPES, export_model
-from darwinlm.files import RunDirectory, read_json
+from darwinlm.files import read_json
 from darwinlm.plan import parameter_budget
+from darwinlm.run_directory import RunDirectory
 from darwinlm.search.allocation import cheapest_plan
 
 HEADS = {4: 0, 9: 0, 12: 2, 15: 1, 20: 2, 29: 0}

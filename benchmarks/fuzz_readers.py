@@ -30,8 +30,9 @@ def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[byt
 
     from darwinlm.adapters.checkpoint import Checkpoint
     from darwinlm.database.store import Database, read_space
-    from darwinlm.files import RunDirectory, find_fault, read_json, write_json
+    from darwinlm.files import find_fault, read_json, write_json
     from darwinlm.plan import Plan
+    from darwinlm.run_directory import RunDirectory
     from darwinlm.settings import load_recipe, parse_override
 
     asked = {"model": "m", "target": 0.5}

@@ -23,11 +23,12 @@ from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import load_corpus, read_corpus
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
-from darwinlm.files import RunDirectory, read_json
+from darwinlm.files import read_json
 from darwinlm.plan import Plan
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import recover
+from darwinlm.run_directory import RunDirectory
 from darwinlm.scoring import DenseReference
 
 METHODS = {

@@ -28,10 +28,11 @@ from darwinlm.adapters import loading
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
-from darwinlm.files import RunDirectory, naming_disk_faults, new_folder
+from darwinlm.files import naming_disk_faults, new_folder
 from darwinlm.lock import RunLock
 from darwinlm.pipeline import prune
 from darwinlm.plan import check_target
+from darwinlm.run_directory import RunDirectory
 from darwinlm.settings import load_recipe, parse_override
 
 SMALL = [

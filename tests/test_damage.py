@@ -13,8 +13,9 @@ import darwinlm
 from darwinlm import pipeline, recovering
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
-from darwinlm.files import RunDirectory, read_json, write_json
+from darwinlm.files import read_json, write_json
 from darwinlm.pipeline import prune
+from darwinlm.run_directory import RunDirectory
 from darwinlm.settings import load_recipe
 
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]

@@ -16,7 +16,6 @@ from darwinlm.adapters.loading import load_dense
 from darwinlm.data import (
     SPLITS,
     TextStream,
-    find_documents,
     load_corpus,
     needed_blocks,
     pack,
@@ -25,6 +24,7 @@ from darwinlm.data import (
     save_corpus,
     unmark,
 )
+from darwinlm.documents import find_documents
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe
 from darwinlm.self_text import write_documents

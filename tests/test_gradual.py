@@ -22,13 +22,13 @@ from darwinlm.database.build import build_database
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf
 from darwinlm.export.targets import export_model
-from darwinlm.files import run_steps
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.plan import Limit, Plan, make_budget
 from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.stage import _Blocks
 from darwinlm.report.layers import inspect
+from darwinlm.run_directory import run_steps
 from darwinlm.search.resources import measure_latencies
 from darwinlm.search.stage import TrialScorer
 from darwinlm.settings import load_recipe

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm import cli, files, pipeline, progress
+from darwinlm import cli, pipeline, progress, run_directory
 from darwinlm.adapters.loading import load_dense
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.settings import load_recipe
@@ -96,7 +96,7 @@ def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoi
     ],
 )
 def test_what_is_made_again_after_a_stage(stage, later, follows):
-    assert files._follows(later, stage) == follows
+    assert run_directory._follows(later, stage) == follows
 
 
 @pytest.mark.parametrize(

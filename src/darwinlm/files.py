@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the run directory with its manifest."""
+"""Files that appear whole or not at all, and their checksums."""
 
 import errno
 import hashlib
@@ -6,10 +6,8 @@ import json
 import os
 import re
 import shutil
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,17 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from darwinlm import dist
 from darwinlm.errors import UserError
-from darwinlm.memory import naming_memory_faults
-from darwinlm.progress import log
-from darwinlm.recipe import Recipe
-from darwinlm.settings import differences, make_recipe
-from darwinlm.target import parse_target, split_targets
 
-FORMAT = 1
-LOCK = "lock"
-"""The file in a run directory that says which process works on it."""
 OTHER_CHECKSUM = "its checksum is another than when it was written"
 _CHECKSUMS = "checksums.json"
 
@@ -91,7 +80,7 @@ def read_json(path: Path, remedy: str = _NEW_RUN) -> dict[str, Any]:
         if seal is not None and seal != checksum(_as_text(payload).encode()):
             raise ValueError(OTHER_CHECKSUM)
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error, remedy) from None
+        raise damaged(path, error, remedy) from None
     return payload
 
 
@@ -100,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def checksum(content: bytes) -> str:
@@ -137,7 +126,7 @@ def find_fault(folder: Path) -> str | None:
             raise
         return str(error).removesuffix(f"; {_NEW_RUN}")
     for name, expected in sums.items():
-        fault = _fault(folder, name, expected)
+        fault = fault_of(folder, name, expected)
         if fault is not None and fault.startswith(_UNREADABLE):
             raise UserError(f"{folder / name} {fault}; make it readable, or delete {folder}")
         if fault is not None:
@@ -145,7 +134,8 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
-def _fault(folder: Path, name: str, expected: str) -> str | None:
+def fault_of(folder: Path, name: str, expected: str) -> str | None:
+    """What is wrong with the file `name` in `folder`, which should have that checksum; None if nothing is."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "is outside its folder"
     try:
@@ -160,7 +150,8 @@ def _as_text(payload: Mapping[str, Any]) -> str:
     return json.dumps(payload, indent=1, allow_nan=False) + "\n"
 
 
-def _damaged(path: Path, reason: object, remedy: str = _NEW_RUN) -> UserError:
+def damaged(path: Path, reason: object, remedy: str = _NEW_RUN) -> UserError:
+    """The error that `path` cannot be read, for that `reason`; `remedy` is what to do."""
     if isinstance(reason, FileNotFoundError):
         return UserError(f"{path} is missing; {remedy}")
     return UserError(f"{path} is damaged ({reason}); {remedy}")
@@ -234,235 +225,3 @@ def digest(*parts: bytes | str) -> str:
         data = part.encode() if isinstance(part, str) else part
         sha.update(len(data).to_bytes(8, "little") + data)
     return sha.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Size:
-    """One of the sizes that a run is to give."""
-
-    name: str
-    target: Mapping[str, float | int]
-    folder: Path
-    prefix: str
-    """Of the names of its stages."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One of the times that a run prunes and recovers."""
-
-    number: int
-    folder: Path
-    """Its database is in there; so are search, recovery and model of a step before the last."""
-    prefix: str
-    """Of the names of its stages."""
-    sizes: list[Size]
-
-
-STEP = "step "
-"""What the names of stages of all steps but the last begin with."""
-
-
-def run_steps(recipe: Recipe, run: Path) -> list[Step]:
-    """The steps of a gradual run, of which the last leaves the result; of any other run, one."""
-    steps = []
-    for number in range(1, recipe.steps):
-        name, folder = f"{STEP}{number}", run / f"step-{number}"
-        size = Size(name, parse_target(recipe.target), folder, f"{name}: ")
-        steps.append(Step(number, folder, size.prefix, [size]))
-    return [*steps, Step(recipe.steps, run, "", run_sizes(recipe, run))]
-
-
-def run_sizes(recipe: Recipe, run: Path) -> list[Size]:
-    """The sizes of a family, the largest first, each in a folder of its own; or the one that is asked for."""
-    targets = split_targets(recipe.target)
-    if len(targets) == 1:
-        return [Size(str(targets[0]), parse_target(targets[0]), run, "")]
-    names = [str(target) for target in targets]
-    sizes = [Size(name, parse_target(name), run / "sizes" / name, f"{name}: ") for name in names]
-    return sorted(sizes, key=lambda size: -size.target["params"])
-
-
-class RunDirectory:
-    """Everything a run writes, under one folder; `manifest.json` says which stages are done."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @staticmethod
-    def check(path: Path, recipe: Recipe) -> None:
-        """Refuse, before any work, a folder that holds something else or another recipe's run. Writes nothing."""
-        with naming_disk_faults(path):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"--out {path} is a file; name a new folder or an earlier run")
-            above = next((folder for folder in path.absolute().parents if folder.exists()), path)
-            if not above.is_dir():
-                raise UserError(f"--out {path} cannot be made: {above} is a file")
-            if not path.exists() or all(_leftover(entry) for entry in path.iterdir()):
-                return
-            manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
-        if "format" not in manifest:
-            raise UserError(f"--out {path} holds something that is not a DarwinLM run; name a new or an empty folder")
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"--out {path} is a run of format {manifest['format']!r}, this version reads format {FORMAT}; "
-                "name a new folder"
-            )
-        if not all(isinstance(manifest.get(key), dict) for key in ("recipe", "facts", "stages")):
-            raise _damaged(path / "manifest.json", "it lacks recipe, facts or stages")
-        try:
-            changed = differences(make_recipe(manifest["recipe"]), recipe)
-        except UserError as error:
-            raise UserError(
-                f"--out {path} is a run whose recipe this version cannot read ({error}); name a new folder"
-            ) from None
-        if changed:
-            raise UserError(
-                f"--out {path} is a run of another recipe ({'; '.join(changed)}); name a new folder or go back to it"
-            )
-
-    @classmethod
-    def open(cls, path: Path, recipe: Recipe, facts: Mapping[str, Any]) -> "RunDirectory":
-        """Continue the run in `path`, or start one. `facts` are what must not change (model, data, versions)."""
-        cls.check(path, recipe)
-        if (path / "manifest.json").exists():
-            manifest = read_json(path / "manifest.json")
-            for key, value in facts.items():
-                if manifest["facts"].get(key) != value:
-                    raise UserError(
-                        f"--out {path}: {key} was {manifest['facts'].get(key)!r} when this run began and is {value!r} "
-                        "now; name a new folder, or bring it back"
-                    )
-        else:
-            manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
-            write_json(path / "manifest.json", manifest, sealed=True)
-        # After the manifest, which alone makes a folder a run: one that stops in between can be gone on with.
-        text = recipe.to_yaml().encode()
-        if not (path / "recipe.yaml").exists() or (path / "recipe.yaml").read_bytes() != text:
-            write_bytes(path / "recipe.yaml", text)
-        return cls(path, manifest)
-
-    @classmethod
-    def recipe_of(cls, path: Path) -> Recipe:
-        """The recipe of the run in `path`. Raises UserError if there is no run, or none that this version reads."""
-        manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
-        if not isinstance(manifest.get("recipe"), dict):
-            raise UserError(f"{path} is not a DarwinLM run (there is no manifest.json with a recipe in it)")
-        recipe = make_recipe(manifest["recipe"])
-        cls.check(path, recipe)
-        return recipe
-
-    @staticmethod
-    def change_recipe(path: Path, recipe: Recipe, stages: Collection[str]) -> None:
-        """Give the run in `path` another recipe, with all `stages` (of each size, in the last step) to be done anew."""
-        manifest = read_json(path / "manifest.json")
-        for part in ("stages", "files"):
-            entries = manifest.get(part, {})
-            manifest[part] = {
-                name: entry
-                for name, entry in entries.items()
-                if name.startswith(STEP) or name.split(": ")[-1] not in stages
-            }
-        manifest["recipe"] = recipe.model_dump(mode="json")
-        # Written again by `open`; a run that stops in between has none rather than a wrong one.
-        (path / "recipe.yaml").unlink(missing_ok=True)
-        write_json(path / "manifest.json", manifest, sealed=True)
-
-    def done(self, stage: str) -> bool:
-        """Whether `stage` has ended well."""
-        return bool(self.manifest["stages"].get(stage, {}).get("done"))
-
-    def facts(self, stage: str) -> dict[str, Any]:
-        """What is known of `stage`; nothing if it has not begun."""
-        known: dict[str, Any] = self.manifest["stages"].get(stage, {})
-        return known
-
-    def outputs(self, stage: str) -> dict[str, str]:
-        """The files that `stage` left when it last ended well, from the run's folder on, with their checksums."""
-        found: dict[str, str] = self.manifest.get("files", {}).get(stage, {})
-        return found
-
-    def verify(self, stage: str) -> None:
-        """Read what a finished `stage` left; if a file is damaged or missing, say so and note it is to be run again."""
-        if not self.done(stage):
-            return
-        for name, expected in self.outputs(stage).items():
-            fault = _fault(self.path, name, expected)
-            if fault is not None:
-                log.warning("%s %s: it is made again (%s)", self.path / name, fault, stage)
-                self.undo(stage)
-
-    def undo(self, stage: str) -> None:
-        """Note that `stage` is to be run again."""
-        if self.done(stage):
-            self.manifest["stages"][stage]["done"] = False
-            if dist.rank() == 0:
-                self._write()
-
-    def _write(self) -> None:
-        write_json(self.path / "manifest.json", self.manifest, sealed=True)
-
-    @contextmanager
-    def stage(self, name: str, *outputs: Path) -> Iterator[dict[str, Any]]:
-        """Run a stage; its seconds (over all attempts), peak memory and what the block puts into the dict it gets go to
-        the manifest, and so do the checksums of `outputs`, the files or folders of files that it leaves.
-
-        If a stage that is run again leaves other files than before, those that follow from it are to be run again too.
-        """
-        before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
-        start = time.monotonic()
-        done = False
-        facts: dict[str, Any] = {}
-        try:
-            with naming_memory_faults(name):
-                yield facts
-            if dist.rank() == 0 and outputs:
-                self._note(name, outputs)
-            done = True
-        finally:
-            self.manifest["stages"][name] = {
-                "done": done,
-                "seconds": round(before + time.monotonic() - start, 3),
-                "peak_memory_bytes": peak_memory_bytes(),
-                **facts,
-            }
-            if dist.rank() == 0:
-                self._write()
-
-    def _note(self, stage: str, outputs: Sequence[Path]) -> None:
-        files = [file for path in outputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-        sums = {str(file.relative_to(self.path)): file_checksum(file) for file in files if file.is_file()}
-        if self.outputs(stage) not in ({}, sums):
-            stages = list(self.manifest["stages"])
-            for later in stages[stages.index(stage) + 1 :]:
-                if _follows(later, stage):
-                    self.manifest["stages"][later]["done"] = False
-        self.manifest.setdefault("files", {})[stage] = sums
-
-
-def _follows(later: str, stage: str) -> bool:
-    """Whether what the stage `later` leaves follows from what `stage` does, which comes before it."""
-    group, _, kind = stage.rpartition(": ")
-    # Of one size of a family, the others know the search alone.
-    return not group or group.startswith(STEP) or kind == "search" or later.startswith(f"{group}: ")
-
-
-def _leftover(entry: Path) -> bool:
-    """Whether a process that was killed before its run began may have left this in the run directory."""
-    return entry.suffix == ".draft" or entry.name == LOCK
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory this process has had so far, in bytes."""
-    import resource
-    import sys
-
-    # On Linux ru_maxrss begins with the peak of the process that started this one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

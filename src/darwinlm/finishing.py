@@ -15,11 +15,12 @@ from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, reque
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.targets import export_model
-from darwinlm.files import STEP, RunDirectory, Size, read_json, write_json
+from darwinlm.files import read_json, write_json
 from darwinlm.material import Material
 from darwinlm.plan import Budget, Plan
 from darwinlm.progress import log
 from darwinlm.recipe import Recipe
+from darwinlm.run_directory import STEP, RunDirectory, Size
 from darwinlm.search.allocation import uniform_plan
 
 

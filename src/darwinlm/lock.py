@@ -19,8 +19,9 @@ from typing import Literal
 import psutil
 
 from darwinlm.errors import UserError
-from darwinlm.files import LOCK, naming_disk_faults
+from darwinlm.files import naming_disk_faults
 from darwinlm.progress import log
+from darwinlm.run_directory import LOCK
 
 _BEAT_SECONDS = 30.0
 _SILENT_SECONDS = 600.0

@@ -3,6 +3,7 @@
 import errno
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,3 +118,15 @@ def _lacks_memory(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     asked = re.search(r"tried to allocate [\d.,]+ ?\w+|allocate [\d.,]+ ?[KMGT]iB", str(error), re.I)
     return asked[0] if asked else type(error).__name__
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process has had so far, in bytes."""
+    # On Linux ru_maxrss begins with the peak of the process that started this one.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,7 @@ from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf, load
 from darwinlm.export.targets import check_targets, sites_kept_for
-from darwinlm.files import RunDirectory, Size, Step, file_checksum, read_json, run_steps
+from darwinlm.files import file_checksum, read_json
 from darwinlm.finishing import evaluate_and_export
 from darwinlm.lock import RunLock
 from darwinlm.material import Material
@@ -32,6 +32,7 @@ from darwinlm.recipe import Recipe, Target
 from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
 from darwinlm.recovery.stage import check_recovery
 from darwinlm.report.page import write_report
+from darwinlm.run_directory import RunDirectory, Size, Step, run_steps
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents

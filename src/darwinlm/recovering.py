@@ -13,7 +13,7 @@ from darwinlm.adapters.cutting import assemble, build_model, pruned_config
 from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import Corpus, TextStream
-from darwinlm.files import RunDirectory, Step, find_fault, read_json, run_steps, write_bytes, write_json
+from darwinlm.files import find_fault, read_json, write_bytes, write_json
 from darwinlm.material import Material, stored_weights
 from darwinlm.plan import Plan
 from darwinlm.progress import log
@@ -22,6 +22,7 @@ from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_chec
 from darwinlm.recovery.refit import refit_if_it_helps
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.recovery.teacher import Taught, load_teacher, write_predictions
+from darwinlm.run_directory import RunDirectory, Step, run_steps
 
 SAMPLES = "samples"
 """In the manifest, of a recovery: how many blocks it has read."""

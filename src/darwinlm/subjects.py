@@ -13,9 +13,10 @@ from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausa
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
-from darwinlm.files import read_json, run_sizes
+from darwinlm.files import read_json
 from darwinlm.recipe import Recipe
 from darwinlm.report.facts import read_manifest
+from darwinlm.run_directory import run_sizes
 
 Loader = Callable[[], tuple[DarwinLMForCausalLM, Any]]
 """Gives a model, in the dtype it is stored in, and its tokenizer."""

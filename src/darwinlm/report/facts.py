@@ -9,9 +9,10 @@ from typing import Any
 
 from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
-from darwinlm.files import Size, Step, read_json, run_steps
+from darwinlm.files import read_json
 from darwinlm.plan import Plan, Space
 from darwinlm.recipe import Recipe
+from darwinlm.run_directory import Size, Step, run_steps
 from darwinlm.settings import make_recipe
 
 _MEASURED = (
