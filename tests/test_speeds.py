@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_config, save_pruned
+from transformers import AutoModelForCausalLM
 
 from darwinlm import cli
-from darwinlm.export import llama_cpp
+from darwinlm.errors import EngineError
+from darwinlm.export import llama_cpp, vllm_engine
 from darwinlm.export.llama_cpp import Engine, time_requests
 from darwinlm.export.targets import export_model
 from darwinlm.speeds import measure_speeds
@@ -55,7 +59,7 @@ def test_files_are_timed_in_turns_and_the_first_pass_does_not_count(monkeypatch,
 
 def test_a_file_that_cannot_be_run_is_the_engines_own_reason(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(llama_cpp.EngineError):
+    with pytest.raises(EngineError):
         time_requests({"broken": tmp_path / "broken.gguf"}, [(4, 1)], 1)
 
 
@@ -65,7 +69,8 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     command = ["evaluate", str(copied), "--speed", "--batches", "1,2", "--lengths", "8,16"]
     assert cli._exit_code(command) == 0
     out = capsys.readouterr().out
-    transformers, engine = json.loads((copied / "report" / "speed.json").read_text())["engines"]
+    transformers, engine, vllm = json.loads((copied / "report" / "speed.json").read_text())["engines"]
+    assert vllm["engine"] == "vLLM" and vllm["skipped"].startswith("it is not installed here; --vllm PYTHON names")
     sizes = [(row["batch_size"], row["prompt_tokens"]) for row in transformers["rows"]]
     assert sizes == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert [(row["batch_size"], row["prompt_tokens"]) for row in engine["rows"]] == [(1, 8), (1, 16)]
@@ -87,11 +92,100 @@ def test_one_model_alone_is_timed_and_a_missing_engine_is_a_reason(checkpoint, m
     assert results["engines"][1]["skipped"] == "run pip install xllamacpp"
 
 
+STAND_IN = '''
+"""Notes what it is asked and says nothing; a token takes no time."""
+import json, pathlib, sys
+
+class SamplingParams:
+    def __init__(self, max_tokens, temperature, ignore_eos, detokenize):
+        assert (temperature, ignore_eos, detokenize) == (0.0, True, False)
+        self.max_tokens = max_tokens
+
+class LLM:
+    def __init__(self, model, max_model_len, max_num_seqs, **settings):
+        if not pathlib.Path(model, "config.json").exists():
+            raise ValueError("no model\\nthere")
+        self.model, self.most, self.longest = model, max_num_seqs, max_model_len
+
+    def generate(self, prompts, sampling, use_tqdm):
+        lengths = {len(prompt["prompt_token_ids"]) for prompt in prompts}
+        assert len(prompts) <= self.most and max(lengths) + sampling.max_tokens <= self.longest
+        print("noise", file=sys.stdout)
+        with open(NOTES, "a") as notes:
+            ids = [token for prompt in prompts for token in prompt["prompt_token_ids"]]
+            note = [pathlib.Path(self.model).name, len(prompts), *lengths, sampling.max_tokens, max(ids)]
+            notes.write(json.dumps(note) + "\\n")
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A `vllm` to import, and the file with what it was asked."""
+    notes = tmp_path / "notes.jsonl"
+    (tmp_path / "site" / "vllm").mkdir(parents=True)
+    (tmp_path / "site" / "vllm" / "__init__.py").write_text(STAND_IN + f"NOTES = {str(notes)!r}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return notes
+
+
+def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stand_in, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    folders = {"dense": tmp_path / "a", "pruned": tmp_path / "b"}
+    device, times = vllm_engine.time_requests(folders, [(1, 8, 4), (3, 16, 4)], repeats=2, vocabulary=50)
+    asked = [json.loads(line) for line in stand_in.read_text().splitlines()]
+    assert [one[:4] for one in asked] == [
+        [name, batch, length, tokens]
+        for batch, length in ((1, 8), (3, 16))
+        for _ in range(3)
+        for name in "ab"
+        for tokens in (1, 5)
+    ]
+    assert max(one[4] for one in asked) < 50
+    assert device.endswith("CPU threads") or torch.cuda.is_available()
+    assert [list(one) for one in times] == [["dense", "pruned"]] * 2
+    assert all(prompt > 0 for one in times for prompt, _ in one.values())
+
+
+def test_what_vllm_cannot_load_is_its_own_reason(stand_in, tmp_path):
+    with pytest.raises(EngineError, match=r"^no model there$"):
+        vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
+
+
+def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_code(run, tmp_path, monkeypatch):
+    finished, _ = run
+    copied = shutil.copytree(finished.path, tmp_path / "run")
+    seen = {}
+
+    def time_requests(folders, requests, repeats, vocabulary, python):
+        for name, folder in folders.items():
+            config = json.loads((folder / "config.json").read_text())
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+            ids = torch.arange(12)[None] % vocabulary
+            seen[name] = config["model_type"], model(ids).logits
+        return "a device", [dict.fromkeys(folders, (2.0, 4.0)) for _ in requests]
+
+    monkeypatch.setattr(vllm_engine, "engine_version", lambda python: "vllm 0")
+    monkeypatch.setattr(vllm_engine, "time_requests", time_requests)
+    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    engine = measure_speeds(str(copied), [2], [8])["engines"][2]
+    assert (seen["dense"][0], seen["pruned"][0]) == ("qwen3", "darwinlm")
+    pruned = finished.load()
+    expected = pruned(torch.arange(12)[None]).logits
+    assert (seen["pruned"][1] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert engine["device"] == "a device" and engine["engine"] == "vllm 0"
+    assert engine["rows"][0]["models"]["pruned"] == {"prefill_tokens_per_second": 8, "decode_tokens_per_second": 16}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--batches", "0"], "--batches '0': write whole numbers from 1 on with commas between, such as 1,4"),
         (["--lengths", "8;16"], "--lengths '8;16': write whole numbers"),
+        (["--vllm", sys.executable], "this Python has no vLLM"),
+        (["--vllm", "no-such-python"], "--vllm no-such-python: it cannot be run: No such file or directory"),
         (["--lengths", "8,120"], "--lengths 120 and 32 new tokens are more than the 128 it knows"),
     ],
 )

@@ -209,10 +209,14 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each task.")] = None,
     speed: Annotated[
-        bool, typer.Option("--speed", help="Time prompts and new tokens, in transformers and in llama.cpp.")
+        bool, typer.Option("--speed", help="Time prompts and new tokens, in transformers, llama.cpp and vLLM.")
     ] = False,
     batches: Annotated[str, typer.Option(help="For --speed: requests at the same time.")] = "1,4",
     lengths: Annotated[str, typer.Option(help="For --speed: tokens of a prompt.")] = "128,512",
+    vllm: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="For --speed: the Python of vLLM's environment, if it is not this one."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; time them; or one model."""
@@ -229,7 +233,7 @@ def evaluate(
         from darwinlm.speeds import measure_speeds
 
         sizes = _numbers("--batches", batches), _numbers("--lengths", lengths)
-        show_speeds(measure_speeds(source, *sizes), _console())
+        show_speeds(measure_speeds(source, *sizes, vllm), _console())
         if not tasks and tasks_dir is None:
             return
 
@@ -263,6 +267,8 @@ def _exit_code(arguments: list[str]) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:  # older versions of typer let it through; newer ones return 130
         result = _INTERRUPTED
+    except MemoryError:  # outside of the stages, which name themselves
+        return _fail("the memory of this process does not suffice; free some, or raise its limit (ulimit -v)")
     except Exception as error:
         # A usage error; its class is click's or, in newer versions, typer's own copy of it, which has no public name.
         if hasattr(error, "format_message"):

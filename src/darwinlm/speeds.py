@@ -1,4 +1,4 @@
-"""`darwinlm evaluate --speed`: how fast a run's models, or one model, are in transformers and in llama.cpp.
+"""`darwinlm evaluate --speed`: how fast a run's models, or one model, are in transformers, llama.cpp and vLLM.
 
 All models of a table are timed in turns in one process, so that a machine that is busier for a while slows all of them.
 """
@@ -13,11 +13,13 @@ import torch
 import transformers
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
-from darwinlm.errors import UserError
+from darwinlm.errors import EngineError, UserError
 from darwinlm.evaluation.measure import request_seconds
-from darwinlm.export import llama_cpp
+from darwinlm.export import llama_cpp, vllm_engine
 from darwinlm.export.gguf import choose_architecture, context_length, write_gguf
 from darwinlm.export.gguf_tokenizer import read_vocabulary
+from darwinlm.export.native import native_config, write_native
+from darwinlm.export.vllm import write_vllm
 from darwinlm.files import write_json
 from darwinlm.progress import task
 from darwinlm.recipe import WorkloadRecipe
@@ -27,20 +29,24 @@ _NEW_TOKENS, _REPEATS = 32, 3
 _FILE_TYPE = "f16"
 
 
-def measure_speeds(source: str, batches: Sequence[int], lengths: Sequence[int]) -> dict[str, Any]:
+def measure_speeds(
+    source: str, batches: Sequence[int], lengths: Sequence[int], vllm_python: str | None = None
+) -> dict[str, Any]:
     """Prefill and decode tokens/s, by batch size and prompt length.
 
     Args:
         source: a finished run, a model's folder, or a Hub id.
-        batches: requests at the same time, for transformers; llama.cpp is timed at 1.
+        batches: requests at the same time; llama.cpp is timed at 1.
         lengths: prompt tokens of a request.
+        vllm_python: the interpreter of an environment with vLLM, where this one has none.
 
     Returns:
         One entry an engine: what it is, and `rows` or why it was `skipped`. Of a run `report/speed.json` holds it too.
 
     Raises:
-        UserError: if `source` holds no model, or a prompt is longer than it knows.
+        UserError: if `source` holds no model, or a prompt is longer than it knows, or `vllm_python` has no vLLM.
     """
+    vllm = vllm_engine.engine_version(vllm_python)
     run = Path(source) if (Path(source) / "manifest.json").is_file() else None
     loaders = models_of_run(run) if run is not None else {"model": partial(one_model, source)}
     models, tokenizers = {}, {}
@@ -54,6 +60,7 @@ def measure_speeds(source: str, batches: Sequence[int], lengths: Sequence[int]) 
         "engines": [
             _in_transformers(models, batches, lengths),
             _in_llama_cpp(models, tokenizers, lengths),
+            _in_vllm(models, batches, lengths, vllm, vllm_python),
         ]
     }
     if run is not None:
@@ -96,9 +103,49 @@ def _in_llama_cpp(
             with task(f"evaluation ({engine})", 1) as progress:
                 times = llama_cpp.time_requests(files, [(length, _NEW_TOKENS) for length in lengths], _REPEATS)
                 progress.advance()
-    except (UserError, llama_cpp.EngineError) as reason:
+    except (UserError, EngineError) as reason:
         return facts | {"skipped": str(reason)}
     return facts | {"rows": [_row(1, length, one) for length, one in zip(lengths, times, strict=True)]}
+
+
+def _in_vllm(
+    models: Mapping[str, DarwinLMForCausalLM],
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    engine: str | None,
+    python: str | None,
+) -> dict[str, Any]:
+    """A model whose layers are alike by vLLM's own code, as users have it; others by its Transformers backend."""
+    if engine is None:
+        return {
+            "engine": "vLLM",
+            "skipped": "it is not installed here; --vllm PYTHON names another environment",
+        }
+    requests = [(batch, length, _NEW_TOKENS) for batch in batches for length in lengths]
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as scratch:
+        nothing = Path(scratch) / "nothing"
+        nothing.mkdir()
+        folders: dict[str, Path] = {}
+        for name, model in models.items():
+            # The device's memory is vLLM's now.
+            model.to("cpu")  # type: ignore[arg-type]
+            folders[name] = Path(scratch) / str(len(folders))
+            try:
+                write_native(model, native_config(cast(DarwinLMConfig, model.config)), nothing, folders[name])
+            except UserError:
+                write_vllm(model, nothing, folders[name], 1)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            with task(f"evaluation ({engine})", 1) as progress:
+                device, times = vllm_engine.time_requests(folders, requests, _REPEATS, vocabulary, python)
+                progress.advance()
+        except EngineError as reason:
+            return {"engine": engine, "skipped": str(reason)}
+    rows = [_row(batch, length, one) for (batch, length, _), one in zip(requests, times, strict=True)]
+    dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
+    return {"engine": engine, "device": device, "dtype": dtype, "rows": rows}
 
 
 def _row(batch: int, length: int, seconds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from darwinlm.errors import EngineError
+
 PACKAGE = "xllamacpp"
 _FLOAT32 = 0
 _TEXT_ROOM = 64
@@ -94,10 +96,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _LOG_ERROR = 4
-
-
-class EngineError(Exception):
-    """llama.cpp cannot run a file; the message is its own last word."""
 
 
 @dataclass(frozen=True)

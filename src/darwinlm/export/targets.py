@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
-from darwinlm.errors import UserError
+from darwinlm.errors import EngineError, UserError
 from darwinlm.export import llama_cpp, mlx, onnx
 from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
@@ -145,7 +145,7 @@ def _prove_gguf(model: DarwinLMForCausalLM, tokenizer: Any, file: Path, dtype: s
     tokens = proof_tokens(tokenizer, context_length(cast(DarwinLMConfig, model.config)))
     try:
         answer = llama_cpp.ask(file, tokens, [TEXT, LATIN])
-    except llama_cpp.EngineError as error:
+    except EngineError as error:
         raise ProofError(f"{engine} cannot run the file, which was not kept: {error}") from None
     notes = []
     for text, found in zip((LATIN, TEXT), reversed(answer.token_ids), strict=True):
