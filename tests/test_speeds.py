@@ -150,7 +150,23 @@ def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stan
 
 
 def test_what_vllm_cannot_load_is_its_own_reason(stand_in, tmp_path):
-    with pytest.raises(EngineError, match=r"^no model there$"):
+    with pytest.raises(EngineError, match=r"^ValueError: no model there$"):
+        vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
+
+
+def test_of_what_vllm_says_the_cause_is_told(stand_in, tmp_path):
+    failing = """
+import sys
+class LLM:
+    def __init__(self, **settings):
+        print("(EngineCore pid=7) ValueError: No memory for the cache", file=sys.stderr)
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+class SamplingParams: pass
+import atexit
+atexit.register(print, "UserWarning: leaked objects", file=sys.stderr)
+"""
+    (tmp_path / "site" / "vllm" / "__init__.py").write_text(failing)
+    with pytest.raises(EngineError, match=r"^ValueError: No memory for the cache$"):
         vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
 
 

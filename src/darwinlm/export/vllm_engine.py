@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,9 @@ from darwinlm.export import vllm_process
 
 _CPU_CACHE_GIB = "1"
 """For each model's KV cache where there is no other device; vLLM would take four."""
+
+_CAUSE = re.compile(r"\w*(?:Error|Exception): (?!.*root cause above).+")
+"""The engine itself is a process of vLLM's, whose exception stands above; our process hears only that it failed."""
 
 Request = tuple[int, int, int]
 """Requests at the same time, prompt tokens of each, new tokens of each."""
@@ -74,7 +78,12 @@ def time_requests(
             env={"VLLM_CPU_KVCACHE_SPACE": _CPU_CACHE_GIB} | os.environ | quiet,
         )
         if not answer.exists():
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise EngineError(last[0].strip())
+            raise EngineError(_reason(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}")
         device, times = json.loads(answer.read_bytes())
     return device, [{name: (prompt, new) for name, (prompt, new) in one.items()} for one in times]
+
+
+def _reason(stderr: str) -> str:
+    """The last exception that says why, among warnings and tracebacks."""
+    causes = _CAUSE.findall(stderr) or stderr.strip().splitlines()
+    return causes[-1].strip()[:300] if causes else ""

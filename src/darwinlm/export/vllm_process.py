@@ -92,7 +92,7 @@ def _main() -> int:
     try:
         answer = times(question)
     except Exception as error:  # vLLM raises many kinds
-        print(" ".join(str(error).split())[:300] or type(error).__name__, file=sys.stderr)
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     Path(question["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     return 0
