@@ -26,7 +26,7 @@ from darwinlm.pipeline import prune, recover_again
 from darwinlm.plan import Limit, Plan, make_budget
 from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
 from darwinlm.recovery.refit import refit
-from darwinlm.recovery.stage import _Blocks
+from darwinlm.recovery.samples import Blocks
 from darwinlm.report.layers import inspect
 from darwinlm.run_directory import run_steps
 from darwinlm.search.resources import measure_latencies
@@ -220,8 +220,8 @@ def test_each_step_leaves_the_same_share_of_what_can_be_removed():
 
 def test_the_steps_of_a_training_read_on_where_the_one_before_stopped(tmp_path):
     blocks = torch.arange(10).view(5, 2)
-    whole = _Blocks(blocks, 12, 3, 0, False)
-    parts = [*_Blocks(blocks, 7, 3, 0, False), *_Blocks(blocks, 5, 3, 7, False)]
+    whole = Blocks(blocks, 12, 3, 0, False)
+    parts = [*Blocks(blocks, 7, 3, 0, False), *Blocks(blocks, 5, 3, 7, False)]
     assert [sample["input_ids"].tolist() for sample in whole] == [part["input_ids"].tolist() for part in parts]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))
     recipe, tokenizer = DataRecipe(source=str(tmp_path / "text.jsonl"), sequence_length=24), make_tokenizer()

@@ -23,7 +23,7 @@ from darwinlm.adapters.cutting import build_model
 from darwinlm.data import TextStream, positions
 from darwinlm.errors import UserError
 from darwinlm.recipe import DataRecipe, RecoveryRecipe
-from darwinlm.recovery import objective, stage, teacher
+from darwinlm.recovery import objective, samples, stage, teacher
 from darwinlm.recovery.checkpoints import load_best, newest_intact, remove_checkpoints, save_best
 from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
@@ -227,14 +227,14 @@ class Killed(BaseException):
 def killed_at(step, monkeypatch):
     """The recovery in the block ends without a word after the optimiser step `step`, before anything is written."""
 
-    class Kill(stage._Follow):
+    class Kill(stage.Follow):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
                 raise Killed
             super().on_step_end(args, state, control)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_Follow", Kill)
+        patch.setattr(stage, "Follow", Kill)
         with pytest.raises(Killed):
             yield
 
@@ -281,7 +281,7 @@ def test_the_objective_of_cut_documents_is_that_of_each_alone(pruned):
     blocks, documents = zip(*map(packed, lengths), strict=True)
     goal = Objective(halved(dense, database), dense.model, 0.5)
     with torch.no_grad():
-        sums = goal(**stage._sample(torch.cat(blocks), cut=True))["sums"]
+        sums = goal(**samples.sample(torch.cat(blocks), cut=True))["sums"]
         each = [goal(document, document)["sums"] for some in documents for document in some]
     assert torch.allclose(sums, torch.stack(each).sum(0), rtol=1e-4)
     assert sums[2] == 3 * 24 - sum(map(len, lengths))
@@ -511,14 +511,14 @@ dist.start()
 dense = load_dense(checkpoint, "kv_group", torch.device("cpu"))
 model = halved(dense, Database(Path(database)), trainable=True)
 share = []
-class Stop(stage._Follow):
+class Stop(stage.Follow):
     def on_step_end(self, args, state, control, model, **kwargs):
         parameters = list(model.parameters())
         held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
         share.append(held / sum(p.numel() for p in parameters))
         super().on_step_end(args, state, control)
         control.should_training_stop |= state.global_step == int(stop_at)
-stage._Follow = Stop
+stage.Follow = Stop
 recipe = RecoveryRecipe(**json.loads(settings))
 taught, place = dense.whole(dense.device, torch.float32), Path(folder)
 if recipe.teacher_top_k:

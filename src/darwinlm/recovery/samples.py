@@ -1,0 +1,89 @@
+"""The text of a recovery in its order: the same for any number of ranks, and after resuming."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darwinlm.data import TextStream, positions, unmark
+from darwinlm.files import read_json
+from darwinlm.recipe import RecoveryRecipe
+from darwinlm.recovery.checkpoints import step_of
+from darwinlm.recovery.teacher import Predictions, Taught
+
+
+class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """All samples of the training in their order: the blocks, shuffled anew each time they have run out.
+
+    The order is the same for any number of ranks, and after resuming.
+    """
+
+    def __init__(
+        self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool, taught: Predictions | None = None
+    ) -> None:
+        self._blocks_BT, self._cut, self._taught = blocks_BT, cut, taught
+        generator = torch.Generator().manual_seed(seed)
+        passes = -(-(passed + samples) // len(blocks_BT))
+        order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])
+        self._order = order[passed : passed + samples]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = int(self._order[index])
+        return sample(self._blocks_BT[block], self._cut) | (self._taught[block] if self._taught is not None else {})
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """Samples from a stream. Rank 0 reads and hands out, some batches before they are needed."""
+
+    def __init__(
+        self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None, cut: bool
+    ) -> None:
+        self._stream, self._batch_size, self._cut = stream, batch_size, cut
+        self._steps_done, self._state = steps_done, state
+        self._states: dict[int, Mapping[str, Any]] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        samples = self._steps_done * self._batch_size
+        for block_T, state in self._stream.blocks(self._state):
+            samples += 1
+            if samples % self._batch_size == 0:
+                self._states[samples // self._batch_size] = state
+            yield sample(block_T, self._cut)
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        """Where the stream was after the batch of this optimiser step, as plain data; forgets the steps before."""
+        self._states = {number: state for number, state in self._states.items() if number >= step}
+        return {**self._states[step], "tokens": self._states[step]["tokens"].tolist()}
+
+
+def sample(marked_T: Tensor, cut: bool) -> dict[str, Tensor]:
+    """What the objective reads; with `cut`, positions that begin anew with every document."""
+    ids_T, labels_T = unmark(marked_T.long())
+    if not cut:
+        return {"input_ids": ids_T, "labels": labels_T}
+    positions_T = positions(marked_T.long())
+    # Nothing foretells how a document begins.
+    return {"input_ids": ids_T, "labels": labels_T.masked_fill(positions_T == 0, -100), "position_ids": positions_T}
+
+
+def make_samples(
+    text: Tensor | TextStream,
+    steps: int,
+    recipe: RecoveryRecipe,
+    seed: int,
+    last: Path | None,
+    passed: int,
+    taught: Taught | None,
+) -> Blocks | Stream:
+    """What a training reads, from its checkpoint `last` on if there is one; the rest as in `recover`."""
+    size, cut = recipe.batch_size, recipe.cut_documents
+    if isinstance(text, Tensor):
+        return Blocks(text, steps * size, seed, passed, cut, taught.text if taught is not None else None)
+    if last is None:
+        return Stream(text, size, 0, None, cut)
+    return Stream(text, size, step_of(last), read_json(last / "text.json"), cut)

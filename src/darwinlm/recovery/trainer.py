@@ -1,0 +1,188 @@
+"""The Hugging Face Trainer with our checkpoints, our order of text and our evaluation."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
+
+from darwinlm import dist
+from darwinlm.adapters.memory import Portion
+from darwinlm.errors import UserError
+from darwinlm.progress import log
+from darwinlm.recipe import RecoveryRecipe
+from darwinlm.recovery.checkpoints import load_optimizer, load_weights, save_best, save_checkpoint
+from darwinlm.recovery.forecast import FRACTIONS, forecast
+from darwinlm.recovery.objective import Objective
+from darwinlm.recovery.samples import Stream, sample
+from darwinlm.recovery.teacher import Predictions
+
+_LEAST = 20
+"""Steps that a forecast needs."""
+
+
+def losses_of(state: TrainerState) -> list[float]:
+    """Of every optimiser step."""
+    return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+
+
+def evaluations_of(state: TrainerState) -> list[dict[str, float]]:
+    """On the validation text: `step`, `loss`, `next_token` and, with distillation, `kl`."""
+    return [
+        {"step": entry["step"]}
+        | {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        for entry in state.log_history
+        if "eval_loss" in entry
+    ]
+
+
+class Follow(TrainerCallback):
+    """Shows how far it is and where it leads, stops at a loss that is not finite, and says when to evaluate."""
+
+    def __init__(self, progress: Any, recipe: RecoveryRecipe, evaluate_at: frozenset[int]) -> None:
+        self._progress, self._recipe, self._evaluate_at = progress, recipe, evaluate_at
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Once the number of steps is known."""
+        self._forecast_at = {round(state.max_steps * part) for part in FRACTIONS if state.max_steps * part >= _LEAST}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After every optimiser step."""
+        control.should_evaluate = state.global_step in self._evaluate_at
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """With the loss of every step. Raises UserError if it is not finite."""
+        if logs and "loss" in logs:
+            if not math.isfinite(float(logs["loss"])):
+                raise UserError(
+                    f"recovery diverged at learning rate {self._recipe.learning_rate}, step {state.global_step}; "
+                    "lower recovery.learning_rate (in a new run)"
+                )
+            self._progress.advance(note=f"loss {logs['loss']:.3f}")
+            if state.global_step in self._forecast_at:
+                losses = losses_of(state)
+                now, then = statistics.fmean(losses[-len(losses) // 10 :]), forecast(losses, state.max_steps)
+                log.info(
+                    "recovery: step %d, loss %.3f; if it goes on like this, %.3f at the end",
+                    state.global_step,
+                    now,
+                    then,
+                )
+
+
+class RecoveryTrainer(Trainer):
+    """The Trainer with our checkpoints (its own are pickles in part), our order of text and our evaluation.
+
+    Args:
+        validation_BT: the text of `evaluate`, marked as in `Corpus`, blocks * tokens.
+        taught: the dense model's predictions for it, if they take the dense model's place.
+        cut_documents: as the setting of the recovery.
+        portion: how many blocks are computed at a time; fewer from the first time on that memory does not suffice.
+        **settings: the Trainer's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        validation_BT: Tensor,
+        taught: Predictions | None,
+        cut_documents: bool,
+        portion: Portion,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self._validation_BT, self._taught = validation_BT, taught
+        self._cut, self._portion = cut_documents, portion
+        self.pop_callback(PrinterCallback)
+
+    def _fitting(self, run: Callable[[int], Tensor]) -> Tensor:
+        """`run` with as many blocks at a time as fit the memory."""
+        # In the middle of a pass ranks wait for one another: none of them can take it back alone.
+        return self._portion(run) if dist.world_size() == 1 else run(self._portion.size)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Add the gradients of a batch, in parts where it is large, to what the optimiser step has so far."""
+        step = super().training_step
+
+        def run(size: int) -> Tensor:
+            if dist.world_size() == 1:
+                model.zero_grad()  # of an attempt that ran out of memory: here a batch is all of a step
+            parts = zip(*(tensor.split(size) for tensor in inputs.values()), strict=True)
+            losses = [step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch) for part in parts]
+            return torch.stack(losses).sum()
+
+        return self._fitting(run)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Losses on the validation text: all of it on every rank, so that all know which weights are the best."""
+        self.model_wrapped.eval()
+        blocks_BT = self._validation_BT.to(self.args.device)
+
+        def run(size: int) -> Tensor:
+            parts = [
+                self.model_wrapped(**sample(blocks_BT[numbers], self._cut), **self._predictions(numbers.tolist()))[
+                    "sums"
+                ]
+                for numbers in torch.arange(len(blocks_BT)).split(size)
+            ]
+            return torch.stack(parts).double().cpu().sum(0)
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = self._fitting(run)
+        self.model_wrapped.train()
+        next_token, kl = (sums[:2] / sums[2]).tolist()
+        objective = cast(Objective, self.model)
+        metrics = {"eval_loss": objective.mix(next_token, kl), "eval_next_token": next_token}
+        if objective.distils:
+            metrics["eval_kl"] = kl
+        before = [entry["loss"] for entry in evaluations_of(self.state)]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metrics["eval_loss"] < min(before, default=math.inf):
+            save_best(Path(str(self.args.output_dir)), objective)
+        return metrics
+
+    def _predictions(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The dense model's for these blocks of the validation text, if they take its place."""
+        if self._taught is None:
+            return {}
+        blocks = [self._taught[number] for number in numbers]
+        return {name: torch.stack([block[name] for block in blocks]).to(self.args.device) for name in blocks[0]}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
+        save_checkpoint(
+            Path(str(self.args.output_dir)),
+            self.state.global_step,
+            self.model,
+            self.optimizer,
+            self.lr_scheduler.state_dict(),
+            dataclasses.asdict(self.state),
+            self.train_dataset.state_after(self.state.global_step)
+            if isinstance(self.train_dataset, Stream) and dist.rank() == 0
+            else None,
+        )
+        dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.model is not None
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            self.lr_scheduler.load_state_dict(load_optimizer(Path(checkpoint), self.optimizer))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: there is none in bfloat16 or float32."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: the order of the text comes from the seed, and the model draws no random numbers."""
