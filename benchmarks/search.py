@@ -11,9 +11,10 @@ the database's output errors (knapsack), from our search, and, each for as long 
 training. All are judged on text that no method has seen, before and after the same recovery. `trial`: seconds for a
 candidate, ours against a deep copy of the dense model with zeros in it, trained and scored in bfloat16. `selection`:
 does training candidates before they are judged choose better ones? Evolution from uniform sizes with and without it, in
-one selection step and in three, all with the same number of tokens (trained or scored) in each generation. `ranking`:
-how well do scores without a trial, and after one with next-token loss or distillation, rank plans as a longer recovery
-does? With `--keep FOLDER` databases stay there, as `FOLDER/seed-N/database`, and are used again.
+one selection step and in three, and with distilling trials, all with the same number of tokens (trained or scored) in
+each generation. `ranking`: how well do scores without a trial, and after one with next-token loss or distillation, rank
+plans as a longer recovery does? With `--keep FOLDER` databases stay there, as `FOLDER/seed-N/database`, and are used
+again.
 """
 
 import argparse
@@ -39,7 +40,6 @@ from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
 from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe
-from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
@@ -60,6 +60,13 @@ _SELECTION = {"descent_rounds": 0, "offspring": 8}
 SELECTIONS = {
     "trained, three steps": SearchRecipe(
         **_SELECTION, survivors=(4, 2, 1), trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048)
+    ),
+    "distilled, three steps": SearchRecipe(
+        **_SELECTION,
+        survivors=(4, 2, 1),
+        trial_tokens=(512, 1024, 2048),
+        score_tokens=(512, 1024, 2048),
+        trial_loss="distillation",
     ),
     "trained, one step": SearchRecipe(**_SELECTION, survivors=(1,), trial_tokens=(1536,), score_tokens=(1536,)),
     "not trained, three steps": SearchRecipe(
@@ -182,13 +189,14 @@ def compare_selections(arguments: argparse.Namespace) -> None:
 def compare_rankings(arguments: argparse.Namespace) -> None:
     """Plans near the one that a short descent finds, ranked by each cheap score and by a longer recovery."""
     cheap = {
-        "not trained, 512 tokens": ("none", 0, 512),
-        "not trained, 2048 tokens": ("none", 0, 2048),
-        "next-token 512, score 512": ("next-token", 512, 512),
-        "next-token 2048, score 2048": ("next-token", 2048, 2048),
-        "distillation 512, score 512": ("distillation", 512, 512),
-        "distillation 2048, score 2048": ("distillation", 2048, 2048),
-    }
+        f"{f'{loss} {trained}' if trained > 0 else 'not trained'}, score {scored}": SearchRecipe(
+            survivors=(1,), trial_tokens=(trained,), score_tokens=(scored,), trial_loss=loss
+        )
+        for loss, trained, scored in (
+            ("next-token", 0, 512), ("next-token", 512, 512), ("distillation", 512, 512),
+            ("next-token", 0, 2048), ("next-token", 2048, 2048), ("distillation", 2048, 2048),
+        )
+    }  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in cheap}
     for seed in arguments.seeds:
         with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
@@ -196,12 +204,12 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
             short = recipe.search.model_copy(update={"descent_rounds": 1, "generations": 0, "forecast_candidates": 0})
             best = search_plan(dense, database, corpus, budget, short, seed, folder)
             plans = Evolution(space, budget, PAPER, [best], seed).relatives(arguments.plans)
-            score = DenseReference(dense.model, corpus.tokens("score", 2048))
+            scorers = {name: TrialScorer(dense, database, corpus, settings) for name, settings in cheap.items()}
             scores: dict[str, list[float]] = {name: [] for name in cheap}
             last = []
             for plan in plans:
-                for name, (loss, trained, scored) in cheap.items():
-                    scores[name].append(_trial(dense, database, corpus, plan, score, loss, trained, scored))
+                for name, scorer in scorers.items():
+                    scores[name].append(scorer.score(plan, 0, plan))
                 last.append(_row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)[2])
                 print(f"seed {seed}: {len(last)}: {last[-1]:.4f}", flush=True)
             for name in cheap:
@@ -211,26 +219,6 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
     for name, rhos in found.items():
         spread = statistics.stdev(rhos) if len(rhos) > 1 else 0
         print(f"{name}: Spearman {statistics.mean(rhos):.2f} ± {spread:.2f} over {len(rhos)} seeds")
-
-
-def _trial(
-    dense: DenseModel, database: Database, corpus: Corpus, plan: Plan, score: DenseReference, loss: str, trained: int,
-    scored: int,
-) -> float:  # fmt: skip
-    """KL on `scored` tokens after `trained` tokens with that loss, one block a step, at the rate of the trials."""
-    cuts = database.cuts(dense.sites, plan.levels, dense.device)
-    model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=trained > 0)
-    if trained > 0:
-        objective = Objective(model, dense.model, float(loss == "distillation"))
-        optimizer = torch.optim.AdamW(
-            model.model.layers.parameters(), lr=SearchRecipe().learning_rate, weight_decay=0.0, fused=True
-        )
-        for ids_1T in corpus.tokens("trial", trained).long().split(1):
-            objective(ids_1T, ids_1T)["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(model.model.layers.parameters(), 1.0)
-            optimizer.step()
-            model.zero_grad(set_to_none=True)
-    return score.compare(model, scored).kl
 
 
 def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) -> None:

@@ -77,6 +77,23 @@ def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, mon
     assert str(DIVERGED) in lines or f"{DIVERGED:.1f}" in lines
 
 
+def test_trials_learn_from_the_dense_model_if_asked(scored):
+    dense, database, space, budget = scored
+    plan, recipe = error_plan(space, budget), RECIPE.model_copy(update={"learning_rate": 1e-3})
+    score = CORPUS.blocks["score"]
+    corpus = Corpus({"trial": score, "score": score})  # on the text that it has learnt, which loss it was is seen
+    untrained = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_tokens": (0,) * 2}))
+    kls = {"none": untrained.score(plan, 0, plan)}
+    for loss in ("next-token", "distillation"):
+        scorer = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_loss": loss}))
+        # The longer one first: what the dense model teaches is kept for shorter ones.
+        kls[loss] = [scorer.score_after(plan, tokens, score.numel()) for tokens in (score.numel(), score[:1].numel())]
+        assert kls[loss][1] == TrialScorer(
+            dense, database, corpus, recipe.model_copy(update={"trial_loss": loss})
+        ).score_after(plan, score[:1].numel(), score.numel())
+    assert kls["distillation"][0] < kls["none"] and kls["distillation"][0] < kls["next-token"][0]
+
+
 def test_a_forecast_compares_every_step_with_the_long_training(scored, tmp_path):
     dense, database, _, budget = scored
     recipe = RECIPE.model_copy(update={"forecast_candidates": 5, "descent_rounds": 0})

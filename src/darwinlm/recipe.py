@@ -112,6 +112,8 @@ class SearchRecipe(_Section):
     """Tokens on which KL(dense || candidate) is measured, step by step."""
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Of trials."""
+    trial_loss: Literal["next-token", "distillation"] = "next-token"
+    """What trials train on; `distillation` is KL(dense || candidate)."""
     batch_size: int = Field(1, ge=1)
     """Blocks in one optimiser step of a trial."""
     forecast_candidates: int = Field(0, ge=0)

@@ -97,6 +97,11 @@ class DenseReference:
         return Fidelity(sum(kls) / count, math.exp(mean) if mean < 700 else math.inf, tuple(kls))
 
     @torch.no_grad()
+    def expected_rows(self) -> Tensor:
+        """The row of the head that the dense model expects to predict, by position: blocks * tokens * hidden."""
+        return torch.stack([expected_rows(hidden_TD, self._head_VD) for hidden_TD in self._hidden_BTD])
+
+    @torch.no_grad()
     def gradients(self, hidden_TD: Tensor, block: int, head_VD: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
         """How KL(dense || model) on one block changes with the model's last hidden states, to second order.
 
@@ -136,3 +141,17 @@ class DenseReference:
             return torch.cat([model.model(part, use_cache=False).last_hidden_state for part in ids_BT.split(size)])
 
         return self._portion(run)
+
+
+@torch.no_grad()
+def expected_rows(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+    """The mean of the head's rows by the predictions of these last hidden states, N * D, in their dtype.
+
+    The gradient of next-token loss by a hidden state is this less the row of the next token; that of KL(dense || model)
+    is this less the dense model's.
+    """
+    parts = [
+        torch.nn.functional.linear(part_ND, head_VD).float().softmax(-1).to(head_VD.dtype) @ head_VD
+        for part_ND in hidden_ND.split(_CHUNK_TOKENS)
+    ]
+    return torch.cat(parts)

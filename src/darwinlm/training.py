@@ -1,6 +1,5 @@
 """The one short training loop: trials use it; recovery uses the Hugging Face Trainer."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -11,6 +10,7 @@ from torch import Tensor
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.scoring import expected_rows
 
 _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
@@ -22,9 +22,10 @@ def train_briefly(
     *,
     learning_rate: float,
     batch_size: int,
+    aims_BTD: Tensor | None = None,
     portion: Portion | None = None,
-) -> float:
-    """Train the layers of `model` in place on next-token loss, once over `blocks_BT`, with AdamW at a constant rate.
+) -> bool:
+    """Train the layers of `model` in place, once over `blocks_BT`, with AdamW at a constant rate.
 
     Weights are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move. Where the hardware is
     faster in bfloat16, a working copy of them in that does the computing. Embeddings and head stay as they are: they
@@ -36,10 +37,12 @@ def train_briefly(
         blocks_BT: token ids, blocks * tokens, on any device.
         learning_rate: AdamW's, without weight decay.
         batch_size: blocks in one optimiser step.
+        aims_BTD: the rows of the head that the dense model expects (`DenseReference.expected_rows`), on any device: the
+            loss is KL(dense || model). By default it is next-token loss.
         portion: how many of them are computed at a time, gradients adding up; by default all that fit.
 
     Returns:
-        The last step's loss in nats; infinite if the training diverged (the model is then useless).
+        False if the training diverged (the model is then useless).
     """
     model.requires_grad_(False).train()
     model.model.layers.requires_grad_(True)
@@ -55,12 +58,15 @@ def train_briefly(
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
-    loss = math.nan
-    for batch_BT in blocks_BT.split(batch_size):
-        loss = portion(partial(_gradients, model, parameters, masters, batch_BT.to(model.device, torch.long)))
-        if not math.isfinite(loss):
-            return math.inf
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
+        batch_BT = batch_BT.to(model.device, torch.long)
+        if aims_BTD is None:
+            rows_BTD = torch.nn.functional.embedding(batch_BT[:, 1:], model.lm_head.weight)
+        else:
+            rows_BTD = aims_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
+        portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD))
+        if not torch.nn.utils.clip_grad_norm_(masters, 1.0).isfinite():
+            return False
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if masters is not parameters:
@@ -69,7 +75,7 @@ def train_briefly(
     if recompute:
         model.activation_checkpointing_disable()
     model.eval()
-    return loss
+    return True
 
 
 def _gradients(
@@ -77,18 +83,21 @@ def _gradients(
     parameters: Sequence[Tensor],
     masters: Sequence[Tensor],
     batch_BT: Tensor,
+    rows_BTD: Tensor,
     size: int,
-) -> float:
-    """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time; that loss."""
+) -> None:
+    """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time.
+
+    `rows_BTD` is what the predictions, all but each block's last, should expect of the head's rows.
+    """
     for each in (*parameters, *masters):
         each.grad = None  # of an attempt that ran out of memory
-    loss = 0.0
-    for part_BT in batch_BT.split(size):
-        part = model(input_ids=part_BT, labels=part_BT, use_cache=False).loss * (len(part_BT) / len(batch_BT))
-        part.backward()
-        loss += part.item()
+    for part_BT, aims_BTD in zip(batch_BT.split(size), rows_BTD.split(size), strict=True):
+        hidden_BTD = model.model(input_ids=part_BT, use_cache=False).last_hidden_state[:, :-1]
+        expected_ND = expected_rows(hidden_BTD.detach().flatten(0, 1), model.lm_head.weight)
+        by_hidden_ND = (expected_ND.float() - aims_BTD.flatten(0, 1).float()) / rows_BTD[..., 0].numel()
+        hidden_BTD.backward(by_hidden_ND.view(hidden_BTD.shape).to(hidden_BTD.dtype))
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 gradient, parameter.grad = parameter.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
-    return loss

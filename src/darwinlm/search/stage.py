@@ -44,6 +44,7 @@ class TrialScorer:
         self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
         self._portion = Portion(recipe.batch_size, "search")
+        self._taught_BTD: Tensor | None = None
 
     def score(self, plan: Plan, step: int, parent: Plan) -> float:
         """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value.
@@ -61,20 +62,28 @@ class TrialScorer:
     def score_after(self, plan: Plan, trial_tokens: int, score_tokens: int) -> float:
         """The plan's KL in nats on `score_tokens` after a trial of `trial_tokens`, or `DIVERGED`."""
         recipe, dense = self._recipe, self._dense
+        blocks_BT = self._corpus.tokens("trial", trial_tokens)
+        aims_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" else None
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
         trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
         if TRIAL_BYTES * trained > free_memory(dense.device):
             dense.park()
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
-        blocks_BT = self._corpus.tokens("trial", trial_tokens)
         train_briefly(
             model,
             blocks_BT,
             learning_rate=recipe.learning_rate,
             batch_size=recipe.batch_size,
+            aims_BTD=aims_BTD,
             portion=self._portion,
         )
         return _finite(self._reference.compare(model, score_tokens, head_VD=dense.ends.lm_head.weight).kl)
+
+    def _aims(self, blocks_BT: Tensor) -> Tensor:
+        """What the dense model teaches on these blocks, the first of the trial split; in the CPU's memory."""
+        if self._taught_BTD is None or len(self._taught_BTD) < len(blocks_BT):
+            self._taught_BTD = DenseReference(self._dense.reference.model, blocks_BT).expected_rows().cpu()
+        return self._taught_BTD[: len(blocks_BT)]
 
     def _cut(self, index: int, level: int) -> Cut:
         return self._database.cut(self._dense.sites[index], level, self._dense.device)
