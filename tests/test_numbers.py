@@ -225,8 +225,16 @@ def test_a_trial_whose_loss_has_no_value_scores_worst(value, scorer, monkeypatch
     def diverge(model, *arguments, **named):
         train_briefly(model, *arguments, **named)
         next(model.model.layers.parameters()).data.fill_(value)  # the ends are the dense model's own
+        return True
 
     monkeypatch.setattr("darwinlm.search.stage.train_briefly", diverge)
+    assert scorer.score_after(plan, 64, 64) == DIVERGED
+
+
+def test_a_trial_whose_gradient_has_no_value_scores_worst_though_its_weights_are_whole(scorer, monkeypatch):
+    dense, database, scorer = scorer
+    plan = error_plan(database.space(dense.sites), parameter_budget(0.8, database.space(dense.sites)))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda masters, most: torch.tensor(torch.inf))
     assert scorer.score_after(plan, 64, 64) == DIVERGED
 
 

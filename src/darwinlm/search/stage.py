@@ -69,14 +69,15 @@ class TrialScorer:
         if TRIAL_BYTES * trained > free_memory(dense.device):
             dense.park()
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
-        train_briefly(
+        if not train_briefly(
             model,
             blocks_BT,
             learning_rate=recipe.learning_rate,
             batch_size=recipe.batch_size,
             aims_BTD=aims_BTD,
             portion=self._portion,
-        )
+        ):
+            return DIVERGED
         return _finite(self._reference.compare(model, score_tokens, head_VD=dense.ends.lm_head.weight).kl)
 
     def _aims(self, blocks_BT: Tensor) -> Tensor:
