@@ -5,8 +5,7 @@ Removing the columns S of a unit from W, all others refitted, adds `tr(W_S (P_SS
 `P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives how that is done in blocks, without another outcome.
 
 Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, n columns in the
-working matrices, F of them that move, B removals in a block, D columns it is chosen from, X rows of a stacked product,
-R random probes.
+working matrices, F of them that move, B removals in a block, D columns it is chosen from, R random probes, X any rows.
 """
 
 import functools
@@ -27,11 +26,15 @@ _MORE = 1.5
 """Times as many as there were for each that goes, from then on, where they did not suffice for all of a block."""
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
+_INVERSE_ERROR = 1e-4
+"""Relative error of the inverse's entries up to which float32 suffices."""
 _LEAST_RIDGE = 1e-8
 """Of inputs that are always zero. Any would do, but rounding turns this share of the weights' squares into error."""
 _PROBES = 8
 _LEAF = 192
 """Size below which a Cholesky factorisation inverts faster than products of halves."""
+_TILE = 512
+"""Size below which a symmetric product as a whole is faster than its upper half in parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,9 @@ def prune_site(
 ) -> list[Snapshot]:
     """Remove units one by one, always the one whose removal costs least, and keep a snapshot at each size.
 
-    The inverse is computed in float64; the rest is float32 and watched: at each snapshot random probes estimate by how
-    much rounding has raised the error, and where that matters, inverse and refit are computed anew.
+    All is float32 and watched. Where random probes find the inverse not good enough, it is computed in float64; at each
+    snapshot others estimate by how much rounding has raised the error, and where that matters, inverse and refit are
+    computed anew.
 
     Args:
         weight_OI: the dense output projection.
@@ -95,49 +99,92 @@ def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
     return max(0.0, ((weight_OI @ gram_II) * weight_OI).sum().item())
 
 
-def damped_inverse(gram_II: Tensor, ridge: float) -> Tensor:
-    """(G + ridge * I)^-1 in float32, computed in float64, which takes one such matrix and a quarter of another."""
-    work_II = gram_II.to(torch.float64, copy=True)
+def damped_inverse(gram_II: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(G + ridge * I)^-1 in float32, computed in `dtype`, which takes one such matrix and a quarter of another."""
+    work_II = gram_II.to(dtype, copy=True)
     work_II.diagonal().add_(ridge)
     _invert(work_II)
     return work_II.float()
+
+
+def _inverse_if_float32_suffices(gram_II: Tensor, ridge: float) -> Tensor | None:
+    """(G + ridge * I)^-1 computed in float32, or None where rounding has spoilt it.
+
+    With Q for the inverse P and z random, Q (z - H Q z) is (P - Q) z but for the square of the error. Its entries are
+    measured as those of a correlation matrix, by the roots of Q's diagonal: scores are quotients by that.
+    """
+    try:
+        inverse_II = damped_inverse(gram_II, ridge, torch.float32)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    generator = torch.Generator().manual_seed(0)
+    scale_I = inverse_II.diagonal().rsqrt()
+    z_RI = torch.randn(_PROBES, len(gram_II), generator=generator).to(gram_II.device) * scale_I
+    solved_RI = _times(z_RI, inverse_II)
+    error_RI = _times(z_RI - _times(solved_RI, gram_II) - ridge * solved_RI, inverse_II) * scale_I
+    return inverse_II if error_RI.square().mean().sqrt().item() < _INVERSE_ERROR else None
+
+
+def _times(rows_XI: Tensor, symmetric_II: Tensor) -> Tensor:
+    """X S for a few rows: as (S X^T)^T it is up to three times as fast on a CPU."""
+    return (symmetric_II @ rows_XI.T).T
 
 
 def _invert(matrix_nn: Tensor) -> None:
     """Invert a positive definite matrix in place, by halves: nearly all of it is matrix products.
 
     With A, B, D the quarters (B above the diagonal) and S = D - B^T A^-1 B, the inverse has S^-1 below,
-    -A^-1 B S^-1 beside it, and A^-1 + A^-1 B S^-1 B^T A^-1 above.
+    -A^-1 B S^-1 beside it, and A^-1 + A^-1 B S^-1 B^T A^-1 above. What lies below the diagonal is not read.
     """
     if len(matrix_nn) <= _LEAF:
         identity_nn = torch.eye(len(matrix_nn), dtype=matrix_nn.dtype, device=matrix_nn.device)
-        root_nn = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix_nn), identity_nn, upper=False)
-        torch.mm(root_nn.T, root_nn, out=matrix_nn)
+        factor_nn = torch.linalg.cholesky(matrix_nn, upper=True)
+        root_nn = torch.linalg.solve_triangular(factor_nn, identity_nn, upper=True)
+        torch.mm(root_nn, root_nn.T, out=matrix_nn)
         return
     half = len(matrix_nn) // 2
     A, B, D = matrix_nn[:half, :half], matrix_nn[:half, half:], matrix_nn[half:, half:]
     _invert(A)
     product = A @ B
-    D.addmm_(B.T, product, alpha=-1)
+    _subtract_symmetric(D, B.T, product)
     _invert(D)
     torch.mm(product, D, out=B).neg_()
-    A.addmm_(B, product.T, alpha=-1)
+    _subtract_symmetric(A, B, product.T)
+    _mirror(A)
     matrix_nn[half:, :half] = B.T
 
 
+def _subtract_symmetric(matrix_nn: Tensor, one_nk: Tensor, other_kn: Tensor) -> None:
+    """Take a product that is symmetric off a matrix: down to `_TILE`, only off what lies above the diagonal."""
+    if len(matrix_nn) <= _TILE:
+        matrix_nn.addmm_(one_nk, other_kn, alpha=-1)
+        return
+    half = len(matrix_nn) // 2
+    matrix_nn[:half, half:].addmm_(one_nk[:half], other_kn[:, half:], alpha=-1)
+    _subtract_symmetric(matrix_nn[:half, :half], one_nk[:half], other_kn[:, :half])
+    _subtract_symmetric(matrix_nn[half:, half:], one_nk[half:], other_kn[:, half:])
+
+
+def _mirror(matrix_nn: Tensor) -> None:
+    """Below the diagonal what is above it, where `_subtract_symmetric` has left that out."""
+    if len(matrix_nn) > _TILE:
+        half = len(matrix_nn) // 2
+        matrix_nn[half:, :half] = matrix_nn[:half, half:].T
+        _mirror(matrix_nn[:half, :half])
+        _mirror(matrix_nn[half:, half:])
+
+
 class _State:
-    """A site on its way: `weight_nO` and `inverse_nn` hold the columns that are left, and some that are gone."""
+    """A site on its way: `weight_nO` and `inverse_nn` hold the columns that are left, in an order of their own."""
 
     def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         self.C = columns_per_unit
         self.dense_OI, self.gram_II, self.ridge = weight_OI, gram_II, ridge
         self.units_n = torch.arange(weight_OI.shape[1] // columns_per_unit, device=weight_OI.device)
-        """Units in the working matrices, in their order."""
-        self.gone_n = torch.zeros(len(self.units_n), dtype=torch.bool, device=weight_OI.device)
-        self.units_left = len(self.units_n)
+        """Units that are left, in the matrices' order."""
         self.weight_nO = weight_OI.T.clone(memory_format=torch.contiguous_format)
         """Transposed, so that columns of the projection are moved as rows."""
-        self.inverse_nn = damped_inverse(gram_II, ridge)
+        self.inverse_nn = self._first_inverse()
         self.damped_error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
         """tr(dW H dW^T): the sum of the scores of all removals so far."""
         generator = torch.Generator().manual_seed(0)
@@ -145,11 +192,22 @@ class _State:
         self.signs_RO = signs_RO.to(weight_OI.device, torch.float32)
         self.target_RI = self._times_hessian(self.signs_RO @ weight_OI, slice(None))
 
-    def compact(self) -> None:
-        """Let the last units that are left take the places of those that are gone, and narrow the matrices to them."""
-        left = self.units_left
-        holes_U = self.gone_n[:left].nonzero()[:, 0]
-        fillers_U = left + (~self.gone_n[left:]).nonzero()[:, 0]
+    @property
+    def units_left(self) -> int:
+        return len(self.units_n)
+
+    def _first_inverse(self) -> Tensor:
+        return damped_inverse(self.gram_II, self.ridge)
+
+    def take_out(self, gone_B: Tensor, rows_Xn: Tensor) -> Tensor:
+        """Take units out of the matrices and out of some rows over their columns, which are returned.
+
+        The last units that are left take their places, and the matrices are narrowed, in place.
+        """
+        left = self.units_left - len(gone_B)
+        stays = torch.ones(self.units_left - left, dtype=torch.bool, device=gone_B.device)
+        stays[gone_B[gone_B >= left] - left] = False
+        holes_U, fillers_U = gone_B[gone_B < left], left + stays.nonzero()[:, 0]
         holes, fillers = _columns_of(holes_U, self.C), _columns_of(fillers_U, self.C)
         size = left * self.C
         rows_Fn = self.inverse_nn.index_select(0, fillers)
@@ -161,29 +219,29 @@ class _State:
         self.inverse_nn = self.inverse_nn[:size, :size]
         self.weight_nO = self.weight_nO[:size]
         self.units_n = self.units_n[:left]
-        self.gone_n = torch.zeros_like(self.gone_n[:left])
+        rows_Xn[:, holes] = rows_Xn[:, fillers]
+        return rows_Xn[:, :size]
 
     def refitted(self) -> tuple[Tensor, Tensor]:
         """The units that are left, ascending, and their refitted columns, after a look at what rounding has done."""
-        self.compact()
         if self._excess() > _EXCESS * self.damped_error.item():
             self.renew()
         units_U, order_U = self.units_n.sort()
         return units_U, self.weight_nO.index_select(0, _columns_of(order_U, self.C)).T
 
     def _times_hessian(self, rows_RI: Tensor, columns: Tensor | slice) -> Tensor:
-        return (rows_RI @ self.gram_II)[:, columns] + self.ridge * rows_RI[:, columns]
+        return _times(rows_RI, self.gram_II)[:, columns] + self.ridge * rows_RI[:, columns]
 
     def _residual(self, columns_K: Tensor) -> Tensor:
         """W_K H_KK - (W H)_K for the probes' random sums of rows: zero where the refit is exact."""
         rows_RI = torch.zeros_like(self.target_RI)
-        rows_RI[:, columns_K] = self.signs_RO @ self.weight_nO.T
+        rows_RI[:, columns_K] = (self.weight_nO @ self.signs_RO.T).T
         return self._times_hessian(rows_RI, columns_K) - self.target_RI[:, columns_K]
 
     def _excess(self) -> float:
         """By how much the error exceeds that of the exact refit: tr(R P R^T) of the residual R, from random probes."""
         residual_RK = self._residual(_columns_of(self.units_n, self.C))
-        return ((residual_RK @ self.inverse_nn) * residual_RK).sum().item() / _PROBES
+        return (_times(residual_RK, self.inverse_nn) * residual_RK).sum().item() / _PROBES
 
     def renew(self) -> None:
         """Inverse, refit and error from the Gram matrix."""
@@ -209,6 +267,11 @@ class _Columns(_State):
         super().__init__(weight_OI, gram_II, ridge, columns_per_unit)
         self.candidates = _CANDIDATES
 
+    def _first_inverse(self) -> Tensor:
+        # An MLP's inputs nearly always allow it, those of attention, whose units have several columns, hardly ever.
+        inverse_II = _inverse_if_float32_suffices(self.gram_II, self.ridge)
+        return super()._first_inverse() if inverse_II is None else inverse_II
+
     def remove(self, count: int) -> None:
         """Remove `count` more columns. Raises LinAlgError if P is not positive definite, however computed."""
         anew = False
@@ -218,17 +281,13 @@ class _Columns(_State):
                 raise torch.linalg.LinAlgError("the inverse is not positive definite")  # type: ignore[attr-defined]
             anew = removed == 0
             count -= removed
-            self.units_left -= removed
-            if anew or 4 * self.units_left < 3 * len(self.units_n):
-                self.compact()
             if anew:
                 self.renew()
 
     def _remove_block(self, block: int) -> int:
         """Remove up to `block` columns; how many. None if rounding has left P without a positive pivot."""
-        # Of what is gone only rounding is left: an infinite square keeps it from going again.
-        inverse_n = self.inverse_nn.diagonal().masked_fill(self.gone_n, 1.0)
-        squares_n = torch.linalg.vector_norm(self.weight_nO, dim=1).square_().masked_fill_(self.gone_n, torch.inf)
+        inverse_n = self.inverse_nn.diagonal()
+        squares_n = torch.linalg.vector_norm(self.weight_nO, dim=1).square_()
         candidates = min(max(_FEWEST, math.ceil(self.candidates * block)), self.units_left)
         among_D = (squares_n / inverse_n).topk(candidates, largest=False).indices.sort().values
         weight_DO = self.weight_nO.index_select(0, among_D)
@@ -255,9 +314,9 @@ class _Columns(_State):
             if others < steps:
                 self.candidates = _MORE * candidates / block
                 removed_B, scores_B, u_Bn, v_BO = (rows[:others] for rows in (removed_B, scores_B, u_Bn, v_BO))
-        self.weight_nO.addmm_(u_Bn.T, v_BO, alpha=-1)
-        self.inverse_nn.addmm_(u_Bn.T, u_Bn, alpha=-1)
-        self.gone_n.index_fill_(0, removed_B, True)
+        u_BK = self.take_out(removed_B, u_Bn)
+        self.weight_nO.addmm_(u_BK.T, v_BO, alpha=-1)
+        self.inverse_nn.addmm_(u_BK.T, u_BK, alpha=-1)
         self.damped_error += scores_B.sum(dtype=torch.float64)
         return len(removed_B)
 
@@ -299,34 +358,37 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
     For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one thread,
     since NumPy's own threads would keep PyTorch's from running.
     """
-    inverse_dd, squares_dd = inverse_DD.numpy(), squares_DD.numpy()
-    # Half the squares, which change by -u h.
-    diagonals = np.stack([inverse_dd.diagonal(), squares_dd.diagonal() / 2])
+    # Row s of both matrices side by side, and their diagonals, the squares' halved: these change by -u h.
+    start_d2d = np.stack([inverse_DD.numpy(), squares_DD.numpy()], axis=1)
+    diagonals = np.stack([inverse_DD.numpy().diagonal(), squares_DD.numpy().diagonal() / 2])
     inverse_d, halves_d = diagonals
     # From the middle, rows u of the removals downwards and rows h upwards. So the terms so far are one piece, and its
     # column s, read backwards, has their factors in the same order.
     terms, largest = np.empty((2 * block, len(inverse_DD)), dtype=np.float32), np.finfo(np.float32).max
     rows, scratch = np.empty_like(diagonals), np.empty_like(diagonals)
     u_d, h_d = rows
+    scratch_d, other_d = scratch
     chosen, scores = [], []
     with _numpy_threads().limit(limits=1), np.errstate(all="ignore"):
         for step in range(block):
-            s = np.divide(halves_d, inverse_d, out=scratch[0]).argmin()
+            s = np.divide(halves_d, inverse_d, out=scratch_d).argmin()
             so_far = terms[block - step : block + step]
             at_s = so_far[:, s].copy()  # BLAS takes no other
-            np.subtract(inverse_dd[s], at_s[step:] @ so_far[step:], out=u_d)
-            np.subtract(squares_dd[s], at_s[::-1].copy() @ so_far, out=h_d)
+            np.dot(at_s[step:], so_far[step:], out=scratch_d)
+            np.dot(at_s[::-1].copy(), so_far, out=other_d)
+            np.subtract(start_d2d[s], scratch, out=rows)
             # NumPy's own numbers: a Python float costs as much as the operation.
-            pivot, score = u_d[s], h_d[s] / u_d[s]
+            pivot = u_d[s]
+            score = h_d[s] / pivot
             rows *= 1 / np.sqrt(pivot)
-            h_d -= np.multiply(u_d, score / 2, out=scratch[0])
+            h_d -= np.multiply(u_d, score / 2, out=scratch_d)
             diagonals -= np.multiply(rows, u_d, out=scratch)
             terms[block + step], terms[block - 1 - step] = u_d, h_d
             # What rounding leaves of it cannot turn this, or a score, negative.
             inverse_d[s], halves_d[s] = largest, np.inf
-            chosen.append(int(s))
-            scores.append(float(score))
-    return torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64)
+            chosen.append(s)
+            scores.append(score)
+    return torch.from_numpy(np.array(chosen)), torch.from_numpy(np.array(scores, dtype=np.float64))
 
 
 def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -369,15 +431,13 @@ class _Blocks(_State):
             weight_UCO = self.weight_nO.view(U, C, -1)
             scores_U = torch.linalg.solve_triangular(factors_UCC, weight_UCO, upper=False).square().sum(dim=(1, 2))
             unit = scores_U.argmin().view(1)
-            columns_C = _columns_of(unit, C)
-            rows_Cn = self.inverse_nn.index_select(0, columns_C)
-            solved_Cn = torch.cholesky_solve(rows_Cn, factors_UCC.index_select(0, unit)[0])
-            self.weight_nO.addmm_(solved_Cn.T, self.weight_nO.index_select(0, columns_C), alpha=-1)
-            self.inverse_nn.addmm_(rows_Cn.T, solved_Cn, alpha=-1)
+            columns_C, factor_CC = _columns_of(unit, C), factors_UCC.index_select(0, unit)[0]
+            rows_Cn, weight_CO = (matrix.index_select(0, columns_C) for matrix in (self.inverse_nn, self.weight_nO))
+            u_Cn, v_CO = (torch.linalg.solve_triangular(factor_CC, rows, upper=False) for rows in (rows_Cn, weight_CO))
+            u_CK = self.take_out(unit, u_Cn)
+            self.weight_nO.addmm_(u_CK.T, v_CO, alpha=-1)
+            self.inverse_nn.addmm_(u_CK.T, u_CK, alpha=-1)
             self.damped_error += scores_U.index_select(0, unit)[0]
-            self.gone_n.index_fill_(0, unit, True)
-            self.units_left -= 1
-            self.compact()
 
 
 @functools.lru_cache(maxsize=1)
