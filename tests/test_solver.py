@@ -165,14 +165,14 @@ def test_a_block_ends_where_rounding_leaves_no_pivot_and_the_inverse_is_computed
 @pytest.mark.parametrize(("columns_per_unit", "units"), [(1, 300), (4, 60)])
 def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monkeypatch):
     expected = snapshots_of(columns_per_unit, units)
-    renewed, excess, renew = [], solver._State._excess, solver._State.renew
+    renewed, look, renew = [], solver._State._spoilt, solver._State.renew
 
     def spoil(state):
         for matrix in (state.weight_nO, state.inverse_nn):
             matrix.mul_(1 + torch.arange(len(matrix))[:, None] / 500)
-        return excess(state)
+        return look(state)
 
-    monkeypatch.setattr(solver._State, "_excess", spoil)
+    monkeypatch.setattr(solver._State, "_spoilt", spoil)
     monkeypatch.setattr(solver._State, "renew", lambda state: (renewed.append(True), renew(state)))
     for one, other in zip(snapshots_of(columns_per_unit, units), expected, strict=True):
         assert one.kept == other.kept

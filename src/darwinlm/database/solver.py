@@ -31,10 +31,12 @@ _INVERSE_ERROR = 1e-4
 _LEAST_RIDGE = 1e-8
 """Of inputs that are always zero. Any would do, but rounding turns this share of the weights' squares into error."""
 _PROBES = 8
-_LEAF = 192
+_LEAF = 96
 """Size below which a Cholesky factorisation inverts faster than products of halves."""
-_TILE = 512
-"""Size below which a symmetric product as a whole is faster than its upper half in parts."""
+_STRIP = 192
+"""Rows of a symmetric product that are computed at once, at least."""
+_PADDING = 16
+"""Columns of memory beside a big matrix: rows a power of two apart fall on each other in the caches of a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +79,14 @@ def prune_site(
     """
     if weight_OI.device.type == "mps":  # has no float64
         weight_OI, gram_II = weight_OI.cpu(), gram_II.cpu()
-    weight_OI = weight_OI.float()
     ridge = damping_ridge(gram_II, damping)
-    state = (_Columns if columns_per_unit == 1 else _Blocks)(weight_OI, gram_II, ridge, columns_per_unit)
-    total = weight_OI.square().sum()
+    dense_IO = weight_OI.T.contiguous().float()
+    state = (_Columns if columns_per_unit == 1 else _Blocks)(dense_IO, gram_II, ridge, columns_per_unit)
     snapshots = []
-    for size in sizes:
-        state.remove(state.units_left - size)
-        units_U, weight_OK = state.refitted()
-        columns_K = _columns_of(units_U, columns_per_unit)
-        dense_OK = weight_OI.index_select(1, columns_K)
-        moved = (total - dense_OK.square().sum()).double() + (dense_OK - weight_OK).square().sum()
-        error = max(0.0, (state.damped_error - ridge * moved).item())
-        snapshots.append(Snapshot(tuple(units_U.tolist()), weight_OK, error))
+    with _numpy_threads().limit(limits=1):  # more would keep PyTorch's from running
+        for size in sizes:
+            state.remove(state.units_left - size)
+            snapshots.append(state.snapshot())
     return snapshots
 
 
@@ -101,10 +98,16 @@ def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
 
 def damped_inverse(gram_II: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """(G + ridge * I)^-1 in float32, computed in `dtype`, which takes one such matrix and a quarter of another."""
-    work_II = gram_II.to(dtype, copy=True)
+    work_II = _padded(gram_II, dtype)
     work_II.diagonal().add_(ridge)
     _invert(work_II)
-    return work_II.float()
+    return work_II if dtype == torch.float32 else _padded(work_II, torch.float32)
+
+
+def _padded(matrix_II: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy whose rows lie a little further apart than they are long."""
+    size = len(matrix_II)
+    return torch.empty(size, size + _PADDING, dtype=dtype, device=matrix_II.device)[:, :size].copy_(matrix_II)
 
 
 def _inverse_if_float32_suffices(gram_II: Tensor, ridge: float) -> Tensor | None:
@@ -125,9 +128,9 @@ def _inverse_if_float32_suffices(gram_II: Tensor, ridge: float) -> Tensor | None
     return inverse_II if error_RI.square().mean().sqrt().item() < _INVERSE_ERROR else None
 
 
-def _times(rows_XI: Tensor, symmetric_II: Tensor) -> Tensor:
-    """X S for a few rows: as (S X^T)^T it is up to three times as fast on a CPU."""
-    return (symmetric_II @ rows_XI.T).T
+def _times(rows_XI: Tensor, symmetric_KI: Tensor) -> Tensor:
+    """X S^T for a few rows: on a CPU up to three times as fast as (S X^T)^T with X's rows in one piece."""
+    return (symmetric_KI @ rows_XI.contiguous().T).T
 
 
 def _invert(matrix_nn: Tensor) -> None:
@@ -155,42 +158,41 @@ def _invert(matrix_nn: Tensor) -> None:
 
 
 def _subtract_symmetric(matrix_nn: Tensor, one_nk: Tensor, other_kn: Tensor) -> None:
-    """Take a product that is symmetric off a matrix: down to `_TILE`, only off what lies above the diagonal."""
-    if len(matrix_nn) <= _TILE:
-        matrix_nn.addmm_(one_nk, other_kn, alpha=-1)
-        return
-    half = len(matrix_nn) // 2
-    matrix_nn[:half, half:].addmm_(one_nk[:half], other_kn[:, half:], alpha=-1)
-    _subtract_symmetric(matrix_nn[:half, :half], one_nk[:half], other_kn[:, :half])
-    _subtract_symmetric(matrix_nn[half:, half:], one_nk[half:], other_kn[:, half:])
+    """Take a product that is symmetric off a matrix, in strips: of what is below the diagonal, only off a little."""
+    for strip in _strips(len(matrix_nn)):
+        matrix_nn[strip, strip.start :].addmm_(one_nk[strip], other_kn[:, strip.start :], alpha=-1)
 
 
 def _mirror(matrix_nn: Tensor) -> None:
     """Below the diagonal what is above it, where `_subtract_symmetric` has left that out."""
-    if len(matrix_nn) > _TILE:
-        half = len(matrix_nn) // 2
-        matrix_nn[half:, :half] = matrix_nn[:half, half:].T
-        _mirror(matrix_nn[:half, :half])
-        _mirror(matrix_nn[half:, half:])
+    for strip in _strips(len(matrix_nn)):
+        matrix_nn[strip.stop :, strip] = matrix_nn[strip, strip.stop :].T
+
+
+def _strips(size: int) -> list[slice]:
+    width = max(_STRIP, size // 16)
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 class _State:
     """A site on its way: `weight_nO` and `inverse_nn` hold the columns that are left, in an order of their own."""
 
-    def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
+    def __init__(self, dense_IO: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         self.C = columns_per_unit
-        self.dense_OI, self.gram_II, self.ridge = weight_OI, gram_II, ridge
-        self.units_n = torch.arange(weight_OI.shape[1] // columns_per_unit, device=weight_OI.device)
+        self.dense_IO, self.gram_II, self.ridge = dense_IO, gram_II, ridge
+        """Transposed, like the working copy: columns of the projection are moved as rows."""
+        self.squares_I = torch.linalg.vector_norm(dense_IO, dim=1).double().square_()
+        self.units_n = torch.arange(len(dense_IO) // columns_per_unit, device=dense_IO.device)
         """Units that are left, in the matrices' order."""
-        self.weight_nO = weight_OI.T.clone(memory_format=torch.contiguous_format)
-        """Transposed, so that columns of the projection are moved as rows."""
+        self.weight_nO = dense_IO.clone()
         self.inverse_nn = self._first_inverse()
-        self.damped_error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+        self.damped_error = torch.zeros((), dtype=torch.float64, device=dense_IO.device)
         """tr(dW H dW^T): the sum of the scores of all removals so far."""
         generator = torch.Generator().manual_seed(0)
-        signs_RO = torch.randint(0, 2, (_PROBES, len(weight_OI)), generator=generator) * 2 - 1
-        self.signs_RO = signs_RO.to(weight_OI.device, torch.float32)
-        self.target_RI = self._times_hessian(self.signs_RO @ weight_OI, slice(None))
+        signs_RO = torch.randint(0, 2, (_PROBES, dense_IO.shape[1]), generator=generator) * 2 - 1
+        self.signs_RO = signs_RO.to(dense_IO.device, torch.float32)
+        rows_RI = self.signs_RO @ dense_IO.T
+        self.target_RI = _times(rows_RI, gram_II) + ridge * rows_RI
 
     @property
     def units_left(self) -> int:
@@ -211,47 +213,57 @@ class _State:
         holes, fillers = _columns_of(holes_U, self.C), _columns_of(fillers_U, self.C)
         size = left * self.C
         rows_Fn = self.inverse_nn.index_select(0, fillers)
-        rows_Fn[:, holes] = rows_Fn[:, fillers]
-        self.inverse_nn[holes] = rows_Fn
-        self.inverse_nn[:, holes] = rows_Fn.T
-        self.weight_nO[holes] = self.weight_nO[fillers]
+        rows_Fn.index_copy_(1, holes, rows_Fn.index_select(1, fillers))
+        self.inverse_nn.index_copy_(0, holes, rows_Fn)
+        self.inverse_nn.index_copy_(1, holes, rows_Fn.T)
+        self.weight_nO.index_copy_(0, holes, self.weight_nO.index_select(0, fillers))
         self.units_n[holes_U] = self.units_n[fillers_U]
         self.inverse_nn = self.inverse_nn[:size, :size]
         self.weight_nO = self.weight_nO[:size]
         self.units_n = self.units_n[:left]
-        rows_Xn[:, holes] = rows_Xn[:, fillers]
+        rows_Xn.index_copy_(1, holes, rows_Xn.index_select(1, fillers))
         return rows_Xn[:, :size]
 
-    def refitted(self) -> tuple[Tensor, Tensor]:
-        """The units that are left, ascending, and their refitted columns, after a look at what rounding has done."""
-        if self._excess() > _EXCESS * self.damped_error.item():
+    def snapshot(self) -> Snapshot:
+        """What is left, after a look at what rounding has done."""
+        if self._spoilt():
             self.renew()
+        columns_n = _columns_of(self.units_n, self.C)
+        moved_nO = self.weight_nO - self.dense_IO.index_select(0, columns_n)
+        moved = self.squares_I.sum() - self.squares_I.index_select(0, columns_n).sum() + moved_nO.norm().square()
+        error = max(0.0, (self.damped_error - self.ridge * moved).item())
         units_U, order_U = self.units_n.sort()
-        return units_U, self.weight_nO.index_select(0, _columns_of(order_U, self.C)).T
-
-    def _times_hessian(self, rows_RI: Tensor, columns: Tensor | slice) -> Tensor:
-        return _times(rows_RI, self.gram_II)[:, columns] + self.ridge * rows_RI[:, columns]
+        weight_OK = self.weight_nO.index_select(0, _columns_of(order_U, self.C)).T
+        return Snapshot(tuple(units_U.tolist()), weight_OK, error)
 
     def _residual(self, columns_K: Tensor) -> Tensor:
         """W_K H_KK - (W H)_K for the probes' random sums of rows: zero where the refit is exact."""
-        rows_RI = torch.zeros_like(self.target_RI)
-        rows_RI[:, columns_K] = (self.weight_nO @ self.signs_RO.T).T
-        return self._times_hessian(rows_RI, columns_K) - self.target_RI[:, columns_K]
+        rows_RK = (self.weight_nO @ self.signs_RO.T).T
+        rows_RI = torch.zeros_like(self.target_RI).index_copy_(1, columns_K, rows_RK)
+        if 2 * len(columns_K) < len(self.gram_II):  # copying these rows takes less than reading all
+            product_RK = _times(rows_RI, self.gram_II.index_select(0, columns_K))
+        else:
+            product_RK = _times(rows_RI, self.gram_II).index_select(1, columns_K)
+        return product_RK + self.ridge * rows_RK - self.target_RI.index_select(1, columns_K)
 
-    def _excess(self) -> float:
-        """By how much the error exceeds that of the exact refit: tr(R P R^T) of the residual R, from random probes."""
+    def _spoilt(self) -> bool:
+        """Does the error exceed that of the exact refit by much? tr(R P R^T) of the residual R says, from random probes."""
         residual_RK = self._residual(_columns_of(self.units_n, self.C))
-        return (_times(residual_RK, self.inverse_nn) * residual_RK).sum().item() / _PROBES
+        allowed = _EXCESS * self.damped_error.item() * _PROBES
+        if residual_RK.norm().square().item() <= allowed * self.ridge:  # no eigenvalue of P exceeds 1 / ridge
+            return False
+        return not (_times(residual_RK, self.inverse_nn) * residual_RK).sum().item() <= allowed
 
     def renew(self) -> None:
         """Inverse, refit and error from the Gram matrix."""
         columns_K = _columns_of(self.units_n, self.C)
         self.inverse_nn = damped_inverse(self.gram_II[columns_K][:, columns_K], self.ridge)
-        target_OK = self._times_hessian(self.dense_OI, columns_K)
-        self.weight_nO = self.inverse_nn @ target_OK.T
-        change_OI = self.dense_OI.clone()
-        change_OI[:, columns_K] -= self.weight_nO.T
-        self.damped_error = (self._times_hessian(change_OI, slice(None)) * change_OI).sum(dtype=torch.float64)
+        target_KO = self.gram_II[columns_K] @ self.dense_IO + self.ridge * self.dense_IO[columns_K]
+        self.weight_nO = self.inverse_nn @ target_KO
+        change_IO = self.dense_IO.clone()
+        change_IO[columns_K] -= self.weight_nO
+        change_times_hessian_IO = self.gram_II @ change_IO + self.ridge * change_IO
+        self.damped_error = (change_times_hessian_IO * change_IO).sum(dtype=torch.float64)
 
 
 class _Columns(_State):
@@ -263,8 +275,8 @@ class _Columns(_State):
     where one of them would have gone first, the block ends before that step, and the next begins with it.
     """
 
-    def __init__(self, weight_OI: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
-        super().__init__(weight_OI, gram_II, ridge, columns_per_unit)
+    def __init__(self, dense_IO: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
+        super().__init__(dense_IO, gram_II, ridge, columns_per_unit)
         self.candidates = _CANDIDATES
 
     def _first_inverse(self) -> Tensor:
@@ -293,21 +305,17 @@ class _Columns(_State):
         weight_DO = self.weight_nO.index_select(0, among_D)
         inverse_Dn = self.inverse_nn.index_select(0, among_D)
         on_cpu = self.inverse_nn.device.type == "cpu"
-        chosen_B, scores_B = (choose if on_cpu else choose_without_waiting)(
+        chosen_B, scores_B, factor_BB = (choose if on_cpu else choose_without_waiting)(
             inverse_Dn.index_select(1, among_D), weight_DO @ weight_DO.T, block
         )
-        inverse_BB = inverse_Dn.index_select(0, chosen_B).index_select(1, among_D.index_select(0, chosen_B))
-        factor_BB, failed_at = torch.linalg.cholesky_ex(inverse_BB)
-        steps = _sound_steps(scores_B, failed_at)
+        steps = _sound_steps(scores_B, factor_BB)
         if steps == 0:
             return 0
         chosen_B, scores_B, factor_BB = chosen_B[:steps], scores_B[:steps], factor_BB[:steps, :steps]
         removed_B = among_D.index_select(0, chosen_B)
 
         # P_SS = L L^T. With u = L^-1 P_S and v = L^-1 W_S^T a removal changes P by -u u^T and W^T by -u v^T.
-        identity_BB = torch.eye(steps, dtype=factor_BB.dtype, device=factor_BB.device)
-        root_BB = torch.linalg.solve_triangular(factor_BB, identity_BB, upper=False)
-        u_Bn, v_BO = root_BB @ inverse_Dn.index_select(0, chosen_B), root_BB @ weight_DO.index_select(0, chosen_B)
+        u_Bn, v_BO = (_solve_lower(factor_BB, rows.index_select(0, chosen_B)) for rows in (inverse_Dn, weight_DO))
         if candidates < self.units_left and steps > 1:
             squares_n.index_fill_(0, among_D, torch.inf)
             others = self._steps_without_others(u_Bn, v_BO, scores_B, squares_n, inverse_n)
@@ -316,7 +324,8 @@ class _Columns(_State):
                 removed_B, scores_B, u_Bn, v_BO = (rows[:others] for rows in (removed_B, scores_B, u_Bn, v_BO))
         u_BK = self.take_out(removed_B, u_Bn)
         self.weight_nO.addmm_(u_BK.T, v_BO, alpha=-1)
-        self.inverse_nn.addmm_(u_BK.T, u_BK, alpha=-1)
+        _subtract_symmetric(self.inverse_nn, u_BK.T, u_BK)
+        _mirror(self.inverse_nn)
         self.damped_error += scores_B.sum(dtype=torch.float64)
         return len(removed_B)
 
@@ -329,34 +338,45 @@ class _Columns(_State):
         less the terms of the steps before.
         """
         products_BB = v_BO @ v_BO.T
-        before_BB = products_BB.tril(-1).mul_(2).diagonal_scatter(products_BB.diagonal())
-        drops_Bn = (v_BO @ self.weight_nO.T).addmm_(before_BB, u_Bn, beta=2, alpha=-1).mul_(u_Bn)
-        earlier_BB = torch.ones_like(products_BB).tril_(-1)
         scores_B1 = scores_B.to(u_Bn.dtype)[:, None]
+        # At no step has a column changed by more than |u| times the greatest singular value of v, which this power
+        # bounds from above: most cannot get as low as the last that was chosen. Where it is no number, all are asked.
+        size = products_BB.norm()
+        norm = (torch.linalg.matrix_power(products_BB / size, 8).norm() ** (1 / 8) * size).sqrt()
+        least_n = squares_n.sqrt() - norm * u_Bn.square().sum(0).sqrt_()
+        asked_A = (~(least_n >= (scores_B1.max() * inverse_n).sqrt())).nonzero()[:, 0]
+        if len(asked_A) == 0:
+            return len(scores_B)
+        u_BA, weight_AO = u_Bn.index_select(1, asked_A), self.weight_nO.index_select(0, asked_A)
+        squares_A, inverse_A = squares_n.index_select(0, asked_A), inverse_n.index_select(0, asked_A)
+        before_BB = products_BB.tril(-1).mul_(2).diagonal_scatter(products_BB.diagonal())
+        drops_BA = (v_BO @ weight_AO.T).addmm_(before_BB, u_BA, beta=2, alpha=-1).mul_(u_BA)
+        earlier_BB = torch.ones_like(products_BB).tril_(-1)
         # By how much squares exceed what the chosen score times the diagonal of P would be: one product.
         factors_BX = torch.cat([-earlier_BB, scores_B1 * earlier_BB, -scores_B1], dim=1)
-        margins_Bn = torch.addmm(squares_n, factors_BX, torch.cat([drops_Bn, u_Bn.square(), inverse_n[None]]))
-        overtaken = (margins_Bn.amin(1) < 0).nonzero()
+        margins_BA = torch.addmm(squares_A, factors_BX, torch.cat([drops_BA, u_BA.square(), inverse_A[None]]))
+        overtaken = (margins_BA.amin(1) < 0).nonzero()
         # The first step is right by choice of the candidates; rounding may say otherwise.
         return max(1, int(overtaken[0])) if len(overtaken) else len(scores_B)
 
 
-def _sound_steps(scores_B: Tensor, failed_at: Tensor) -> int:
-    """How many of the first steps had a finite score and a positive pivot; the factorisation failed at that order."""
-    order = int(failed_at)
-    unsound = (~scores_B.isfinite()).nonzero()
-    return min(order - 1 if order > 0 else len(scores_B), int(unsound[0]) if len(unsound) else len(scores_B))
+def _sound_steps(scores_B: Tensor, factor_BB: Tensor) -> int:
+    """How many of the first steps had a finite score and a positive pivot, whose root is a number then."""
+    unsound = (~(scores_B + factor_BB.diagonal()).isfinite()).nonzero()
+    return int(unsound[0]) if len(unsound) else len(scores_B)
 
 
-def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The next `block` of some columns in greedy order, and their scores, from their parts of P and of M = W^T W.
+def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The next `block` of some columns in greedy order, from their parts of P and of M = W^T W.
+
+    Returned with their scores and the Cholesky factor L of their P_SS, whose columns are terms below: what stands above
+    its diagonal is not zero but for rounding.
 
     Removing column s changes both by low-rank terms: `P - u u^T` with u = P_s / sqrt(P_ss), and `M - h u^T - u h^T`
     with g = M_s / sqrt(P_ss), h = g - (M_ss / P_ss) u / 2. So the two diagonals are enough to choose, and one row of P
     and of M is read per removal and corrected by the terms collected so far.
 
-    For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy. On one thread,
-    since NumPy's own threads would keep PyTorch's from running.
+    For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy.
     """
     # Row s of both matrices side by side, and their diagonals, the squares' halved: these change by -u h.
     start_d2d = np.stack([inverse_DD.numpy(), squares_DD.numpy()], axis=1)
@@ -368,30 +388,36 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
     rows, scratch = np.empty_like(diagonals), np.empty_like(diagonals)
     u_d, h_d = rows
     scratch_d, other_d = scratch
+    factor = np.empty((), dtype=np.float32)
     chosen, scores = [], []
-    with _numpy_threads().limit(limits=1), np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
         for step in range(block):
             s = np.divide(halves_d, inverse_d, out=scratch_d).argmin()
             so_far = terms[block - step : block + step]
             at_s = so_far[:, s].copy()  # BLAS takes no other
-            np.dot(at_s[step:], so_far[step:], out=scratch_d)
-            np.dot(at_s[::-1].copy(), so_far, out=other_d)
+            at_s[step:].dot(so_far[step:], scratch_d)
+            at_s[::-1].copy().dot(so_far, other_d)
             np.subtract(start_d2d[s], scratch, out=rows)
-            # NumPy's own numbers: a Python float costs as much as the operation.
+            # NumPy's own numbers, as arrays where arrays are multiplied: others cost as much as the operation.
             pivot = u_d[s]
             score = h_d[s] / pivot
-            rows *= 1 / np.sqrt(pivot)
-            h_d -= np.multiply(u_d, score / 2, out=scratch_d)
-            diagonals -= np.multiply(rows, u_d, out=scratch)
+            factor[()] = pivot**-0.5
+            np.multiply(rows, factor, out=rows)
+            factor[()] = score / 2
+            h_d -= np.multiply(u_d, factor, out=scratch_d)
+            np.multiply(u_d, u_d, out=scratch_d)
+            np.multiply(h_d, u_d, out=other_d)
+            diagonals -= scratch
             terms[block + step], terms[block - 1 - step] = u_d, h_d
             # What rounding leaves of it cannot turn this, or a score, negative.
             inverse_d[s], halves_d[s] = largest, np.inf
             chosen.append(s)
             scores.append(score)
-    return torch.from_numpy(np.array(chosen)), torch.from_numpy(np.array(scores, dtype=np.float64))
+    columns_BB = torch.from_numpy(terms[block:, chosen])
+    return torch.from_numpy(np.array(chosen)), torch.from_numpy(np.array(scores, dtype=np.float64)), columns_BB.T
 
 
-def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same for an accelerator: `s` is a tensor, and nothing in the loop waits for its value."""
     terms_BD = inverse_DD.new_empty(2 * block, len(inverse_DD))
     inverse_D, squares_D = inverse_DD.diagonal().clone(), squares_DD.diagonal().clone()
@@ -415,7 +441,7 @@ def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -
         inverse_D.index_fill_(0, s, torch.finfo(torch.float32).max)
         chosen_B[step : step + 1] = s
         scores_B[step : step + 1] = square / pivot
-    return chosen_B, scores_B
+    return chosen_B, scores_B, terms_BD[::2].index_select(1, chosen_B).T
 
 
 class _Blocks(_State):
@@ -433,7 +459,7 @@ class _Blocks(_State):
             unit = scores_U.argmin().view(1)
             columns_C, factor_CC = _columns_of(unit, C), factors_UCC.index_select(0, unit)[0]
             rows_Cn, weight_CO = (matrix.index_select(0, columns_C) for matrix in (self.inverse_nn, self.weight_nO))
-            u_Cn, v_CO = (torch.linalg.solve_triangular(factor_CC, rows, upper=False) for rows in (rows_Cn, weight_CO))
+            u_Cn, v_CO = (_solve_lower(factor_CC, rows) for rows in (rows_Cn, weight_CO))
             u_CK = self.take_out(unit, u_Cn)
             self.weight_nO.addmm_(u_CK.T, v_CO, alpha=-1)
             self.inverse_nn.addmm_(u_CK.T, u_CK, alpha=-1)
@@ -443,6 +469,11 @@ class _Blocks(_State):
 @functools.lru_cache(maxsize=1)
 def _numpy_threads() -> ThreadpoolController:
     return ThreadpoolController().select(internal_api="openblas")
+
+
+def _solve_lower(factor_BB: Tensor, rows_Bn: Tensor) -> Tensor:
+    """L^-1 X for a lower triangular L: as (X^T L^-T)^T, which copies nothing."""
+    return torch.linalg.solve_triangular(factor_BB.T, rows_Bn.T, upper=True, left=False).T
 
 
 def _columns_of(units_U: Tensor, columns_per_unit: int) -> Tensor:
