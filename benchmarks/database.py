@@ -34,7 +34,8 @@ from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.families import dense_config, find_sites
 from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.database.build import build_database
-from darwinlm.database.solver import damped_inverse, damping_ridge, prune_site
+from darwinlm.database.inverse import damped_inverse, damping_ridge
+from darwinlm.database.solver import prune_site
 from darwinlm.demo import resolve
 from darwinlm.memory import peak_memory_bytes
 from darwinlm.progress import Phases

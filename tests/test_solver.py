@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darwinlm.database import solver
-from darwinlm.database.solver import damping_ridge, prune_site, removal_error
+from darwinlm.database.inverse import _INVERSE_ERROR, damped_inverse, damping_ridge, inverse_if_float32_suffices
+from darwinlm.database.solver import prune_site, removal_error
 
 DAMPING = 0.01
 
@@ -112,6 +113,26 @@ def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatc
         assert one.kept == other.kept
         assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
         assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("choose", [solver.choose, solver.choose_without_waiting])
+def test_choosing_also_factorises(choose):
+    weight, _, gram = problem(60, 1)
+    inverse = damped_inverse(gram, 0.1)
+    chosen, scores, factor = choose(inverse, weight.T @ weight, 24)
+    expected = torch.linalg.cholesky(inverse[chosen][:, chosen])
+    assert torch.allclose(factor.tril(), expected, rtol=1e-4, atol=1e-5)
+    solved = torch.linalg.solve_triangular(expected, weight[:, chosen].T, upper=False)
+    assert torch.allclose(scores.float(), solved.square().sum(1), rtol=1e-3)
+    assert solver._sound_steps(scores, factor) == 24
+
+
+@pytest.mark.parametrize("choose", [solver.choose, solver.choose_without_waiting])
+def test_what_has_no_positive_pivot_is_not_removed(choose):
+    indefinite = torch.tensor([[1.0, 0.0, 0.5], [0.0, 9.0, 8.0], [0.5, 8.0, 6.0]])
+    chosen, scores, factor = choose(indefinite, torch.eye(3), 3)
+    assert solver._sound_steps(scores, factor) == 1
+    assert chosen[0] == 1
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
@@ -243,12 +264,12 @@ def test_an_inverse_is_taken_from_float32_only_where_that_is_as_good():
     found = {}
     for power in (1, 2, 3, 4, 5, 6):
         gram = gram_of_condition(power)
-        inverse = solver._inverse_if_float32_suffices(gram, 1e-9)
+        inverse = inverse_if_float32_suffices(gram, 1e-9)
         found[power] = inverse is not None
         hessian = gram.double() + 1e-9 * torch.eye(len(gram), dtype=torch.float64)
         if inverse is not None:
-            assert relative_error(inverse, hessian) < 3 * solver._INVERSE_ERROR
-        assert relative_error(solver.damped_inverse(gram, 1e-9), hessian) < 3 * solver._INVERSE_ERROR
+            assert relative_error(inverse, hessian) < 3 * _INVERSE_ERROR
+        assert relative_error(damped_inverse(gram, 1e-9), hessian) < 3 * _INVERSE_ERROR
     assert found[1]
     assert found[2]
     assert not found[5]
@@ -258,7 +279,7 @@ def test_an_inverse_is_taken_from_float32_only_where_that_is_as_good():
 def test_a_matrix_that_float32_cannot_factorise_is_inverted_in_float64():
     x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
     gram = x.T @ x  # singular
-    assert solver._inverse_if_float32_suffices(gram, 1e-6) is None
+    assert inverse_if_float32_suffices(gram, 1e-6) is None
     found = prune_site(torch.randn(8, 300), gram, columns_per_unit=1, sizes=[200], damping=1e-6)
     assert torch.isfinite(found[0].weight_OK).all()
 
@@ -269,7 +290,7 @@ def test_the_precision_of_the_first_inverse_changes_no_removal(power, monkeypatc
     weight = torch.randn(32, 600, generator=torch.Generator().manual_seed(1))
     sizes = range(560, 0, -80)
     found = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
-    monkeypatch.setattr(solver, "_inverse_if_float32_suffices", lambda gram, ridge: None)
+    monkeypatch.setattr(solver, "inverse_if_float32_suffices", lambda gram, ridge: None)
     for one, other in zip(
         found, prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING), strict=True
     ):

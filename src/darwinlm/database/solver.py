@@ -18,6 +18,15 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from darwinlm.database.inverse import (
+    damped_inverse,
+    damping_ridge,
+    inverse_if_float32_suffices,
+    mirror,
+    subtract_symmetric,
+    times,
+)
+
 BLOCK = 256
 """Removals between two updates of the big matrices, at most."""
 _CANDIDATES, _FEWEST = 1.5, 32
@@ -26,17 +35,7 @@ _MORE = 1.5
 """Times as many as there were for each that goes, from then on, where they did not suffice for all of a block."""
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
-_INVERSE_ERROR = 1e-4
-"""Relative error of the inverse's entries up to which float32 suffices."""
-_LEAST_RIDGE = 1e-8
-"""Of inputs that are always zero. Any would do, but rounding turns this share of the weights' squares into error."""
 _PROBES = 8
-_LEAF = 96
-"""Size below which a Cholesky factorisation inverts faster than products of halves."""
-_STRIP = 192
-"""Rows of a symmetric product that are computed at once, at least."""
-_PADDING = 16
-"""Columns of memory beside a big matrix: rows a power of two apart fall on each other in the caches of a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +48,6 @@ class Snapshot:
     """The output projection's surviving columns, refitted: float32."""
     error: float
     """tr(dW G dW^T), without the damping."""
-
-
-def damping_ridge(gram_II: Tensor, damping: float) -> float:
-    """What is added to the diagonal: damping * mean(diag G), or a little where the inputs are always zero."""
-    mean = gram_II.diagonal().double().mean().item()
-    return damping * mean if mean > 0 else _LEAST_RIDGE
 
 
 @torch.no_grad()
@@ -96,84 +89,6 @@ def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
     return max(0.0, ((weight_OI @ gram_II) * weight_OI).sum().item())
 
 
-def damped_inverse(gram_II: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """(G + ridge * I)^-1 in float32, computed in `dtype`, which takes one such matrix and a quarter of another."""
-    work_II = _padded(gram_II, dtype)
-    work_II.diagonal().add_(ridge)
-    _invert(work_II)
-    return work_II if dtype == torch.float32 else _padded(work_II, torch.float32)
-
-
-def _padded(matrix_II: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy whose rows lie a little further apart than they are long."""
-    size = len(matrix_II)
-    return torch.empty(size, size + _PADDING, dtype=dtype, device=matrix_II.device)[:, :size].copy_(matrix_II)
-
-
-def _inverse_if_float32_suffices(gram_II: Tensor, ridge: float) -> Tensor | None:
-    """(G + ridge * I)^-1 computed in float32, or None where rounding has spoilt it.
-
-    With Q for the inverse P and z random, Q (z - H Q z) is (P - Q) z but for the square of the error. Its entries are
-    measured as those of a correlation matrix, by the roots of Q's diagonal: scores are quotients by that.
-    """
-    try:
-        inverse_II = damped_inverse(gram_II, ridge, torch.float32)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return None
-    generator = torch.Generator().manual_seed(0)
-    scale_I = inverse_II.diagonal().rsqrt()
-    z_RI = torch.randn(_PROBES, len(gram_II), generator=generator).to(gram_II.device) * scale_I
-    solved_RI = _times(z_RI, inverse_II)
-    error_RI = _times(z_RI - _times(solved_RI, gram_II) - ridge * solved_RI, inverse_II) * scale_I
-    return inverse_II if error_RI.square().mean().sqrt().item() < _INVERSE_ERROR else None
-
-
-def _times(rows_XI: Tensor, symmetric_KI: Tensor) -> Tensor:
-    """X S^T for a few rows: on a CPU up to three times as fast as (S X^T)^T with X's rows in one piece."""
-    return (symmetric_KI @ rows_XI.contiguous().T).T
-
-
-def _invert(matrix_nn: Tensor) -> None:
-    """Invert a positive definite matrix in place, by halves: nearly all of it is matrix products.
-
-    With A, B, D the quarters (B above the diagonal) and S = D - B^T A^-1 B, the inverse has S^-1 below,
-    -A^-1 B S^-1 beside it, and A^-1 + A^-1 B S^-1 B^T A^-1 above. What lies below the diagonal is not read.
-    """
-    if len(matrix_nn) <= _LEAF:
-        identity_nn = torch.eye(len(matrix_nn), dtype=matrix_nn.dtype, device=matrix_nn.device)
-        factor_nn = torch.linalg.cholesky(matrix_nn, upper=True)
-        root_nn = torch.linalg.solve_triangular(factor_nn, identity_nn, upper=True)
-        torch.mm(root_nn, root_nn.T, out=matrix_nn)
-        return
-    half = len(matrix_nn) // 2
-    A, B, D = matrix_nn[:half, :half], matrix_nn[:half, half:], matrix_nn[half:, half:]
-    _invert(A)
-    product = A @ B
-    _subtract_symmetric(D, B.T, product)
-    _invert(D)
-    torch.mm(product, D, out=B).neg_()
-    _subtract_symmetric(A, B, product.T)
-    _mirror(A)
-    matrix_nn[half:, :half] = B.T
-
-
-def _subtract_symmetric(matrix_nn: Tensor, one_nk: Tensor, other_kn: Tensor) -> None:
-    """Take a product that is symmetric off a matrix, in strips: of what is below the diagonal, only off a little."""
-    for strip in _strips(len(matrix_nn)):
-        matrix_nn[strip, strip.start :].addmm_(one_nk[strip], other_kn[:, strip.start :], alpha=-1)
-
-
-def _mirror(matrix_nn: Tensor) -> None:
-    """Below the diagonal what is above it, where `_subtract_symmetric` has left that out."""
-    for strip in _strips(len(matrix_nn)):
-        matrix_nn[strip.stop :, strip] = matrix_nn[strip, strip.stop :].T
-
-
-def _strips(size: int) -> list[slice]:
-    width = max(_STRIP, size // 16)
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
-
-
 class _State:
     """A site on its way: `weight_nO` and `inverse_nn` hold the columns that are left, in an order of their own."""
 
@@ -192,7 +107,7 @@ class _State:
         signs_RO = torch.randint(0, 2, (_PROBES, dense_IO.shape[1]), generator=generator) * 2 - 1
         self.signs_RO = signs_RO.to(dense_IO.device, torch.float32)
         rows_RI = self.signs_RO @ dense_IO.T
-        self.target_RI = _times(rows_RI, gram_II) + ridge * rows_RI
+        self.target_RI = times(rows_RI, gram_II) + ridge * rows_RI
 
     @property
     def units_left(self) -> int:
@@ -201,10 +116,10 @@ class _State:
     def _first_inverse(self) -> Tensor:
         return damped_inverse(self.gram_II, self.ridge)
 
-    def take_out(self, gone_B: Tensor, rows_Xn: Tensor) -> Tensor:
-        """Take units out of the matrices and out of some rows over their columns, which are returned.
+    def apply(self, gone_B: Tensor, u_Bn: Tensor, v_BO: Tensor) -> None:
+        """Take units out, then u^T u off P and u^T v off W^T.
 
-        The last units that are left take their places, and the matrices are narrowed, in place.
+        The last units that are left take the places of those that go, and the matrices are narrowed, in place.
         """
         left = self.units_left - len(gone_B)
         stays = torch.ones(self.units_left - left, dtype=torch.bool, device=gone_B.device)
@@ -221,8 +136,10 @@ class _State:
         self.inverse_nn = self.inverse_nn[:size, :size]
         self.weight_nO = self.weight_nO[:size]
         self.units_n = self.units_n[:left]
-        rows_Xn.index_copy_(1, holes, rows_Xn.index_select(1, fillers))
-        return rows_Xn[:, :size]
+        u_BK = u_Bn.index_copy_(1, holes, u_Bn.index_select(1, fillers))[:, :size]
+        self.weight_nO.addmm_(u_BK.T, v_BO, alpha=-1)
+        subtract_symmetric(self.inverse_nn, u_BK.T, u_BK)
+        mirror(self.inverse_nn)
 
     def snapshot(self) -> Snapshot:
         """What is left, after a look at what rounding has done."""
@@ -241,18 +158,18 @@ class _State:
         rows_RK = (self.weight_nO @ self.signs_RO.T).T
         rows_RI = torch.zeros_like(self.target_RI).index_copy_(1, columns_K, rows_RK)
         if 2 * len(columns_K) < len(self.gram_II):  # copying these rows takes less than reading all
-            product_RK = _times(rows_RI, self.gram_II.index_select(0, columns_K))
+            product_RK = times(rows_RI, self.gram_II.index_select(0, columns_K))
         else:
-            product_RK = _times(rows_RI, self.gram_II).index_select(1, columns_K)
+            product_RK = times(rows_RI, self.gram_II).index_select(1, columns_K)
         return product_RK + self.ridge * rows_RK - self.target_RI.index_select(1, columns_K)
 
     def _spoilt(self) -> bool:
-        """Does the error exceed that of the exact refit by much? tr(R P R^T) of the residual R says, from random probes."""
+        """Does the error exceed that of the exact refit by much? By tr(R P R^T) of a residual R, from random probes."""
         residual_RK = self._residual(_columns_of(self.units_n, self.C))
         allowed = _EXCESS * self.damped_error.item() * _PROBES
         if residual_RK.norm().square().item() <= allowed * self.ridge:  # no eigenvalue of P exceeds 1 / ridge
             return False
-        return not (_times(residual_RK, self.inverse_nn) * residual_RK).sum().item() <= allowed
+        return not (times(residual_RK, self.inverse_nn) * residual_RK).sum().item() <= allowed
 
     def renew(self) -> None:
         """Inverse, refit and error from the Gram matrix."""
@@ -281,7 +198,7 @@ class _Columns(_State):
 
     def _first_inverse(self) -> Tensor:
         # An MLP's inputs nearly always allow it, those of attention, whose units have several columns, hardly ever.
-        inverse_II = _inverse_if_float32_suffices(self.gram_II, self.ridge)
+        inverse_II = inverse_if_float32_suffices(self.gram_II, self.ridge)
         return super()._first_inverse() if inverse_II is None else inverse_II
 
     def remove(self, count: int) -> None:
@@ -322,10 +239,7 @@ class _Columns(_State):
             if others < steps:
                 self.candidates = _MORE * candidates / block
                 removed_B, scores_B, u_Bn, v_BO = (rows[:others] for rows in (removed_B, scores_B, u_Bn, v_BO))
-        u_BK = self.take_out(removed_B, u_Bn)
-        self.weight_nO.addmm_(u_BK.T, v_BO, alpha=-1)
-        _subtract_symmetric(self.inverse_nn, u_BK.T, u_BK)
-        _mirror(self.inverse_nn)
+        self.apply(removed_B, u_Bn, v_BO)
         self.damped_error += scores_B.sum(dtype=torch.float64)
         return len(removed_B)
 
@@ -460,9 +374,7 @@ class _Blocks(_State):
             columns_C, factor_CC = _columns_of(unit, C), factors_UCC.index_select(0, unit)[0]
             rows_Cn, weight_CO = (matrix.index_select(0, columns_C) for matrix in (self.inverse_nn, self.weight_nO))
             u_Cn, v_CO = (_solve_lower(factor_CC, rows) for rows in (rows_Cn, weight_CO))
-            u_CK = self.take_out(unit, u_Cn)
-            self.weight_nO.addmm_(u_CK.T, v_CO, alpha=-1)
-            self.inverse_nn.addmm_(u_CK.T, u_CK, alpha=-1)
+            self.apply(unit, u_Cn, v_CO)
             self.damped_error += scores_U.index_select(0, unit)[0]
 
 
@@ -473,7 +385,8 @@ def _numpy_threads() -> ThreadpoolController:
 
 def _solve_lower(factor_BB: Tensor, rows_Bn: Tensor) -> Tensor:
     """L^-1 X for a lower triangular L: as (X^T L^-T)^T, which copies nothing."""
-    return torch.linalg.solve_triangular(factor_BB.T, rows_Bn.T, upper=True, left=False).T
+    solved_nB: Tensor = torch.linalg.solve_triangular(factor_BB.T, rows_Bn.T, upper=True, left=False)
+    return solved_nB.T
 
 
 def _columns_of(units_U: Tensor, columns_per_unit: int) -> Tensor:
