@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from darwinlm.adapters.loading import load_dense
 from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer
 from darwinlm.calibration.activations import choose_place, open_activations
-from darwinlm.calibration.grams import add_gram, mirror, walk_blocks
+from darwinlm.calibration.grams import walk_blocks
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.errors import InvalidTensorError, UserError
@@ -65,17 +65,6 @@ def test_the_walk_sees_what_the_whole_model_sees(dense, calibration, tmp_path):
         torch.testing.assert_close(statistics.gram_II.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         assert torch.equal(statistics.gram_II, statistics.gram_II.T)
     assert set(phases.seconds) == {"read", "forward", "Gram"}
-
-
-def test_a_gram_matrix_wider_than_a_panel_is_whole_and_symmetric(monkeypatch):
-    monkeypatch.setattr("darwinlm.calibration.grams._PANEL", 5)
-    x = torch.randn(20, 13, generator=torch.Generator().manual_seed(0))
-    gram = torch.zeros(13, 13)
-    add_gram(gram, x[:12])
-    add_gram(gram, x[12:])
-    mirror(gram)
-    torch.testing.assert_close(gram, x.T @ x)
-    assert torch.equal(gram, gram.T)
 
 
 @pytest.mark.parametrize("offload", ["device", "cpu", "disk"])

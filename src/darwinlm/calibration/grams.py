@@ -19,8 +19,8 @@ from darwinlm.calibration.activations import open_activations
 from darwinlm.errors import InvalidTensorError
 from darwinlm.progress import Phases
 from darwinlm.recipe import Offload
+from darwinlm.symmetric import add_symmetric, mirror
 
-_PANEL = 1024
 _LEAST_NORM = 1e-6
 _NO_LIMIT = ("cpu", "meta")
 """Devices that do not say when their memory does not suffice."""
@@ -113,20 +113,6 @@ def _slices(blocks: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, blocks)) for first in range(0, blocks, size))
 
 
-def add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
-    """Add X^T X to the panels on and below the diagonal of `gram_II`: a symmetric update, without the other half."""
-    for start in range(0, len(gram_II), _PANEL):
-        end = min(start + _PANEL, len(gram_II))
-        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end])
-
-
-def mirror(gram_II: Tensor) -> None:
-    """Fill in what `add_gram` left out."""
-    for start in range(0, len(gram_II), _PANEL):
-        end = min(start + _PANEL, len(gram_II))
-        gram_II[start:end, end:] = gram_II[end:, start:end].T
-
-
 class _Recorder:
     """Hooks on one block that sum what its sites see."""
 
@@ -194,7 +180,8 @@ class _Recorder:
                 x_NI = self._inputs_NI.pop(site.name).float()
                 norm_N = stream.flatten(0, -2).float().norm(dim=-1)
                 # A stream of zeros says nothing, and its x is zero too unless the site undoes what it adds to.
-                add_gram(self._grams[site.name], x_NI / norm_N.clamp_min(_LEAST_NORM)[:, None])
+                x_NI = x_NI / norm_N.clamp_min(_LEAST_NORM)[:, None]
+                add_symmetric(self._grams[site.name], x_NI.T, x_NI)
                 self._tokens[site.name] += len(x_NI)
 
         return hook

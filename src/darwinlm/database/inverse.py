@@ -1,11 +1,12 @@
-"""The inverse of the damped Gram matrix, in float32 where that is good enough, and what it takes to keep it symmetric.
+"""The inverse of the damped Gram matrix, in float32 where that is good enough.
 
-Dimension letters: I columns of the Gram matrix, K some of them, n columns of a working matrix, k terms of a product,
-R random probes, X any rows.
+Dimension letters: I columns of the Gram matrix, K some of them, n columns of a part, R random probes, X any rows.
 """
 
 import torch
 from torch import Tensor
+
+from darwinlm.symmetric import add_symmetric, mirror
 
 _INVERSE_ERROR = 1e-4
 """Relative error of the inverse's entries up to which float32 suffices."""
@@ -14,8 +15,6 @@ _LEAST_RIDGE = 1e-8
 _PROBES = 8
 _LEAF = 96
 """Size below which a Cholesky factorisation inverts faster than products of halves."""
-_STRIP = 192
-"""Rows of a symmetric product that are computed at once, at least."""
 _PADDING = 16
 """Columns of memory beside a big matrix: rows a power of two apart fall on each other in the caches of a CPU."""
 
@@ -79,26 +78,9 @@ def _invert(matrix_nn: Tensor) -> None:
     A, B, D = matrix_nn[:half, :half], matrix_nn[:half, half:], matrix_nn[half:, half:]
     _invert(A)
     product = A @ B
-    subtract_symmetric(D, B.T, product)
+    add_symmetric(D, B.T, product, alpha=-1)
     _invert(D)
     torch.mm(product, D, out=B).neg_()
-    subtract_symmetric(A, B, product.T)
+    add_symmetric(A, B, product.T, alpha=-1)
     mirror(A)
     matrix_nn[half:, :half] = B.T
-
-
-def subtract_symmetric(matrix_nn: Tensor, one_nk: Tensor, other_kn: Tensor) -> None:
-    """Take a product that is symmetric off a matrix, in strips: of what is below the diagonal, only off a little."""
-    for strip in _strips(len(matrix_nn)):
-        matrix_nn[strip, strip.start :].addmm_(one_nk[strip], other_kn[:, strip.start :], alpha=-1)
-
-
-def mirror(matrix_nn: Tensor) -> None:
-    """Below the diagonal what is above it, where `subtract_symmetric` has left that out."""
-    for strip in _strips(len(matrix_nn)):
-        matrix_nn[strip.stop :, strip] = matrix_nn[strip, strip.stop :].T
-
-
-def _strips(size: int) -> list[slice]:
-    width = max(_STRIP, size // 16)
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]

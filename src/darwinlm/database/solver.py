@@ -18,14 +18,8 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from darwinlm.database.inverse import (
-    damped_inverse,
-    damping_ridge,
-    inverse_if_float32_suffices,
-    mirror,
-    subtract_symmetric,
-    times,
-)
+from darwinlm.database.inverse import damped_inverse, damping_ridge, inverse_if_float32_suffices, times
+from darwinlm.symmetric import add_symmetric, mirror
 
 BLOCK = 256
 """Removals between two updates of the big matrices, at most."""
@@ -138,7 +132,7 @@ class _State:
         self.units_n = self.units_n[:left]
         u_BK = u_Bn.index_copy_(1, holes, u_Bn.index_select(1, fillers))[:, :size]
         self.weight_nO.addmm_(u_BK.T, v_BO, alpha=-1)
-        subtract_symmetric(self.inverse_nn, u_BK.T, u_BK)
+        add_symmetric(self.inverse_nn, u_BK.T, u_BK, alpha=-1)
         mirror(self.inverse_nn)
 
     def snapshot(self) -> Snapshot:
