@@ -111,11 +111,11 @@ def break_positions(monkeypatch):
     """As if a cached token stood one place further on."""
     right = DarwinLMModel.forward
 
-    def forward(self, input_ids=None, past_key_values=None, position_ids=None, **kwargs):
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def forward(self, input_ids=None, cache=None, position_ids=None, **kwargs):
+        seen = cache.get_seq_length() if cache is not None else 0
         if seen:
             position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0) + seen + 1
-        return right(self, input_ids, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        return right(self, input_ids, cache=cache, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(DarwinLMModel, "forward", forward)
 

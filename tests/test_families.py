@@ -6,6 +6,7 @@ from conftest import FAMILIES, GRANULARITIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from darwinlm.adapters.cutting import build_model, count_parameters, kv_elements
+from darwinlm.adapters.modeling_darwinlm import CACHE
 from darwinlm.errors import UserError
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -86,7 +87,7 @@ def test_parameters_and_cache_are_counted_as_the_cut_model_has_them(family, gran
                 site, shapes, cut.kept
             )
             if site.kind == "attention":
-                cache = model(TOKENS, use_cache=True).past_key_values.layers[site.layer]
+                cache = model(TOKENS, use_cache=True)[CACHE].layers[site.layer]
                 stored = 0 if cache.keys is None else 2 * cache.keys.shape[1] * cache.keys.shape[3]
                 assert stored == kv_elements(site, cut.kept, dense.config.head_dim)
 

@@ -16,6 +16,7 @@ from test_saved_model import uneven_plan
 import darwinlm
 from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements, sizes_by_layer
 from darwinlm.adapters.loading import load_dense, load_sizes
+from darwinlm.adapters.modeling_darwinlm import CACHE
 from darwinlm.cli import _exit_code
 from darwinlm.data import Corpus, TextStream, load_corpus
 from darwinlm.database.build import build_database
@@ -102,7 +103,7 @@ def test_sizes_of_a_second_cut_are_counted_as_the_model_has_them(granularity, tw
             whole = count_parameters(site, again.shapes, range(site.num_units))
             assert gone == whole - count_parameters(site, again.shapes, cut.kept)
             if site.kind == "attention":
-                cache = model(TOKENS, use_cache=True).past_key_values.layers[site.layer]
+                cache = model(TOKENS, use_cache=True)[CACHE].layers[site.layer]
                 stored = 0 if cache.keys is None else 2 * cache.keys.shape[1] * cache.keys.shape[3]
                 assert stored == kv_elements(site, cut.kept, again.config.head_dim)
 

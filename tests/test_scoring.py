@@ -9,6 +9,7 @@ from conftest import VOCABULARY, apart
 from darwinlm import training
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.memory import Portion
+from darwinlm.adapters.modeling_darwinlm import CACHE
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
 from darwinlm.plan import Plan
 from darwinlm.recipe import EvaluationRecipe
@@ -249,7 +250,7 @@ def test_a_score_that_runs_out_of_memory_is_the_same(pruned, little_memory, capl
 def test_sizes_and_speeds_are_of_the_model_itself(pruned):
     dense, database = pruned("qwen3", "kv_group")
     model = halved(dense, database)
-    cache = model(BLOCKS.long()[:1], use_cache=True).past_key_values
+    cache = model(BLOCKS.long()[:1], use_cache=True)[CACHE]
     stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if layer.keys is not None)
     assert kv_cache_bytes(model, torch.bfloat16) == 2 * stored / BLOCKS.shape[1]
     assert parameters_of(model) == sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())

@@ -26,7 +26,7 @@ from darwinlm.adapters.loading import (
     open_dense,
     some_layers,
 )
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import CACHE, DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf, load, save_model
@@ -255,9 +255,7 @@ def _step_by_step(patient: _Patient) -> float:
         output = model(tokens_BT[:, :half], use_cache=True)
         found = [output.logits]
         for position in range(half, tokens_BT.shape[1]):
-            output = model(
-                tokens_BT[:, position : position + 1], use_cache=True, past_key_values=output.past_key_values
-            )
+            output = model(tokens_BT[:, position : position + 1], use_cache=True, cache=output[CACHE])
             found.append(output.logits)
         differences.append(_difference(model(tokens_BT, use_cache=False).logits, torch.cat(found, 1)))
     return max(differences)

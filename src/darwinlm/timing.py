@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import CACHE, DarwinLMForCausalLM
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def time_request(
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         token_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(token_B1, use_cache=True, past_key_values=output.past_key_values)
+        output = model(token_B1, use_cache=True, cache=output[CACHE])
     _synchronise(model.device)
     return prefilled - start, time.perf_counter() - prefilled
 

@@ -6,7 +6,9 @@ This file travels with every pruned checkpoint and needs torch and transformers 
 `query_heads_per_kv_head` where the KV heads of a layer serve unequal numbers of query heads. Tensors keep the names of
 the model that was pruned. A skipped part has no tensors at all: no projections and no norm.
 
-Written for transformers 5; what 4.57 lacks stands below the imports.
+Written for transformers 5; what 4.57 lacks stands below the imports. Later versions may compute something else with it:
+when it is imported, `check_transformers` compares a tiny model with a second way to its logits, and refuses to go on if
+they differ.
 """
 
 import copy
@@ -14,13 +16,18 @@ import inspect
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -76,13 +83,16 @@ if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
             return default if name in (None, "eager") else _FUNCTIONS[name]
 
 
-NEEDS_CACHE_POSITION = "input_embeds" in inspect.signature(create_causal_mask).parameters
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+NEEDS_CACHE_POSITION = "input_embeds" in MASK_ARGUMENTS
 """Whether this is transformers 4, where masks and static caches go by it."""
+CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
+"""What this version of transformers calls the KV cache; the name changed in 5.24. Models here take both."""
 
 
 class DarwinLMConfig(BaseConfig):
     model_type = "darwinlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -112,6 +122,7 @@ class DarwinLMConfig(BaseConfig):
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
+        per_layer_config=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -143,6 +154,14 @@ class DarwinLMConfig(BaseConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        # Only now: transformers checks settings while it makes a config, and reads sizes that then belong to layers.
+        if per_layer_config is not None:
+            self.per_layer_config = per_layer_config
+
+    def validate(self):
+        """Check the settings as the first layer has them: transformers' checks of rope read sizes, which are a layer's."""
+        if hasattr(BaseConfig, "validate"):
+            BaseConfig.validate(self.per_layer_config[0] if getattr(self, "is_heterogeneous", False) else self)
 
     def skipped(self, layer_idx):
         """The parts that a layer lacks: a subset of {"attention", "mlp"}."""
@@ -261,7 +280,7 @@ class DarwinLMAttention(nn.Module):
             self.q_norm = DarwinLMRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = DarwinLMRMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape)
@@ -272,10 +291,10 @@ class DarwinLMAttention(nn.Module):
         cos, sin = position_embeddings
         query = apply_rotary_pos_emb(query.transpose(1, 2), cos, sin)
         key = apply_rotary_pos_emb(key.transpose(1, 2), cos, sin)
-        if past_key_values is not None:
+        if cache is not None:
             position = kwargs.get("cache_position")
             extra = () if position is None else ({"cache_position": position},)
-            key, value = past_key_values.update(key, value, self.layer_idx, *extra)
+            key, value = cache.update(key, value, self.layer_idx, *extra)
         if self.query_heads_per_kv_head is not None:
             key, value = repeat_kv(key, self.query_heads_per_kv_head), repeat_kv(value, self.query_heads_per_kv_head)
 
@@ -329,9 +348,7 @@ class DarwinLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-def attention_masks(
-    config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, cache_position=None
-):
+def attention_masks(config, inputs_embeds, attention_mask=None, cache=None, position_ids=None, cache_position=None):
     """One mask for each kind of attention that the layers use."""
     if isinstance(attention_mask, dict):
         return attention_mask
@@ -339,7 +356,7 @@ def attention_masks(
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     if NEEDS_CACHE_POSITION:
@@ -358,7 +375,7 @@ class DarwinLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DarwinLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -388,8 +405,10 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        cache=None,
         **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -398,17 +417,17 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not checkpointing
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None or (NEEDS_CACHE_POSITION and kwargs.get("cache_position") is None):
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = positions.unsqueeze(0) if position_ids is None else position_ids
             if NEEDS_CACHE_POSITION:
                 kwargs["cache_position"] = positions
 
         masks = attention_masks(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, kwargs.get("cache_position")
+            self.config, inputs_embeds, attention_mask, cache, position_ids, kwargs.get("cache_position")
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -418,7 +437,7 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
                 hidden_states,
                 attention_mask=masks.get(kind),
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
@@ -427,8 +446,8 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            **{CACHE: cache if use_cache else None},
         )
 
 
@@ -454,16 +473,17 @@ class DarwinLMForCausalLM(DarwinLMPreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -472,10 +492,95 @@ class DarwinLMForCausalLM(DarwinLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
+
+
+class DarwinLMForSequenceClassification(GenericForSequenceClassification, DarwinLMPreTrainedModel):
+    pass
+
+
+class DarwinLMForTokenClassification(GenericForTokenClassification, DarwinLMPreTrainedModel):
+    pass
+
+
+def tiny_model():
+    """A model with layers of all kinds, the first without attention, and the same weights every time."""
+    config = DarwinLMConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        sliding_window=4,
+        layer_types=["full_attention", "full_attention", "sliding_attention", "full_attention"],
+        per_layer_config={0: {"skip": ["attention"]}, 1: {"num_attention_heads": 1}, 3: {"skip": ["mlp"]}},
+        pad_token_id=0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    # Wherever and however a checkpoint is being loaded at the moment; and its user's random numbers stay as they are.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        model = DarwinLMForCausalLM(config).float().eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def generation_error(new_tokens=4):
+    """The largest difference between the logits that `generate` sees, with a KV cache and masks by transformers, in a
+    batch with left padding, and those of one pass over the text without either."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(1)
+    with torch.device("cpu"):
+        prompt = torch.randint(1, model.config.vocab_size, (2, 7), generator=generator)
+        prompt[0, :3] = 0
+        mask = (prompt != 0).long()
+        answer = model.generate(
+            prompt,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+            synced_gpus=False,
+        )
+        length = answer.sequences.shape[1]
+        mask = torch.cat([mask, torch.ones(2, new_tokens, dtype=mask.dtype)], dim=1)
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (back >= 0) & mask[:, None, None, :].bool()
+        masks = {"full_attention": seen, "sliding_attention": seen & (back < model.config.sliding_window)}
+        masks = {kind: torch.where(seen, 0.0, torch.finfo(torch.float32).min) for kind, seen in masks.items()}
+        model.config._attn_implementation = "eager"
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = model(answer.sequences, attention_mask=masks, position_ids=positions, use_cache=False).logits
+    return (logits[:, -new_tokens - 1 : -1] - torch.stack(answer.logits, 1)).abs().max().item()
+
+
+def check_transformers():
+    """Refuse a version of transformers with which this file computes something else than it should."""
+    try:
+        error, reason = generation_error(), None
+    except Exception as failure:
+        error, reason = float("inf"), failure
+    if not error < 1e-3:
+        told = f"{type(reason).__name__}: {reason}" if reason is not None else f"logits differ by {error:.1e}"
+        raise ImportError(
+            f"this pruned model's code does not work with transformers {transformers.__version__} ({told}): install "
+            "another version of transformers, or a newer darwinlm and renew the code: darwinlm export FOLDER --to hf",
+            name="transformers",
+        ) from reason
 
 
 DarwinLMConfig.register_for_auto_class()
 DarwinLMModel.register_for_auto_class("AutoModel")
 DarwinLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+DarwinLMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+DarwinLMForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
+check_transformers()
