@@ -153,7 +153,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp and all that is built on it), vllm, hf-native (layers of one size), mlx or onnx."
+            help="gguf (llama.cpp and all that is built on it), vllm, hf-native (layers of one size), mlx or onnx; "
+            "or hf: the folder itself again, with the modelling file of this version."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
@@ -267,6 +268,10 @@ def _exit_code(arguments: list[str]) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:  # older versions of typer let it through; newer ones return 130
         result = _INTERRUPTED
+    except ImportError as error:
+        if error.name != "transformers":  # which our modelling file does not work with
+            raise
+        return _fail(str(error))
     except MemoryError:  # outside of the stages, which name themselves
         return _fail("the memory of this process does not suffice; free some, or raise its limit (ulimit -v)")
     except Exception as error:

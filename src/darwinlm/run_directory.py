@@ -1,5 +1,6 @@
 """The run directory: its manifest, and the sizes and steps that a recipe asks for."""
 
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,6 +163,18 @@ class RunDirectory:
         (path / "recipe.yaml").unlink(missing_ok=True)
         write_json(path / "manifest.json", manifest, sealed=True)
 
+    @staticmethod
+    def accept(path: Path, folder: Path) -> None:
+        """Take the files in `folder`, which a stage of the run in `path` left, for what it left: they were changed on
+        purpose."""
+        manifest = read_json(path / "manifest.json")
+        prefix = f"{folder.resolve().relative_to(path.resolve())}{os.sep}"
+        for files in manifest.get("files", {}).values():
+            for name in files:
+                if name.startswith(prefix):
+                    files[name] = file_checksum(path / name)
+        write_json(path / "manifest.json", manifest, sealed=True)
+
     def done(self, stage: str) -> bool:
         """Whether `stage` has ended well."""
         return bool(self.manifest["stages"].get(stage, {}).get("done"))
@@ -239,6 +252,12 @@ def _follows(later: str, stage: str) -> bool:
     group, _, kind = stage.rpartition(": ")
     # Of one size of a family, the others know the search alone.
     return not group or group.startswith(STEP) or kind == "search" or later.startswith(f"{group}: ")
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that `folder` lies in, or None."""
+    above = list(folder.resolve().parents)[:3]  # RUN/sizes/0.6/model
+    return next((path for path in above if (path / "manifest.json").exists()), None)
 
 
 def _leftover(entry: Path) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
@@ -159,7 +160,7 @@ class DarwinLMConfig(BaseConfig):
             self.per_layer_config = per_layer_config
 
     def validate(self):
-        """Check the settings as the first layer has them: transformers' checks of rope read sizes, which are a layer's."""
+        """Check the settings as the first layer has them: transformers' checks of rope read a layer's sizes."""
         if hasattr(BaseConfig, "validate"):
             BaseConfig.validate(self.per_layer_config[0] if getattr(self, "is_heterogeneous", False) else self)
 
@@ -526,7 +527,7 @@ def tiny_model():
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         model = DarwinLMForCausalLM(config).float().eval()
         for parameter in model.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
     return model
 
 
@@ -555,7 +556,7 @@ def generation_error(new_tokens=4):
         back = torch.arange(length)[:, None] - torch.arange(length)
         seen = (back >= 0) & mask[:, None, None, :].bool()
         masks = {"full_attention": seen, "sliding_attention": seen & (back < model.config.sliding_window)}
-        masks = {kind: torch.where(seen, 0.0, torch.finfo(torch.float32).min) for kind, seen in masks.items()}
+        masks = {kind: (~seen).float() * torch.finfo(torch.float32).min for kind, seen in masks.items()}
         model.config._attn_implementation = "eager"
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits = model(answer.sequences, attention_mask=masks, position_ids=positions, use_cache=False).logits
@@ -582,5 +583,7 @@ DarwinLMModel.register_for_auto_class("AutoModel")
 DarwinLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 DarwinLMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 DarwinLMForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+# The classifiers make their base model through it.
+AutoModel.register(DarwinLMConfig, DarwinLMModel, exist_ok=True)
 
 check_transformers()

@@ -1,6 +1,8 @@
 """The Hugging Face folder: safetensors, config, tokenizer, plan, model card and the one modelling file."""
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from darwinlm.adapters import modeling_darwinlm
 from darwinlm.adapters.loading import DenseModel, choose_device
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.errors import UserError
@@ -18,6 +21,8 @@ AUTO_MAP = {
     "AutoConfig": f"{MODULE}.DarwinLMConfig",
     "AutoModel": f"{MODULE}.DarwinLMModel",
     "AutoModelForCausalLM": f"{MODULE}.DarwinLMForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODULE}.DarwinLMForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.DarwinLMForTokenClassification",
 }
 SHARD = "5GB"
 """The largest file of weights."""
@@ -67,6 +72,24 @@ def _name_tokenizer(file: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.get("tokenizer_class") == "TokenizersBackend":
             write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def renew_code(folder: Path, draft: Path) -> None:
+    """Copy the pruned model in `folder` to `draft`, with the modelling file of this version; weights are linked where
+    the file system can."""
+    shutil.copytree(folder, draft, dirs_exist_ok=True, copy_function=_link_weights)
+    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+    write_json(draft / "config.json", config | {"auto_map": AUTO_MAP})
+    shutil.copyfile(modeling_darwinlm.__file__, draft / f"{MODULE}.py")
+    _name_tokenizer(draft / "tokenizer_config.json")
+
+
+def _link_weights(source: str, target: str) -> None:
+    if source.endswith(".safetensors"):
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:

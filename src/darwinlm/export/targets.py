@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +18,15 @@ from darwinlm.errors import EngineError, UserError
 from darwinlm.export import llama_cpp, mlx, onnx
 from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
 from darwinlm.export.gguf_tokenizer import load_tokenizer, read_vocabulary
-from darwinlm.export.hf import find_model, load
+from darwinlm.export.hf import MODULE, find_model, load, renew_code
 from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, ProofError, check, compare, logits_of, proof_tokens
 from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.export.shapes import check_equal_groups
 from darwinlm.export.vllm import check_tensor_parallel, write_vllm
 from darwinlm.files import new_file, new_folder, write_json
+from darwinlm.lock import RunLock
+from darwinlm.run_directory import RunDirectory, run_of
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 DTYPES = (*FILE_TYPES, *K_QUANTS)
@@ -66,22 +69,24 @@ def export_model(
 
     Args:
         source: a run directory, or the folder of a pruned model.
-        target: one of `TARGETS`.
-        out: where to; by default beside the model's folder.
+        target: one of `TARGETS`; or `hf`, which writes the folder again with the modelling file of this version.
+        out: where to; by default beside the model's folder, and for `hf` in its place.
         dtype: of a GGUF file's weight matrices (`DTYPES`); by default the model's.
         tensor_parallel: the number of devices that vLLM is to share out each layer to.
 
     Raises:
         UserError: if there is no pruned model, the engine cannot run it, or what was written gives other logits.
     """
-    if target not in TARGETS:
-        raise UserError(f"--to {target}: there is no such target; known are {', '.join(TARGETS)}")
+    if target not in (*TARGETS, "hf"):
+        raise UserError(f"--to {target}: there is no such target; known are {', '.join(TARGETS)}, hf")
     if dtype is not None and target != "gguf":
         raise UserError(f"--dtype is for --to gguf; {target} keeps the model's")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
     if tensor_parallel > 1 and target != "vllm":
         raise UserError("--tensor-parallel is for --to vllm")
+    if target == "hf":
+        return _renew(source, out)
     return TARGETS[target](find_model(source), out, _Options(dtype=dtype, tensor_parallel=tensor_parallel))
 
 
@@ -230,6 +235,29 @@ def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
         write_json(draft / _FACTS, {"target": "onnx", "proof": proof and asdict(proof)})
     notes = () if proof else (f"not proved: run pip install {onnx.ENGINE} and export again",)
     return Exported(path=target, proof=proof, notes=(*notes, "the file reads whole texts: it has no KV cache"))
+
+
+def _renew(source: Path, out: Path | None) -> Exported:
+    folder = find_model(source)
+    target = out or folder
+    if not (folder / f"{MODULE}.py").exists():
+        raise UserError(f"{folder} holds no {MODULE}.py to renew; name a run, or a folder that --to hf or vllm wrote")
+    run = run_of(folder) if target.resolve() == folder.resolve() else None
+    if target.resolve() != folder.resolve():
+        _check_folder(target)
+    model = load(folder)
+    with RunLock(run) if run is not None else nullcontext() as lock:
+        if lock is not None:
+            lock.take()
+        with new_folder(target) as draft:
+            renew_code(folder, draft)
+            written = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=True)
+            proof = _prove_folder(model.float(), written, folder)
+            if target.resolve() != folder.resolve():
+                write_json(draft / _FACTS, {"target": "hf", "proof": asdict(proof)})
+        if run is not None:
+            RunDirectory.accept(run, target)
+    return Exported(path=target, proof=proof)
 
 
 def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
