@@ -1,9 +1,11 @@
 """Too little memory is one clear line: known beforehand where it can be, and named with its stage where it cannot."""
 
+import gc
 import re
 import resource
 import subprocess
 import sys
+import weakref
 
 import numpy
 import psutil
@@ -11,8 +13,10 @@ import pytest
 import torch
 from conftest import SETTINGS, TARGET
 
-from darwinlm import memory
+from darwinlm import memory, recovering
+from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.cli import _exit_code
+from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.memory import available_memory, check_room, naming_memory_faults
 from darwinlm.pipeline import prune
@@ -126,6 +130,45 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, ch
             prune(checkpoint("qwen3"), **arguments)
     prune(checkpoint("qwen3"), **arguments)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("refit_tokens", [0, 32])
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+def test_while_the_result_is_trained_nothing_that_it_was_made_from_is_in_memory(
+    refit_tokens, distillation, checkpoint, text, tmp_path, monkeypatch
+):
+    read = []
+
+    def watch(owner, name):
+        right = getattr(owner, name)
+
+        def watched(*arguments, **named):
+            found = right(*arguments, **named)
+            tensors = found.values() if isinstance(found, dict) else [found.output_weight]
+            read.extend(weakref.ref(tensor.untyped_storage()) for tensor in tensors if tensor is not None)
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def train(model, teacher, *arguments, **named):
+        gc.collect()
+        held = [model] if teacher is None else [model, teacher]
+        known = {p.untyped_storage().data_ptr() for one in held for p in (*one.parameters(), *one.buffers())}
+        left = [storage() for storage in read]
+        assert read and not [one for one in left if one is not None and one.data_ptr() not in known]
+        raise UserError("trained")
+
+    watch(Checkpoint, "read")
+    watch(Database, "cut")
+    monkeypatch.setattr(recovering, "recover", train)
+    settings = {"recovery.refit_tokens": refit_tokens, "recovery.distillation": distillation, "search.generations": 0}
+    with pytest.raises(UserError, match="trained"):
+        prune(
+            checkpoint("qwen3"),
+            target=TARGET,
+            out=tmp_path / "run",
+            settings={**SETTINGS, "data.source": str(text), **settings},
+        )
 
 
 LIMITED = """

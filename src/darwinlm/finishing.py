@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 import darwinlm
-from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.memory import free_memory
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import Corpus
-from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_stored, measure, request_seconds, visiting, write_sample
+from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_served, measure, request_seconds, visiting, write_sample
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.targets import export_model
@@ -91,7 +91,7 @@ def _measure(
     ]
     for limit in limits:
         if limit["name"] == "latency":
-            timed = as_stored({name: models[name] for name in ("dense", "found")}, dense.dtype)
+            timed = as_served({name: models[name] for name in ("dense", "found")}, dense.dtype)
             seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
             limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
     return {
@@ -100,18 +100,20 @@ def _measure(
         "rows": rows,
         "limits": limits,
         "sample": sample,
-        "environment": _environment(dense.device),
+        "environment": _environment(dense),
         "seed": recipe.seed,
     }
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _environment(dense: DenseModel) -> dict[str, Any]:
     """Hardware and versions, for every number that is reported."""
     import transformers
 
+    device = dense.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return {
         "device": name,
+        "speed_dtype": str(served_dtype(dense.dtype, device)).removeprefix("torch."),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

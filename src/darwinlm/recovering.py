@@ -20,6 +20,7 @@ from darwinlm.progress import log
 from darwinlm.recipe import Recipe, RecoveryRecipe
 from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_checkpoints, save_weights
 from darwinlm.recovery.refit import refit_if_it_helps
+from darwinlm.recovery.sharding import is_sharded
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.recovery.teacher import Taught, load_teacher, write_predictions
 from darwinlm.run_directory import RunDirectory, Step, run_steps
@@ -37,31 +38,15 @@ def recover_plan(
     Every step but the last has the same share of the tokens. The last has what is left, and each reads on in the text
     where the one before has stopped.
     """
-    dense, database = here.dense, here.database
+    dense = here.dense
     earlier = run_steps(recipe, run.path)[: step.number - 1]
     passed = sum(run.facts(f"{one.prefix}recovery").get(SAMPLES, 0) for one in earlier)
     left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
     share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
     wanted = recipe.recovery.model_copy(update={"tokens": share})
     # What is sharded need not fit on one device.
-    place = torch.device("cpu") if wanted.sharding == "fsdp" else dense.device
-    cuts = database.cuts(dense.sites, plan.levels, place)
-    if wanted.refit_tokens > 0:
-        refitted = folder / "refit"
-        with dist.main_first():
-            if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
-                if refitted.exists():
-                    log.warning("%s: it is refitted anew", fault)
-                cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
-                model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
-                fitted_BT, judged_BT = corpus.tokens("trial", wanted.refit_tokens), corpus.blocks["score"]
-                refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
-                save_weights(refitted, stored_weights(model, torch.float32))
-        tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
-        model = assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
-    else:
-        weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
-        model = build_model(dense.config, dense.sites, weights, cuts, trainable=True)
+    place = torch.device("cpu") if is_sharded(wanted) else dense.device
+    model = _starting_model(here, corpus, plan, wanted.refit_tokens, place, folder)
     # The teacher has a dtype of its own, and memory is for the training now.
     dense.release()
     text: Tensor | TextStream = corpus.marked["trial"]
@@ -83,6 +68,30 @@ def recover_plan(
         forget_recovery(folder)
     dist.barrier()
     return steps_for(wanted, recipe.data.sequence_length) * wanted.batch_size
+
+
+def _starting_model(
+    here: Material, corpus: Corpus, plan: Plan, refit_tokens: int, place: torch.device, folder: Path
+) -> DarwinLMForCausalLM:
+    """`plan`, refitted if that is wanted, trainable, on `place`. What it was made from ends with this function: nothing
+    of it stays in memory while the model is trained."""
+    dense, database = here.dense, here.database
+    cuts = database.cuts(dense.sites, plan.levels, place)
+    if refit_tokens == 0:
+        weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
+        return build_model(dense.config, dense.sites, weights, cuts, trainable=True)
+    refitted = folder / "refit"
+    with dist.main_first():
+        if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
+            if refitted.exists():
+                log.warning("%s: it is refitted anew", fault)
+            cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
+            model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
+            fitted_BT, judged_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
+            refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
+            save_weights(refitted, stored_weights(model, torch.float32))
+    tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
+    return assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
 
 
 def _teacher(

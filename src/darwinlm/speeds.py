@@ -14,7 +14,7 @@ import transformers
 
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import EngineError, UserError
-from darwinlm.evaluation.measure import request_seconds
+from darwinlm.evaluation.measure import as_served, request_seconds
 from darwinlm.export import llama_cpp, vllm_engine
 from darwinlm.export.gguf import choose_architecture, context_length, write_gguf
 from darwinlm.export.gguf_tokenizer import read_vocabulary
@@ -72,11 +72,12 @@ def _in_transformers(
     models: Mapping[str, DarwinLMForCausalLM], batches: Sequence[int], lengths: Sequence[int]
 ) -> dict[str, Any]:
     rows = []
+    served = as_served(models, next(iter(models.values())).dtype)
     for batch in batches:
         for length in lengths:
             request = WorkloadRecipe(batch_size=batch, prompt_tokens=length, new_tokens=_NEW_TOKENS)
-            rows.append(_row(batch, length, request_seconds(models, request, _REPEATS)))
-    model = next(iter(models.values()))
+            rows.append(_row(batch, length, request_seconds(served, request, _REPEATS)))
+    model = next(iter(served.values()))
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _threads()
     dtype = str(model.dtype).removeprefix("torch.")
     return {"engine": f"transformers {transformers.__version__}", "device": device, "dtype": dtype, "rows": rows}

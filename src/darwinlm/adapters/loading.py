@@ -79,8 +79,9 @@ class DenseModel:
 
     def release(self) -> None:
         """Forget `model`, the reference's too, so that its memory is free; it is read again when next asked for."""
-        self.__dict__.pop("ends", None)
-        self.reference.__dict__.pop("ends", None)
+        for dense in (self, self.reference):
+            for read in ("ends", "_embeddings"):
+                dense.__dict__.pop(read, None)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -161,6 +162,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         fast = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
     return torch.bfloat16 if fast else torch.float32
+
+
+def served_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a checkpoint of `dtype` is best run in on `device`: its own, but float32 where the hardware only
+    emulates a half-precision one."""
+    emulated = dtype == torch.bfloat16 and device.type in ("cpu", "cuda") and fast_dtype(device) != torch.bfloat16
+    return torch.float32 if emulated or (dtype == torch.float16 and device.type == "cpu") else dtype
 
 
 def load_settings(source: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.loading import served_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.progress import task
 from darwinlm.recipe import EvaluationRecipe, WorkloadRecipe
@@ -32,7 +33,7 @@ def measure(
             judged, whatever their own place.
         held_out_BT: token ids, blocks * tokens.
         recipe: how speed is measured.
-        dtype: that the models are stored in; speed and cache bytes are for it.
+        dtype: that the models are stored in; cache bytes are for it, and speeds for what it is best run in.
     """
     device = models["dense"].device
     reference = DenseReference(models["dense"], held_out_BT)
@@ -54,7 +55,7 @@ def measure(
             )
             progress.advance(note=name)
     del reference
-    for row, speed in zip(rows, speeds(as_stored(models, dtype), recipe).values(), strict=True):
+    for row, speed in zip(rows, speeds(as_served(models, dtype), recipe).values(), strict=True):
         row |= speed
     return rows
 
@@ -70,8 +71,9 @@ def visiting(model: DarwinLMForCausalLM, device: torch.device) -> Iterator[None]
         model.to(home)  # type: ignore[arg-type]
 
 
-def as_stored(models: Mapping[str, DarwinLMForCausalLM], dtype: torch.dtype) -> dict[str, DarwinLMForCausalLM]:
-    """The models in the dtype that they are stored in."""
+def as_served(models: Mapping[str, DarwinLMForCausalLM], dtype: torch.dtype) -> dict[str, DarwinLMForCausalLM]:
+    """Models that are stored in `dtype`, in the one that they are best run in where the first of them is."""
+    dtype = served_dtype(dtype, next(iter(models.values())).device)
     return {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}  # type: ignore[arg-type]
 
 

@@ -56,7 +56,7 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
     lines += [
         "",
         f"Perplexity and KL on {held_out} of {_plain(_name(recipe.data.source))}; speeds on "
-        f"{_plain(metrics['environment']['device'])}, batch 1, "
+        f"{_plain(metrics['environment']['device'])}{_dtype(metrics['environment'])}, batch 1, "
         f"{recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
         "",
         "## Recipe",
@@ -79,6 +79,11 @@ def without_code(card: str) -> str:
 def _plain(text: str) -> str:
     """Text that Markdown and HTML show as it is, on one line: names come from whoever made a model or a data set."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~:])", r"\\\1", html.escape(printable(text)))
+
+
+def _dtype(environment: Mapping[str, Any]) -> str:
+    """The dtype that speeds are of; runs of earlier versions do not say it."""
+    return f" in {environment['speed_dtype']}" if "speed_dtype" in environment else ""
 
 
 def _name(source: str) -> str:

@@ -13,7 +13,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from darwinlm import dist
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.objective import Objective
+
+
+def is_sharded(recipe: RecoveryRecipe) -> bool:
+    """Whether the model and its teacher are to be sharded: one process has nobody to share with."""
+    return recipe.sharding == "fsdp" and dist.world_size() > 1
 
 
 def shard(objective: Objective, teacher: DarwinLMForCausalLM | None, device: torch.device, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ from darwinlm.recovery.checkpoints import (
 )
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.samples import make_samples
-from darwinlm.recovery.sharding import shard
+from darwinlm.recovery.sharding import is_sharded, shard
 from darwinlm.recovery.teacher import Taught
 from darwinlm.recovery.trainer import Follow, RecoveryTrainer, evaluations_of, losses_of
 
@@ -110,7 +110,7 @@ def recover(
         # The Trainer hands over whole steps, which can be taken back.
         micro, accumulation = micro * accumulation, 1
     dtype = fast_dtype(device)
-    sharded = recipe.sharding == "fsdp" and dist.world_size() > 1
+    sharded = is_sharded(recipe)
     last = newest_intact(folder)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
     arguments = _arguments(recipe, steps, micro, accumulation, seed=seed, folder=folder, device=device, sharded=sharded)

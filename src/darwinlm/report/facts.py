@@ -236,7 +236,7 @@ def _steps(
     return {
         "descent": descent,
         "generations": generations,
-        "generations_asked": recipe.search.generations,
+        "generations_asked": 0 if recipe.search.uniform else recipe.search.generations,
         "accepted": accepted,
     }
 

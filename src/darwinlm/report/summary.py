@@ -24,7 +24,10 @@ _TITLES = {
 
 def show(metrics: Mapping[str, Any], console: Console) -> None:
     """Print the rows of `metrics.json` as a table and what the models say."""
-    title = f"{metrics['model']} at {metrics['target']}: held-out text, {metrics['environment']['device']}"
+    environment = metrics["environment"]
+    title = f"{metrics['model']} at {metrics['target']}: held-out text; speeds on {environment['device']}"
+    if "speed_dtype" in environment:
+        title += f" in {environment['speed_dtype']}"
     table = Table(title=_shown(title))
     for key, title in _TITLES.items():
         table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, assemble, cut_site, layer_sizes
 from darwinlm.adapters.families import Site, dense_again
-from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.files import read_json, write_json
 from darwinlm.plan import Limit, SiteKind, Space, parameter_limit
@@ -106,7 +106,8 @@ def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe)
     Returns:
         `{"fixed": ns, "attention": {"3": ns, ...}, "mlp": {"1536": ns, ...}}`
     """
-    weights = {name: tensor.to(dense.dtype) for name, tensor in dense.weights.items()}
+    dtype = served_dtype(dense.dtype, dense.device)
+    weights = {name: tensor.to(dtype) for name, tensor in dense.weights.items()}
     sizes = {
         kind: sorted({n for site in space.sites if site.kind == kind for n in site.units} - {0}) for kind in _KINDS
     }
