@@ -431,15 +431,18 @@ DATA = {
     "blank.txt": (b" \n ", f"holds 0 tokens, but {SPLITS}"),
     "empty.jsonl": (b"", f"holds 0 tokens, but {SPLITS}"),
     "short.txt": (b"hello world", f"holds 12 tokens, but {SPLITS}"),
-    "table.csv": (b"a,b", r"unknown kind of file; known are \.txt, .*\.jsonl, .*\.parquet$"),
+    "table.xml": (b"a,b", r"unknown kind of file; known are \.txt, .*\.jsonl, .*\.parquet \(.* also as \.gz, .*\)$"),
+    "table.csv": (b"a,b\n1,2\n", r"line 2: there is no 'text' \(it has 'a', 'b'\); set data.text_field"),
     "none": (b"a,b", "unknown kind of file; known are"),
     "binary.txt": (b"abc\xff\xfe", r"is not UTF-8 text \(byte 3\); convert it"),
     "binary.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8 text; convert it"),
     "broken.jsonl": (b'{"text": "a"}\n\n{"text":\n', "line 3: not JSON; one object a line is expected"),
     "deep.jsonl": (b"[" * 100_000, "line 1: not JSON"),
-    "array.json": (b'[{"text": "a"}]', "line 1: one object a line is expected, this is a list"),
+    "array.json": (b'[{"text": "a"}, ["b"]]', "record 2: one object in the list is expected, this is a list"),
+    "array.jsonl": (b'[{"text": "a"}]', "line 1: one object a line is expected, this is a list"),
+    "deep.json": (b"[" * 100_000, "not JSON"),
     "other-key.jsonl": (
-        b'{"text": "a"}\n{"body": "a", "n": 1}',
+        b'{"text": "a"}\n{"body": "a", "n": 1}\n{"n": 2}',
         r"line 2: there is no 'text' \(it has 'body', 'n'\); set d",
     ),
     "no-key.jsonl": (b"{}", r"line 1: there is no 'text' \(it has nothing\); set data.text_field"),
@@ -479,7 +482,9 @@ def test_a_table_damaged_inside(refused, tmp_path):
 
 def test_a_folder_without_text(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused("data '.*empty': the folder holds no .txt, .text, .md, .rst, .jsonl", data=tmp_path / "empty")
+    refused(
+        "data '.*empty': the folder holds no file of a known kind; known are .txt, .text, .md", data=tmp_path / "empty"
+    )
 
 
 @pytest.mark.parametrize("data", ["./nothing", "/nowhere/at/all", "~nobody/text", "nothing.txt", "a/b.parquet"])

@@ -71,7 +71,7 @@ def prune(
     recipe: Annotated[str, typer.Option(help="A YAML file, or one of quick, paper, demo.")] = "quick",
     data: Annotated[
         str | None,
-        typer.Option(help="A Hub data set id, a text, JSONL or Parquet file or folder, or self."),
+        typer.Option(help="A Hub data set id, a text, JSON, CSV or Parquet file or folder, or self."),
     ] = None,
     steps: Steps = None,
     settings: Setting = None,

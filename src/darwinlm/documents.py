@@ -1,20 +1,29 @@
-"""Documents from anywhere: text files, JSON lines, Parquet, the Hub; plain text or chats."""
+"""Documents from anywhere: text files, JSON, CSV, Parquet, the Hub; plain text or chats."""
 
+import csv
+import io
 import json
 import os
 import random
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from darwinlm.errors import UserError
+from darwinlm.progress import log
 from darwinlm.recipe import DataRecipe
 
 Chat = list[dict[str, str]]
 """Messages with `role` and `content`."""
 
-_TEXT, _JSON, _PARQUET = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json"), (".parquet",)
+_TEXT, _JSON = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json")
+_TABLES, _PARQUET = (".csv", ".tsv"), (".parquet",)
+_KNOWN = (*_TEXT, *_JSON, *_TABLES, *_PARQUET)
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+"""What text, JSON and tables can be compressed with."""
+_FEW = 100
+"""As many records without the field may begin a file in which most have it."""
 _MESSAGES = "messages"
 _STREAM_BATCH = 64
 """Documents that a stream reads and tokenises together."""
@@ -49,7 +58,7 @@ def find_documents(source: str, text_field: str, seed: int) -> Iterator[str | Ch
     path = local_path(source)
     if path is not None:
         return _local_documents(path, text_field, seed)
-    if source.startswith((".", "/", "~")) or source.endswith((*_TEXT, *_JSON, *_PARQUET)):
+    if source.startswith((".", "/", "~")) or _kind(Path(source)) is not None:
         raise UserError(f"data {source!r}: no such file or folder")
     return _hub_documents(source, text_field, seed)
 
@@ -61,44 +70,128 @@ def local_path(source: str) -> Path | None:
 
 
 def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str | Chat]:
-    known = (*_TEXT, *_JSON, *_PARQUET)
+    known = f"{', '.join(_KNOWN)} (the first {len(_KNOWN) - 1} also as {', '.join(_PACKED)})"
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in known and file.is_file())
+        files = sorted(file for file in path.rglob("*") if _kind(file) is not None and file.is_file())
     if not files:
-        raise UserError(f"data {str(path)!r}: the folder holds no {', '.join(known)} file")
-    if path.is_file() and path.suffix not in known:
-        raise UserError(f"data {str(path)!r}: unknown kind of file; known are {', '.join(known)}")
+        raise UserError(f"data {str(path)!r}: the folder holds no file of a known kind; known are {known}")
+    if path.is_file() and _kind(path) is None:
+        raise UserError(f"data {str(path)!r}: unknown kind of file; known are {known}")
     random.Random(seed).shuffle(files)
     for file in files:
+        kind = _kind(file)
         try:
-            if file.suffix in _TEXT:
-                yield file.read_text(encoding="utf-8-sig")
-            elif file.suffix in _JSON:
-                yield from _json_documents(file, text_field)
-            else:
+            if kind in _TEXT:
+                with _opened(file) as content:
+                    yield content.read().decode("utf-8-sig")
+            elif kind in _PARQUET:
                 yield from _parquet_documents(file, text_field)
+            else:
+                records = _table_records(file, kind) if kind in _TABLES else _json_records(file)
+                yield from _texts_of(records, text_field, file)
         except UnicodeDecodeError as error:
             raise UserError(f"data {str(file)!r} is not UTF-8 text (byte {error.start}); convert it") from None
-        except OSError as error:
-            raise UserError(f"data {str(file)!r} cannot be read: {error.strerror or error}") from None
+        except (OSError, EOFError) as error:
+            raise UserError(f"data {str(file)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _json_documents(file: Path, text_field: str) -> Iterator[str | Chat]:
-    with file.open("rb") as lines:
+def _kind(file: Path) -> str | None:
+    """The suffix that says what is in `file`, that of a compression aside; None if nothing known is."""
+    suffixes = file.suffixes
+    if len(suffixes) > 1 and suffixes[-1] in _PACKED and suffixes[-2] not in _PARQUET:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in _KNOWN else None
+
+
+def _opened(file: Path) -> BinaryIO:
+    """What is in `file`, unpacked."""
+    if file.suffix not in _PACKED:
+        return file.open("rb")
+    import pyarrow
+
+    content = pyarrow.input_stream(str(file), compression=_PACKED[file.suffix])
+    return cast(BinaryIO, io.BufferedReader(content))
+
+
+def _json_records(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects in `file`, one a line or all in one list, each with the words that say where it stands."""
+    name = f"data {str(file)!r}"
+    with _opened(file) as lines:
+        if _kind(file) == ".json" and (content := _list_in(lines)) is not None:
+            for number, record in enumerate(content, 1):
+                yield f"{name}, record {number}", _an_object(record, f"{name}, record {number}", "in the list")
+            return
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where = f"data {str(file)!r}, line {number}"
+            where = f"{name}, line {number}"
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 raise UserError(f"{where}: not UTF-8 text; convert it") from None
             except (ValueError, RecursionError):
                 raise UserError(f"{where}: not JSON; one object a line is expected") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: one object a line is expected, this is a {type(record).__name__}")
-            yield _text_of(record, text_field, where)
+            yield where, _an_object(record, where, "a line")
+
+
+def _an_object(record: Any, where: str, place: str) -> Mapping[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: one object {place} is expected, this is a {type(record).__name__}")
+    return record
+
+
+def _list_in(content: BinaryIO) -> list[Any] | None:
+    """The list that `content` is; None, with nothing read, if it is none."""
+    start = cast(io.BufferedReader, content).peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        return None
+    try:
+        found = json.loads(content.read().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data {content.name!r}: not JSON ({error}); a list of objects is expected") from None
+    return cast(list[Any], found)
+
+
+def _table_records(file: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a table with a header, each with the words that say where it stands."""
+    csv.field_size_limit(2**31 - 1)
+    with io.TextIOWrapper(_opened(file), encoding="utf-8-sig", newline="") as text:
+        rows = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
+        try:
+            for row in rows:
+                yield f"data {str(file)!r}, line {rows.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"data {str(file)!r}, line {rows.line_num}: not a table of text: {error}") from None
+
+
+def _texts_of(records: Iterable[tuple[str, Mapping[str, Any]]], text_field: str, file: Path) -> Iterator[str | Chat]:
+    """The documents of `records`; those without the field are passed over and counted.
+
+    Raises:
+        UserError: that names the first of them, where most have none.
+    """
+    found, without, first = 0, 0, None
+    try:
+        for where, record in records:
+            field = _field_of(record, text_field)
+            if field in record:
+                found += 1
+                yield _text_of(record, text_field, where)
+                continue
+            without += 1
+            first = first or _lacks(field, record, where)
+            if without >= _FEW and without > found:
+                raise first
+        if first is not None and without > found:
+            raise first
+    finally:
+        if 0 < without <= found:
+            log.warning(
+                "data %r: %d of %d records have no %r: passed over", str(file), without, found + without, text_field
+            )
 
 
 def _text_of(record: Mapping[str, Any], text_field: str, where: str) -> str | Chat:

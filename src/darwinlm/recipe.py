@@ -51,9 +51,9 @@ class DataRecipe(_Section):
     """Where text comes from and how many tokens each split gets."""
 
     source: str = Field("self", min_length=1)
-    """`self` (the dense model writes it), a local text, JSONL or Parquet file or folder, or a Hub data set id."""
+    """`self` (the dense model writes it), a local text, JSON, CSV or Parquet file or folder, or a Hub data set id."""
     text_field: str = Field("text", min_length=1)
-    """The key (JSONL) or column (Parquet, Hub) that holds a document."""
+    """The key (JSON) or column (CSV, Parquet, Hub) that holds a document; records without it are passed over."""
     sequence_length: int = Field(512, ge=8, le=131_072)
     """Tokens in a block."""
     calibration_tokens: Tokens = Field(65_536, ge=1)
