@@ -114,9 +114,9 @@ def randomise(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
 
 
-def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A checkpoint whose every parameter, biases and norms too, is random."""
-    settings = {**_SIZES, **_OWN[family]}
+    settings = {**_SIZES, **_OWN[family], **changes}
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():
         torch.manual_seed(FAMILIES.index(family))

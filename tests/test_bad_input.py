@@ -177,6 +177,13 @@ def only_gguf(folder):
     (folder / "model.gguf").write_bytes(b"GGUF")
 
 
+def only_adapter(folder, settings):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"lora_A": torch.ones(2)}, folder / "adapter_model.safetensors")
+
+
 FAMILIES = "supported families: llama, mistral, qwen2, qwen3$"
 UP = r"model\.layers\.1\.mlp\.up_proj\.weight"
 MODELS = {
@@ -184,7 +191,16 @@ MODELS = {
         lambda d: [f.unlink() for f in d.iterdir()],
         "has no config.json with a model_type; give a folder",
     ),
-    "only a GGUF": (only_gguf, "has no config.json with a model_type; give a folder in Hugging Face format"),
+    "only a GGUF": (only_gguf, "holds GGUF files, which .* reads; give the folder or Hub id of the Hugging Face check"),
+    "LoRA adapter": (
+        lambda d: only_adapter(d, {"base_model_name_or_path": "owner/base", "peft_type": "LORA"}),
+        r"is a LoRA adapter of 'owner/base', not a whole model; merge it into its base \(PEFT: merge_and_unload, then",
+    ),
+    "LoRA adapter of nothing": (lambda d: only_adapter(d, []), "is a LoRA adapter, not a whole model; merge it"),
+    "MLX in 4 bits": (
+        lambda d: config_of(d, quantization={"group_size": 64, "bits": 4}),
+        "is quantised to 4 bits for MLX; give the unquantised checkpoint it was made from",
+    ),
     "config no JSON": (
         lambda d: (d / "config.json").write_text("{"),
         r"its config.json cannot be read: .*config\.json",
@@ -314,6 +330,8 @@ def test_a_model_that_cannot_be_pruned(case, refused, checkpoint, tmp_path):
 
 def test_a_file_for_a_model(refused, text):
     refused("good.txt' is a file; give a folder in Hugging Face format, or a Hub model id", model=text)
+    text.write_bytes(b"GGUF")
+    refused("good.txt' is a GGUF file, which .* reads; give the folder or Hub id of the Hugging Face ch", model=text)
 
 
 def test_a_gated_model_of_the_hub(refused, monkeypatch):

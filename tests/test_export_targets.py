@@ -1,17 +1,22 @@
 """What `export.targets` asks of a run: refusals before it begins, plans that the engines can run, files at its end."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import SETTINGS, make_checkpoint, make_config
+from conftest import SETTINGS, TARGET, files_of, make_checkpoint, make_config, save_pruned
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from darwinlm import UserError
+from darwinlm.adapters import modeling_darwinlm
 from darwinlm.adapters.families import find_sites
+from darwinlm.cli import _exit_code
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
+from darwinlm.export.hf import AUTO_MAP
 from darwinlm.export.targets import TARGETS, sites_kept_for
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
@@ -23,6 +28,50 @@ from darwinlm.settings import make_recipe
 
 def test_the_recipe_knows_all_targets():
     assert get_args(Target) == tuple(TARGETS)
+
+
+BROKEN = "raise RuntimeError('the code of an earlier version')\n"
+CODE = "modeling_darwinlm.py"
+
+
+def test_the_code_in_a_run_is_renewed_and_the_run_stays_finished(run, tmp_path, caplog, capsys):
+    finished, settings = run
+    copied = shutil.copytree(finished.path, tmp_path / "run")
+    code, before = copied / "model" / CODE, files_of(copied)
+    code.write_text(BROKEN)
+    config = json.loads((copied / "model" / "config.json").read_text())
+    assert set(config["auto_map"]) == set(AUTO_MAP)
+    del config["auto_map"]["AutoModelForSequenceClassification"]
+    (copied / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="an earlier version"):
+        AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True)
+    assert _exit_code(["export", str(copied), "--to", "hf"]) == 0
+    assert "proved: largest logit difference" in capsys.readouterr().out
+    assert code.read_bytes() == Path(modeling_darwinlm.__file__).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True).num_parameters() > 0
+    assert json.loads((copied / "model" / "config.json").read_text())["auto_map"] == AUTO_MAP
+    # The same command finds nothing to do, and nothing else has changed.
+    model = json.loads((copied / "manifest.json").read_text())["recipe"]["model"]
+    caplog.clear()
+    prune(model, target=TARGET, out=copied, settings=settings)
+    assert not [message for message in caplog.messages if "made again" in message or "damaged" in message]
+    after = files_of(copied)
+    assert {name for name in {*before, *after} if before.get(name) != after.get(name)} <= {"model/config.json"}
+
+
+def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, capsys):
+    config = make_config("llama")
+    config.per_layer_config = {1: {"skip": ["mlp"]}}
+    save_pruned(config, tmp_path / "model")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / CODE).write_text(BROKEN)
+    assert _exit_code(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "model" / CODE).read_text() == BROKEN
+    assert (tmp_path / "new" / CODE).read_text() != BROKEN
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == weights
+    (tmp_path / "model" / CODE).unlink()
+    assert _exit_code(["export", str(tmp_path / "model"), "--to", "hf"]) == 2
+    assert f"model holds no {CODE} to renew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

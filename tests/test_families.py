@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, GRANULARITIES, VOCABULARY
+from conftest import FAMILIES, GRANULARITIES, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from darwinlm.adapters.cutting import build_model, count_parameters, kv_elements
+from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements
+from darwinlm.adapters.loading import load_dense
 from darwinlm.adapters.modeling_darwinlm import CACHE
 from darwinlm.errors import UserError
+from darwinlm.export.hf import load, save_model
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -100,6 +103,57 @@ def test_the_finest_level_of_an_mlp_is_even_in_parameters(family, pruned):
         assert list(site.units) == sorted(site.units, reverse=True)
         assert site.parameters[-1] == 0
         assert list(site.errors) == sorted(site.errors)
+
+
+def ropes(head_dim):
+    """Every kind of rotary embeddings that transformers knows, some of which turn otherwise behind 32 positions."""
+    factors = [1.0 + 0.1 * index for index in range(head_dim // 2)]
+    return {
+        "default": {},
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+        "longrope": {
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": factors,
+            "long_factor": [3 * factor for factor in factors],
+        },
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        "proportional": {"partial_rotary_factor": 0.5},
+    }
+
+
+def test_all_kinds_of_rope_are_tried():
+    assert set(ropes(8)) == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+@every_family
+@pytest.mark.parametrize("kind", ropes(8))
+def test_every_kind_of_rope_is_cut_saved_and_loaded(family, kind, pruned, tmp_path):
+    head_dim = pruned(family, "kv_group")[0].config.head_dim
+    rope = {"rope_type": kind, "rope_theta": 1e4, **ropes(head_dim)[kind]}
+    folder = make_checkpoint(family, tmp_path / "dense", rope_parameters=rope)
+    dense = load_dense(str(folder), "kv_group", torch.device("cpu"))
+    native, cuts = native_model(folder), {}
+    for number, site in enumerate(dense.sites):
+        weight = dense.weights[f"{site.output}.weight"]
+        # Of the first layer no attention, of the last no MLP, of the others the first half.
+        kept = tuple(range(0 if number in (0, len(dense.sites) - 1) else site.num_units // 2))
+        width = len(kept) * site.columns_per_unit
+        cuts[site.name] = Cut(kept=kept, output_weight=weight[:, :width].clone() if kept else None)
+        mask(native, site, cuts[site.name], weight)
+    save_model(build_model(dense.config, dense.sites, dense.weights, cuts), torch.float32, tmp_path / "cut")
+    loaded = load(tmp_path / "cut")
+    for length in (24, 100):
+        tokens = TOKENS.repeat(1, 5)[:, :length]
+        with torch.no_grad():
+            assert torch.allclose(loaded(tokens).logits, native(tokens).logits, atol=1e-4), length
 
 
 def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path):

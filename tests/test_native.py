@@ -150,6 +150,8 @@ def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsy
     history = [json.loads(line) for line in (tmp_path / "run" / "search" / "history.jsonl").read_text().splitlines()]
     assert len(history) == 1 and history[0]["score"] == min(history[0]["scores"])
     assert 1 < len(history[0]["scores"]) <= SETTINGS["search.offspring"]
+    # There were none to be asked for.
+    assert "moves of the evolution" not in (tmp_path / "run" / "report" / "index.html").read_text()
     found = run.metrics["rows"][-1]["parameters"]
     assert 0.6 < found / run.metrics["rows"][0]["parameters"] <= 0.8
 

@@ -13,12 +13,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DAMAGES, FAMILIES, VOCABULARY, apart, flip_a_bit, make_tokenizer
 
-from darwinlm import files
+from darwinlm import dist, files, recovering
 from darwinlm.adapters.cutting import build_model
 from darwinlm.data import TextStream, positions
 from darwinlm.errors import UserError
@@ -28,9 +29,11 @@ from darwinlm.recovery.checkpoints import load_best, newest_intact, remove_check
 from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.refit import refit, refit_if_it_helps
+from darwinlm.recovery.sharding import is_sharded
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.recovery.teacher import load_teacher, write_predictions
 from darwinlm.scoring import DenseReference
+from darwinlm.settings import load_recipe
 
 CPU = torch.device("cpu")
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
@@ -47,6 +50,27 @@ def halved(dense, database, **kwargs):
 def train(model, dense, recipe, folder, seed=0):
     """Recover `model`; without sharding it is trained in place."""
     return recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=seed, folder=folder, device=CPU)[1]
+
+
+def test_one_process_has_nobody_to_share_with(monkeypatch):
+    """Whatever the setting says: model and teacher are then on the device."""
+    recipe = load_recipe("quick", {"model": "m", "target": 0.5, "recovery.sharding": "fsdp", "recovery.tokens": 64})
+    places = []
+
+    def start(here, corpus, plan, refit_tokens, place, folder):
+        places.append(place)
+        raise UserError("placed")
+
+    monkeypatch.setattr(recovering, "_starting_model", start)
+    here = SimpleNamespace(dense=SimpleNamespace(device=torch.device("meta")))
+    run = SimpleNamespace(path=Path("run"))
+    step = SimpleNamespace(number=1)
+    for processes in (1, 2):
+        monkeypatch.setattr(dist, "world_size", lambda processes=processes: processes)
+        assert is_sharded(recipe.recovery) == (processes > 1)
+        with pytest.raises(UserError, match="placed"):
+            recovering.recover_plan(recipe, here, None, None, step, Path("recovery"), run)
+    assert [place.type for place in places] == ["meta", "cpu"]
 
 
 def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_path):

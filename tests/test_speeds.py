@@ -7,14 +7,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, save_pruned
+from conftest import SETTINGS, make_checkpoint, make_config, save_pruned
 from transformers import AutoModelForCausalLM
 
 from darwinlm import cli
+from darwinlm.adapters import loading
 from darwinlm.errors import EngineError
+from darwinlm.evaluation import measure
 from darwinlm.export import llama_cpp, vllm_engine
 from darwinlm.export.llama_cpp import Engine, time_requests
 from darwinlm.export.targets import export_model
+from darwinlm.pipeline import prune
+from darwinlm.search import resources
 from darwinlm.speeds import measure_speeds
 
 
@@ -83,6 +87,48 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     row = transformers["rows"][0]["models"]
     ratio = row["pruned"]["decode_tokens_per_second"] / row["dense"]["decode_tokens_per_second"]
     assert f"({ratio:.2f}x)" in out
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "fast", "served"),
+    [
+        ("bfloat16", "cpu", False, "float32"),
+        ("bfloat16", "cpu", True, "bfloat16"),
+        ("bfloat16", "cuda", False, "float32"),
+        ("bfloat16", "cuda", True, "bfloat16"),
+        ("float16", "cpu", True, "float32"),
+        ("float16", "cuda", False, "float16"),
+        ("float32", "cuda", True, "float32"),
+    ],
+)
+def test_a_model_is_timed_in_the_dtype_that_a_user_would_run_it_in(stored, device, fast, served, monkeypatch):
+    found = torch.bfloat16 if fast else torch.float32
+    monkeypatch.setattr(loading, "fast_dtype", lambda device: found)
+    assert loading.served_dtype(getattr(torch, stored), torch.device(device)) == getattr(torch, served)
+
+
+def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    timed = []
+
+    def time_request(model, **request):
+        timed.append(model.dtype)
+        return 1.0, 1.0
+
+    for user in (measure, resources):
+        monkeypatch.setattr(user, "time_request", time_request)
+    folder = make_checkpoint("qwen3", tmp_path / "dense", torch.bfloat16)
+    settings = SETTINGS | {"data.source": str(text), "recovery.tokens": 0}
+    run = prune(folder, target="params=0.8,latency=1.0", out=tmp_path / "run", settings=settings)
+    assert cli._exit_code(["evaluate", str(run.path), "--speed", "--batches", "1", "--lengths", "8"]) == 0
+    assert set(timed) == {torch.float32}
+    assert "float32" in capsys.readouterr().out
+    assert run.metrics["environment"]["speed_dtype"] == "float32"
+    assert "in float32." in (run.path / "report" / "index.html").read_text()
+    assert "in float32, batch 1" in (run.model_path / "README.md").read_text()
+    with open(run.model_path / "config.json") as file:
+        assert json.load(file)["dtype"] == "bfloat16"
 
 
 def test_one_model_alone_is_timed_and_a_missing_engine_is_a_reason(checkpoint, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from darwinlm.files import digest
 _COMPARED_LAYERS = 2
 _MOST_LAYERS = 10_000
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_GGUF, _ADAPTER = b"GGUF", "adapter_config.json"
 _UNQUANTISED = "give the unquantised checkpoint it was made from"
 
 
@@ -173,8 +175,7 @@ def served_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def load_settings(source: str) -> dict[str, Any]:
     """Read the config.json of a folder or a Hub model; it has a model_type. Raises UserError."""
-    if os.path.isfile(source):
-        raise UserError(f"model {source!r} is a file; give a folder in Hugging Face format, or a Hub model id")
+    _check_kind(Path(source))
     try:
         settings, _ = PreTrainedConfig.get_config_dict(source)
     except Exception as error:  # here and below: transformers and the Hub's client raise many kinds
@@ -191,6 +192,31 @@ def load_settings(source: str) -> dict[str, Any]:
             f"model {source!r}: num_hidden_layers={layers} in its config.json; 1 to {_MOST_LAYERS:,} can be"
         )
     return settings
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what people have beside folders in Hugging Face format, with the way to one. Raises UserError."""
+    original = "give the folder or Hub id of the Hugging Face checkpoint it was made from"
+    if path.is_file():
+        with path.open("rb") as file:
+            is_gguf = file.read(len(_GGUF)) == _GGUF
+        if is_gguf:
+            raise UserError(f"model {str(path)!r} is a GGUF file, which only llama.cpp's kind reads; {original}")
+        raise UserError(f"model {str(path)!r} is a file; give a folder in Hugging Face format, or a Hub model id")
+    if not path.is_dir() or (path / "config.json").exists():
+        return
+    if (path / _ADAPTER).exists():
+        try:
+            base = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = None
+        of = f" of {base!r}" if isinstance(base, str) and base else ""
+        raise UserError(
+            f"model {str(path)!r} is a LoRA adapter{of}, not a whole model; merge it into its base (PEFT: "
+            "merge_and_unload, then save_pretrained) and give that folder"
+        )
+    if any(path.glob("*.gguf")):
+        raise UserError(f"model {str(path)!r} holds GGUF files, which only llama.cpp's kind reads; {original}")
 
 
 def load_sizes(source: str) -> DarwinLMConfig:
@@ -231,6 +257,9 @@ def load_config(source: str) -> Any:
         raise UserError(f"model {source!r} is a {architectures[0]}, not a causal language model (…ForCausalLM)")
     if isinstance(config.dtype, torch.dtype) and config.dtype not in _DTYPES:
         raise UserError(f"model {source!r}: its config.json says dtype {config.dtype}; {_UNQUANTISED}")
+    mlx = settings.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        raise UserError(f"model {source!r} is quantised to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {source!r} is quantised; {_UNQUANTISED}")
     return config
