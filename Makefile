@@ -3,13 +3,39 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-eval test-long coverage audit check docs reference clean
+.PHONY: demo test test-newest test-versions test-eval test-long coverage audit check docs reference clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
 
 test: $(VENV)/.ready check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
+
+# A short run with the newest release of everything but torch, whose newest build may be gigabytes of CUDA.
+NEWEST := .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(NEWEST)/constraints.txt -e '.[dev]'
+	$(NEWEST)/bin/python -m pip freeze --disable-pip-version-check | grep -i -E '^(torch|transformers|tokenizers|accelerate|datasets|peft)=='
+	$(NEWEST)/bin/python -m pytest -n logical tests/test_saved_model.py tests/test_drift.py tests/test_pipeline.py
+
+# What is saved, exported and trained, with the oldest and the newest versions that pyproject.toml allows, each in an
+# environment of its own; and saved models in the oldest transformers that their code is for. Before a release; gigabytes.
+OLDEST := torch==2.6.0 transformers==5.23.0 peft==0.17.0 accelerate==1.10.0
+OLDEST_SAVED := transformers==4.57.6
+VERSIONS := saved_model drift families doctor export_targets native gguf mlx_onnx recovery pipeline
+test-versions: $(VENV)/.ready
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(OLDEST)
+	.venv-oldest/bin/python -m pytest -n logical $(VERSIONS:%=tests/test_%.py)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	$(NEWEST)/bin/python -m pytest -n logical $(VERSIONS:%=tests/test_%.py)
+	$(PYTHON) -m venv .venv-saved
+	.venv-saved/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-saved/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_SAVED)
+	SAVED_MODEL_PYTHON=.venv-saved/bin/python $(BIN)/python -m pytest tests/test_saved_model.py
 
 test-eval: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
@@ -54,4 +80,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(NEWEST) .venv-oldest .venv-saved demo-run site .mypy_cache .ruff_cache .pytest_cache

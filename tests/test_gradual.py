@@ -16,7 +16,7 @@ from test_saved_model import uneven_plan
 import darwinlm
 from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements, sizes_by_layer
 from darwinlm.adapters.loading import load_dense, load_sizes
-from darwinlm.adapters.modeling_darwinlm import CACHE
+from darwinlm.adapters.modeling_darwinlm import CACHE, whole_settings
 from darwinlm.cli import _exit_code
 from darwinlm.data import Corpus, TextStream, load_corpus
 from darwinlm.database.build import build_database
@@ -176,7 +176,7 @@ def test_uneven_groups_of_heads_are_no_units_together(twice):
 def test_a_pruned_model_whose_sizes_make_no_sense_is_one_line(change, message, twice, tmp_path):
     _, again, _ = twice("qwen2", "kv_group")
     folder = shutil.copytree(again.source, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
+    config = whole_settings(json.loads((folder / "config.json").read_text()))
     if change is None:
         config["per_layer_config"] = {str(layer): {"skip": ["attention", "mlp"]} for layer in range(3)}
     else:

@@ -1,18 +1,25 @@
 """A saved model in a clean process without darwinlm: same logits, same greedy tokens, all that transformers can do."""
 
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, GRANULARITIES, VOCABULARY
+from conftest import FAMILIES, GRANULARITIES, VOCABULARY, make_config, save_pruned
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import darwinlm
 from darwinlm.adapters.cutting import build_model
-from darwinlm.export.hf import export_hf
+from darwinlm.export.hf import AUTO_MAP, export_hf
 
+PYTHON = str(Path(os.environ.get("SAVED_MODEL_PYTHON", sys.executable)).absolute())
+"""`make test-versions` names one with the oldest transformers that the folders are for."""
 CASES = [(family, granularity) for family in FAMILIES for granularity in GRANULARITIES]
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(2))
 NEW = 12
@@ -93,7 +100,7 @@ def results(pruned, tmp_path_factory):
     script = root / "use.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(script), str(root), names, str(NEW)],
+        [PYTHON, "-W", "error::UserWarning", str(script), str(root), names, str(NEW)],
         cwd=root,
         env={"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(root)},
         capture_output=True,
@@ -142,13 +149,45 @@ def test_it_can_be_trained_and_saved_again(result):
 def test_the_folder_holds_what_a_user_expects(result):
     folder, _, checks, _ = result
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert config["per_layer_config"]
+    assert config["auto_map"] == AUTO_MAP
+    assert config["pruned"]["per_layer_config"]
     names = {file.name for file in folder.iterdir()}
     assert {"model.safetensors", "generation_config.json", "tokenizer.json", "plan.json", "README.md"} <= names
     assert [name for name in names if name.endswith(".py")] == ["modeling_darwinlm.py"]
     assert checks["tokenizer"] == [64, 65] or len(checks["tokenizer"]) == 2
     assert "message.content" in checks["template"]
+
+
+TOKENIZER = "from transformers import AutoTokenizer; print(len(AutoTokenizer.from_pretrained({folder!r})), 'tokens')"
+
+
+def test_on_a_terminal_the_tokenizer_is_loaded_without_a_question_or_a_warning(result, checkpoint):
+    """AutoTokenizer asks there whether it may run the code of a folder, and waits for the answer."""
+    command = [PYTHON, "-c", TOKENIZER.format(folder=str(result[0]))]
+    terminal, end = pty.openpty()
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(result[0]), "COLUMNS": "200"}
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environment) as process:
+        os.close(end)
+        said = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(terminal, 1000):
+                said += part
+                assert b"[y/N]" not in said
+    os.close(terminal)
+    assert process.returncode == 0
+    dense = AutoTokenizer.from_pretrained(checkpoint(result[0].name.split("-")[0]))
+    assert said.decode().splitlines() == [f"{len(dense)} tokens"]
+
+
+def test_without_its_code_no_model_is_made_of_it(result, tmp_path):
+    """Not even of one that lacks whole parts alone, whose tensors would all fit."""
+    with pytest.raises(KeyError, match="needs trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(result[0])
+    config = make_config("llama")
+    config.per_layer_config = {0: {"skip": ["mlp"]}}
+    save_pruned(config, tmp_path)
+    with pytest.raises(KeyError, match="needs trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
 
 
 def test_the_tokenizer_has_a_name_that_transformers_4_knows(result):

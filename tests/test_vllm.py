@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from darwinlm import UserError
 from darwinlm.adapters.modeling_darwinlm import DarwinLMAttention
 from darwinlm.cli import _exit_code
-from darwinlm.export.hf import load
+from darwinlm.export.hf import AUTO_MAP, load
 from darwinlm.export.targets import export_model
 
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(5))
@@ -78,7 +78,7 @@ def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
     assert "vLLM itself was not run" in told and "proved: largest logit difference 0.0e+00" in told
     folder = tmp_path / "model-vllm"
     settings = json.loads((folder / "config.json").read_text())
-    assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert settings["auto_map"] == AUTO_MAP
     assert settings["dtype"] == "bfloat16" and settings["architectures"] == ["DarwinLMForCausalLM"]
     assert {"plan.json", "generation_config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert AutoTokenizer.from_pretrained(folder)("ab").input_ids == [64, 65]

@@ -19,7 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.cutting import build_model
 from darwinlm.adapters.families import FAMILIES, Granularity, Site, dense_again, dense_config, find_sites
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import (
+    PRUNED,
+    DarwinLMConfig,
+    DarwinLMDecoderLayer,
+    DarwinLMForCausalLM,
+    whole_settings,
+)
 from darwinlm.errors import UserError
 from darwinlm.files import digest
 
@@ -184,6 +190,8 @@ def load_settings(source: str) -> dict[str, Any]:
                 f"model {source!r}: there is no such local folder, and the Hub has no such model (or cannot be reached)"
             ) from None
         raise UserError(f"model {source!r}: its config.json cannot be read: {_reason(error, source)}") from None
+    own = settings.get(PRUNED) if isinstance(settings, dict) else None
+    settings = whole_settings(settings) if isinstance(own, dict) else settings
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise UserError(f"model {source!r} has no config.json with a model_type; give a folder in Hugging Face format")
     layers = settings.get("num_hidden_layers")

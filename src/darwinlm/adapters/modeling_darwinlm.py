@@ -6,6 +6,10 @@ This file travels with every pruned checkpoint and needs torch and transformers 
 `query_heads_per_kv_head` where the KV heads of a layer serve unequal numbers of query heads. Tensors keep the names of
 the model that was pruned. A skipped part has no tensors at all: no projections and no norm.
 
+In the file, what only a pruned model has stands under `pruned`; the rest is the config of the model that was pruned, so
+that AutoTokenizer, which reads it first, need not ask for this code. `hidden_act` alone is none that transformers has:
+its own model of that type would take the weights that fit and draw the others at random.
+
 Written for transformers 5; what 4.57 lacks stands below the imports. Later versions may compute something else with it:
 when it is imported, `check_transformers` compares a tiny model with a second way to its logits, and refuses to go on if
 they differ.
@@ -13,6 +17,7 @@ they differ.
 
 import copy
 import inspect
+import json
 from collections.abc import Callable
 
 import torch
@@ -91,6 +96,17 @@ CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 """What this version of transformers calls the KV cache; the name changed in 5.24. Models here take both."""
 
 
+PRUNED = "pruned"
+OWN_SETTINGS = ("model_type", "hidden_act", "layer_types", "per_layer_config")
+NEEDS_THIS_CODE = "that of a pruned model, which needs trust_remote_code=True"
+
+
+def whole_settings(settings):
+    """What `config.json` holds, with what only a pruned model has in its place; nothing changes for any other model."""
+    own = settings.get(PRUNED)
+    return {**{name: value for name, value in settings.items() if name != PRUNED}, **own} if own else settings
+
+
 class DarwinLMConfig(BaseConfig):
     model_type = "darwinlm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -158,6 +174,24 @@ class DarwinLMConfig(BaseConfig):
         # Only now: transformers checks settings while it makes a config, and reads sizes that then belong to layers.
         if per_layer_config is not None:
             self.per_layer_config = per_layer_config
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        settings, unused = super().get_config_dict(*args, **kwargs)
+        return whole_settings(settings), unused
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(whole_settings(config_dict), **kwargs)
+
+    def to_json_string(self, *args, **kwargs):
+        """What `config.json` holds."""
+        settings = json.loads(super().to_json_string(*args, **kwargs))
+        if self.base_model_type is not None:
+            own = {name: settings.pop(name) for name in OWN_SETTINGS if name in settings}
+            settings |= {"model_type": self.base_model_type, "hidden_act": NEEDS_THIS_CODE, PRUNED: own}
+            settings[PRUNED].setdefault("hidden_act", self.hidden_act)
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     def validate(self):
         """Check the settings as the first layer has them: transformers' checks of rope read a layer's sizes."""

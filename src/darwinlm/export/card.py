@@ -8,7 +8,7 @@ from typing import Any
 from darwinlm.progress import printable
 from darwinlm.recipe import Recipe
 
-_SIZES = "The layers' sizes are in `per_layer_config` of `config.json`. "
+_SIZES = "The layers' sizes are in `pruned.per_layer_config` of `config.json`. "
 _FLAG = ", trust_remote_code=True"
 _CODE = (
     "The flag runs `modeling_darwinlm.py`, the one code file here; with the `darwinlm` package installed, "

@@ -12,7 +12,7 @@ import torch
 
 from darwinlm.adapters import modeling_darwinlm
 from darwinlm.adapters.loading import DenseModel, choose_device
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PRUNED, DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
 from darwinlm.files import new_folder, write_json
 
@@ -78,8 +78,11 @@ def renew_code(folder: Path, draft: Path) -> None:
     """Copy the pruned model in `folder` to `draft`, with the modelling file of this version; weights are linked where
     the file system can."""
     shutil.copytree(folder, draft, dirs_exist_ok=True, copy_function=_link_weights)
+    # Written anew: those of earlier versions had another form.
     config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    write_json(draft / "config.json", config | {"auto_map": AUTO_MAP})
+    written = json.loads(DarwinLMConfig.from_pretrained(folder).to_json_string())
+    kept = {name: config[name] for name in ("dtype", "architectures", "transformers_version") if name in config}
+    write_json(draft / "config.json", written | kept | {"auto_map": AUTO_MAP})
     shutil.copyfile(modeling_darwinlm.__file__, draft / f"{MODULE}.py")
     _name_tokenizer(draft / "tokenizer_config.json")
 
@@ -110,7 +113,8 @@ def find_model(source: str | Path) -> Path:
         raise UserError(f"{path} holds no model (config.json is missing)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "darwinlm":
+    own = config.get(PRUNED, config) if isinstance(config, dict) else None
+    if not isinstance(own, dict) or own.get("model_type") != DarwinLMConfig.model_type:
         raise UserError(f"{path} holds no pruned model; load it with transformers")
     return path
 

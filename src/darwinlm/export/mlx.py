@@ -10,7 +10,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMRotaryEmbedding
+from darwinlm.adapters.modeling_darwinlm import (
+    DarwinLMConfig,
+    DarwinLMForCausalLM,
+    DarwinLMRotaryEmbedding,
+    whole_settings,
+)
 from darwinlm.errors import UserError
 from darwinlm.export.hf import copy_rest, save_model
 from darwinlm.export.shapes import check_equal_groups
@@ -38,7 +43,8 @@ def write_mlx(model: DarwinLMForCausalLM, source: Path, folder: Path) -> None:
     for file in folder.glob("*.py"):
         file.unlink()
     shutil.copyfile(Path(__file__).with_name(_MODULE), folder / _MODULE)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # There is one code for it, which reads all settings in one place.
+    config = whole_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     del config["auto_map"]
     rope: Any = DarwinLMRotaryEmbedding(cast(DarwinLMConfig, model.config))
     # Periods of the turns, which MLX asks for: of every kind of rope the same numbers that transformers computes with.
