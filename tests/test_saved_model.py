@@ -181,12 +181,12 @@ def test_on_a_terminal_the_tokenizer_is_loaded_without_a_question_or_a_warning(r
 
 def test_without_its_code_no_model_is_made_of_it(result, tmp_path):
     """Not even of one that lacks whole parts alone, whose tensors would all fit."""
-    with pytest.raises(KeyError, match="needs trust_remote_code=True"):
+    with pytest.raises(KeyError, match="this model is pruned: load it with trust_remote_code=True"):
         AutoModelForCausalLM.from_pretrained(result[0])
     config = make_config("llama")
     config.per_layer_config = {0: {"skip": ["mlp"]}}
     save_pruned(config, tmp_path)
-    with pytest.raises(KeyError, match="needs trust_remote_code=True"):
+    with pytest.raises(KeyError, match="this model is pruned: load it with trust_remote_code=True"):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
 
 

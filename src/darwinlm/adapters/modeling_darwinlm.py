@@ -98,7 +98,7 @@ CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 PRUNED = "pruned"
 OWN_SETTINGS = ("model_type", "hidden_act", "layer_types", "per_layer_config")
-NEEDS_THIS_CODE = "that of a pruned model, which needs trust_remote_code=True"
+NEEDS_THIS_CODE = "this model is pruned: load it with trust_remote_code=True"
 
 
 def whole_settings(settings):
