@@ -210,7 +210,7 @@ def test_a_sliding_window_limits_the_context(tmp_path):
 
 
 def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
-    config = make_config("qwen2")
+    config = make_config("llama")
     config.per_layer_config = SHAPES["last without attention"]
     save_pruned(config, tmp_path / "model")
     assert _exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0

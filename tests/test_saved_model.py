@@ -38,6 +38,7 @@ for name in names:
     folder, out = f"{root}/{name}", {}
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert set(tokenizer("ab")) == {"input_ids", "attention_mask"}
     checks = {"tokenizer": tokenizer("ab").input_ids, "template": tokenizer.chat_template}
     greedy = dict(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=258)
     with torch.no_grad():

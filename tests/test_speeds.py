@@ -223,10 +223,9 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
 
     def time_requests(folders, requests, repeats, vocabulary, python):
         for name, folder in folders.items():
-            config = json.loads((folder / "config.json").read_text())
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
             ids = torch.arange(12)[None] % vocabulary
-            seen[name] = config["model_type"], model(ids).logits
+            seen[name] = model.config.model_type, model(ids).logits
         return "a device", [dict.fromkeys(folders, (2.0, 4.0)) for _ in requests]
 
     monkeypatch.setattr(vllm_engine, "engine_version", lambda python: "vllm 0")

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import AutoTokenizer
 
 from darwinlm.adapters import modeling_darwinlm
 from darwinlm.adapters.loading import DenseModel, choose_device
 from darwinlm.adapters.modeling_darwinlm import PRUNED, DarwinLMConfig, DarwinLMForCausalLM
 from darwinlm.errors import UserError
+from darwinlm.export.proof import LATIN, TEXT
 from darwinlm.files import new_folder, write_json
+from darwinlm.progress import log
 
 MODULE = "modeling_darwinlm"
 AUTO_MAP = {
@@ -49,6 +52,7 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
         _name_tokenizer(draft / "tokenizer_config.json")
         write_json(draft / "plan.json", plan)
         (draft / "README.md").write_text(card, encoding="utf-8")
+        _check_tokenizer(dense.tokenizer, draft)
         difference = _largest_difference(model, draft)
         if not difference < (1e-4 if dense.dtype == torch.float32 else 0.1):
             raise UserError(f"{folder}: the written model gives other logits (relative difference {difference:.1e})")
@@ -67,11 +71,13 @@ def save_model(model: DarwinLMForCausalLM, dtype: torch.dtype, folder: Path) -> 
 
 
 def _name_tokenizer(file: Path) -> None:
-    """Call a tokenizer of transformers' own general class by the name that versions 4 and 5 both know."""
+    """Call a tokenizer of transformers' own general class by the name that versions 4 and 5 both know, and say what it
+    gives, where the versions differ: in 4 token types too, which no model here takes."""
     if file.exists():
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.get("tokenizer_class") == "TokenizersBackend":
-            write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        if settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            names = settings.get("model_input_names") or ["input_ids", "attention_mask"]
+            write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names})
 
 
 def renew_code(folder: Path, draft: Path) -> None:
@@ -93,6 +99,18 @@ def _link_weights(source: str, target: str) -> None:
             os.link(source, target)
             return
     shutil.copyfile(source, target)
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Say so if AutoTokenizer, which goes by names in `folder`, makes other tokens of text than `tokenizer`."""
+    found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if found(LATIN).input_ids != tokenizer(LATIN).input_ids or found(TEXT).input_ids != tokenizer(TEXT).input_ids:
+        log.warning(
+            "the tokenizer that AutoTokenizer makes of the pruned model (%s) gives other tokens than the dense model's "
+            "(%s): load the latter",
+            type(found).__name__,
+            type(tokenizer).__name__,
+        )
 
 
 def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:

@@ -49,17 +49,24 @@ def write_onnx(model: DarwinLMForCausalLM, folder: Path) -> None:
         # About the exporter's own use of PyTorch.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        torch.onnx.export(
-            _Prefill(model).eval(),
-            (example_BT,),
-            str(folder / FILE),
-            dynamo=True,
-            dynamic_shapes=free,
-            input_names=["input_ids"],
-            output_names=["logits"],
-            external_data=True,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                _Prefill(model).eval(),
+                (example_BT,),
+                str(folder / FILE),
+                dynamo=True,
+                dynamic_shapes=free,
+                input_names=["input_ids"],
+                output_names=["logits"],
+                external_data=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            # Its message is pages; what went wrong stands first, or in its cause.
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise UserError(
+                f"torch {torch.__version__} cannot write this model as ONNX ({reason}); install another version of it"
+            ) from None
 
 
 def engine_version() -> str | None:
