@@ -104,7 +104,8 @@ def break_layers_without(part):
 
 def break_cache_lengths(monkeypatch):
     """As if the first layer, which may hold no attention, told how much was seen."""
-    monkeypatch.setattr(DarwinLMConfig, "kv_sharing_modes", None)
+    monkeypatch.setattr(DarwinLMConfig, "get_text_config", lambda self, decoder=None, encoder=None: self)
+    monkeypatch.setattr(DarwinLMConfig, "cache_index", lambda self, layer: layer)
 
 
 def break_positions(monkeypatch):

@@ -50,10 +50,12 @@ def scaled(module, query, *arguments, scaling=None, **more):
     return right(module, query, *arguments, scaling=scaling * scaling, **more)
 ALL_ATTENTION_FUNCTIONS["sdpa"] = scaled
 """
-FORGET_WHO_STORES_NOTHING = """
+SWAP_ARGUMENTS = """
 import transformers.cache_utils as caches
-right = caches.Cache.get_seq_length
-caches.Cache.get_seq_length = lambda self, layer_idx=0: self.layers[0].get_seq_length()
+right = caches.Cache.update
+def update(self, keys, values, extra=None, layer_idx=0, **more):
+    return right(self, keys, values, layer_idx, **more)
+caches.Cache.update = update
 """
 CHANGES = {
     "cache, in masks": RENAME_IN_MASKS,
@@ -61,7 +63,7 @@ CHANGES = {
     "attention mask": RENAME_PADDING,
     "sliding window": FORGET_THE_WINDOW,
     "scaling": SCALE_TWICE,
-    "cache lengths": FORGET_WHO_STORES_NOTHING,
+    "order of arguments": SWAP_ARGUMENTS,
 }
 
 LOAD = """

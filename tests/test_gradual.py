@@ -103,8 +103,10 @@ def test_sizes_of_a_second_cut_are_counted_as_the_model_has_them(granularity, tw
             whole = count_parameters(site, again.shapes, range(site.num_units))
             assert gone == whole - count_parameters(site, again.shapes, cut.kept)
             if site.kind == "attention":
-                cache = model(TOKENS, use_cache=True)[CACHE].layers[site.layer]
-                stored = 0 if cache.keys is None else 2 * cache.keys.shape[1] * cache.keys.shape[3]
+                layers = model(TOKENS, use_cache=True)[CACHE].layers
+                assert len(layers) == sum(layer.has_attention for layer in model.model.layers)
+                keys = layers[model.config.cache_index(site.layer)].keys if cut.kept else None
+                stored = 0 if keys is None else 2 * keys.shape[1] * keys.shape[3]
                 assert stored == kv_elements(site, cut.kept, again.config.head_dim)
 
 

@@ -44,7 +44,7 @@ if hasattr(PreTrainedConfig, "per_layer_config"):
 else:
 
     class BaseConfig(PreTrainedConfig):
-        """Configs by layer, rope and the caches' view of the layers, for transformers before 5.14."""
+        """Configs by layer, and rope, for transformers before 5.14."""
 
         @property
         def per_layer_config(self):
@@ -66,16 +66,6 @@ else:
         @property
         def rope_scaling(self):
             return self.rope_parameters
-
-        def get_text_config(self, decoder=None, encoder=None):
-            """Caches are made from this: they number the layers that have attention."""
-            text = copy.copy(self)
-            if decoder:
-                kinds = enumerate(self.layer_types)
-                text.layer_types = [kind for index, kind in kinds if "attention" not in self.skipped(index)]
-                text.num_hidden_layers = len(text.layer_types)
-                text.per_layer_config = None
-            return text
 
 
 if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
@@ -203,16 +193,24 @@ class DarwinLMConfig(BaseConfig):
         return set(getattr(self.per_layer_config[layer_idx], "skip", None) or ())
 
     def cache_index(self, layer_idx):
-        """Where a layer's keys and values lie in a cache; before transformers 5.14 caches cannot leave layers out."""
-        if BaseConfig is PreTrainedConfig:
-            return layer_idx
+        """Where a layer's keys and values lie in a cache: caches hold the layers that have attention, and no others."""
         return sum("attention" not in self.skipped(i) for i in range(layer_idx))
 
-    @property
-    def kv_sharing_modes(self):
-        """Tell the caches of transformers which layers store nothing, so that lengths are read from one that does."""
-        without = ["attention" in self.skipped(i) for i in range(self.num_hidden_layers)]
-        return None if all(without) else ["reuse" if gone else None for gone in without]
+    def get_text_config(self, decoder=None, encoder=None):
+        """What caches are made from, if `decoder`: the layers with attention, numbered as `cache_index` does. A layer
+        that stores nothing would be asked how many tokens it has seen."""
+        if not decoder:
+            return self
+        text, layers = copy.copy(self), self.per_layer_config
+        kept = [i for i in range(self.num_hidden_layers) if "attention" not in self.skipped(i)]
+        text.per_layer_config = None
+        text.layer_types = [self.layer_types[i] for i in kept]
+        text.num_hidden_layers = len(kept)
+        text.per_layer_config = {
+            number: {name: getattr(layers[i], name) for name in ("num_attention_heads", "num_key_value_heads")}
+            for number, i in enumerate(kept)
+        }
+        return text
 
 
 class DarwinLMRMSNorm(nn.Module):
