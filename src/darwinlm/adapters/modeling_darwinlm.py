@@ -186,11 +186,17 @@ class DarwinLMConfig(BaseConfig):
     def validate(self):
         """Check the settings as the first layer has them: transformers' checks of rope read a layer's sizes."""
         if hasattr(BaseConfig, "validate"):
-            BaseConfig.validate(self.per_layer_config[0] if getattr(self, "is_heterogeneous", False) else self)
+            BaseConfig.validate(self.layer(0) if getattr(self, "is_heterogeneous", False) else self)
+
+    def layer(self, layer_idx):
+        """The config of one layer."""
+        layers = self.per_layer_config
+        # In transformers 5.14.0 there are none while all layers are alike.
+        return self if layers is None else layers[layer_idx]
 
     def skipped(self, layer_idx):
         """The parts that a layer lacks: a subset of {"attention", "mlp"}."""
-        return set(getattr(self.per_layer_config[layer_idx], "skip", None) or ())
+        return set(getattr(self.layer(layer_idx), "skip", None) or ())
 
     def cache_index(self, layer_idx):
         """Where a layer's keys and values lie in a cache: caches hold the layers that have attention, and no others."""
@@ -201,13 +207,13 @@ class DarwinLMConfig(BaseConfig):
         that stores nothing would be asked how many tokens it has seen."""
         if not decoder:
             return self
-        text, layers = copy.copy(self), self.per_layer_config
+        text = copy.copy(self)
         kept = [i for i in range(self.num_hidden_layers) if "attention" not in self.skipped(i)]
         text.per_layer_config = None
         text.layer_types = [self.layer_types[i] for i in kept]
         text.num_hidden_layers = len(kept)
         text.per_layer_config = {
-            number: {name: getattr(layers[i], name) for name in ("num_attention_heads", "num_key_value_heads")}
+            number: {name: getattr(self.layer(i), name) for name in ("num_attention_heads", "num_key_value_heads")}
             for number, i in enumerate(kept)
         }
         return text
@@ -230,7 +236,7 @@ class DarwinLMRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         # Rope is the same in all layers, and YaRN's code reads a size that the whole config does not have.
-        self.config = config = config.per_layer_config[0]
+        self.config = config = config.layer(0)
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
@@ -291,7 +297,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 class DarwinLMAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
-        layer = config.per_layer_config[layer_idx]
+        layer = config.layer(layer_idx)
         self.config = config
         self.layer_idx = config.cache_index(layer_idx)
         self.head_dim = config.head_dim
@@ -351,7 +357,7 @@ class DarwinLMAttention(nn.Module):
 class DarwinLMMLP(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
-        size = config.per_layer_config[layer_idx].intermediate_size
+        size = config.layer(layer_idx).intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
