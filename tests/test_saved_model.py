@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import darwinlm
 from darwinlm.adapters.cutting import build_model
-from darwinlm.export.hf import AUTO_MAP, export_hf
+from darwinlm.export.hf import AUTO_MAP, _check_tokenizer, export_hf
 
 PYTHON = str(Path(os.environ.get("SAVED_MODEL_PYTHON", sys.executable)).absolute())
 """`make test-versions` names one with the oldest transformers that the folders are for."""
@@ -178,6 +178,15 @@ def test_on_a_terminal_the_tokenizer_is_loaded_without_a_question_or_a_warning(r
     assert process.returncode == 0
     dense = AutoTokenizer.from_pretrained(checkpoint(result[0].name.split("-")[0]))
     assert said.decode().splitlines() == [f"{len(dense)} tokens"]
+
+
+def test_a_tokenizer_that_comes_out_otherwise_is_told(result, checkpoint, caplog):
+    dense = AutoTokenizer.from_pretrained(checkpoint(result[0].name.split("-")[0]))
+    _check_tokenizer(dense, result[0])
+    assert not caplog.messages
+    dense.add_tokens(["café"])
+    _check_tokenizer(dense, result[0])
+    assert len(caplog.messages) == 1 and "gives other tokens): load the dense model's" in caplog.messages[0]
 
 
 def test_without_its_code_no_model_is_made_of_it(result, tmp_path):

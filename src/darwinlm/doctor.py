@@ -267,7 +267,7 @@ def _generated(patient: _Patient) -> float:
     differences = []
     for granularity, cuts in patient.worn():
         model, tokens_BT = patient.cut_model(granularity, cuts), patient.tokens_BT
-        generate: Any = model.generate  # type: ignore[misc]
+        generate: Any = model.generate
         answer = generate(
             tokens_BT,
             attention_mask=torch.ones_like(tokens_BT),

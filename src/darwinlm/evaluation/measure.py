@@ -135,7 +135,7 @@ def request_seconds(
 def write_sample(model: DarwinLMForCausalLM, tokenizer: Any) -> str:
     """What `model` says after `SAMPLE_PROMPT`, greedily."""
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt").to(model.device)
-    generate: Any = model.generate  # type: ignore[misc]
+    generate: Any = model.generate
     ids = generate(
         **prompt,
         max_new_tokens=_SAMPLE_TOKENS,
