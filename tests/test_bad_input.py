@@ -191,7 +191,10 @@ MODELS = {
         lambda d: [f.unlink() for f in d.iterdir()],
         "has no config.json with a model_type; give a folder",
     ),
-    "only a GGUF": (only_gguf, "holds GGUF files, which .* reads; give the folder or Hub id of the Hugging Face check"),
+    "only a GGUF": (
+        only_gguf,
+        r"holds GGUF files \(.*\), which are not read; give the folder or Hub id",
+    ),
     "LoRA adapter": (
         lambda d: only_adapter(d, {"base_model_name_or_path": "owner/base", "peft_type": "LORA"}),
         r"is a LoRA adapter of 'owner/base', not a whole model; merge it into its base \(PEFT: merge_and_unload, then",
@@ -331,7 +334,10 @@ def test_a_model_that_cannot_be_pruned(case, refused, checkpoint, tmp_path):
 def test_a_file_for_a_model(refused, text):
     refused("good.txt' is a file; give a folder in Hugging Face format, or a Hub model id", model=text)
     text.write_bytes(b"GGUF")
-    refused("good.txt' is a GGUF file, which .* reads; give the folder or Hub id of the Hugging Face ch", model=text)
+    refused(
+        r"good.txt' is a GGUF file \(.*\), which is not read; give the folder or Hub id",
+        model=text,
+    )
 
 
 def test_a_gated_model_of_the_hub(refused, monkeypatch):

@@ -209,7 +209,7 @@ def _check_kind(path: Path) -> None:
         with path.open("rb") as file:
             is_gguf = file.read(len(_GGUF)) == _GGUF
         if is_gguf:
-            raise UserError(f"model {str(path)!r} is a GGUF file, which only llama.cpp's kind reads; {original}")
+            raise UserError(f"model {str(path)!r} is a GGUF file (llama.cpp's format), which is not read; {original}")
         raise UserError(f"model {str(path)!r} is a file; give a folder in Hugging Face format, or a Hub model id")
     if not path.is_dir() or (path / "config.json").exists():
         return
@@ -224,7 +224,7 @@ def _check_kind(path: Path) -> None:
             "merge_and_unload, then save_pretrained) and give that folder"
         )
     if any(path.glob("*.gguf")):
-        raise UserError(f"model {str(path)!r} holds GGUF files, which only llama.cpp's kind reads; {original}")
+        raise UserError(f"model {str(path)!r} holds GGUF files (llama.cpp's format), which are not read; {original}")
 
 
 def load_sizes(source: str) -> DarwinLMConfig:
