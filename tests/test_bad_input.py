@@ -121,7 +121,7 @@ def refused(refused_command, checkpoint, text, tmp_path):
 # ---- the model
 
 
-@pytest.mark.parametrize("model", ["./nothing", "/nowhere/at/all", "owner/nothing", "a/b/c", "not a name?"])
+@pytest.mark.parametrize("model", ["./nothing", "/nowhere/at/all", "owner/nothing", "a/b/c", "not a name?", "x" * 300])
 def test_a_model_that_is_nowhere(model, refused):
     refused(f"model '{re.escape(model)}': there is no such local folder, and the Hub has no such model", model=model)
 

@@ -244,6 +244,11 @@ def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_
         ("l.jsonl.gz", gzip.compress(b'{"text": "abc"}' * 99)[:-20], "cannot be read|not JSON"),
         ("l.json", b'[{"text": "a"}, 3]', "record 2: one object in the list is expected, this is a int"),
         ("l.json", b'[{"text": "a"}', r"not JSON \(.*\); a list of objects is expected"),
+        (
+            "l.json.gz",
+            gzip.compress(b'[{"text": "a"}'),
+            r"l\.json\.gz': not JSON \(.*\); a list of objects is expected",
+        ),
         ("t.csv", b"body,id\nx,1\n", r"line 2: there is no 'text' \(it has 'body', 'id'\); set data\.text_field"),
         ("t.parquet.gz", b"", "unknown kind of file"),
         ("l.gz", b"", "unknown kind of file"),

@@ -105,7 +105,15 @@ def break_layers_without(part):
 def break_cache_lengths(monkeypatch):
     """As if the first layer, which may hold no attention, told how much was seen."""
     monkeypatch.setattr(DarwinLMConfig, "get_text_config", lambda self, decoder=None, encoder=None: self)
-    monkeypatch.setattr(DarwinLMConfig, "cache_index", lambda self, layer: layer)
+    right = DarwinLMModel.__init__
+
+    def init(self, config):
+        right(self, config)
+        for number, layer in enumerate(self.layers):
+            if layer.has_attention:
+                layer.self_attn.layer_idx = number
+
+    monkeypatch.setattr(DarwinLMModel, "__init__", init)
 
 
 def break_positions(monkeypatch):

@@ -118,7 +118,7 @@ def _json_records(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The objects in `file`, one a line or all in one list, each with the words that say where it stands."""
     name = f"data {str(file)!r}"
     with _opened(file) as lines:
-        if _kind(file) == ".json" and (content := _list_in(lines)) is not None:
+        if _kind(file) == ".json" and (content := _list_in(lines, name)) is not None:
             for number, record in enumerate(content, 1):
                 yield f"{name}, record {number}", _an_object(record, f"{name}, record {number}", "in the list")
             return
@@ -141,8 +141,8 @@ def _an_object(record: Any, where: str, place: str) -> Mapping[str, Any]:
     return record
 
 
-def _list_in(content: BinaryIO) -> list[Any] | None:
-    """The list that `content` is; None, with nothing read, if it is none."""
+def _list_in(content: BinaryIO, name: str) -> list[Any] | None:
+    """The list that `content` is; None, with nothing read, if it is none. Raises UserError that begins with `name`."""
     start = cast(io.BufferedReader, content).peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
         return None
@@ -151,7 +151,7 @@ def _list_in(content: BinaryIO) -> list[Any] | None:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data {content.name!r}: not JSON ({error}); a list of objects is expected") from None
+        raise UserError(f"{name}: not JSON ({error}); a list of objects is expected") from None
     return cast(list[Any], found)
 
 

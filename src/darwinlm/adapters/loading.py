@@ -181,7 +181,8 @@ def served_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def load_settings(source: str) -> dict[str, Any]:
     """Read the config.json of a folder or a Hub model; it has a model_type. Raises UserError."""
-    _check_kind(Path(source))
+    if os.path.exists(source):  # a Path of a name that no file can have raises
+        _check_kind(Path(source))
     try:
         settings, _ = PreTrainedConfig.get_config_dict(source)
     except Exception as error:  # here and below: transformers and the Hub's client raise many kinds

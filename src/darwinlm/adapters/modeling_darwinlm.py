@@ -198,12 +198,8 @@ class DarwinLMConfig(BaseConfig):
         """The parts that a layer lacks: a subset of {"attention", "mlp"}."""
         return set(getattr(self.layer(layer_idx), "skip", None) or ())
 
-    def cache_index(self, layer_idx):
-        """Where a layer's keys and values lie in a cache: caches hold the layers that have attention, and no others."""
-        return sum("attention" not in self.skipped(i) for i in range(layer_idx))
-
     def get_text_config(self, decoder=None, encoder=None):
-        """What caches are made from, if `decoder`: the layers with attention, numbered as `cache_index` does. A layer
+        """What caches are made from, if `decoder`: the layers with attention, numbered as in the model. A layer
         that stores nothing would be asked how many tokens it has seen."""
         if not decoder:
             return self
@@ -299,7 +295,7 @@ class DarwinLMAttention(nn.Module):
         super().__init__()
         layer = config.layer(layer_idx)
         self.config = config
-        self.layer_idx = config.cache_index(layer_idx)
+        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.query_heads_per_kv_head = layer.query_heads_per_kv_head
         unequal = self.query_heads_per_kv_head is not None
@@ -429,6 +425,9 @@ class DarwinLMModel(DarwinLMPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([DarwinLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        # Caches hold the layers that have attention, and no others.
+        for number, layer in enumerate(layer for layer in self.layers if layer.has_attention):
+            layer.self_attn.layer_idx = number
         self.norm = DarwinLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DarwinLMRotaryEmbedding(config)
         self.gradient_checkpointing = False
