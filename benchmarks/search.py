@@ -45,7 +45,8 @@ from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
-from darwinlm.search.stage import TrialScorer, search_plan
+from darwinlm.search.stage import search_plan
+from darwinlm.search.trials import TrialScorer
 from darwinlm.settings import load_recipe
 
 PAPER = SearchRecipe(

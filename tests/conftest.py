@@ -65,7 +65,6 @@ SETTINGS: dict[str, Any] = {
     "search.survivors": [2, 1],
     "search.trial_tokens": [16, 32],
     "search.score_tokens": [32, 64],
-    "search.learning_rate": 1e-3,
     "recovery.tokens": 64,
     "evaluation.prefill_tokens": 8,
     "evaluation.decode_tokens": 2,

@@ -554,7 +554,10 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
         ("data.sequence_length=4", "data.sequence_length = 4: input should be greater than or equal to 8"),
         ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
         ("recovery.warmup_ratio=1", "recovery.warmup_ratio = 1: input should be less than 1"),
-        ("search.learning_rate=.nan", "search.learning_rate = nan: input should be a finite number"),
+        (
+            "search.learning_rate=.nan",
+            "search.learning_rate = nan: auto or a number is expected, > 0 and <= 1",
+        ),
         ("database.granularity=head", "database.granularity = 'head': input should be 'kv_group' or 'query_head'"),
         ("search.survivors=1", r"search.survivors = 1: a list is expected, such as \[2, 1\]"),
         ("search.survivors=[1]", r"search.survivors=\[1\], search.trial_tokens=\[16, 16\] and .* must be equally long"),

@@ -44,6 +44,7 @@ MADE_AGAIN = {
 NOT_NEEDED = (
     "search/state.json",
     "search/descent.json",
+    "search/trials.json",
     "recovery/losses.json",
     "recovery/weights.safetensors",
 )

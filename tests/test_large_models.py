@@ -15,10 +15,11 @@ from darwinlm.data import Corpus
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
 from darwinlm.recipe import SearchRecipe
-from darwinlm.search import sensitivity, stage
+from darwinlm.search import sensitivity, trials
 from darwinlm.search.allocation import error_plan
 from darwinlm.search.descent import Sensitivity
 from darwinlm.search.sensitivity import measure_sensitivity
+from darwinlm.search.trials import TrialScorer
 
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
 
@@ -52,9 +53,9 @@ def test_the_dense_model_is_never_held_in_float32(half):
     dense, database = half
     space = database.space(dense.sites)
     plan = error_plan(space, parameter_budget(TARGET, space))
-    scorer = stage.TrialScorer(dense, database, Corpus({"trial": BLOCKS, "score": BLOCKS}), SearchRecipe())
+    scorer = TrialScorer(dense, database, Corpus({"trial": BLOCKS, "score": BLOCKS}), SearchRecipe(learning_rate=1e-4))
     before = {name: tensor.clone() for name, tensor in dense.weights.items()}
-    assert scorer.score_after(plan, 24, 24) > 0
+    assert scorer.score_after(plan, 24, 24).kl > 0
     assert {tensor.dtype for tensor in dense.weights.values()} == {torch.bfloat16}
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.weights.items())
 
@@ -67,8 +68,9 @@ def test_layers_are_parked_where_a_trial_would_not_fit_beside_them(pruned, monke
     monkeypatch.setattr(DenseModel, "park", lambda model: parked.append(model))
     trained = space.parameters(plan.levels) - space.fixed_parameters
     for free, expected in ((18 * trained, []), (18 * trained - 1, [dense])):
-        monkeypatch.setattr(stage, "free_memory", lambda device, free=free: free)
-        scorer = stage.TrialScorer(dense, database, Corpus({"trial": BLOCKS, "score": BLOCKS}), SearchRecipe())
+        monkeypatch.setattr(trials, "free_memory", lambda device, free=free: free)
+        corpus = Corpus({"trial": BLOCKS, "score": BLOCKS})
+        scorer = TrialScorer(dense, database, corpus, SearchRecipe(learning_rate=1e-4))
         scorer.score_after(plan, 24, 24)
         assert parked == expected
 

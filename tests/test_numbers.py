@@ -17,12 +17,13 @@ from darwinlm.adapters.loading import load_dense
 from darwinlm.data import SPLITS, pack
 from darwinlm.database.build import build_database
 from darwinlm.errors import UserError
+from darwinlm.learning_rate import LearningRate
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
 from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe
 from darwinlm.search.allocation import error_plan, uniform_plan
-from darwinlm.search.evolution import Evolution
-from darwinlm.search.stage import DIVERGED, TrialScorer
+from darwinlm.search.evolution import Evolution, Score
+from darwinlm.search.trials import DIVERGED, TrialScorer
 from darwinlm.training import train_briefly
 
 CPU = torch.device("cpu")
@@ -227,15 +228,15 @@ def test_a_trial_whose_loss_has_no_value_scores_worst(value, scorer, monkeypatch
         next(model.model.layers.parameters()).data.fill_(value)  # the ends are the dense model's own
         return True
 
-    monkeypatch.setattr("darwinlm.search.stage.train_briefly", diverge)
-    assert scorer.score_after(plan, 64, 64) == DIVERGED
+    monkeypatch.setattr("darwinlm.search.trials.train_briefly", diverge)
+    assert scorer.score_after(plan, 64, 64).kl == DIVERGED
 
 
 def test_a_trial_whose_gradient_has_no_value_scores_worst_though_its_weights_are_whole(scorer, monkeypatch):
     dense, database, scorer = scorer
     plan = error_plan(database.space(dense.sites), parameter_budget(0.8, database.space(dense.sites)))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda masters, most: torch.tensor(torch.inf))
-    assert scorer.score_after(plan, 64, 64) == DIVERGED
+    assert scorer.score_after(plan, 64, 64).kl == DIVERGED
 
 
 def test_training_stops_where_the_loss_has_no_value(pruned):
@@ -244,7 +245,7 @@ def test_training_stops_where_the_loss_has_no_value(pruned):
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.inf
     model = build_model(dense.config, dense.sites, weights, {}, trainable=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert not train_briefly(model, torch.ones(4, 8), learning_rate=1e-3, batch_size=2)
+    assert not train_briefly(model, torch.ones(4, 8), rate=LearningRate(1e-3), batch_size=2)
     for name, tensor in model.state_dict().items():  # in the type that it was trained in
         assert torch.equal(tensor, before[name].to(tensor.dtype))
 
@@ -261,7 +262,7 @@ def test_a_search_among_diverging_candidates_ends_within_the_budget(scores, seed
     values = iter(scores)
     while (request := search.ask()) is not None:
         assert all(budget.holds(plan.levels) for plan in request.plans)
-        search.tell([next(values) for _ in request.plans])
+        search.tell([Score(next(values)) for _ in request.plans])
         json.dumps(search.state(), allow_nan=False)
         search = Evolution.resume(space, budget, recipe, json.loads(json.dumps(search.state())))
     assert budget.holds(search.parent.levels)

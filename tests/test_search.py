@@ -13,7 +13,7 @@ from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space, make_budget, p
 from darwinlm.recipe import SearchRecipe
 from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans, uniform_plan
 from darwinlm.search.descent import Sensitivity, downhill
-from darwinlm.search.evolution import Evolution
+from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.forecast import spearman
 from darwinlm.search.stage import starting_plans
 
@@ -57,7 +57,7 @@ def run(search):
     asked = []
     while (request := search.ask()) is not None:
         asked.append(request)
-        search.tell([score(plan, request.step) for plan in request.plans])
+        search.tell([Score(score(plan, request.step)) for plan in request.plans])
     return asked
 
 
@@ -100,7 +100,7 @@ def test_resuming_after_any_step_changes_nothing(stop_after):
     broken, _ = begin(seed=7)
     for _ in range(stop_after):
         request = broken.ask()
-        broken.tell([score(plan) for plan in request.plans])
+        broken.tell([Score(score(plan)) for plan in request.plans])
     resumed = Evolution.resume(SPACE, budget, RECIPE, json.loads(json.dumps(broken.state())))
     run(resumed)
     assert resumed.history == whole.history
@@ -113,7 +113,7 @@ def test_a_search_with_nothing_left_to_try_ends():
     recipe = SearchRecipe(generations=50, offspring=2, survivors=(1,), trial_tokens=(0,), score_tokens=(1,))
     search = Evolution(space, budget, recipe, [Plan(levels=(0, 1))], seed=0)
     while (request := search.ask()) is not None:
-        search.tell([float(plan.levels[0]) for plan in request.plans])
+        search.tell([Score(float(plan.levels[0])) for plan in request.plans])
     assert search.stop() == "every neighbour of the best plan has been tried"
 
 
@@ -226,7 +226,7 @@ def test_known_costs_draw_better_offspring():
 
     def first_offspring(costs):
         search = Evolution(SPACE, budget, RECIPE, [start], 3, costs)
-        search.tell([score(start)])
+        search.tell([Score(score(start))])
         return [score(plan) for plan in search.ask().plans]
 
     assert sum(first_offspring(costs)) < sum(first_offspring(None))

@@ -17,9 +17,10 @@ from darwinlm.database.build import build_database
 from darwinlm.plan import Plan, parameter_budget
 from darwinlm.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.scoring import DenseReference
-from darwinlm.search import stage
+from darwinlm.search import stage, trials
 from darwinlm.search.allocation import error_plan, even_plans, uniform_plan
-from darwinlm.search.stage import DIVERGED, TrialScorer, search_plan
+from darwinlm.search.stage import search_plan
+from darwinlm.search.trials import DIVERGED, TrialScorer
 
 RECIPE = SearchRecipe(
     descent_rounds=2,
@@ -48,7 +49,7 @@ def scored(request, pruned):
 
 
 def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monkeypatch):
-    monkeypatch.setattr(stage, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(trials, "fast_dtype", lambda device: torch.float32)
     dense, database, space, budget = scored
     scorer = TrialScorer(dense, database, CORPUS, RECIPE)
     parent, plan = error_plan(space, budget), uniform_plan(space, budget)
@@ -57,7 +58,7 @@ def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monk
             dense.config, dense.sites, dense.weights, database.cuts(dense.sites, one.levels, dense.device)
         )
         expected = DenseReference(dense.model, CORPUS.tokens("score", 48)).compare(whole).kl
-        assert scorer.score(one, 0, parent) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert scorer.score(one, 0, parent).kl == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, monkeypatch, tmp_path):
@@ -71,7 +72,7 @@ def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, mon
                 next(model.model.layers.parameters()).fill_(torch.nan)
         return True
 
-    monkeypatch.setattr(stage, "train_briefly", explode)
+    monkeypatch.setattr(trials, "train_briefly", explode)
     plan = search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
     assert budget.holds(plan.levels)
     lines = (tmp_path / "history.jsonl").read_text()
@@ -84,14 +85,19 @@ def test_trials_learn_from_the_dense_model_if_asked(scored):
     score = CORPUS.blocks["score"]
     corpus = Corpus({"trial": score, "score": score})  # on the text that it has learnt, which loss it was is seen
     untrained = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_tokens": (0,) * 2}))
-    kls = {"none": untrained.score(plan, 0, plan)}
+    kls = {"none": untrained.score(plan, 0, plan).kl}
     for loss in ("next-token", "distillation"):
         scorer = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_loss": loss}))
         # The longer one first: what the dense model teaches is kept for shorter ones.
-        kls[loss] = [scorer.score_after(plan, tokens, score.numel()) for tokens in (score.numel(), score[:1].numel())]
-        assert kls[loss][1] == TrialScorer(
-            dense, database, corpus, recipe.model_copy(update={"trial_loss": loss})
-        ).score_after(plan, score[:1].numel(), score.numel())
+        kls[loss] = [
+            scorer.score_after(plan, tokens, score.numel()).kl for tokens in (score.numel(), score[:1].numel())
+        ]
+        assert (
+            kls[loss][1]
+            == TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_loss": loss}))
+            .score_after(plan, 24, score.numel())
+            .kl
+        )
     assert kls["distillation"][0] < kls["none"] and kls["distillation"][0] < kls["next-token"][0]
 
 

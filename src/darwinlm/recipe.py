@@ -9,7 +9,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -30,6 +33,17 @@ def _written_out(value: Any) -> Any:
 
 Tokens = Annotated[int, BeforeValidator(_written_out)]
 """A number of tokens, which may be written `10B` or `32K`."""
+
+
+def _rate(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError("rate", "auto or a number is expected, > 0 and <= 1") from None
+
+
+Rate = Annotated[Annotated[float, Field(gt=0, le=1)] | Literal["auto"], WrapValidator(_rate)]
+"""A learning rate of AdamW, or one that is found for the model."""
 
 
 class _Section(BaseModel):
@@ -110,8 +124,9 @@ class SearchRecipe(_Section):
     """Training tokens of each candidate, step by step."""
     score_tokens: tuple[int, ...] = (1_024, 2_048)
     """Tokens on which KL(dense || candidate) is measured, step by step."""
-    learning_rate: float = Field(1e-4, gt=0, le=1)
-    """Of trials."""
+    learning_rate: Rate = "auto"
+    """Of trials. `auto`: in units of each weight tensor's root mean square, and searched for on the plan that the
+    evolution begins with, by KL on trial text that no trial trains on; where none helps, nothing is trained."""
     trial_loss: Literal["next-token", "distillation"] = "next-token"
     """What trials train on; `distillation` is KL(dense || candidate)."""
     batch_size: int = Field(1, ge=1)
@@ -166,8 +181,8 @@ class RecoveryRecipe(_Section):
     cut_documents: bool = False
     """No token attends to the document before its own in a block, and positions begin anew with each; by default blocks
     are read whole, as by calibration, trials and scores."""
-    learning_rate: float = Field(2e-4, gt=0, le=1)
-    """The highest, reached after the warm-up."""
+    learning_rate: Rate = "auto"
+    """The highest, reached after the warm-up; `auto`: a share of each weight tensor's root mean square."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Of the learning rate after the warm-up; `wsd`: constant, and in the last fifth of the steps down to zero."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)

@@ -1,5 +1,6 @@
 """The one short training loop: trials use it; recovery uses the Hugging Face Trainer."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -10,6 +11,7 @@ from torch import Tensor
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.learning_rate import LearningRate, parameter_groups
 from darwinlm.scoring import expected_rows
 
 _SHARE = 0.5
@@ -20,7 +22,7 @@ def train_briefly(
     model: DarwinLMForCausalLM,
     blocks_BT: Tensor,
     *,
-    learning_rate: float,
+    rate: LearningRate,
     batch_size: int,
     aims_BTD: Tensor | None = None,
     portion: Portion | None = None,
@@ -35,7 +37,7 @@ def train_briefly(
         model: its layers float32 and its own; afterwards in the dtype that it was trained in, rounded from the float32
             weights. The rest may be shared with other models and in any dtype.
         blocks_BT: token ids, blocks * tokens, on any device.
-        learning_rate: AdamW's, without weight decay.
+        rate: AdamW's, without weight decay. Unless it is relative, gradients are clipped to a norm of 1.
         batch_size: blocks in one optimiser step.
         aims_BTD: the rows of the head that the dense model expects (`DenseReference.expected_rows`), on any device: the
             loss is KL(dense || model). By default it is next-token loss.
@@ -57,7 +59,7 @@ def train_briefly(
     recompute = kept_bytes(cast(DarwinLMConfig, model.config), tokens, dtype) > _SHARE * free_memory(model.device)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(masters, rate), fused=True)
     for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
         batch_BT = batch_BT.to(model.device, torch.long)
         if aims_BTD is None:
@@ -65,7 +67,8 @@ def train_briefly(
         else:
             rows_BTD = aims_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
         portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD))
-        if not torch.nn.utils.clip_grad_norm_(masters, 1.0).isfinite():
+        # A norm of all gradients depends on how a model's weights are scaled; AdamW's steps need no limit.
+        if not torch.nn.utils.clip_grad_norm_(masters, math.inf if rate.relative else 1.0).isfinite():
             return False
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import TextStream
 from darwinlm.errors import UserError
+from darwinlm.learning_rate import LearningRate, root_mean_square
 from darwinlm.progress import log, task
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.checkpoints import (
@@ -31,9 +32,13 @@ from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.samples import make_samples
 from darwinlm.recovery.sharding import is_sharded, shard
 from darwinlm.recovery.teacher import Taught
-from darwinlm.recovery.trainer import Follow, RecoveryTrainer, evaluations_of, losses_of
+from darwinlm.recovery.trainer import Follow, RecoveryTrainer, best_of, evaluations_of, losses_of
 
 _SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linear", "constant": "constant_with_warmup"}
+RELATIVE_RATE = 1e-3
+"""The highest of the learning rate `auto`, in units of each weight tensor's root mean square."""
+_LORA_RATE = 8
+"""By how much larger it is for low-rank updates."""
 _DECAY = 0.2
 """The share of the steps in which schedule `wsd` comes down."""
 
@@ -47,7 +52,7 @@ class Training:
     evaluations: list[dict[str, float]]
     """`step`, and on the validation text `loss`, `next_token` and `kl` (nats; `kl` only with distillation)."""
     taken: int
-    """The step whose weights are the result: the one with the lowest validation loss."""
+    """The step whose weights are the result: `best_of` all evaluations; the last one without any."""
 
 
 def check_recovery(recipe: RecoveryRecipe) -> None:
@@ -113,7 +118,11 @@ def recover(
     sharded = is_sharded(recipe)
     last = newest_intact(folder)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
+    rate = LearningRate(RELATIVE_RATE, relative=True)
+    if recipe.learning_rate != "auto":
+        rate = LearningRate(recipe.learning_rate)
     arguments = _arguments(recipe, steps, micro, accumulation, seed=seed, folder=folder, device=device, sharded=sharded)
+    arguments.learning_rate = rate.value
     arguments.ignore_data_skip = isinstance(text, TextStream)  # it is told where to go on; blocks are passed over
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
     taught = teacher if isinstance(teacher, Taught) else None
@@ -134,6 +143,8 @@ def recover(
             taught=taught.validation if taught is not None else None,
             cut_documents=recipe.cut_documents,
             portion=portion,
+            rate=rate,
+            sizes=_sizes(adapted) if adapted is not None and rate.relative else {},
         )
         if last is not None:
             progress.advance(step_of(last))
@@ -145,9 +156,15 @@ def recover(
         else:
             trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     evaluations = evaluations_of(trainer.state)
-    best = min(evaluations, key=lambda entry: entry["loss"], default=None)
-    if best is not None and best["step"] < steps:
-        log.info("recovery: the weights after step %d did best on the validation text, and are taken", best["step"])
+    taken = int(best_of(evaluations)["step"]) if evaluations else steps
+    if taken == 0:
+        log.warning(
+            "recovery: %d tokens made the model no better on the validation text; it keeps the weights that it had",
+            recipe.tokens,
+        )
+    elif taken < steps:
+        log.info("recovery: the weights after step %d did best on the validation text, and are taken", taken)
+    if taken < steps:
         load_best(folder, objective)
     if recipe.activations == "recompute":
         model.activation_checkpointing_disable()
@@ -157,7 +174,7 @@ def recover(
         # FSDP has made the modules its own; a plain model of the same tensors is built.
         model = copy_trained(model, {name: whole(tensor.detach()) for name, tensor in model.named_parameters()})
     model.requires_grad_(False).eval()
-    return model, Training(losses_of(trainer.state), evaluations, int(best["step"]) if best is not None else steps)
+    return model, Training(losses_of(trainer.state), evaluations, taken)
 
 
 def _arguments(
@@ -177,7 +194,6 @@ def _arguments(
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
-        learning_rate=recipe.learning_rate,
         lr_scheduler_type=_SCHEDULES[recipe.schedule],
         lr_scheduler_kwargs={"num_decay_steps": round(_DECAY * steps)} if recipe.schedule == "wsd" else {},
         warmup_steps=round(steps * recipe.warmup_ratio),
@@ -228,3 +244,21 @@ def _with_lora(model: DarwinLMForCausalLM, rank: int) -> Any:
         # It asks transformers for what is called otherwise by now.
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def _sizes(adapted: Any) -> dict[Tensor, float]:
+    """What a relative rate is relative to in low-rank updates, which begin as `s B A = 0`.
+
+    A step of all of B by one unit changes the product by `_LORA_RATE` times what a step of the same relative rate
+    changes the projection by, to first order, and A by the same share of itself.
+    """
+    sizes: dict[Tensor, float] = {}
+    for module in adapted.modules():
+        if not hasattr(module, "lora_B"):
+            continue
+        for name, second in module.lora_B.items():
+            first, base, scaling = module.lora_A[name].weight, module.base_layer.weight, module.scaling[name]
+            size = root_mean_square(first)
+            sizes[first] = _LORA_RATE * size
+            sizes[second.weight] = _LORA_RATE * root_mean_square(base) / (scaling * size * len(first) ** 0.5)
+    return sizes

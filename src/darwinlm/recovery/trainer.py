@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +15,10 @@ from transformers.trainer_callback import PrinterCallback
 from darwinlm import dist
 from darwinlm.adapters.memory import Portion
 from darwinlm.errors import UserError
+from darwinlm.learning_rate import LearningRate, parameter_groups
 from darwinlm.progress import log
 from darwinlm.recipe import RecoveryRecipe
-from darwinlm.recovery.checkpoints import load_optimizer, load_weights, save_best, save_checkpoint
+from darwinlm.recovery.checkpoints import load_optimizer, load_weights, save_best, save_checkpoint, trained
 from darwinlm.recovery.forecast import FRACTIONS, forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.samples import Stream, sample
@@ -42,6 +43,14 @@ def evaluations_of(state: TrainerState) -> list[dict[str, float]]:
     ]
 
 
+def best_of(evaluations: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The first of the lowest loss, among those that are no worse than the first in any part of it: training must not
+    buy less next-token loss with a model that is further from the dense one, or the other way round."""
+    parts = [name for name in ("next_token", "kl") if name in evaluations[0]]
+    no_worse = [one for one in evaluations if all(one[part] <= evaluations[0][part] for part in parts)]
+    return min(no_worse, key=lambda one: one["loss"], default=evaluations[0])
+
+
 class Follow(TrainerCallback):
     """Shows how far it is and where it leads, stops at a loss that is not finite, and says when to evaluate."""
 
@@ -60,9 +69,10 @@ class Follow(TrainerCallback):
         """With the loss of every step. Raises UserError if it is not finite."""
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
+                lower = "set" if self._recipe.learning_rate == "auto" else "lower"
                 raise UserError(
                     f"recovery diverged at learning rate {self._recipe.learning_rate}, step {state.global_step}; "
-                    "lower recovery.learning_rate (in a new run)"
+                    f"{lower} recovery.learning_rate (in a new run)"
                 )
             self._progress.advance(note=f"loss {logs['loss']:.3f}")
             if state.global_step in self._forecast_at:
@@ -84,6 +94,8 @@ class RecoveryTrainer(Trainer):
         taught: the dense model's predictions for it, if they take the dense model's place.
         cut_documents: as the setting of the recovery.
         portion: how many blocks are computed at a time; fewer from the first time on that memory does not suffice.
+        rate: the highest of AdamW, reached after the warm-up.
+        sizes: of trained tensors whose unit at a relative rate is not their own.
         **settings: the Trainer's own.
     """
 
@@ -94,8 +106,11 @@ class RecoveryTrainer(Trainer):
         taught: Predictions | None,
         cut_documents: bool,
         portion: Portion,
+        rate: LearningRate,
+        sizes: Mapping[Tensor, float],
         **settings: Any,
     ) -> None:
+        self._rate, self._sizes = rate, sizes
         super().__init__(**settings)
         self._validation_BT, self._taught = validation_BT, taught
         self._cut, self._portion = cut_documents, portion
@@ -105,6 +120,18 @@ class RecoveryTrainer(Trainer):
         """`run` with as many blocks at a time as fit the memory."""
         # In the middle of a pass ranks wait for one another: none of them can take it back alone.
         return self._portion(run) if dist.world_size() == 1 else run(self._portion.size)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's own, or AdamW at a relative rate."""
+        if self.optimizer is None and self._rate.relative:
+            assert self.model is not None
+            decays = set(self.get_decay_parameter_names(self.model))
+            groups = []
+            for decay, named in ((0.0, False), (self.args.weight_decay, True)):
+                parameters = [one for name, one in trained(self.model).items() if (name in decays) is named]
+                groups += parameter_groups(parameters, self._rate, decay, self._sizes)
+            self.optimizer = torch.optim.AdamW(groups, fused=self.args.device.type == "cuda")
+        return super().create_optimizer(model)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -143,10 +170,10 @@ class RecoveryTrainer(Trainer):
         metrics = {"eval_loss": objective.mix(next_token, kl), "eval_next_token": next_token}
         if objective.distils:
             metrics["eval_kl"] = kl
-        before = [entry["loss"] for entry in evaluations_of(self.state)]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if metrics["eval_loss"] < min(before, default=math.inf):
+        evaluations = evaluations_of(self.state)
+        if best_of(evaluations) is evaluations[-1]:
             save_best(Path(str(self.args.output_dir)), objective)
         return metrics
 

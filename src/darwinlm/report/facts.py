@@ -11,8 +11,9 @@ from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
 from darwinlm.files import read_json
 from darwinlm.plan import Plan, Space
-from darwinlm.recipe import Recipe
+from darwinlm.recipe import Recipe, SearchRecipe
 from darwinlm.run_directory import Size, Step, run_steps
+from darwinlm.search.evolution import trials_of
 from darwinlm.settings import make_recipe
 
 _MEASURED = (
@@ -190,7 +191,12 @@ def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any],
         plan = Plan(levels=tuple(state["parent"]))
     if (folder / "best_plan.json").exists():
         plan = Plan.from_dict(read_json(folder / "best_plan.json"), space)
-    facts = _steps(recipe, space, state["history"] if state is not None else [], rounds)
+    history = state["history"] if state is not None else []
+    facts = _steps(recipe, space, history, rounds)
+    # Runs of earlier versions do not know what their trials were good for.
+    if history and all("trials" in entry for entry in history):
+        rates = read_json(folder / "trials.json")["rates"] if (folder / "trials.json").exists() else []
+        facts["trials"] = _trials(recipe.search, history, {one["tokens"]: one["rate"] for one in rates})
     if (folder / "forecast.json").exists():
         facts["forecast"] = _forecast(read_json(folder / "forecast.json"))
     return facts, plan
@@ -225,6 +231,7 @@ def _steps(
                 "worst": max(finite, default=None),
                 "diverged": len(entry["scores"]) - len(finite),
                 "improved": entry["improved"],
+                "gain": entry.get("gain"),
                 "changed": _changed(space, (before or entry)["levels"], entry["levels"]),
             }
         )
@@ -239,6 +246,23 @@ def _steps(
         "generations_asked": 0 if recipe.search.uniform else recipe.search.generations,
         "accepted": accepted,
     }
+
+
+def _trials(
+    recipe: SearchRecipe, history: Sequence[Mapping[str, Any]], rates: Mapping[int, float]
+) -> list[dict[str, Any]]:
+    """By step that trains: at what rate, how many candidates, and how many of them it made better."""
+    return [
+        {
+            "step": number,
+            "tokens": tokens,
+            "learning_rate": rates.get(tokens) if recipe.learning_rate == "auto" else recipe.learning_rate,
+            "relative": recipe.learning_rate == "auto",
+            **step,
+        }
+        for number, (tokens, step) in enumerate(zip(recipe.trial_tokens, trials_of(history), strict=False), 1)
+        if tokens > 0
+    ]
 
 
 def _finite(scores: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ never lost.
 """
 
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,24 @@ class Request:
     plans: tuple[Plan, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How good a plan is at a step."""
+
+    kl: float
+    """After its trial, if the step has one; lower is better."""
+    untrained: float | None = None
+    """Before its trial, on the same text; None where nothing is trained."""
+    by_block: tuple[float, ...] = ()
+    """Of each block of the text; `kl` is their mean."""
+
+
 class Evolution:
     """Search for the plan of the lowest score within a budget.
 
         search = Evolution(space, budget, recipe, starts, seed)
         while (request := search.ask()) is not None:
-            search.tell([score(plan, request.step) for plan in request.plans])
+            search.tell([Score(score(plan, request.step)) for plan in request.plans])
 
     `state()` between the two is plain data; `Evolution.resume` continues from it exactly. Generation 0 scores the
     starting plans alone, with the last step's tokens. A plan is scored at most once at each step.
@@ -62,7 +75,7 @@ class Evolution:
         self._space, self._budget, self._recipe = space, budget, recipe
         self._rng = random.Random(seed)
         self._last_step = len(recipe.survivors) - 1
-        self._scores: list[dict[Plan, float]] = [{} for _ in recipe.survivors]
+        self._scores: list[dict[Plan, Score]] = [{} for _ in recipe.survivors]
         self._proposed: set[Plan] = set(starts)
         self._costs = costs
         self._flips = recipe.max_flips
@@ -71,7 +84,9 @@ class Evolution:
         self.generation = 0
         self.parent = starts[0]
         self.history: list[dict[str, Any]] = []
-        """One entry a finished generation: its best score, that of its offspring, and the parent after it."""
+        """One entry a finished generation: its best score, those it was compared with, what its trials were good for,
+        and the parent after it."""
+        self._trials = _no_trials(recipe)
         self._step = self._last_step
         self._pool: tuple[Plan, ...] = tuple(dict.fromkeys(starts))
 
@@ -90,28 +105,34 @@ class Evolution:
         known = self._scores[self._step]
         return Request(self.generation, self._step, tuple(plan for plan in self._pool if plan not in known))
 
-    def tell(self, scores: Sequence[float]) -> None:
-        """Report the scores (lower is better) of the plans last asked for, in their order."""
+    def tell(self, scores: Sequence[Score]) -> None:
+        """Report the scores of the plans last asked for, in their order."""
         request = self.ask()
         assert request is not None and len(scores) == len(request.plans)
-        self._scores[self._step].update(zip(request.plans, scores, strict=True))
-        ranked = sorted(self._pool, key=lambda plan: self._scores[self._step][plan])
+        known = self._scores[self._step]
+        known.update(zip(request.plans, scores, strict=True))
+        trained = [score.kl < score.untrained for score in scores if score.untrained is not None]
+        self._trials[self._step]["tried"] += len(trained)
+        self._trials[self._step]["helped"] += sum(trained)
+        ranked = sorted(self._pool, key=lambda plan: known[plan].kl)
         if self._step < self._last_step:
             self._pool = tuple(ranked[: self._recipe.survivors[self._step]])
             self._step += 1
             if self._step == self._last_step:
                 self._pool = tuple(dict.fromkeys([*self._pool, self.parent]))
             return
-        improved = ranked[0] != self.parent
-        self.parent = ranked[0]
+        before, self.parent = self.parent, ranked[0]
+        improved = self.parent != before
         if self.generation > 0:
             self._flips = min(self._recipe.max_flips, self._flips + 1) if improved else max(1, self._flips - 1)
         self.history.append(
             {
                 "generation": self.generation,
-                "score": self._scores[self._step][self.parent],
-                "scores": [self._scores[self._step][plan] for plan in ranked],
+                "score": known[self.parent].kl,
+                "scores": [known[plan].kl for plan in ranked],
                 "improved": improved,
+                "gain": dict(zip(("mean", "error"), difference(known[before], known[self.parent]), strict=True)),
+                "trials": self._trials,
                 "levels": list(self.parent.levels),
             }
         )
@@ -124,6 +145,7 @@ class Evolution:
             offspring = self._offspring()
             self._stuck = not offspring
         self._step = 0
+        self._trials = _no_trials(self._recipe)
         self._pool = tuple(offspring)
         if self._last_step == 0:
             self._pool = (*self._pool, self.parent)
@@ -206,7 +228,11 @@ class Evolution:
             "parent": list(self.parent.levels),
             "pool": [list(plan.levels) for plan in self._pool],
             "proposed": sorted(list(plan.levels) for plan in self._proposed),
-            "scores": [[[list(plan.levels), score] for plan, score in known.items()] for known in self._scores],
+            "scores": [
+                [[list(plan.levels), score.kl, score.untrained, list(score.by_block)] for plan, score in known.items()]
+                for known in self._scores
+            ],
+            "trials": self._trials,
             "stuck": self._stuck,
             "flips": self._flips,
             "costs": self._costs,
@@ -224,6 +250,33 @@ class Evolution:
         search.generation, search._step, search._stuck = state["generation"], state["step"], state["stuck"]
         search._pool = tuple(Plan(levels=tuple(levels)) for levels in state["pool"])
         search._proposed = {Plan(levels=tuple(levels)) for levels in state["proposed"]}
-        search._scores = [{Plan(levels=tuple(levels)): score for levels, score in known} for known in state["scores"]]
+        search._scores = [
+            {Plan(levels=tuple(levels)): Score(kl, untrained, tuple(kls)) for levels, kl, untrained, kls in known}
+            for known in state["scores"]
+        ]
+        search._trials = [dict(one) for one in state["trials"]]
         search.history = list(state["history"])
         return search
+
+
+def trials_of(history: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """By step, over all generations: how many candidates were `tried`, trained, and how many it `helped`."""
+    return [
+        {name: sum(step[name] for step in steps) for name in ("tried", "helped")}
+        for steps in zip(*(entry["trials"] for entry in history), strict=True)
+    ]
+
+
+def _no_trials(recipe: SearchRecipe) -> list[dict[str, int]]:
+    """By step, how many candidates of a generation were trained, and how many of them were better after it."""
+    return [{"tried": 0, "helped": 0} for _ in recipe.survivors]
+
+
+def difference(before: Score, after: Score) -> tuple[float, float]:
+    """By how much the KL of `after` is lower, in nats, and the standard error of that over blocks of the same text.
+
+    A plan that has diverged has no blocks, and no error is known.
+    """
+    differences = [old - new for old, new in zip(before.by_block, after.by_block, strict=False)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return before.kl - after.kl, error

@@ -9,7 +9,7 @@ from darwinlm.adapters.cutting import Cut, build_layer
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer, attention_masks
 from darwinlm.plan import Plan
-from darwinlm.scoring import DenseReference
+from darwinlm.scoring import DenseReference, Fidelity
 
 
 class Neighbourhood:
@@ -58,8 +58,8 @@ class Neighbourhood:
                 self._before[-1].append(self._run(module, layer, self._before[-1][-1], len(self._before) - 1))
 
     @torch.no_grad()
-    def kl(self, levels: Sequence[int], tokens: int | None = None) -> float:
-        """KL(dense || plan) of the plan `levels` on the first `tokens` tokens (all by default), in nats."""
+    def compare(self, levels: Sequence[int], tokens: int | None = None) -> Fidelity:
+        """KL and perplexity of the plan `levels` on the first `tokens` tokens (all by default)."""
         changed = {self._dense.sites[i].layer for i, level in enumerate(levels) if level != self._base[i]}
         first = min(changed, default=len(self._layers))
         modules = [
@@ -77,7 +77,7 @@ class Neighbourhood:
 
         count = self._reference.count(tokens)
         last_hidden = (hidden(batch, len(ids_BT)) for batch, ids_BT in enumerate(self._reference.batches(count)))
-        return self._reference.compare_hidden(last_hidden, self._dense.ends.lm_head.weight, count).kl
+        return self._reference.compare_hidden(last_hidden, self._dense.ends.lm_head.weight, count)
 
     def _run(self, module: DarwinLMDecoderLayer, layer: int, states: Tensor, batch: int) -> Tensor:
         positions, masks, rotary = self._inputs[batch]

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.cutting import build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.memory import TRIAL_BYTES, Portion, free_memory
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -25,69 +24,10 @@ from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import error_plan, even_plans, sparing_plans, uniform_plan
 from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
-from darwinlm.search.evolution import Evolution
+from darwinlm.search.evolution import Evolution, Score, trials_of
 from darwinlm.search.forecast import spearman
-from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.training import train_briefly
-
-DIVERGED = 1e9
-"""The score of a candidate whose trial diverged: it is dropped, the search goes on."""
-
-
-class TrialScorer:
-    """Scores plans: cut, train on the step's trial tokens, KL(dense || candidate) on the step's score tokens."""
-
-    def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
-        self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
-        self._reference = DenseReference(dense.reference.model, corpus.tokens("score", max(recipe.score_tokens)))
-        self._space = database.space(dense.sites)
-        self._near: tuple[Plan, Neighbourhood] | None = None
-        self._portion = Portion(recipe.batch_size, "search")
-        self._taught_BTD: Tensor | None = None
-
-    def score(self, plan: Plan, step: int, parent: Plan) -> float:
-        """The plan's KL in nats after the trial of `step`; `DIVERGED` if that has no finite value.
-
-        Without a trial, what `plan` has in common with `parent` is not computed again.
-        """
-        recipe, dense, dtype = self._recipe, self._dense, fast_dtype(self._dense.device)
-        trial_tokens, score_tokens = recipe.trial_tokens[step], recipe.score_tokens[step]
-        if trial_tokens == 0:
-            if self._near is None or self._near[0] != parent:
-                self._near = parent, Neighbourhood(dense, self._reference, self._cut, parent, dtype)
-            return _finite(self._near[1].kl(plan.levels, score_tokens))
-        return self.score_after(plan, trial_tokens, score_tokens)
-
-    def score_after(self, plan: Plan, trial_tokens: int, score_tokens: int) -> float:
-        """The plan's KL in nats on `score_tokens` after a trial of `trial_tokens`, or `DIVERGED`."""
-        recipe, dense = self._recipe, self._dense
-        blocks_BT = self._corpus.tokens("trial", trial_tokens)
-        aims_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" else None
-        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
-        trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
-        if TRIAL_BYTES * trained > free_memory(dense.device):
-            dense.park()
-        model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
-        if not train_briefly(
-            model,
-            blocks_BT,
-            learning_rate=recipe.learning_rate,
-            batch_size=recipe.batch_size,
-            aims_BTD=aims_BTD,
-            portion=self._portion,
-        ):
-            return DIVERGED
-        return _finite(self._reference.compare(model, score_tokens, head_VD=dense.ends.lm_head.weight).kl)
-
-    def _aims(self, blocks_BT: Tensor) -> Tensor:
-        """What the dense model teaches on these blocks, the first of the trial split; in the CPU's memory."""
-        if self._taught_BTD is None or len(self._taught_BTD) < len(blocks_BT):
-            self._taught_BTD = DenseReference(self._dense.reference.model, blocks_BT).expected_rows().cpu()
-        return self._taught_BTD[: len(blocks_BT)]
-
-    def _cut(self, index: int, level: int) -> Cut:
-        return self._database.cut(self._dense.sites[index], level, self._dense.device)
+from darwinlm.search.trials import DIVERGED, TrialScorer
 
 
 def starting_plans(space: Space, budget: Budget, *, uniform: bool = False) -> list[Plan]:
@@ -254,8 +194,8 @@ def search_plan(
 
     `larger` is the folder of a finished search for another budget, whose last sensitivities propose plans for this one.
 
-    Writes `descent.json` after every round of the descent, `state.json` after every step of the evolution,
-    `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
+    Writes `descent.json` after every round of the descent, `trials.json` before the first trial, `state.json` after
+    every step of the evolution, `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
     """
     space = database.space(dense.sites)
     if recipe.uniform:
@@ -264,7 +204,10 @@ def search_plan(
         recipe = recipe.model_copy(update={"descent_rounds": 0, "generations": 0, "forecast_candidates": 0})
     state_file = folder / "state.json"
     if state_file.exists():
-        search = Evolution.resume(space, budget, recipe, read_json(state_file, _anew(folder)))
+        try:
+            search = Evolution.resume(space, budget, recipe, read_json(state_file, _anew(folder)))
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{state_file} is of another version of darwinlm; {_anew(folder)}") from None
         log.info("search: going on at generation %d", search.generation)
     else:
         starts = starting_plans(space, budget, uniform=recipe.uniform)
@@ -279,22 +222,24 @@ def search_plan(
             # Where every plan within the budget spares nothing, what is left is the start of least error.
             begin = list(dict.fromkeys([starts[-1], *begin]))
             plan, sensitivity = descend(dense, database, corpus, budget, recipe, begin, seed, file)
-            starts.append(plan)
+            starts.insert(0, plan)
             costs = sensitivity.costs()
         search = Evolution(space, budget, recipe, starts, seed, costs)
     scorer: TrialScorer | None = None
     with task("search (generations)", recipe.generations + 1) as progress:
         progress.advance(search.generation, note=_best(search))
         while (request := search.ask()) is not None:
-            scorer = scorer or TrialScorer(dense, database, corpus, recipe)
+            scorer = scorer or _scorer(dense, database, corpus, recipe, search.parent, folder / "trials.json")
             search.tell(_in_turns(request.plans, partial(scorer.score, step=request.step, parent=search.parent)))
             if dist.rank() == 0:
                 write_json(state_file, search.state(), sealed=True)
             if search.generation > request.generation:
                 progress.advance(note=_best(search))
     log.info("search: %s", search.stop())
+    if scorer is not None:
+        _tell_trials(search, recipe)
     if recipe.forecast_candidates > 0 and not (folder / "forecast.json").exists():
-        scorer = scorer or TrialScorer(dense, database, corpus, recipe)
+        scorer = scorer or _scorer(dense, database, corpus, recipe, search.parent, folder / "trials.json")
         _forecast(search, scorer, corpus, recipe, folder / "forecast.json")
     if dist.rank() > 0:
         return search.parent
@@ -304,16 +249,55 @@ def search_plan(
     return search.parent
 
 
+def _scorer(
+    dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe, plan: Plan, file: Path
+) -> TrialScorer:
+    """A scorer whose learning rates are those in `file`, or are searched for on `plan` and written there."""
+    scorer = TrialScorer(dense, database, corpus, recipe)
+    if file.exists():
+        scorer.take_rates(read_json(file, _anew(file.parent))["rates"])
+    elif recipe.learning_rate == "auto":
+        found = scorer.find_rates(plan)
+        for one in found:
+            kls = dict(one["tried"])
+            log.info(
+                "search: trials of %d tokens: learning rate %.2g of each weight's size, KL %.4f to %.4f on other text"
+                if one["rate"] > 0
+                else "search: trials of %d tokens lower KL at no learning rate: those candidates are not trained",
+                *((one["tokens"], one["rate"], kls[0.0], kls[one["rate"]]) if one["rate"] > 0 else (one["tokens"],)),
+            )
+        if dist.rank() == 0:
+            write_json(file, {"rates": found}, sealed=True)
+    return scorer
+
+
+def _tell_trials(search: Evolution, recipe: SearchRecipe) -> None:
+    """Say of each step how many candidates its trial made better, and what to change where it is fewer than half."""
+    for number, step in enumerate(trials_of(search.history), 1):
+        tokens, tried, helped = recipe.trial_tokens[number - 1], step["tried"], step["helped"]
+        if tried == 0:
+            continue
+        log.info("search: step %d: trials of %d tokens made %d of %d candidates better", number, tokens, helped, tried)
+        if helped < tried / 2:
+            log.warning(
+                "search: trials of step %d made only %d of %d candidates better; %s (in a new run)",
+                *(number, helped, tried),
+                "raise search.trial_tokens, or set it to 0 there: no training"
+                if recipe.learning_rate == "auto"
+                else "set search.learning_rate=auto, or lower it",
+            )
+
+
 def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: SearchRecipe, file: Path) -> None:
     """Say how alike each step's score and a much longer training rank plans around the one found."""
     plans = search.relatives(recipe.forecast_candidates)
     long = corpus.blocks["trial"].numel()
     with task("forecast (plans)", (len(recipe.survivors) + 1) * len(plans)) as progress:
 
-        def scores(score: Callable[[Plan], float]) -> list[float]:
+        def scores(score: Callable[[Plan], Score]) -> list[float]:
             found = _in_turns(plans, score)
             progress.advance(len(plans))
-            return found
+            return [one.kl for one in found]
 
         last = scores(partial(scorer.score_after, trial_tokens=long, score_tokens=max(recipe.score_tokens)))
         steps = [

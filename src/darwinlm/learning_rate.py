@@ -1,0 +1,67 @@
+"""Learning rates relative to the weights that they move.
+
+AdamW moves every weight by about the learning rate, whatever its size, so the same rate is a small step for one model
+and a ruinous one for another. In units of the root mean square of each tensor a rate says what share of itself a tensor
+may change by. As Adafactor's relative step size and LAMB's trust ratio do, this makes the training of a model the same
+if its projections are scaled down and the norms before them up.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_EPS = 1e-16
+"""AdamW's, in nats a relative change: below all gradients that say anything; it only keeps 0 / 0 away."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """AdamW's."""
+
+    value: float
+    relative: bool = False
+    """In units of the root mean square of each tensor, as it is before the first step."""
+
+
+def parameter_groups(
+    parameters: Iterable[Tensor],
+    rate: LearningRate,
+    weight_decay: float = 0.0,
+    sizes: Mapping[Tensor, float] | None = None,
+) -> list[dict[str, Any]]:
+    """The groups of `torch.optim.AdamW` that train `parameters` at this rate: one a tensor if it is relative.
+
+    Args:
+        parameters: sharded or not; all ranks call it with theirs.
+        rate: the same for all.
+        weight_decay: the share of itself that a weight loses in a step, by the rate.
+        sizes: of tensors whose unit is not their own root mean square. A tensor of zeros has no size, and stays as it
+            is at a relative rate.
+    """
+    if not rate.relative:
+        return [{"params": list(parameters), "lr": rate.value, "weight_decay": weight_decay}]
+    groups = []
+    for parameter in parameters:
+        size = sizes[parameter] if sizes and parameter in sizes else root_mean_square(parameter)
+        if size > 0:
+            groups.append(
+                {
+                    "params": [parameter],
+                    "lr": rate.value * size,
+                    "eps": _EPS / size,
+                    "weight_decay": weight_decay / size,
+                }
+            )
+    return groups
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """Of all elements of a tensor, on all ranks if it is sharded."""
+    total = tensor.detach().float().square().sum()
+    if isinstance(total, DTensor):
+        total = total.full_tensor()
+    return math.sqrt(total.item() / tensor.numel())
