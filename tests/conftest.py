@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,23 @@ def make_config(family: str, **changes: Any) -> DarwinLMConfig:
     """A dense config in the words of our modelling file, as pruning `family` begins with."""
     settings = {**_SIZES, **_OWN[family], **changes}
     return dense_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+
+_SCALES = {
+    **dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), 8),
+    **dict.fromkeys(("q_proj.weight", "k_proj.weight", "gate_proj.weight"), 1 / 8),
+    "v_proj.weight": 1 / 2,
+    "v_proj.bias": 4,
+    "o_proj.weight": 1 / 4,
+    "up_proj.weight": 1 / 4,
+    "up_proj.bias": 2,
+    "down_proj.weight": 1 / 2,
+}
+
+
+def rescaled(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Other weights of the same function, to the last bit: all factors are powers of two."""
+    return {name: tensor * _SCALES.get(".".join(name.split(".")[-2:]), 1) for name, tensor in weights.items()}
 
 
 def save_pruned(config: DarwinLMConfig, folder: Path) -> DarwinLMForCausalLM:

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DAMAGES, FAMILIES, VOCABULARY, apart, flip_a_bit, make_tokenizer
+from conftest import DAMAGES, FAMILIES, VOCABULARY, apart, flip_a_bit, make_tokenizer, rescaled
 
 from darwinlm import dist, files, recovering
 from darwinlm.adapters.cutting import build_model
@@ -32,6 +33,7 @@ from darwinlm.recovery.refit import refit, refit_if_it_helps
 from darwinlm.recovery.sharding import is_sharded
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.recovery.teacher import load_teacher, write_predictions
+from darwinlm.recovery.trainer import best_of
 from darwinlm.scoring import DenseReference
 from darwinlm.settings import load_recipe
 
@@ -445,6 +447,71 @@ def test_the_weights_that_did_best_on_the_validation_text_are_taken(pruned, tmp_
         found = Objective(model, dense.model, recipe.distillation)(VALIDATION.long(), VALIDATION.long())["loss"]
     losses = {entry["step"]: entry["loss"] for entry in done.evaluations}
     assert losses[done.taken] == min(losses.values()) == pytest.approx(found.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["whole", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_at_the_rate_auto_does_not_depend_on_how_weights_are_scaled(family, settings, pruned, tmp_path):
+    dense, database = pruned(family, "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 24, batch_size=2, evaluations=1, weight_decay=0.1, **settings)
+    found = []
+    for name, change in (("own", dict), ("other", rescaled)):
+        model = halved(dense, database, trainable=True)
+        model.load_state_dict(change(model.state_dict()))
+        done = train(model, dense, recipe, tmp_path / name)
+        found.append([entry[part] for entry in done.evaluations for part in ("kl", "next_token")])
+    own, other = found
+    assert abs(own[2] - own[0]) > 1e-3
+    # Gradients are clipped by a norm that the scale is a part of.
+    assert [one - other[0] for one in other] == pytest.approx([one - own[0] for one in own], rel=0.1, abs=1e-4)
+
+
+def test_a_step_of_low_rank_updates_is_a_share_of_the_weight():
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False))
+        adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["0"]))
+        (layer,) = [module for module in adapted.modules() if hasattr(module, "lora_B")]
+        first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        sizes = stage._sizes(adapted)
+        assert set(sizes) == {first, second}
+        with torch.no_grad():
+            second.copy_(1e-3 * sizes[second] * torch.randn_like(second).sign())
+    moved = layer.get_delta_weight("default").square().mean().sqrt() / layer.base_layer.weight.square().mean().sqrt()
+    assert moved.item() == pytest.approx(1e-3 * stage._LORA_RATE, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kls", "next_tokens", "taken"),
+    [
+        ([1.0, 0.9, 0.8], [3.0, 2.9, 2.8], 2),
+        ([1.0, 0.5, 1.1], [3.0, 2.9, 1.0], 1),  # further from the dense model, if better at the next token
+        ([1.0, 0.9, 0.8], [3.0, 2.9, 3.1], 1),
+        ([1.0, 1.1, 1.2], [3.0, 2.0, 1.0], 0),
+        ([1.0, 1.0, 1.0], [3.0, 3.0, 3.0], 0),
+        ([math.nan, 1.0], [math.nan, 3.0], 0),
+    ],
+)
+def test_weights_are_taken_that_are_no_worse_in_any_part_of_the_loss(kls, next_tokens, taken):
+    evaluations = [
+        {"step": step, "loss": kl + next_token, "kl": kl, "next_token": next_token}
+        for step, (kl, next_token) in enumerate(zip(kls, next_tokens, strict=True))
+    ]
+    assert best_of(evaluations)["step"] == taken
+    alone = [{name: one[name] for name in ("step", "next_token")} | {"loss": one["next_token"]} for one in evaluations]
+    assert best_of(alone)["step"] == (0 if math.isnan(kls[0]) else next_tokens.index(min(next_tokens)))
+
+
+def test_a_training_that_does_harm_leaves_the_weights_as_they_were(pruned, tmp_path, caplog):
+    dense, database = pruned("qwen2", "kv_group")
+    before, model = halved(dense, database), halved(dense, database, trainable=True)
+    done = train(model, dense, RecoveryRecipe(tokens=24 * 8, learning_rate=1.0, batch_size=2), tmp_path)
+    assert done.taken == 0 and len(done.losses) == 4
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True))
+    said = "recovery: 192 tokens made the model no better on the validation text; it keeps the weights that it had"
+    assert said in caplog.messages
 
 
 def test_a_batch_in_parts_gives_the_same_training(pruned, tmp_path):

@@ -1,14 +1,25 @@
 """Trials: what they gain does not depend on how weights are scaled, how fast they are is found, and it is told."""
 
+import json
+import statistics
+
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, rescaled
 
 from darwinlm.adapters.cutting import build_model
 from darwinlm.data import Corpus
-from darwinlm.learning_rate import LearningRate
+from darwinlm.errors import UserError
+from darwinlm.learning_rate import LearningRate, parameter_groups
+from darwinlm.plan import parameter_budget
 from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
+from darwinlm.search import stage, trials
+from darwinlm.search.allocation import error_plan, uniform_plan
+from darwinlm.search.evolution import Evolution, Score
+from darwinlm.search.stage import search_plan
+from darwinlm.search.trials import TrialScorer, best_rate
+from darwinlm.settings import load_recipe
 from darwinlm.training import train_briefly
 
 RECIPE = SearchRecipe(
@@ -27,27 +38,6 @@ def text(seed, blocks=8):
 
 
 CORPUS = Corpus({"trial": text(1), "score": text(2)})
-
-
-def rescaled(weights):
-    """The same function of other weights, to the last bit: all factors are powers of two, and none meets a bias."""
-    found = {}
-    for name, tensor in weights.items():
-        module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        scale = {
-            "input_layernorm": 8,
-            "post_attention_layernorm": 8,
-            **dict.fromkeys(("q_proj", "k_proj", "gate_proj"), 1 / 8),
-            "v_proj": 1 / 2,
-            "o_proj": 1 / 4,
-            "up_proj": 1 / 4,
-            "down_proj": 1 / 2,
-        }
-        factor = scale.get(module, 1) if name.endswith(".weight") else {"v_proj": 4, "up_proj": 2}.get(
-            name.removesuffix(".bias").rsplit(".", 1)[-1], 1
-        )  # fmt: skip
-        found[name] = tensor * factor
-    return found
 
 
 @pytest.mark.parametrize("loss", ["next-token", "distillation"])
@@ -73,3 +63,150 @@ def test_what_a_trial_gains_does_not_depend_on_how_weights_are_scaled(family, lo
     own, other = gains(LearningRate(2.0**-6, relative=True))
     assert abs(own) > 1e-4
     assert other == pytest.approx(own, rel=1e-3)
+
+
+def test_a_relative_step_is_the_same_share_of_every_tensor():
+    tensors = [torch.nn.Parameter(torch.randn(5, 7) * scale) for scale in (1e-3, 1.0, 40.0)]
+    zeros = torch.nn.Parameter(torch.zeros(3))
+    before = [tensor.detach().clone() for tensor in tensors]
+    optimizer = torch.optim.AdamW(parameter_groups([*tensors, zeros], LearningRate(0.01, relative=True)))
+    for tensor in (*tensors, zeros):
+        tensor.grad = torch.randn_like(tensor) * 1e-9
+    optimizer.step()
+    for tensor, old in zip(tensors, before, strict=True):
+        moved = (tensor.detach() - old).abs() / old.square().mean().sqrt()
+        assert moved.numpy() == pytest.approx(0.01, rel=1e-2)
+    assert not zeros.any(), "what has no size has no unit"
+
+
+def test_weight_decay_at_a_relative_rate_is_a_share_of_the_weight():
+    tensor = torch.nn.Parameter(torch.full((4,), 16.0))
+    tensor.grad = torch.zeros(4)
+    torch.optim.AdamW(parameter_groups([tensor], LearningRate(0.25, relative=True), weight_decay=0.5)).step()
+    assert tensor.tolist() == pytest.approx([16 * (1 - 0.25 * 0.5)] * 4)
+
+
+@pytest.mark.parametrize("best", [2.0**-16, 2.0**-11, 2.0**-8])
+def test_the_rate_is_found_from_wherever_the_search_begins(best):
+    def score(rate):
+        return Score(1 - rate / best + (rate / best) ** 2 / 2)
+
+    rate, tried = best_rate(score, 2.0**-11)
+    assert rate == best
+    assert tried[rate].kl == min(one.kl for one in tried.values()) and len(tried) <= 9
+
+
+@pytest.mark.parametrize("harm", [1.0, 1e9])
+def test_where_training_does_harm_the_rate_is_none(harm):
+    rate, tried = best_rate(lambda rate: Score(1 + harm * rate), 2.0**-11)
+    assert rate == 0 and len(tried) == 9
+
+
+@pytest.mark.parametrize(("spread", "kept"), [(0.01, True), (1.0, False)])
+def test_a_gain_within_its_error_is_none(spread, kept):
+    def score(rate):
+        kls = [1.0, 2.0, 3.0, 4.0]
+        if rate == 2.0**-11:
+            kls = [kl - 0.1 + spread * (-1) ** number for number, kl in enumerate(kls)]
+        return Score(statistics.fmean(kls) + (rate > 2.0**-11), by_block=tuple(kls))
+
+    assert (best_rate(score, 2.0**-11)[0] > 0) is kept
+
+
+@pytest.fixture
+def scored(pruned):
+    dense, database = pruned("qwen2", "kv_group")
+    space = database.space(dense.sites)
+    return dense, database, space, parameter_budget(0.7, space)
+
+
+def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_score_text(scored, monkeypatch):
+    dense, database, space, budget = scored
+    scorer = TrialScorer(dense, database, CORPUS, RECIPE)
+    judged = []
+
+    class Spy(DenseReference):
+        def __init__(self, model, blocks_BT):
+            judged.append(blocks_BT)
+            super().__init__(model, blocks_BT)
+
+    monkeypatch.setattr(trials, "DenseReference", Spy)
+    monkeypatch.setattr(scorer, "_aims", lambda blocks_BT: None)
+    found = scorer.find_rates(error_plan(space, budget))
+    assert [one["tokens"] for one in found] == [24, 48]
+    assert [len(blocks_BT) for blocks_BT in judged] == [4, 4]
+    for blocks_BT in judged:
+        assert torch.equal(blocks_BT, CORPUS.blocks["trial"][-4:])
+
+
+def test_a_step_whose_trial_does_not_help_trains_nothing(scored, monkeypatch):
+    dense, database, space, budget = scored
+    plan = error_plan(space, budget)
+    scorer = TrialScorer(dense, database, CORPUS, RECIPE)
+    scorer.take_rates([{"tokens": 24, "rate": 0.0}, {"tokens": 48, "rate": 2.0**-8}])
+    without, trained = scorer.score(plan, 0, plan), scorer.score(plan, 1, plan)
+    assert without.untrained is None and trained.untrained is not None
+    monkeypatch.setattr(trials, "train_briefly", lambda *arguments, **named: pytest.fail("trained"))
+    assert scorer.score(plan, 0, plan) == without
+
+
+@pytest.mark.parametrize(("rate", "advice"), [(0.9, r"set search.learning_rate=auto, or lower it"), (1e-9, None)])
+def test_trials_that_do_harm_are_told(scored, rate, advice, tmp_path, caplog):
+    dense, database, _, budget = scored
+    recipe = RECIPE.model_copy(update={"learning_rate": rate, "trial_tokens": (0, 48)})
+    with caplog.at_level("WARNING", logger="darwinlm"):
+        search_plan(dense, database, CORPUS, budget, recipe, 0, tmp_path)
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    tried = [sum(entry["trials"][step]["tried"] for entry in history) for step in (0, 1)]
+    helped = sum(entry["trials"][1]["helped"] for entry in history)
+    assert tried == [0, 2 + 2 * 2]  # the starts, and the survivors of each generation
+    said = [record.getMessage() for record in caplog.records]
+    if advice is None:
+        assert helped >= tried[1] / 2 or said
+    else:
+        assert helped == 0
+        assert said == [f"search: trials of step 2 made only 0 of 6 candidates better; {advice} (in a new run)"]
+
+
+def test_a_search_that_goes_on_takes_the_rates_that_it_has_found(scored, tmp_path, monkeypatch):
+    dense, database, _, budget = scored
+    whole = search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path / "whole")
+    write = stage.write_json
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(file, *arguments, **named):
+        write(file, *arguments, **named)
+        if file.name == "state.json":
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_json", stop)
+        with pytest.raises(StoppedError):
+            search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path / "parts")
+    monkeypatch.setattr(TrialScorer, "find_rates", lambda scorer, plan: pytest.fail("searched again"))
+    assert search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path / "parts") == whole
+    for name in ("trials.json", "history.jsonl", "state.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_gain_of_a_generation_and_its_error_are_those_of_paired_blocks(scored):
+    _, _, space, budget = scored
+    starts = [uniform_plan(space, budget), error_plan(space, budget)]
+    search = Evolution(space, budget, RECIPE, starts, 0)
+    old, new = (1.0, 2.0, 4.0, 3.0), (0.9, 2.1, 3.5, 2.5)
+    search.tell([Score(statistics.fmean(kls), by_block=kls) for kls in (old, new)])
+    gain = search.history[0]["gain"]
+    pairs = torch.tensor(old, dtype=torch.float64) - torch.tensor(new, dtype=torch.float64)
+    assert search.parent == starts[1]
+    assert gain["mean"] == pytest.approx(pairs.mean().item())
+    assert gain["error"] == pytest.approx((pairs.var() / 4).sqrt().item())
+
+
+def test_the_rate_needs_trial_text_of_its_own():
+    settings = {"model": "m", "target": 0.5, "data.trial_tokens": 1024}
+    message = r"search.learning_rate=auto needs trial text beyond search.trial_tokens=\[512, 1024\]; raise data.trial_"
+    with pytest.raises(UserError, match=message):
+        load_recipe("quick", settings)
+    assert load_recipe("quick", {**settings, "search.learning_rate": 1e-5}).search.learning_rate == 1e-5

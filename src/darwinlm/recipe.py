@@ -356,6 +356,12 @@ class Recipe(_Section):
                 f"search.trial_tokens={list(self.search.trial_tokens)} asks for more than "
                 f"data.trial_tokens={self.data.trial_tokens}; raise the latter"
             )
+        trained = self.data.blocks(max(self.search.trial_tokens))
+        if self.search.learning_rate == "auto" and 0 < trained == self.data.blocks(self.data.trial_tokens):
+            raise ValueError(
+                f"search.learning_rate=auto needs trial text beyond search.trial_tokens="
+                f"{list(self.search.trial_tokens)}; raise data.trial_tokens={self.data.trial_tokens}, or set a number"
+            )
         return self
 
     def to_yaml(self) -> str:
