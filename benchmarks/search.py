@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
-from darwinlm.search.evolution import Evolution
+from darwinlm.search.evolution import Evolution, trials_of
 from darwinlm.search.forecast import spearman
 from darwinlm.search.stage import search_plan
 from darwinlm.search.trials import TrialScorer
-from darwinlm.settings import load_recipe
+from darwinlm.settings import load_recipe, parse_override
 
 PAPER = SearchRecipe(
     descent_rounds=0, generations=1000, offspring=8, max_flips=3, survivors=(4, 2, 1),
@@ -57,24 +58,16 @@ PAPER = SearchRecipe(
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
 
-_SELECTION = {"descent_rounds": 0, "offspring": 8}
-SELECTIONS = {
-    "trained, three steps": SearchRecipe(
-        **_SELECTION, survivors=(4, 2, 1), trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048)
-    ),
-    "distilled, three steps": SearchRecipe(
-        **_SELECTION,
-        survivors=(4, 2, 1),
-        trial_tokens=(512, 1024, 2048),
-        score_tokens=(512, 1024, 2048),
-        trial_loss="distillation",
-    ),
-    "trained, one step": SearchRecipe(**_SELECTION, survivors=(1,), trial_tokens=(1536,), score_tokens=(1536,)),
-    "not trained, three steps": SearchRecipe(
-        **_SELECTION, survivors=(4, 2, 1), trial_tokens=(0, 0, 0), score_tokens=(1024, 2048, 4096)
-    ),
-    "not trained, one step": SearchRecipe(**_SELECTION, survivors=(1,), trial_tokens=(0,), score_tokens=(3072,)),
-}
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "trained, three steps": {"trial_tokens": (512, 1024, 2048), "score_tokens": (512, 1024, 2048)},
+    "distilled, three steps": {
+        "trial_tokens": (512, 1024, 2048), "score_tokens": (512, 1024, 2048), "trial_loss": "distillation"
+    },
+    "trained, one step": {"trial_tokens": (1536,), "score_tokens": (1536,)},
+    "not trained, three steps": {"trial_tokens": (0, 0, 0), "score_tokens": (1024, 2048, 4096)},
+    "not trained, one step": {"trial_tokens": (0,), "score_tokens": (3072,)},
+}  # fmt: skip
+"""Settings of `search`; one step has one survivor, of three the first keeps half of the offspring."""
 
 
 class PaperEvolution(Evolution):
@@ -98,7 +91,12 @@ class PaperEvolution(Evolution):
 
 
 def evolve(search: Evolution, scorer: TrialScorer, seconds: float) -> Plan:
-    """The best plan when the time is up; a generation that has begun is finished only if it is in time."""
+    """The best plan when the time is up; a generation that has begun is finished only if it is in time.
+
+    A learning rate that is to be found is found first, on the plan that the search begins with.
+    """
+    for one in scorer.find_rates(search.parent):
+        print(f"trials of {one['tokens']} tokens: rate {one['rate']:.2g} of {one['tried']}", flush=True)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end and (request := search.ask()) is not None:
         search.tell([scorer.score(plan, request.step, search.parent) for plan in request.plans])
@@ -127,14 +125,18 @@ def prepared(
     arguments: argparse.Namespace, seed: int
 ) -> Iterator[tuple[Recipe, DenseModel, Corpus, DenseReference, Database, Budget, Path]]:
     """What the comparisons of a seed have in common; the database is gone afterwards unless it is to be kept."""
-    settings = {"model": "smollm2", "target": arguments.target, "data.source": arguments.data, "seed": seed}
-    recipe = load_recipe("quick", settings)
-    dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
+    given = dict(parse_override(text) for text in arguments.set)
+    settings = {"model": arguments.model, "target": arguments.target, "data.source": arguments.data, "seed": seed}
+    recipe = load_recipe("quick", settings | given)
+    dense = load_dense(resolve(arguments.model), "kv_group", torch.device("cpu"))
     blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
     corpus, judge = read_corpus(recipe.data, dense.tokenizer, seed), DenseReference(dense.model, blocks)
     with tempfile.TemporaryDirectory() as passing:
         folder = arguments.keep / f"seed-{seed}" / "database" if arguments.keep else Path(passing)
-        database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder)
+        if (folder / "index.json").exists():
+            database = Database(folder)
+        else:
+            database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder)
         budget = parameter_budget(float(arguments.target), database.space(dense.sites))
         yield recipe, dense, corpus, judge, database, budget, Path(passing) / "search"
 
@@ -174,8 +176,16 @@ def compare_selections(arguments: argparse.Namespace) -> None:
             space = database.space(dense.sites)
             uniform = uniform_plan(space, budget)
             assert uniform is not None
-            for name, recipe in SELECTIONS.items():
-                settings = recipe.model_copy(update={"generations": arguments.generations})
+            for name in arguments.methods:
+                steps, offspring = SELECTIONS[name], arguments.offspring
+                settings = SearchRecipe(
+                    descent_rounds=0,
+                    generations=arguments.generations,
+                    offspring=offspring,
+                    survivors=(offspring // 2, max(1, offspring // 4), 1)[3 - len(steps["trial_tokens"]) :],
+                    learning_rate=arguments.learning_rate,
+                    **steps,
+                )
                 start = time.perf_counter()
                 search = Evolution(space, budget, settings, [uniform], seed)
                 plan = evolve(search, TrialScorer(dense, database, corpus, settings), math.inf)
@@ -183,7 +193,8 @@ def compare_selections(arguments: argparse.Namespace) -> None:
                 found = _row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)
                 rows.setdefault(name, []).append(found)
                 shown = ", ".join(f"{value:.4f}" for value in found)
-                print(f"seed {seed}: {name}: {seconds:.0f} s; {shown}", flush=True)
+                helped = ", ".join(f"{one['helped']} of {one['tried']}" for one in trials_of(search.history))
+                print(f"seed {seed}: {name}: {seconds:.0f} s; trials helped {helped}; {shown}", flush=True)
     summarise(rows, arguments.recovery_tokens)
 
 
@@ -191,7 +202,8 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
     """Plans near the one that a short descent finds, ranked by each cheap score and by a longer recovery."""
     cheap = {
         f"{f'{loss} {trained}' if trained > 0 else 'not trained'}, score {scored}": SearchRecipe(
-            survivors=(1,), trial_tokens=(trained,), score_tokens=(scored,), trial_loss=loss
+            survivors=(1,), trial_tokens=(trained,), score_tokens=(scored,), trial_loss=loss,
+            learning_rate=arguments.learning_rate,
         )
         for loss, trained, scored in (
             ("next-token", 0, 512), ("next-token", 512, 512), ("distillation", 512, 512),
@@ -206,11 +218,13 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
             best = search_plan(dense, database, corpus, budget, short, seed, folder)
             plans = Evolution(space, budget, PAPER, [best], seed).relatives(arguments.plans)
             scorers = {name: TrialScorer(dense, database, corpus, settings) for name, settings in cheap.items()}
+            for scorer in scorers.values():
+                scorer.find_rates(best)
             scores: dict[str, list[float]] = {name: [] for name in cheap}
             last = []
             for plan in plans:
                 for name, scorer in scorers.items():
-                    scores[name].append(scorer.score(plan, 0, plan))
+                    scores[name].append(scorer.score(plan, 0, best).kl)
                 last.append(_row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)[2])
                 print(f"seed {seed}: {len(last)}: {last[-1]:.4f}", flush=True)
             for name in cheap:
@@ -258,7 +272,9 @@ def time_trials(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, dense.config.vocab_size, (4, 512), generator=generator)
     corpus = Corpus({"calibration": blocks, "trial": blocks[:1], "score": blocks[1:2]})
-    settings = recipe.search.model_copy(update={"trial_tokens": (512,), "score_tokens": (512,), "survivors": (1,)})
+    settings = recipe.search.model_copy(
+        update={"trial_tokens": (512,), "score_tokens": (512,), "survivors": (1,), "learning_rate": 1e-4}
+    )
     with tempfile.TemporaryDirectory() as folder:
         database = build_database(dense, blocks, recipe.database, Path(folder))
         space = database.space(dense.sites)
@@ -274,7 +290,7 @@ def time_trials(arguments: argparse.Namespace) -> None:
             scorer.score(plan, 0, plan)
             _wait(dense.device)
             between = time.perf_counter()
-            _deep_copy_trial(half, dense, database, plan, blocks, expected, settings.learning_rate)
+            _deep_copy_trial(half, dense, database, plan, blocks, expected, PAPER.learning_rate)
             _wait(dense.device)
             if repeat > 0:
                 seconds["ours"].append(between - start)
@@ -324,9 +340,15 @@ def main() -> None:
     comparison.add_argument("--without", nargs="*", default=[], help="methods to leave out, by name")
     selection = commands.add_parser("selection", help="evolution with and without training, in one step and three")
     selection.add_argument("--generations", type=int, default=6)
+    selection.add_argument("--offspring", type=int, default=8)
+    selection.add_argument("--methods", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     ranking = commands.add_parser("ranking", help="cheap scores against a longer recovery")
     ranking.add_argument("--plans", type=int, default=8)
+    for command in (selection, ranking):
+        command.add_argument("--learning-rate", default="auto", help="of trials")
     for command in (comparison, selection, ranking):
+        command.add_argument("--model", default="smollm2")
+        command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, such as data.…")
         command.add_argument("--data", required=True, help="text for calibration, trials and scores")
         command.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
         command.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")

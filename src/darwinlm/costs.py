@@ -201,13 +201,19 @@ def _predict_step(
     )
     judging = _JUDGED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
     candidates = [search.offspring, *search.survivors[:-1]]
+    # A candidate is scored after its trial, and before it but for the layers that it has in common with its parent.
+    scored = small + 2 * rates.head_float32
     tried = [
-        trial * (trained + rates.head_training) + score * (small + 2 * rates.head_float32)
+        trial * (trained + rates.head_training) + score * (scored + (scored - small / 2 if trial > 0 else 0))
         for trial, score in zip(search.trial_tokens, search.score_tokens, strict=True)
     ]
     generation = sum(count * seconds for count, seconds in zip(candidates, tried, strict=True))
     # Even sizes, the least error and the descent's plan: generation 0.
     beginning = (3 if search.descent_rounds else 2) * tried[-1]
+    if search.learning_rate == "auto":
+        # Two to four rates for each number of tokens, and none.
+        for tokens in {trial for trial in search.trial_tokens if trial > 0}:
+            beginning += 3 * tokens * (trained + rates.head_training) + 4 * max(search.score_tokens) * scored
     reference = data.score_tokens * layers * exact
     # Where it begins is judged like a round.
     descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * judging
