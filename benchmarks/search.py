@@ -3,7 +3,11 @@
     python benchmarks/search.py compare --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py selection --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py ranking --data FOLDER --evaluation FILE --seeds 0 1 2
+    python benchmarks/search.py rates --data FOLDER --evaluation FILE --seeds 0
+    python benchmarks/search.py ends --data FOLDER --evaluation FILE --seeds 0 1 2 --seconds 600
     python benchmarks/search.py trial
+
+All but the last take `--model FOLDER` (benchmarks/second_model.py makes one) and `--set KEY=VALUE` (of `quick`).
 
 `compare`: for each seed one database; then plans of the same budget from uniform sizes, from weight magnitudes, from
 the database's output errors (knapsack), from our search, and, each for as long as ours took, from the paper's search
@@ -13,8 +17,10 @@ candidate, ours against a deep copy of the dense model with zeros in it, trained
 does training candidates before they are judged choose better ones? Evolution from uniform sizes with and without it, in
 one selection step and in three, and with distilling trials, all with the same number of tokens (trained or scored) in
 each generation. `ranking`: how well do scores without a trial, and after one with next-token loss or distillation, rank
-plans as a longer recovery does? With `--keep FOLDER` databases stay there, as `FOLDER/seed-N/database`, and are used
-again.
+plans as a longer recovery does? `rates`: what is the KL of the plan that a descent finds before and after a trial, at
+the rate `auto` and others? `ends`: after a descent, the same seconds spent on more rounds, on generations with trials
+or on generations without, all recovered equally. With `--keep FOLDER` databases stay there, as
+`FOLDER/seed-N/database`, and are used again; `rates` and `ends` keep their descents there too.
 """
 
 import argparse
@@ -22,6 +28,7 @@ import copy
 import json
 import math
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -39,14 +46,15 @@ from darwinlm.data import Corpus, read_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
+from darwinlm.files import read_json
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
 from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
-from darwinlm.search.allocation import cheapest_plan, error_plan, uniform_plan
+from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans, uniform_plan
 from darwinlm.search.evolution import Evolution, trials_of
 from darwinlm.search.forecast import spearman
-from darwinlm.search.stage import search_plan
+from darwinlm.search.stage import descend, search_plan
 from darwinlm.search.trials import TrialScorer
 from darwinlm.settings import load_recipe, parse_override
 
@@ -236,6 +244,89 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
         print(f"{name}: Spearman {statistics.mean(rhos):.2f} ± {spread:.2f} over {len(rhos)} seeds")
 
 
+def compare_ends(arguments: argparse.Namespace) -> None:
+    """After a descent, the same seconds spent in several ways; all plans get the same recovery."""
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    quick = SearchRecipe()
+    ways = {
+        "trials": {},
+        "no trials": {"trial_tokens": (0, 0), "score_tokens": (2048, 4096), "offspring": 12},
+    }  # fmt: skip
+    for seed in arguments.seeds:
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
+            space = database.space(dense.sites)
+            if arguments.keep:
+                folder = arguments.keep / f"seed-{seed}" / f"search-{arguments.target}"
+            plan, sensitivity = descend(
+                dense, database, corpus, budget, recipe.search, sparing_plans(space, budget), seed,
+                folder / "descent.json",
+            )  # fmt: skip
+            plans = {"descent": plan}
+            with tempfile.TemporaryDirectory() as passing:
+                file = Path(passing) / "descent.json"
+                shutil.copy(folder / "descent.json", file)
+                start, rounds = time.perf_counter(), len(read_json(file)["rounds"])
+                while time.perf_counter() - start < arguments.seconds:
+                    rounds += 1
+                    longer = recipe.search.model_copy(update={"descent_rounds": rounds})
+                    plans["more descent"], _ = descend(
+                        dense, database, corpus, budget, longer, [plan], seed, file
+                    )  # fmt: skip
+                    if len(read_json(file)["rounds"]) < rounds:
+                        break
+                print(f"seed {seed}: more descent: {rounds} rounds, {time.perf_counter() - start:.0f} s", flush=True)
+            for name, changes in ways.items():
+                settings = quick.model_copy(update={"generations": 10**6, "trial_loss": "distillation", **changes})
+                search = Evolution(space, budget, settings, [plan], seed, sensitivity.costs())
+                scorer = TrialScorer(dense, database, corpus, settings)
+                start = time.perf_counter()
+                plans[name] = evolve(search, scorer, arguments.seconds)
+                for one in search.history[1:]:
+                    gain = one["gain"]
+                    print(f"seed {seed}: {name}: gain {gain['mean']:.4f} ± {gain['error']:.4f}", flush=True)
+                seconds, helped = time.perf_counter() - start, trials_of(search.history)
+                print(f"seed {seed}: {name}: {search.generation} generations, {seconds:.0f} s, {helped}", flush=True)
+            known: dict[Plan, tuple[float, ...]] = {}
+            for name, found in plans.items():
+                if found not in known:
+                    known[found] = _row(dense, database, corpus, found, judge, arguments.recovery_tokens, seed)
+                rows.setdefault(name, []).append(known[found])
+                print(f"seed {seed}: {name}: {', '.join(f'{value:.4f}' for value in known[found])}", flush=True)
+    summarise(rows, arguments.recovery_tokens)
+
+
+def compare_rates(arguments: argparse.Namespace) -> None:
+    """What a trial does to the plan that a descent finds, by its learning rate; all rates train on the same text."""
+    for seed in arguments.seeds:
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
+            space = database.space(dense.sites)
+            if arguments.keep:
+                folder = arguments.keep / f"seed-{seed}" / f"search-{arguments.target}"
+            short = recipe.search.model_copy(update={"generations": 0, "trial_tokens": (0,), "survivors": (1,)})
+            short = short.model_copy(update={"score_tokens": recipe.search.score_tokens[-1:]})
+            best = search_plan(dense, database, corpus, budget, short, seed, folder)
+            uniform = uniform_plan(space, budget) or best
+            for name, plan in (("uniform", uniform), ("found", best)):
+                kl = _row(dense, database, corpus, plan, judge, 0, seed)[0]
+                print(f"seed {seed}: {name}: KL {kl:.4f} on the evaluation text", flush=True)
+            settings = recipe.search.model_copy(update={"trial_loss": arguments.trial_loss})
+            for rate in arguments.rates:
+                scorer = TrialScorer(
+                    dense, database, corpus,
+                    SearchRecipe(**settings.model_dump() | {"learning_rate": rate}),
+                )  # fmt: skip
+                for one in scorer.find_rates(best):
+                    print(f"seed {seed}: {one['tokens']} tokens: rate {one['rate']:.2g}; {one['tried']}", flush=True)
+                for step, tokens in enumerate(settings.trial_tokens):
+                    score = scorer.score(best, step, best)
+                    before = score.kl if score.untrained is None else score.untrained
+                    print(
+                        f"seed {seed}: {arguments.trial_loss}, rate {rate}, {tokens} tokens: "
+                        f"KL {before:.4f} to {score.kl:.4f} on {settings.score_tokens[step]} score tokens",
+                        flush=True,
+                    )
+
+
 def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) -> None:
     """Mean and standard deviation over the seeds."""
     print("method: KL, perplexity" + (", after recovery: KL, perplexity" if recovery_tokens else ""))
@@ -344,9 +435,14 @@ def main() -> None:
     selection.add_argument("--methods", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     ranking = commands.add_parser("ranking", help="cheap scores against a longer recovery")
     ranking.add_argument("--plans", type=int, default=8)
+    rates = commands.add_parser("rates", help="what trials do to one plan, by their learning rate")
+    rates.add_argument("--rates", nargs="+", default=["auto", "1e-5", "1e-4"])
+    rates.add_argument("--trial-loss", choices=("next-token", "distillation"), default="distillation")
+    ends = commands.add_parser("ends", help="what to do after a descent")
+    ends.add_argument("--seconds", type=float, default=600, help="of each way")
     for command in (selection, ranking):
         command.add_argument("--learning-rate", default="auto", help="of trials")
-    for command in (comparison, selection, ranking):
+    for command in (comparison, selection, ranking, rates, ends):
         command.add_argument("--model", default="smollm2")
         command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, such as data.…")
         command.add_argument("--data", required=True, help="text for calibration, trials and scores")
@@ -358,7 +454,7 @@ def main() -> None:
     trial = commands.add_parser("trial", help="seconds for a candidate")
     trial.add_argument("--repeats", type=int, default=5)
     trial.add_argument("--device", default="cpu")
-    for command in (comparison, selection, ranking, trial):
+    for command in (comparison, selection, ranking, rates, ends, trial):
         command.add_argument("--target", default="0.6", help="fraction of parameters")
     arguments = parser.parse_args()
     print(
@@ -372,9 +468,14 @@ def main() -> None:
         ),
         flush=True,
     )
-    {"compare": compare, "selection": compare_selections, "ranking": compare_rankings, "trial": time_trials}[
-        arguments.command
-    ](arguments)
+    {
+        "compare": compare,
+        "selection": compare_selections,
+        "ranking": compare_rankings,
+        "rates": compare_rates,
+        "ends": compare_ends,
+        "trial": time_trials,
+    }[arguments.command](arguments)
 
 
 if __name__ == "__main__":
