@@ -71,11 +71,16 @@ def test_a_relative_step_is_the_same_share_of_every_tensor():
     before = [tensor.detach().clone() for tensor in tensors]
     optimizer = torch.optim.AdamW(parameter_groups([*tensors, zeros], LearningRate(0.01, relative=True)))
     for tensor in (*tensors, zeros):
-        tensor.grad = torch.randn_like(tensor) * 1e-9
+        tensor.grad = torch.randn_like(tensor)
+    tensors[1].grad[0] *= 1e-12
     optimizer.step()
-    for tensor, old in zip(tensors, before, strict=True):
-        moved = (tensor.detach() - old).abs() / old.square().mean().sqrt()
-        assert moved.numpy() == pytest.approx(0.01, rel=1e-2)
+    moved = [
+        (tensor.detach() - old).abs() / old.square().mean().sqrt()
+        for tensor, old in zip(tensors, before, strict=True)
+    ]  # fmt: skip
+    for share in (moved[0], moved[1][1:], moved[2]):
+        assert share.numpy() == pytest.approx(0.01, rel=1e-2)
+    assert moved[1][0].max() < 1e-4, "hardly a gradient, hardly a step"
     assert not zeros.any(), "what has no size has no unit"
 
 

@@ -113,7 +113,7 @@ def recovered(
     model: DarwinLMForCausalLM, teacher: DarwinLMForCausalLM, corpus: Corpus, tokens: int, seed: int
 ) -> DarwinLMForCausalLM:
     """`model` after the recovery that all methods get."""
-    recipe = RecoveryRecipe(tokens=tokens, evaluations=0)
+    recipe = RecoveryRecipe(tokens=tokens, evaluations=0, learning_rate=2e-4, distillation=0.5)
     text, validation = corpus.marked["trial"], corpus.marked["score"]
     with tempfile.TemporaryDirectory() as folder:
         model, _ = recover(

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_EPS = 1e-16
-"""AdamW's, in nats a relative change: below all gradients that say anything; it only keeps 0 / 0 away."""
+_EPS = 1e-8
+"""AdamW's, in nats a relative change. What has hardly a gradient, such as the rows of a head whose tokens do not occur,
+stays where it is: a step by the sign of noise would only do harm."""
 
 
 @dataclass(frozen=True, slots=True)

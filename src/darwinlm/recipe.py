@@ -127,7 +127,7 @@ class SearchRecipe(_Section):
     learning_rate: Rate = "auto"
     """Of trials. `auto`: in units of each weight tensor's root mean square, and searched for on the plan that the
     evolution begins with, by KL on trial text that no trial trains on; where none helps, nothing is trained."""
-    trial_loss: Literal["next-token", "distillation"] = "next-token"
+    trial_loss: Literal["next-token", "distillation"] = "distillation"
     """What trials train on; `distillation` is KL(dense || candidate)."""
     batch_size: int = Field(1, ge=1)
     """Blocks in one optimiser step of a trial."""
@@ -182,7 +182,8 @@ class RecoveryRecipe(_Section):
     """No token attends to the document before its own in a block, and positions begin anew with each; by default blocks
     are read whole, as by calibration, trials and scores."""
     learning_rate: Rate = "auto"
-    """The highest, reached after the warm-up; `auto`: a share of each weight tensor's root mean square."""
+    """The highest, reached after the warm-up; `auto`: in units of each weight tensor's root mean square, and by the
+    tokens of an optimiser step."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Of the learning rate after the warm-up; `wsd`: constant, and in the last fifth of the steps down to zero."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
@@ -197,7 +198,7 @@ class RecoveryRecipe(_Section):
     """Of AdamW."""
     lora_rank: int = Field(0, ge=0)
     """Train low-rank updates of this rank, merged at the end; 0: train the weights themselves."""
-    distillation: float = Field(0.5, ge=0, le=1)
+    distillation: float = Field(1.0, ge=0, le=1)
     """The share of KL(dense || model) in the loss; the rest is next-token loss."""
     temperature: float = Field(1.0, gt=0, le=100)
     """Of distillation."""

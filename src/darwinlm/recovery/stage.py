@@ -35,8 +35,10 @@ from darwinlm.recovery.teacher import Taught
 from darwinlm.recovery.trainer import Follow, RecoveryTrainer, best_of, evaluations_of, losses_of
 
 _SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linear", "constant": "constant_with_warmup"}
-RELATIVE_RATE = 1e-3
-"""The highest of the learning rate `auto`, in units of each weight tensor's root mean square."""
+RELATIVE_RATE = 4e-4
+"""The learning rate `auto` of optimiser steps of 1,024 tokens, in units of each weight tensor's root mean square."""
+_FASTEST = 4e-3
+"""Of however many tokens."""
 _LORA_RATE = 8
 """By how much larger it is for low-rank updates."""
 _DECAY = 0.2
@@ -118,9 +120,7 @@ def recover(
     sharded = is_sharded(recipe)
     last = newest_intact(folder)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
-    rate = LearningRate(RELATIVE_RATE, relative=True)
-    if recipe.learning_rate != "auto":
-        rate = LearningRate(recipe.learning_rate)
+    rate = _highest_rate(recipe, validation_BT.shape[1])
     arguments = _arguments(recipe, steps, micro, accumulation, seed=seed, folder=folder, device=device, sharded=sharded)
     arguments.learning_rate = rate.value
     arguments.ignore_data_skip = isinstance(text, TextStream)  # it is told where to go on; blocks are passed over
@@ -175,6 +175,15 @@ def recover(
         model = copy_trained(model, {name: whole(tensor.detach()) for name, tensor in model.named_parameters()})
     model.requires_grad_(False).eval()
     return model, Training(losses_of(trainer.state), evaluations, taken)
+
+
+def _highest_rate(recipe: RecoveryRecipe, sequence_length: int) -> LearningRate:
+    """Of the schedule. That of Adam grows with the square root of the batch, whose gradients are that much less noisy
+    (Malladi et al., 2022, arXiv 2205.10287)."""
+    if recipe.learning_rate != "auto":
+        return LearningRate(recipe.learning_rate)
+    tokens = recipe.batch_size * sequence_length
+    return LearningRate(min(_FASTEST, RELATIVE_RATE * (tokens / 1024) ** 0.5), relative=True)
 
 
 def _arguments(
