@@ -129,7 +129,7 @@ def test_a_model_that_is_nowhere(model, refused):
 def test_blocks_longer_than_the_context(refused):
     refused(
         r"data\.sequence_length=256 is more than the 128 positions that the model knows",
-        settings=["data.sequence_length=256", "data.score_tokens=256", "data.trial_tokens=256"],
+        settings=["data.sequence_length=256", "data.score_tokens=256", "data.trial_tokens=512"],
     )
 
 
