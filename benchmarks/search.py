@@ -47,12 +47,13 @@ from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.files import read_json
+from darwinlm.history import trials_of
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
 from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe
 from darwinlm.recovery.stage import recover
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans, uniform_plan
-from darwinlm.search.evolution import Evolution, trials_of
+from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
 from darwinlm.search.stage import descend, search_plan
 from darwinlm.search.trials import TrialScorer

@@ -10,10 +10,10 @@ from typing import Any
 from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
 from darwinlm.files import read_json
+from darwinlm.history import trials_of
 from darwinlm.plan import Plan, Space
 from darwinlm.recipe import Recipe, SearchRecipe
 from darwinlm.run_directory import Size, Step, run_steps
-from darwinlm.search.evolution import trials_of
 from darwinlm.settings import make_recipe
 
 _MEASURED = (

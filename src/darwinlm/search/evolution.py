@@ -259,14 +259,6 @@ class Evolution:
         return search
 
 
-def trials_of(history: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
-    """By step, over all generations: how many candidates were `tried`, trained, and how many it `helped`."""
-    return [
-        {name: sum(step[name] for step in steps) for name in ("tried", "helped")}
-        for steps in zip(*(entry["trials"] for entry in history), strict=True)
-    ]
-
-
 def _no_trials(recipe: SearchRecipe) -> list[dict[str, int]]:
     """By step, how many candidates of a generation were trained, and how many of them were better after it."""
     return [{"tried": 0, "helped": 0} for _ in recipe.survivors]

@@ -18,13 +18,14 @@ from darwinlm.data import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.files import read_json, write_bytes, write_json
+from darwinlm.history import trials_of
 from darwinlm.plan import Budget, Plan, Space
 from darwinlm.progress import log, task
 from darwinlm.recipe import SearchRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import error_plan, even_plans, sparing_plans, uniform_plan
 from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
-from darwinlm.search.evolution import Evolution, Score, trials_of
+from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.forecast import spearman
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import DIVERGED, TrialScorer
