@@ -7,10 +7,11 @@ if its projections are scaled down and the norms before them up.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +22,7 @@ stays where it is: a step by the sign of noise would only do harm."""
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """AdamW's."""
+    """A learning rate of AdamW."""
 
     value: float
     relative: bool = False
@@ -45,9 +46,9 @@ def parameter_groups(
     """
     if not rate.relative:
         return [{"params": list(parameters), "lr": rate.value, "weight_decay": weight_decay}]
-    groups = []
-    for parameter in parameters:
-        size = sizes[parameter] if sizes and parameter in sizes else root_mean_square(parameter)
+    trained, groups = list(parameters), []
+    for parameter, own in zip(trained, root_mean_squares(trained), strict=True):
+        size = sizes.get(parameter, own) if sizes else own
         if size > 0:
             groups.append(
                 {
@@ -60,9 +61,9 @@ def parameter_groups(
     return groups
 
 
-def root_mean_square(tensor: Tensor) -> float:
-    """Of all elements of a tensor, on all ranks if it is sharded."""
-    total = tensor.detach().float().square().sum()
-    if isinstance(total, DTensor):
-        total = total.full_tensor()
-    return math.sqrt(total.item() / tensor.numel())
+def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """The root mean square of each tensor, on all ranks if it is sharded; a device is waited for once."""
+    totals = [tensor.detach().float().square().sum() for tensor in tensors]
+    whole = [total.full_tensor() if isinstance(total, DTensor) else total for total in totals]
+    sums: list[float] = torch.stack(whole).tolist() if whole else []
+    return [math.sqrt(total / tensor.numel()) for total, tensor in zip(sums, tensors, strict=True)]

@@ -18,7 +18,7 @@ from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
 from darwinlm.data import TextStream
 from darwinlm.errors import UserError
-from darwinlm.learning_rate import LearningRate, root_mean_square
+from darwinlm.learning_rate import LearningRate, root_mean_squares
 from darwinlm.progress import log, task
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.checkpoints import (
@@ -38,7 +38,7 @@ _SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linea
 RELATIVE_RATE = 4e-4
 """The learning rate `auto` of optimiser steps of 1,024 tokens, in units of each weight tensor's root mean square."""
 _FASTEST = 4e-3
-"""Of however many tokens."""
+"""The highest that `auto` takes, however many tokens a step has."""
 _LORA_RATE = 8
 """By how much larger it is for low-rank updates."""
 _DECAY = 0.2
@@ -178,8 +178,8 @@ def recover(
 
 
 def _highest_rate(recipe: RecoveryRecipe, sequence_length: int) -> LearningRate:
-    """Of the schedule. That of Adam grows with the square root of the batch, whose gradients are that much less noisy
-    (Malladi et al., 2022, arXiv 2205.10287)."""
+    """The highest learning rate of the schedule; that of `auto` grows with the square root of the batch, whose gradients
+    are that much less noisy (Malladi et al., 2022, arXiv 2205.10287)."""
     if recipe.learning_rate != "auto":
         return LearningRate(recipe.learning_rate)
     tokens = recipe.batch_size * sequence_length
@@ -267,7 +267,7 @@ def _sizes(adapted: Any) -> dict[Tensor, float]:
             continue
         for name, second in module.lora_B.items():
             first, base, scaling = module.lora_A[name].weight, module.base_layer.weight, module.scaling[name]
-            size = root_mean_square(first)
+            size, whole = root_mean_squares([first, base])
             sizes[first] = _LORA_RATE * size
-            sizes[second.weight] = _LORA_RATE * root_mean_square(base) / (scaling * size * len(first) ** 0.5)
+            sizes[second.weight] = _LORA_RATE * whole / (scaling * size * len(first) ** 0.5)
     return sizes
