@@ -178,8 +178,11 @@ def recover(
 
 
 def _highest_rate(recipe: RecoveryRecipe, sequence_length: int) -> LearningRate:
-    """The highest learning rate of the schedule; that of `auto` grows with the square root of the batch, whose gradients
-    are that much less noisy (Malladi et al., 2022, arXiv 2205.10287)."""
+    """The highest learning rate of the schedule.
+
+    That of `auto` grows with the square root of the batch, whose gradients are that much less noisy (Malladi et al.,
+    2022, arXiv 2205.10287).
+    """
     if recipe.learning_rate != "auto":
         return LearningRate(recipe.learning_rate)
     tokens = recipe.batch_size * sequence_length
