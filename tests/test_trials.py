@@ -10,6 +10,7 @@ from conftest import VOCABULARY, rescaled
 from darwinlm.adapters.cutting import build_model
 from darwinlm.data import Corpus
 from darwinlm.errors import UserError
+from darwinlm.files import read_json, write_json
 from darwinlm.learning_rate import LearningRate, parameter_groups
 from darwinlm.plan import parameter_budget
 from darwinlm.recipe import SearchRecipe
@@ -96,14 +97,14 @@ def test_the_rate_is_found_from_wherever_the_search_begins(best):
     def score(rate):
         return Score(1 - rate / best + (rate / best) ** 2 / 2)
 
-    rate, tried = best_rate(score, 2.0**-11)
+    rate, tried = best_rate(score, score(0.0), 2.0**-11)
     assert rate == best
     assert tried[rate].kl == min(one.kl for one in tried.values()) and len(tried) <= 9
 
 
 @pytest.mark.parametrize("harm", [1.0, 1e9])
 def test_where_training_does_harm_the_rate_is_none(harm):
-    rate, tried = best_rate(lambda rate: Score(1 + harm * rate), 2.0**-11)
+    rate, tried = best_rate(lambda rate: Score(1 + harm * rate), Score(1.0), 2.0**-11)
     assert rate == 0 and len(tried) == 9
 
 
@@ -115,7 +116,7 @@ def test_a_gain_within_its_error_is_none(spread, kept):
             kls = [kl - 0.1 + spread * (-1) ** number for number, kl in enumerate(kls)]
         return Score(statistics.fmean(kls) + (rate > 2.0**-11), by_block=tuple(kls))
 
-    assert (best_rate(score, 2.0**-11)[0] > 0) is kept
+    assert (best_rate(score, score(0.0), 2.0**-11)[0] > 0) is kept
 
 
 @pytest.fixture
@@ -139,9 +140,8 @@ def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_sc
     monkeypatch.setattr(scorer, "_aims", lambda blocks_BT: None)
     found = scorer.find_rates(error_plan(space, budget))
     assert [one["tokens"] for one in found] == [24, 48]
-    assert [len(blocks_BT) for blocks_BT in judged] == [4, 4]
-    for blocks_BT in judged:
-        assert torch.equal(blocks_BT, CORPUS.blocks["trial"][-4:])
+    (blocks_BT,) = judged
+    assert torch.equal(blocks_BT, CORPUS.blocks["trial"][-4:])
 
 
 def test_a_step_whose_trial_does_not_help_trains_nothing(scored, monkeypatch):
@@ -194,6 +194,27 @@ def test_a_search_that_goes_on_takes_the_rates_that_it_has_found(scored, tmp_pat
     assert search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path / "parts") == whole
     for name in ("trials.json", "history.jsonl", "state.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_forecast_trains_though_no_step_does(scored, tmp_path):
+    dense, database, _, budget = scored
+    changes = {"trial_tokens": (0, 0), "forecast_candidates": 4, "generations": 1}
+    search_plan(dense, database, CORPUS, budget, RECIPE.model_copy(update=changes), 0, tmp_path)
+    forecast = json.loads((tmp_path / "forecast.json").read_text())
+    assert len(forecast["scores"]) == 4
+    assert not set(forecast["scores"]) & set(forecast["steps"][-1]["scores"]), "trained, these are others"
+
+
+def test_the_state_of_another_version_is_one_line(scored, tmp_path):
+    dense, database, _, budget = scored
+    search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
+    state = read_json(tmp_path / "state.json")
+    state["scores"] = [[[levels, kl] for levels, kl, *_ in known] for known in state["scores"]]
+    write_json(tmp_path / "state.json", state, sealed=True)
+    with pytest.raises(
+        UserError, match=r"state\.json is of another version of darwinlm; delete .* the search runs anew"
+    ):
+        search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
 
 
 def test_the_gain_of_a_generation_and_its_error_are_those_of_paired_blocks(scored):

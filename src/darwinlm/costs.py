@@ -211,9 +211,9 @@ def _predict_step(
     # Even sizes, the least error and the descent's plan: generation 0.
     beginning = (3 if search.descent_rounds else 2) * tried[-1]
     if search.learning_rate == "auto":
-        # Two to four rates for each number of tokens, and none.
+        # Mostly three rates for each number of tokens.
         for tokens in {trial for trial in search.trial_tokens if trial > 0}:
-            beginning += 3 * tokens * (trained + rates.head_training) + 4 * max(search.score_tokens) * scored
+            beginning += 3 * (tokens * (trained + rates.head_training) + max(search.score_tokens) * scored)
     reference = data.score_tokens * layers * exact
     # Where it begins is judged like a round.
     descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * judging

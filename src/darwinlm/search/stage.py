@@ -260,13 +260,14 @@ def _scorer(
     elif recipe.learning_rate == "auto":
         found = scorer.find_rates(plan)
         for one in found:
-            kls = dict(one["tried"])
-            log.info(
-                "search: trials of %d tokens: learning rate %.2g of each weight's size, KL %.4f to %.4f on other text"
-                if one["rate"] > 0
-                else "search: trials of %d tokens lower KL at no learning rate: those candidates are not trained",
-                *((one["tokens"], one["rate"], kls[0.0], kls[one["rate"]]) if one["rate"] > 0 else (one["tokens"],)),
-            )
+            tokens, rate, kls = one["tokens"], one["rate"], dict(one["tried"])
+            if rate == 0:
+                log.info("search: trials of %d tokens help at no learning rate: nothing is trained", tokens)
+            else:
+                log.info(
+                    "search: trials of %d tokens: rate %.2g of each weight's size, KL %.4f to %.4f on other text",
+                    *(tokens, rate, kls[0.0], kls[rate]),
+                )
         if dist.rank() == 0:
             write_json(file, {"rates": found}, sealed=True)
     return scorer

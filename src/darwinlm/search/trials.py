@@ -68,21 +68,20 @@ class TrialScorer:
             For each number of trial tokens: `tokens`, `rate` (relative; 0 if no rate is better than no training), and
             what was `tried`: rates and the KL after them, in nats, on trial text that is not trained on.
         """
-        recipe = self._recipe
+        recipe, text_BT = self._recipe, self._corpus.blocks["trial"]
+        wanted = sorted({count for count in recipe.trial_tokens if count > 0})
         found: list[dict[str, Any]] = []
-        if recipe.learning_rate == "auto" and dist.rank() == 0:
-            text_BT = self._corpus.blocks["trial"]
-            start = FIRST_RATE
-            for tokens in sorted({count for count in recipe.trial_tokens if count > 0}):
-                trained = len(self._corpus.tokens("trial", tokens))
-                judged = min(len(self._corpus.tokens("score", max(recipe.score_tokens))), len(text_BT) - trained)
-                judge = DenseReference(self._dense.reference.model, text_BT[len(text_BT) - judged :])
+        if recipe.learning_rate == "auto" and wanted and dist.rank() == 0:
+            others = len(text_BT) - len(self._corpus.tokens("trial", wanted[-1]))
+            judged = min(len(self._corpus.tokens("score", max(recipe.score_tokens))), others)
+            judge = DenseReference(self._dense.reference.model, text_BT[len(text_BT) - judged :])
+            untrained, start = self._score_after(plan, 0, None, judge), FIRST_RATE
+            for tokens in wanted:
 
-                def score(rate: float, tokens: int = tokens, judge: DenseReference = judge) -> Score:
-                    wanted = LearningRate(rate, relative=True) if rate > 0 else None
-                    return self._score_after(plan, tokens, wanted, judge)
+                def score(rate: float, tokens: int = tokens) -> Score:
+                    return self._score_after(plan, tokens, LearningRate(rate, relative=True), judge)
 
-                rate, tried = best_rate(score, start)
+                rate, tried = best_rate(score, untrained, start)
                 kls = [(each, one.kl) for each, one in sorted(tried.items())]
                 found.append({"tokens": tokens, "rate": rate, "tried": kls})
                 start = rate or start
@@ -100,7 +99,11 @@ class TrialScorer:
             return None
         if self._recipe.learning_rate != "auto":
             return LearningRate(self._recipe.learning_rate)
-        rate = self._rates.get(tokens, self._rates[max(self._rates)])
+        rate = self._rates.get(tokens)
+        if rate is None:
+            # More than any step trains on, as for a forecast.
+            longest_first = (self._rates[count] for count in sorted(self._rates, reverse=True))
+            rate = next((one for one in longest_first if one > 0), FIRST_RATE)
         return LearningRate(rate, relative=True) if rate > 0 else None
 
     def _score_after(
@@ -114,7 +117,9 @@ class TrialScorer:
         if TRIAL_BYTES * trained > free_memory(dense.device):
             dense.park()
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
-        if rate is not None and not train_briefly(
+        if rate is None:
+            model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
+        elif not train_briefly(
             model,
             blocks_BT,
             rate=rate,
@@ -135,13 +140,13 @@ class TrialScorer:
         return self._database.cut(self._dense.sites[index], level, self._dense.device)
 
 
-def best_rate(score: Callable[[float], Score], start: float) -> tuple[float, dict[float, Score]]:
+def best_rate(score: Callable[[float], Score], untrained: Score, start: float) -> tuple[float, dict[float, Score]]:
     """The rate of least KL among powers of two times `start`, with what was tried; 0, no training, is among it.
 
     Ends when the rates next to the best are both worse, or after `_MOST_RATES`. A rate that is better than no training
     by less than the standard error of the difference counts as none.
     """
-    tried = {0.0: score(0.0)}
+    tried = {0.0: untrained}
     rate = start
     for _ in range(_MOST_RATES):
         tried[rate] = score(rate)
@@ -153,7 +158,7 @@ def best_rate(score: Callable[[float], Score], start: float) -> tuple[float, dic
             rate = low / 2
         else:
             break
-    gain, error = difference(tried[0.0], tried[best])
+    gain, error = difference(untrained, tried[best])
     return best if gain > error else 0.0, tried
 
 
