@@ -19,7 +19,8 @@ one selection step and in three, and with distilling trials, all with the same n
 each generation. `ranking`: how well do scores without a trial, and after one with next-token loss or distillation, rank
 plans as a longer recovery does? `rates`: what is the KL of the plan that a descent finds before and after a trial, at
 the rate `auto` and others? `ends`: after a descent, the same seconds spent on more rounds, on generations with trials
-or on generations without, all recovered equally. With `--keep FOLDER` databases stay there, as
+or on generations without, all recovered equally; and on generations as they were before learning rates were relative,
+recovered as it was then. With `--keep FOLDER` databases stay there, as
 `FOLDER/seed-N/database`, and are used again; `rates` and `ends` keep their descents there too.
 """
 
@@ -66,6 +67,8 @@ PAPER = SearchRecipe(
 """As in the published code, with tokens scaled to this model."""
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
+
+OLD = "before relative rates"
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "trained, three steps": {
@@ -172,7 +175,9 @@ def compare(arguments: argparse.Namespace) -> None:
                 plans[name] = evolve(search, TrialScorer(dense, database, corpus, settings), seconds)
                 print(f"seed {seed}: {name}: {search.generation} generations", flush=True)
             for name, plan in plans.items():
-                found = _row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)
+                found = _row(
+                    dense, database, corpus, plan, judge, RecoveryRecipe(tokens=arguments.recovery_tokens), seed
+                )
                 rows.setdefault(name, []).append(found)
                 shown = ", ".join(f"{value:.4f}" for value in found)
                 print(f"seed {seed}: {name}: {space.parameters(plan.levels):,} parameters; {shown}", flush=True)
@@ -201,7 +206,9 @@ def compare_selections(arguments: argparse.Namespace) -> None:
                 search = Evolution(space, budget, settings, [uniform], seed)
                 plan = evolve(search, TrialScorer(dense, database, corpus, settings), math.inf)
                 seconds = time.perf_counter() - start
-                found = _row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)
+                found = _row(
+                    dense, database, corpus, plan, judge, RecoveryRecipe(tokens=arguments.recovery_tokens), seed
+                )
                 rows.setdefault(name, []).append(found)
                 shown = ", ".join(f"{value:.4f}" for value in found)
                 helped = ", ".join(f"{one['helped']} of {one['tried']}" for one in trials_of(search.history))
@@ -236,7 +243,11 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
             for plan in plans:
                 for name, scorer in scorers.items():
                     scores[name].append(scorer.score(plan, 0, best).kl)
-                last.append(_row(dense, database, corpus, plan, judge, arguments.recovery_tokens, seed)[2])
+                last.append(
+                    _row(dense, database, corpus, plan, judge, RecoveryRecipe(tokens=arguments.recovery_tokens), seed)[
+                        2
+                    ]
+                )
                 print(f"seed {seed}: {len(last)}: {last[-1]:.4f}", flush=True)
             for name in cheap:
                 alike = spearman(scores[name], last)
@@ -248,12 +259,13 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
 
 
 def compare_ends(arguments: argparse.Namespace) -> None:
-    """After a descent, the same seconds spent in several ways; all plans get the same recovery."""
+    """After a descent, the same seconds spent in several ways; all plans but that of `OLD` get the same recovery."""
     rows: dict[str, list[tuple[float, ...]]] = {}
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "trials": {},
         "no trials": {"trial_tokens": (0, 0), "score_tokens": (2048, 4096), "offspring": 12},
-    }  # fmt: skip
+        OLD: {"learning_rate": 1e-4, "trial_loss": "next-token"},
+    }
     for seed in arguments.seeds:
         with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
             space = database.space(dense.sites)
@@ -288,12 +300,16 @@ def compare_ends(arguments: argparse.Namespace) -> None:
                     print(f"seed {seed}: {name}: gain {gain['mean']:.4f} ± {gain['error']:.4f}", flush=True)
                 seconds, helped = time.perf_counter() - start, trials_of(search.history)
                 print(f"seed {seed}: {name}: {search.generation} generations, {seconds:.0f} s, {helped}", flush=True)
-            known: dict[Plan, tuple[float, ...]] = {}
+            known: dict[tuple[Plan, bool], tuple[float, ...]] = {}
             for name, found in plans.items():
-                if found not in known:
-                    known[found] = _row(dense, database, corpus, found, judge, arguments.recovery_tokens, seed)
-                rows.setdefault(name, []).append(known[found])
-                print(f"seed {seed}: {name}: {', '.join(f'{value:.4f}' for value in known[found])}", flush=True)
+                recovery = RecoveryRecipe(tokens=arguments.recovery_tokens)
+                if name == OLD:
+                    recovery = recovery.model_copy(update={"learning_rate": 2e-4, "distillation": 0.5})
+                key = found, name == OLD
+                if key not in known:
+                    known[key] = _row(dense, database, corpus, found, judge, recovery, seed)
+                rows.setdefault(name, []).append(known[key])
+                print(f"seed {seed}: {name}: {', '.join(f'{value:.4f}' for value in known[key])}", flush=True)
     summarise(rows, arguments.recovery_tokens)
 
 
@@ -309,7 +325,7 @@ def compare_rates(arguments: argparse.Namespace) -> None:
             best = search_plan(dense, database, corpus, budget, short, seed, folder)
             uniform = uniform_plan(space, budget) or best
             for name, plan in (("uniform", uniform), ("found", best)):
-                kl = _row(dense, database, corpus, plan, judge, 0, seed)[0]
+                kl = _row(dense, database, corpus, plan, judge, RecoveryRecipe(tokens=0), seed)[0]
                 print(f"seed {seed}: {name}: KL {kl:.4f} on the evaluation text", flush=True)
             settings = recipe.search.model_copy(update={"trial_loss": arguments.trial_loss})
             for rate in arguments.rates:
@@ -342,15 +358,21 @@ def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) ->
 
 
 def _row(
-    dense: DenseModel, database: Database, corpus: Corpus, plan: Plan, judge: DenseReference, tokens: int, seed: int
+    dense: DenseModel,
+    database: Database,
+    corpus: Corpus,
+    plan: Plan,
+    judge: DenseReference,
+    recipe: RecoveryRecipe,
+    seed: int,
 ) -> tuple[float, ...]:
+    """KL and perplexity of a plan on the judge's text, before and (if `recipe` has tokens) after recovery."""
     cuts = database.cuts(dense.sites, plan.levels, dense.device)
     before = judge.compare(build_model(dense.config, dense.sites, dense.weights, cuts))
-    if not tokens:
+    if not recipe.tokens:
         return before.kl, before.perplexity
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = RecoveryRecipe(tokens=tokens)
         text, validation = corpus.blocks["trial"], corpus.blocks["score"]
         teacher, place = dense.whole(dense.device, fast_dtype(dense.device)), Path(folder)
         model, _ = recover(model, teacher, text, validation, recipe, seed=seed, folder=place, device=dense.device)
