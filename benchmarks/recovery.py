@@ -19,7 +19,7 @@ import torch
 
 from darwinlm.adapters.cutting import build_model
 from darwinlm.adapters.loading import choose_device, fast_dtype, load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import load_corpus, read_corpus
 from darwinlm.database.store import Database
 from darwinlm.demo import resolve
@@ -74,13 +74,13 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(settings), flush=True)
 
-    def started(method: RecoveryRecipe) -> DarwinLMForCausalLM:
+    def started(method: RecoveryRecipe) -> PrunedModel:
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
         if method.refit_tokens:
             refit(model, dense.model, corpus.tokens("trial", method.refit_tokens))
         return model
 
-    def train(method: RecoveryRecipe, steps: int, model: DarwinLMForCausalLM, evaluations: int):  # type: ignore[no-untyped-def]
+    def train(method: RecoveryRecipe, steps: int, model: PrunedModel, evaluations: int):  # type: ignore[no-untyped-def]
         method = method.model_copy(update={"tokens": steps * method.batch_size * length, "evaluations": evaluations})
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()

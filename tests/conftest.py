@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from darwinlm import training
-from darwinlm.adapters.families import dense_config
+from darwinlm.adapters.families import causal_lm, dense_config
 from darwinlm.adapters.loading import DenseModel, load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMModel
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.pipeline import Run, prune
@@ -50,7 +50,32 @@ _OWN = {
     "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 8},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
-}
+    "ministral3": {"head_dim": 8, "sliding_window": 8},
+    "ministral": {"head_dim": 8, "sliding_window": 8},
+    "cwm": {"head_dim": 8, "sliding_window": 8},
+    "vaultgemma": {"head_dim": 8, "sliding_window": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 4},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 4},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "olmo3": {"sliding_window": 8},
+    "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "cohere": {"logit_scale": 2.0, "use_qk_norm": True},
+    "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "phi3": {"sliding_window": 8},
+    "starcoder2": {"sliding_window": 8},
+    "qwen3_5_text": {
+        "head_dim": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+}  # fmt: skip
+"""What makes a family what it is, as small as it can be."""
 
 
 SETTINGS: dict[str, Any] = {
@@ -89,9 +114,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(family: str, **changes: Any) -> DarwinLMConfig:
-    """A dense config in the words of our modelling file, as pruning `family` begins with."""
-    settings = {**_SIZES, **_OWN[family], **changes}
+def make_config(family: str, **changes: Any) -> PrunedConfig:
+    """A dense config, as pruning `family` begins with."""
+    settings = {**_SIZES, "model_type": family, **_OWN.get(family, {}), **changes}
     return dense_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))
 
 
@@ -112,11 +137,11 @@ def rescaled(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor * _SCALES.get(".".join(name.split(".")[-2:]), 1) for name, tensor in weights.items()}
 
 
-def save_pruned(config: DarwinLMConfig, folder: Path) -> DarwinLMForCausalLM:
+def save_pruned(config: PrunedConfig, folder: Path) -> PrunedModel:
     """A model of the sizes in `config`, its every parameter random, as a folder that `darwinlm.load` takes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = DarwinLMForCausalLM(config).eval()
+        model = causal_lm(config)._from_config(config).eval()
         randomise(model)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -132,10 +157,10 @@ def randomise(model: torch.nn.Module) -> None:
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A checkpoint whose every parameter, biases and norms too, is random."""
-    settings = {**_SIZES, **_OWN[family], **changes}
+    settings = {**_SIZES, "model_type": family, **_OWN.get(family, {}), **changes}
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():
-        torch.manual_seed(FAMILIES.index(family))
+        torch.manual_seed(FAMILIES.index(family) if family in FAMILIES else 0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         randomise(model)
     model.to(dtype).save_pretrained(folder)
@@ -202,21 +227,23 @@ def run(
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """Call it, and passes of more than one block run out of memory (of two, halfway); the sizes of all passes."""
-    forward = DarwinLMModel.forward
     for user in (training, stage):
         monkeypatch.setattr(user, "fast_dtype", lambda device: torch.float32)
 
     def begin() -> list[int]:
         seen: list[int] = []
 
-        def small(model: DarwinLMModel, input_ids: torch.Tensor, **arguments: Any) -> Any:
-            seen.append(len(input_ids))
-            # The first part of the first batch in two parts gets through: what it has left must not count.
-            if len(input_ids) > 2 or seen[-2:] == [2, 2]:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return forward(model, input_ids, **arguments)
+        for name in ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"):
+            kind = getattr(transformers, name)
 
-        monkeypatch.setattr(DarwinLMModel, "forward", small)
+            def small(model: Any, input_ids: torch.Tensor, forward: Any = kind.forward, **arguments: Any) -> Any:
+                seen.append(len(input_ids))
+                # The first part of the first batch in two parts gets through: what it has left must not count.
+                if len(input_ids) > 2 or seen[-2:] == [2, 2]:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                return forward(model, input_ids, **arguments)
+
+            monkeypatch.setattr(kind, "forward", small)
         return seen
 
     return begin

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import VOCABULARY
 from safetensors.torch import load_file
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from darwinlm.adapters.loading import load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer
 from darwinlm.calibration.activations import choose_place, open_activations
 from darwinlm.calibration.grams import walk_blocks
 from darwinlm.database.build import build_database
@@ -112,7 +112,6 @@ import torch
 from safetensors.torch import load_file
 from darwinlm import dist
 from darwinlm.adapters.loading import load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer
 from darwinlm.database.build import build_database
 from darwinlm.recipe import DatabaseRecipe
 dist.start()
@@ -190,7 +189,7 @@ def test_a_damping_that_rounding_drowns_is_named(dense, calibration, tmp_path):
 def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
     whole = build_database(dense, calibration, RECIPE.model_copy(update={"batch_size": 2}), tmp_path / "whole")
-    seen, forward = [], DarwinLMDecoderLayer.forward
+    seen, forward = [], Qwen2DecoderLayer.forward
 
     def small(layer, states_BTD, **arguments):
         seen.append(len(states_BTD))
@@ -199,7 +198,7 @@ def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return output
 
-    monkeypatch.setattr(DarwinLMDecoderLayer, "forward", small)
+    monkeypatch.setattr(Qwen2DecoderLayer, "forward", small)
     recipe = RECIPE.model_copy(update={"batch_size": 8})
     built = build_database(dense, calibration, recipe, tmp_path / "small")
     assert seen == [8, 4, 2] + 3 * 4 * [2]
@@ -212,6 +211,6 @@ def test_a_device_without_room_for_a_block_fails(dense, calibration, tmp_path, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
-    monkeypatch.setattr(DarwinLMDecoderLayer, "forward", none)
+    monkeypatch.setattr(Qwen2DecoderLayer, "forward", none)
     with pytest.raises(torch.OutOfMemoryError):
         build_database(dense, calibration, RECIPE, tmp_path)

@@ -6,20 +6,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, make_checkpoint
+import transformers
+from conftest import FAMILIES, make_checkpoint, make_config
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from darwinlm import cli
 from darwinlm.adapters import cutting, modeling_darwinlm
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.loading import load_config
-from darwinlm.adapters.modeling_darwinlm import (
-    DarwinLMConfig,
-    DarwinLMDecoderLayer,
-    DarwinLMMLP,
-    DarwinLMModel,
-    DarwinLMRotaryEmbedding,
-)
+from darwinlm.adapters.modeling_darwinlm import Nothing, PrunedConfig, PrunedModel
+from darwinlm.adapters.walking import CACHE
 from darwinlm.doctor import choose_layers, examine
 from darwinlm.export import gguf, hf, llama_cpp, native, vllm
 
@@ -67,12 +64,14 @@ def test_every_family_is_healthy(family, checkpoint):
         assert check.result == "skipped" or 0 <= check.difference <= check.tolerance
 
 
-def break_rotation(monkeypatch):
-    def turned(x):
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((second, -first), dim=-1)
+def break_frequencies(monkeypatch):
+    """As if what no file holds, such as the frequencies of rotary embeddings, were not made."""
 
-    monkeypatch.setattr(modeling_darwinlm, "rotate_half", turned)
+    def forget(self, module):
+        for buffer in module.buffers():
+            buffer.zero_()
+
+    monkeypatch.setattr(PrunedModel, "_init_weights", forget, raising=False)
 
 
 def break_permutation(monkeypatch):
@@ -81,74 +80,89 @@ def break_permutation(monkeypatch):
 
 
 def break_head_map(monkeypatch):
-    right = modeling_darwinlm.repeat_kv
-    monkeypatch.setattr(
-        modeling_darwinlm,
-        "repeat_kv",
-        lambda states, repeats: right(states, repeats if isinstance(repeats, int) else repeats[::-1]),
-    )
+    right = modeling_darwinlm.attend_in_unequal_groups
+
+    def swapped(module, query, key, value, mask, **kwargs):
+        counts = module.config.query_heads_per_kv_head
+        module.config.own.query_heads_per_kv_head = counts[::-1]
+        try:
+            return right(module, query, key, value, mask, **kwargs)
+        finally:
+            module.config.own.query_heads_per_kv_head = counts
+
+    monkeypatch.setitem(modeling_darwinlm.ALL_ATTENTION_FUNCTIONS, modeling_darwinlm.UNEQUAL_GROUPS, swapped)
 
 
 def break_layers_without(part):
     def broken(monkeypatch):
-        right = DarwinLMDecoderLayer.forward
+        right = Nothing.forward
 
-        def forward(self, hidden_states, **kwargs):
-            output = right(self, hidden_states, **kwargs)
-            return output if getattr(self, f"has_{part}") else output * 0.99
+        def forward(self, hidden_states, *args, **kwargs):
+            output = right(self, hidden_states, *args, **kwargs)
+            if self.part != part:
+                return output
+            return hidden_states / 10 if part == "mlp" else (hidden_states / 10, None)
 
-        monkeypatch.setattr(DarwinLMDecoderLayer, "forward", forward)
+        monkeypatch.setattr(Nothing, "forward", forward)
 
     return broken
 
 
 def break_cache_lengths(monkeypatch):
     """As if the first layer, which may hold no attention, told how much was seen."""
-    monkeypatch.setattr(DarwinLMConfig, "get_text_config", lambda self, decoder=None, encoder=None: self)
-    right = DarwinLMModel.__init__
+    monkeypatch.setattr(PrunedConfig, "get_text_config", lambda self, decoder=None, encoder=None: self)
+    right = PrunedModel.__init__
 
     def init(self, config):
         right(self, config)
-        for number, layer in enumerate(self.layers):
-            if layer.has_attention:
-                layer.self_attn.layer_idx = number
+        for number, layer in enumerate(self.base_model.layers):
+            layer.self_attn.layer_idx = number
 
-    monkeypatch.setattr(DarwinLMModel, "__init__", init)
+    monkeypatch.setattr(PrunedModel, "__init__", init)
 
 
 def break_positions(monkeypatch):
     """As if a cached token stood one place further on."""
-    right = DarwinLMModel.forward
+    right = transformers.LlamaModel.forward
 
-    def forward(self, input_ids=None, cache=None, position_ids=None, **kwargs):
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        cache = kwargs.get(CACHE)
         seen = cache.get_seq_length() if cache is not None else 0
         if seen:
             position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0) + seen + 1
-        return right(self, input_ids, cache=cache, position_ids=position_ids, **kwargs)
+        return right(self, input_ids=input_ids, position_ids=position_ids, **kwargs)
 
-    monkeypatch.setattr(DarwinLMModel, "forward", forward)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+
+
+def change_mlps(monkeypatch, change):
+    """Have the MLPs of our models, and not those of transformers', read something else."""
+    right = PrunedModel.__init__
+
+    def init(self, config):
+        right(self, config)
+        for module in self.modules():
+            if isinstance(module, LlamaMLP):
+                module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]),))
+
+    monkeypatch.setattr(PrunedModel, "__init__", init)
 
 
 def halve_gradient(monkeypatch):
-    right = DarwinLMMLP.forward
-    monkeypatch.setattr(DarwinLMMLP, "forward", lambda self, x: right(self, (x + x.detach()) / 2))
+    change_mlps(monkeypatch, lambda x: (x + x.detach()) / 2)
 
 
 def stop_gradient(monkeypatch):
-    right = DarwinLMMLP.forward
-    monkeypatch.setattr(DarwinLMMLP, "forward", lambda self, x: right(self, x).detach())
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x, right=LlamaMLP.forward: right(self, x).detach())
 
 
 def break_recomputation(monkeypatch):
-    right, passes = DarwinLMMLP.forward, []
-
-    def forward(self, x):
+    def change(x):
         # What is computed again for the gradient comes out otherwise than before.
         again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-        passes.append(again)
-        return right(self, x * 1.5 if again else x)
+        return x * 1.5 if again else x
 
-    monkeypatch.setattr(DarwinLMMLP, "forward", forward)
+    change_mlps(monkeypatch, change)
 
 
 def break_saving(monkeypatch):
@@ -163,7 +177,7 @@ def break_saving(monkeypatch):
 
 
 def round_frequencies(monkeypatch):
-    monkeypatch.setattr(DarwinLMRotaryEmbedding, "_apply", torch.nn.Module._apply)
+    monkeypatch.setattr(PrunedModel, "_apply", torch.nn.Module._apply)
 
 
 def break_gguf(monkeypatch):
@@ -196,7 +210,7 @@ def break_native(monkeypatch):
 @pytest.mark.parametrize(
     ("broken", "told", "targets"),
     [
-        (break_rotation, {"level 0", "gradients", "gguf", "hf-native"}, ["gguf", "vllm", "hf-native"]),
+        (break_frequencies, {"level 0", "gradients", "saved"}, []),
         (break_permutation, {"groups", "heads", "attention", "mlp", "both", "gradients"}, []),
         (break_head_map, {"heads"}, []),
         (break_layers_without("attention"), {"attention", "both", "gradients", "vllm"}, ["vllm"]),
@@ -272,14 +286,18 @@ def test_a_model_that_cannot_be_read_is_one_line(checkpoint, tmp_path, capsys):
 
 
 def test_large_models_are_checked_on_a_few_layers_of_every_kind(checkpoint, monkeypatch):
-    large = DarwinLMConfig(num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)
+    large = make_config(
+        "llama", num_hidden_layers=80, hidden_size=8192, intermediate_size=11008, num_attention_heads=64, head_dim=128
+    )
     assert choose_layers(large) == [0, 79]
     large.layer_types = ["sliding_attention" if layer % 6 else "full_attention" for layer in range(80)]
     assert choose_layers(large) == [0, 79]
     large.layer_types = ["sliding_attention" if 0 < layer < 79 else "full_attention" for layer in range(80)]
     assert choose_layers(large) == [0, 1, 79]
-    small = DarwinLMConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9)
-    small.num_key_value_heads, small.head_dim = 3, 64
+    small = make_config(
+        "llama", num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9, head_dim=64,
+        num_key_value_heads=3,
+    )  # fmt: skip
     chosen = choose_layers(small)
     assert len(chosen) == 8 and chosen[0] == 0 and chosen[-1] == 29
     monkeypatch.setattr("darwinlm.doctor._LAYER_PARAMETERS", 1)

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from darwinlm import UserError, demo
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.families import causal_lm
 from darwinlm.cli import _exit_code
 from darwinlm.export import gguf as export_gguf
 from darwinlm.export import llama_cpp, quantize
@@ -99,8 +99,8 @@ def test_scaled_rope(family, rope, tmp_path):
 def test_without_stubs_the_file_is_wrong_or_kills_the_engine(tmp_path, monkeypatch):
     stub = export_gguf._stub
 
-    def no_mlp(config, shape, like):
-        parts = stub(config, shape, like)
+    def no_mlp(config, architecture, shape, like):
+        parts = stub(config, architecture, shape, like)
         return {name: part for name, part in parts.items() if shape.width or not name.startswith("ffn")}
 
     monkeypatch.setattr(export_gguf, "STUB_WIDTH", 0)
@@ -351,7 +351,7 @@ def engine_ids(tokenizer, folder, texts):
     config = make_config("llama", vocab_size=size, num_hidden_layers=1)
     architecture = export_gguf.choose_architecture(config)
     vocabulary = read_vocabulary(tokenizer, size, folder)
-    export_gguf.write_gguf(DarwinLMForCausalLM(config), vocabulary, folder / "t.gguf", "f32", "t", architecture)
+    export_gguf.write_gguf(causal_lm(config)(config), vocabulary, folder / "t.gguf", "f32", "t", architecture)
     engine = Engine(folder / "t.gguf")
     found = [engine.token_ids(text) for text in texts]
     engine.close()

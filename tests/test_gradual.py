@@ -16,7 +16,8 @@ from test_saved_model import uneven_plan
 import darwinlm
 from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements, sizes_by_layer
 from darwinlm.adapters.loading import load_dense, load_sizes
-from darwinlm.adapters.modeling_darwinlm import CACHE, whole_settings
+from darwinlm.adapters.modeling_darwinlm import whole_settings
+from darwinlm.adapters.walking import CACHE
 from darwinlm.cli import _exit_code
 from darwinlm.data import Corpus, TextStream, load_corpus
 from darwinlm.database.build import build_database
@@ -104,7 +105,8 @@ def test_sizes_of_a_second_cut_are_counted_as_the_model_has_them(granularity, tw
             assert gone == whole - count_parameters(site, again.shapes, cut.kept)
             if site.kind == "attention":
                 layers = model(TOKENS, use_cache=True)[CACHE].layers
-                assert len(layers) == sum(layer.has_attention for layer in model.model.layers)
+                skipped = [model.config.skipped(layer) for layer in range(model.config.num_hidden_layers)]
+                assert len(layers) == sum("attention" not in parts for parts in skipped)
                 keys = layers[model.model.layers[site.layer].self_attn.layer_idx].keys if cut.kept else None
                 stored = 0 if keys is None else 2 * keys.shape[1] * keys.shape[3]
                 assert stored == kv_elements(site, cut.kept, again.config.head_dim)

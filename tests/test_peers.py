@@ -144,7 +144,6 @@ def test_the_layers_that_change_least_go(calibrated):
         for number in range(dense.config.num_hidden_layers):
             above = build_model(dense.config, dense.sites, dense.weights, {})
             above.model.layers, above.model.norm = above.model.layers[: number + 1], torch.nn.Identity()
-            above.config.layer_types = above.config.layer_types[: number + 1]
             states.append(above.model(calibrated.blocks_BT, use_cache=False).last_hidden_state)
     # The embedding of the padding token is zero.
     units = [one / one.norm(dim=-1, keepdim=True).clamp_min(1e-8) for one in states]

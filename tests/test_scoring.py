@@ -9,7 +9,7 @@ from conftest import VOCABULARY, apart
 from darwinlm import training
 from darwinlm.adapters.cutting import Cut, build_model
 from darwinlm.adapters.memory import Portion
-from darwinlm.adapters.modeling_darwinlm import CACHE
+from darwinlm.adapters.walking import CACHE
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
 from darwinlm.learning_rate import LearningRate
 from darwinlm.plan import Plan

@@ -263,7 +263,7 @@ def test_an_error_says_nothing_to_the_terminal(capsys):
 @pytest.mark.parametrize(
     ("file", "needed"),
     [
-        (Path(modeling_darwinlm.__file__), {"collections", "copy", "inspect", "json", "torch", "transformers"}),
+        (Path(modeling_darwinlm.__file__), {"copy", "functools", "json", "sys", "torch", "transformers", "typing"}),
         (Path(mlx.__file__).with_name("darwinlm_mlx.py"), {"dataclasses", "mlx", "mlx_lm"}),
     ],
 )

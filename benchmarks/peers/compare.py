@@ -35,7 +35,7 @@ from whole_layers import by_influence
 
 from darwinlm.adapters.cutting import assemble, build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype, load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import Corpus, read_corpus
 from darwinlm.database.build import build_database
 from darwinlm.demo import resolve
@@ -48,7 +48,7 @@ from darwinlm.scoring import DenseReference
 from darwinlm.search.stage import search_plan
 from darwinlm.settings import load_recipe
 
-Candidates = Iterator[tuple[str, DarwinLMForCausalLM]]
+Candidates = Iterator[tuple[str, PrunedModel]]
 """What a method proposes, in words, and the model."""
 PEERS: dict[str, Callable[[Calibrated, int], Candidates]] = {
     "even widths, weights": by_weights,
@@ -82,7 +82,7 @@ class Rows:
         print(json.dumps(row), flush=True)
 
 
-def best(candidates: Candidates, score: DenseReference) -> tuple[str, DarwinLMForCausalLM]:
+def best(candidates: Candidates, score: DenseReference) -> tuple[str, PrunedModel]:
     """The candidate of least KL to the dense model."""
     kl, name, model = min(
         ((score.compare(model).kl, name, model) for name, model in candidates), key=lambda one: one[0]
@@ -91,9 +91,7 @@ def best(candidates: Candidates, score: DenseReference) -> tuple[str, DarwinLMFo
     return name, model
 
 
-def ours(
-    dense: DenseModel, corpus: Corpus, recipe: Recipe, target: float, folder: Path
-) -> tuple[str, DarwinLMForCausalLM]:
+def ours(dense: DenseModel, corpus: Corpus, recipe: Recipe, target: float, folder: Path) -> tuple[str, PrunedModel]:
     """The plan that the search finds, cut; the database in `folder` is built once for all targets."""
     database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder / "database")
     space = database.space(dense.sites)
@@ -103,15 +101,13 @@ def ours(
     return f"levels {plan.levels}", build_model(dense.config, dense.sites, dense.weights, cuts)
 
 
-def trainable(model: DarwinLMForCausalLM) -> DarwinLMForCausalLM:
+def trainable(model: PrunedModel) -> PrunedModel:
     """A copy of `model` whose training leaves the dense weights alone."""
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return assemble(model.config, tensors, trainable=True)  # type: ignore[arg-type]
 
 
-def recovered(
-    model: DarwinLMForCausalLM, teacher: DarwinLMForCausalLM, corpus: Corpus, tokens: int, seed: int
-) -> DarwinLMForCausalLM:
+def recovered(model: PrunedModel, teacher: PrunedModel, corpus: Corpus, tokens: int, seed: int) -> PrunedModel:
     """`model` after the recovery that all methods get."""
     recipe = RecoveryRecipe(tokens=tokens, evaluations=0, learning_rate=2e-4, distillation=0.5)
     text, validation = corpus.marked["trial"], corpus.marked["score"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from darwinlm.adapters.cutting import Cut, build_model, count_parameters
 from darwinlm.adapters.families import Site
 from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 
 class Shape(NamedTuple):
@@ -86,19 +86,17 @@ def even_cuts(dense: DenseModel, scores: Mapping[str, Tensor], shape: Shape) -> 
     return cuts
 
 
-def by_weights(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def by_weights(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     """Each shape of `parameters`, units kept by their weights."""
     yield from _models(calibrated.dense, weight_scores(calibrated.dense), parameters)
 
 
-def by_activations(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def by_activations(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     """Each shape of `parameters`, units kept by activations times weights."""
     yield from _models(calibrated.dense, activation_scores(calibrated), parameters)
 
 
-def _models(
-    dense: DenseModel, scores: Mapping[str, Tensor], parameters: int
-) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def _models(dense: DenseModel, scores: Mapping[str, Tensor], parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     for shape in even_shapes(dense, parameters):
         cuts = even_cuts(dense, scores, shape)
         yield named(dense, shape), build_model(dense.config, dense.sites, dense.weights, cuts)

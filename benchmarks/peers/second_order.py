@@ -6,7 +6,7 @@ from calibrated import Calibrated
 from even_widths import Shape, even_shapes, named
 
 from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.database.solver import prune_site
 from darwinlm.recipe import DatabaseRecipe
 
@@ -30,7 +30,7 @@ def refitted_cuts(calibrated: Calibrated, shapes: list[Shape]) -> dict[Shape, di
     return cuts
 
 
-def by_second_order(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def by_second_order(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     """Each shape of `parameters`, units kept by the error that they would cause."""
     dense = calibrated.dense
     for shape, cuts in refitted_cuts(calibrated, even_shapes(dense, parameters)).items():

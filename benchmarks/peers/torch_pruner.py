@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from darwinlm.adapters.cutting import assemble, count_parameters
 from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 WHOLE_LAYERS = (4, 2)
 """Of 32; the first and the last that LLM-Pruner's documented command leaves alone."""
@@ -77,7 +77,7 @@ def prune(
 
 
 @torch.no_grad()
-def express(model: Any, dense: DenseModel) -> DarwinLMForCausalLM:
+def express(model: Any, dense: DenseModel) -> PrunedModel:
     """The pruned `model` in our modelling file; its logits are compared on 16 tokens."""
     config, head_dim = copy.deepcopy(dense.config), dense.config.head_dim
     config.hidden_size = model.model.embed_tokens.weight.shape[1]
@@ -100,7 +100,7 @@ def express(model: Any, dense: DenseModel) -> DarwinLMForCausalLM:
     return ours
 
 
-def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     """With each number of query heads a KV head, the widest MLPs within `parameters`: in all layers, and in most."""
     dense, config = calibrated.dense, calibrated.dense.config
     group = config.num_attention_heads // config.num_key_value_heads
@@ -134,7 +134,7 @@ def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, Da
             yield name + (f" in {layers} layers" if whole else ""), express(model, dense)
 
 
-def as_in_the_example(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def as_in_the_example(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     """The smallest ratio, in thousandths, that leaves at most `parameters`."""
     dense = calibrated.dense
     ratio = next(number / 1000 for number in range(1, 1000) if _example_size(dense, number / 1000) <= parameters)
@@ -153,7 +153,7 @@ def _channels(dense: DenseModel, parameters: int, layers: int, heads_gone: int) 
     """How wide the MLPs of `layers` layers may be where so many query heads are gone from each of them."""
     config, mlp = dense.config, dense.sites[1]
     channel = count_parameters(mlp, dense.shapes, [0, 1]) - count_parameters(mlp, dense.shapes, [0])
-    head = config.head_dim * (2 * config.hidden_size + bool(config.qkv_bias))
+    head = config.head_dim * (2 * config.hidden_size + ("model.layers.0.self_attn.q_proj.bias" in dense.shapes))
     channels_gone = ((dense.parameters - parameters) / layers - heads_gone * head) / channel
     return int(config.intermediate_size - channels_gone)
 

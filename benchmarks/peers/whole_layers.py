@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from calibrated import Calibrated
 
 from darwinlm.adapters.cutting import Cut, build_model, count_parameters
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 
-def by_influence(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, DarwinLMForCausalLM]]:
+def by_influence(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
     """As many layers gone as bring the size nearest to `parameters`, above or below."""
     dense = calibrated.dense
     layer = sum(count_parameters(site, dense.shapes, range(site.num_units)) for site in dense.sites[:2])

@@ -13,7 +13,7 @@ from darwinlm.adapters.cutting import count_parameters
 from darwinlm.adapters.families import Site, dense_again, find_sites
 from darwinlm.adapters.loading import choose_device, expected_shapes, load_sizes
 from darwinlm.adapters.memory import SPARE, TRIAL_BYTES, kept_bytes
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.plan import check_target
@@ -85,7 +85,7 @@ def plan_run(
     sites = find_sites(config, recipe.database.granularity)
     size, shapes = targets[0]["params"], expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
-    fixed = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("model.layers."))
+    fixed = dense - sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
     check_target("params", size, dense=dense, smallest=fixed)
     fraction = size if isinstance(size, float) else size / dense
     if gpu is None:
@@ -107,7 +107,7 @@ def plan_run(
 
 
 def predict(
-    config: DarwinLMConfig, sites: tuple[Site, ...], recipe: Recipe, fraction: float, machine: Machine, rates: Rates
+    config: PrunedConfig, sites: tuple[Site, ...], recipe: Recipe, fraction: float, machine: Machine, rates: Rates
 ) -> Costs:
     """The costs of a run.
 
@@ -166,7 +166,7 @@ class _Step:
 
 
 def _predict_step(
-    config: DarwinLMConfig, sites: tuple[Site, ...], recipe: Recipe, machine: Machine, rates: Rates, step: _Step
+    config: PrunedConfig, sites: tuple[Site, ...], recipe: Recipe, machine: Machine, rates: Rates, step: _Step
 ) -> tuple[list[StageCost], float]:
     """The stages of a step, without their overhead, and the bytes of its database."""
     shapes, again = expected_shapes(config), expected_shapes(dense_again(config))
@@ -242,7 +242,7 @@ def _predict_step(
     levels = 2 * outputs * recipe.database.levels / 2
     width = max(columns, default=0.0)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
-    per_block = kept_bytes(config, data.sequence_length, torch.bfloat16)
+    per_block = kept_bytes(config, data.sequence_length, data.sequence_length, torch.bfloat16)
     layer = per_block / config.num_hidden_layers
     chunk = 3 * 128 * 4 * config.vocab_size
     # Trials compute activations again where they do not fit; sensitivities cannot.

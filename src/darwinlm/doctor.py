@@ -15,18 +15,29 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from darwinlm.adapters.cutting import Cut, build_model, cut_site
-from darwinlm.adapters.families import Granularity, Site, dense_config, find_sites
+from darwinlm.adapters.families import (
+    LAYERS,
+    Granularity,
+    Site,
+    causal_lm,
+    dense_config,
+    family_of,
+    find_sites,
+    sites_needed,
+    window_of,
+)
 from darwinlm.adapters.loading import (
     DenseModel,
     choose_device,
     expected_shapes,
-    native_model,
     open_dense,
     some_layers,
 )
-from darwinlm.adapters.modeling_darwinlm import CACHE, DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.adapters.walking import CACHE
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf, load, save_model
@@ -97,13 +108,14 @@ class _Patient:
             listed = ", ".join(map(str, layers))
             reduced.append(f"{len(layers)} of {count} layers ({listed}); the weights of the others were not read")
         few = some_layers(base_config, layers)
-        if config.sliding_window and config.sliding_window > _WINDOW:
+        window = max((window_of(config, layer) or 0 for layer in layers), default=0)
+        if window > _WINDOW:
             few.sliding_window = _WINDOW
-            reduced.append(f"the sliding window of {config.sliding_window:,} tokens to {_WINDOW}")
-        # Its draws would differ between the models.
-        few.attention_dropout = 0.0
+            reduced.append(f"the sliding window of {window:,} tokens to {_WINDOW}")
         few_config = dense_config(few)
-        few_config._attn_implementation = "sdpa"
+        for name, value in few_config.to_dict().items():
+            if name.endswith(("dropout", "pdrop")):
+                setattr(few, name, value)
         length = min(_TOKENS, config.max_position_embeddings - _NEW_TOKENS)
         reduced.append(f"text: {_BLOCKS} x {length} random tokens")
         dense = replace(
@@ -125,7 +137,7 @@ class _Patient:
         return cls(base_config=few, dense=dense, tokens_BT=tokens_BT), reduced
 
     @property
-    def config(self) -> DarwinLMConfig:
+    def config(self) -> PrunedConfig:
         return self.dense.config
 
     @property
@@ -147,8 +159,10 @@ class _Patient:
         """Random units of every site, none where a layer is `removed` (by kind of site)."""
         generator = torch.Generator().manual_seed(1)
         found = {}
-        for number, site in enumerate(find_sites(self.config, granularity)):
-            if site.layer in removed.get(site.kind, ()):
+        sites = find_sites(self.config, granularity)
+        needed = sites_needed(self.config, sites)
+        for number, site in enumerate(sites):
+            if site.layer in removed.get(site.kind, ()) and site.name not in needed:
                 found[site.name] = Cut(kept=(), output_weight=None)
                 continue
             count = max(1, round(_SHARES[number % len(_SHARES)] * site.num_units))
@@ -156,7 +170,7 @@ class _Patient:
             found[site.name] = _cut(site, self.dense.weights, kept)
         return found
 
-    def cut_model(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> DarwinLMForCausalLM:
+    def cut_model(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> PrunedModel:
         """A smaller model."""
         return build_model(self.config, find_sites(self.config, granularity), self.dense.weights, cuts)
 
@@ -171,7 +185,28 @@ class _Patient:
             weights[name] = masked
             if not kept and bias in weights:
                 weights[bias] = torch.zeros_like(weights[bias])
+        for name, factor in self.factors(granularity, cuts).items():
+            weights[name] = weights[name] * factor
         return weights
+
+    def factors(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
+        """What `masked_weights` multiplies rows by, where a norm goes over all heads at once: with zeros in place of
+        some and the others larger, it divides by what is the mean of those kept."""
+        found: dict[str, Tensor] = {}
+        for site in find_sites(self.config, granularity):
+            for norm in site.inputs if cuts[site.name].kept else ():
+                if not norm.norm:
+                    continue
+                left, count = norm.kept(cuts[site.name].kept), self.dense.shapes[norm.tensor][0] // norm.rows
+                larger = torch.zeros(count, device=self.dense.device)
+                larger[left] = (count / len(left)) ** 0.5
+                module = family_of(self.config).queries_keys_values[1 if norm.serves else 0]
+                for rows in site.inputs:
+                    if f".{module}." in rows.tensor:
+                        by_row = larger.repeat_interleave(rows.rows)
+                        found[rows.tensor] = by_row[:, None] if rows.tensor.endswith("weight") else by_row
+                found[norm.tensor] = 1 / torch.full((), (count / len(left)) ** 0.5, device=self.dense.device)
+        return found
 
     def worn(self) -> Iterator[tuple[Granularity, dict[str, Cut]]]:
         """Cuts of all kinds at once: no attention in the first layer, no MLP in the last, all others smaller."""
@@ -179,14 +214,15 @@ class _Patient:
             yield granularity, self.cuts(granularity, {"attention": {0}, "mlp": {self.last}})
 
 
-def choose_layers(config: DarwinLMConfig) -> list[int]:
+def choose_layers(config: PrunedConfig) -> list[int]:
     """Evenly spread layers, the first and the last among them, and one of each kind of attention at least."""
     count = config.num_hidden_layers
-    size = sum(prod(shape) for name, shape in expected_shapes(config).items() if name.startswith("model.layers.0."))
+    size = sum(prod(shape) for name, shape in expected_shapes(config).items() if name.startswith(f"{LAYERS}0."))
     wanted = min(count, _LAYERS, max(2, _LAYER_PARAMETERS // size))
     spread = {round(number * (count - 1) / max(1, wanted - 1)) for number in range(wanted)}
-    kinds = {kind: layer for layer, kind in reversed(list(enumerate(config.layer_types)))}
-    known = {config.layer_types[layer] for layer in spread}
+    of_layers = getattr(config, "layer_types", None) or [""] * count
+    kinds = {kind: layer for layer, kind in reversed(list(enumerate(of_layers)))}
+    known = {of_layers[layer] for layer in spread}
     return sorted(spread | {layer for kind, layer in kinds.items() if kind not in known})
 
 
@@ -230,8 +266,16 @@ def _outcome(name: str, tolerance: float, work: Callable[[], float | tuple[float
 
 @torch.no_grad()
 def _level_0(patient: _Patient) -> float:
-    native = native_model(patient.base_config, patient.dense.weights, patient.dense.source)
+    native = _native_model(patient, patient.dense.weights)
     return _difference(native(patient.tokens_BT).logits, patient.dense.model(patient.tokens_BT).logits)
+
+
+def _native_model(patient: _Patient, weights: Mapping[str, Tensor]) -> Any:
+    """Transformers' own model with these weights, made by its own loading."""
+    config, state = patient.base_config, dict(weights)
+    kind: Any = causal_lm(config) if isinstance(config, PrunedConfig) else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    native = kind.from_pretrained(None, config=config, state_dict=state, dtype=next(iter(state.values())).dtype)
+    return native.to(patient.dense.device).eval()
 
 
 @torch.no_grad()
@@ -255,7 +299,7 @@ def _step_by_step(patient: _Patient) -> float:
         output = model(tokens_BT[:, :half], use_cache=True)
         found = [output.logits]
         for position in range(half, tokens_BT.shape[1]):
-            output = model(tokens_BT[:, position : position + 1], use_cache=True, cache=output[CACHE])
+            output = model(tokens_BT[:, position : position + 1], use_cache=True, **{CACHE: output[CACHE]})
             found.append(output.logits)
         differences.append(_difference(model(tokens_BT, use_cache=False).logits, torch.cat(found, 1)))
     return max(differences)
@@ -289,10 +333,14 @@ def _gradients(patient: _Patient) -> float:
     differences = []
     for granularity, cuts in patient.worn():
         weights = patient.masked_weights(granularity, cuts)
-        native = native_model(patient.base_config, weights, patient.dense.source)
+        native = _native_model(patient, weights)
         whole = _gradients_of(native, patient.tokens_BT, allow_none=True)
-        expected: dict[str, Tensor] = {}
-        for site in find_sites(patient.config, granularity):
+        for name, factor in patient.factors(granularity, cuts).items():
+            whole[name] = whole[name] * factor
+        sites = find_sites(patient.config, granularity)
+        in_sites = {name for site in sites for name in site.tensors}
+        expected = {name: gradient for name, gradient in whole.items() if name not in in_sites}
+        for site in sites:
             expected |= cut_site(site, whole, _cut(site, whole, cuts[site.name].kept))
         del native, whole
         found = _gradients_of(patient.cut_model(granularity, cuts), patient.tokens_BT)
@@ -311,7 +359,7 @@ def _recomputed(patient: _Patient) -> float:
 
 def _gradients_of(model: Any, tokens_BT: Tensor, *, allow_none: bool = False) -> dict[str, Tensor]:
     """Of the weights in the layers, by name. Raises ValueError if none reaches one of them."""
-    layers = {name: weight for name, weight in model.named_parameters() if name.startswith("model.layers.")}
+    layers = {name: weight for name, weight in model.named_parameters() if name.startswith(LAYERS)}
     model.requires_grad_(False)
     for weight in layers.values():
         weight.requires_grad_(True).grad = None
@@ -343,7 +391,7 @@ def _reloaded(patient: _Patient, folder: Path) -> float:
         target = folder / granularity
         target.mkdir(parents=True)
         save_model(model, dtype, target)
-        rounded: Any = model.to(dtype)  # type: ignore[arg-type]
+        rounded: Any = model.to(dtype)
         expected = rounded.float()(patient.tokens_BT).logits
         written = load(target, dtype=torch.float32, device=str(patient.dense.device))
         differences.append(_difference(expected, written(patient.tokens_BT).logits))

@@ -9,7 +9,7 @@ import torch
 import darwinlm
 from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.memory import free_memory
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import Corpus
 from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_served, measure, request_seconds, visiting, write_sample
 from darwinlm.export.card import model_card
@@ -46,12 +46,12 @@ def evaluate_and_export(
             wait = dense.device
         uniform = uniform_plan(first.space, budgets[1])
         if uniform is not None:
-            models["uniform"] = first.cut(uniform).to(wait)  # type: ignore[arg-type]
+            models["uniform"] = first.cut(uniform).to(wait)
         if here is not first:
             models[f"{STEP}{recipe.steps - 1}"] = dense.model
-        models["found"] = here.cut(plan).to(wait)  # type: ignore[arg-type]
+        models["found"] = here.cut(plan).to(wait)
         if recipe.recovery.wanted:
-            models["recovered"] = here.result(recipe, plan, size.folder).to(wait)  # type: ignore[arg-type]
+            models["recovered"] = here.result(recipe, plan, size.folder).to(wait)
         last = models[next(reversed(models))]
         if not evaluated:
             with run.stage(f"{size.prefix}evaluation", measured_file):
@@ -76,7 +76,7 @@ def _measure(
     corpus: Corpus,
     budget: Budget,
     plan: Plan,
-    models: Mapping[str, DarwinLMForCausalLM],
+    models: Mapping[str, PrunedModel],
     size: Size,
 ) -> dict[str, Any]:
     """What `measured.json` holds; the last of `models` is the result."""

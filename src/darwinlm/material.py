@@ -8,7 +8,7 @@ from torch import Tensor
 
 from darwinlm.adapters.cutting import build_model, copy_trained
 from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.database.store import Database
 from darwinlm.files import read_tensors
 from darwinlm.plan import Plan, Space
@@ -28,13 +28,13 @@ class Material:
         """The search space."""
         return self.database.space(self.dense.sites)
 
-    def cut(self, plan: Plan) -> DarwinLMForCausalLM:
+    def cut(self, plan: Plan) -> PrunedModel:
         """`plan`, not trained."""
         dense = self.dense
         cuts = self.database.cuts(dense.sites, plan.levels, dense.device)
         return build_model(dense.config, dense.sites, dense.weights, cuts)
 
-    def result(self, recipe: Recipe, plan: Plan, folder: Path) -> DarwinLMForCausalLM:
+    def result(self, recipe: Recipe, plan: Plan, folder: Path) -> PrunedModel:
         """What a step leaves: `plan`, recovered (in `folder/recovery`) if that is wanted."""
         cut = self.cut(plan)
         if not recipe.recovery.wanted:
@@ -42,7 +42,7 @@ class Material:
         return copy_trained(cut, read_tensors(folder / "recovery" / "weights.safetensors"))
 
 
-def stored_weights(model: DarwinLMForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_weights(model: PrunedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as files hold them: in `dtype`, tied ones once."""
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

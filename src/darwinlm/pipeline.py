@@ -10,8 +10,9 @@ import torch
 
 import darwinlm
 from darwinlm import dist
+from darwinlm.adapters.families import sites_needed
 from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.levels import check_tensor_parallel
@@ -52,7 +53,7 @@ class Run:
         """The folder of the pruned model."""
         return self.path / "model"
 
-    def load(self) -> DarwinLMForCausalLM:
+    def load(self) -> PrunedModel:
         """The pruned model."""
         return load(self.model_path)
 
@@ -131,6 +132,11 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
+    if recipe.recovery.cut_documents and sites_needed(dense.config, dense.sites):
+        raise UserError(
+            f"recovery.cut_documents: linear attention, which {recipe.model!r} has, carries what it read from one "
+            "document to the next; leave it at false"
+        )
     check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
     check_recovery(recipe.recovery)
     _check_alike(recipe, dense)
@@ -170,7 +176,7 @@ def _database(recipe: Recipe, dense: DenseModel, corpus: Corpus, step: Step, run
             tokens_BT, parallel = corpus.blocks["calibration"], recipe.export.tensor_parallel
             build_database(dense, tokens_BT, recipe.database, folder, phases, parallel)
             facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
-    return Database(folder, kept=sites_kept_for(recipe.export.targets))
+    return Database(folder, kept=sites_kept_for(recipe.export.targets) | sites_needed(dense.config, dense.sites))
 
 
 def _budgets(recipe: Recipe, first: Material, here: Material, step: Step, size: Size) -> tuple[Budget, Budget]:

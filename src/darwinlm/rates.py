@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import nn
 
+from darwinlm.adapters.families import LAYERS, causal_lm, layer_class
 from darwinlm.adapters.loading import expected_shapes, fast_dtype
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMDecoderLayer, DarwinLMRotaryEmbedding
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, make_layer
+from darwinlm.adapters.walking import Given, enter
 from darwinlm.memory import available_memory
 
 _UTILISATION = 0.4
@@ -88,10 +91,10 @@ def machine_here(device: torch.device) -> Machine:
     return Machine(name=name, devices=1, memory=available_memory(), accelerator=False)
 
 
-def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:
+def rates_of(config: PrunedConfig, gpu: Gpu, tokens: int) -> Rates:
     """What a token costs on a device that is not here, from its peaks; `tokens` are those of a block."""
     shapes = expected_shapes(config)
-    weights = sum(prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
+    weights = sum(prod(shape) for name, shape in shapes.items() if name.startswith(f"{LAYERS}0."))
     # Each token looks at half of its block on average: products with keys and with values.
     attention = 2 * tokens * config.num_attention_heads * config.head_dim
     layer, head = 2 * weights + attention, 2 * config.vocab_size * config.hidden_size
@@ -108,24 +111,26 @@ def rates_of(config: DarwinLMConfig, gpu: Gpu, tokens: int) -> Rates:
     )
 
 
-def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> Rates:
+def measure_rates(config: PrunedConfig, device: torch.device, tokens: int) -> Rates:
     """What a token costs here: one random layer and the head, timed on a block of `tokens` tokens for some seconds."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"
     fast = fast_dtype(device)
-    rotary = DarwinLMRotaryEmbedding(config).to(device)
-    positions = torch.arange(tokens, device=device).unsqueeze(0)
+    # Without layers and without a vocabulary, what a layer is given is cheap to make.
+    small = copy.deepcopy(config)
+    small.vocab_size, small.num_hidden_layers, small.intermediate_size, small.pad_token_id = 1, 1, 1, None
+    around = causal_lm(small)._from_config(small).to(device)
 
-    def layer_of(dtype: torch.dtype) -> DarwinLMDecoderLayer:
-        return DarwinLMDecoderLayer(config, 0).to(device, dtype)
+    def given(count: int, dtype: torch.dtype) -> Given:
+        return enter(around, torch.zeros(1, count, dtype=torch.long, device=device), dtype)[1][0]
 
-    def through(layer: DarwinLMDecoderLayer, states_BTD: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = layer(
-            states_BTD, attention_mask=None, position_ids=positions, position_embeddings=rotary(states_BTD, positions)
-        )
+    def layer_of(dtype: torch.dtype) -> nn.Module:
+        layer: nn.Module = make_layer(layer_class(config), config, 0).to(device, dtype)
+        return layer
+
+    def through(layer: nn.Module, states_BTD: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = layer(states_BTD, **known[states_BTD.shape[1], states_BTD.dtype])
         return output
 
-    def train(layer: DarwinLMDecoderLayer, states_BTD: torch.Tensor) -> None:
+    def train(layer: nn.Module, states_BTD: torch.Tensor) -> None:
         through(layer, states_BTD.requires_grad_(True)).sum().backward()
 
     head_VD = torch.randn(config.vocab_size, config.hidden_size, device=device) / config.hidden_size
@@ -145,19 +150,14 @@ def measure_rates(config: DarwinLMConfig, device: torch.device, tokens: int) -> 
         dtype: torch.randn(1, tokens, config.hidden_size, device=device, dtype=dtype) for dtype in (torch.float32, fast)
     }
     layers = {dtype: layer_of(dtype) for dtype in states}
+    known = {(count, dtype): given(count, dtype) for count in (1, tokens) for dtype in states}
     side = 2048
     square = torch.randn(side, side, device=device)
     with torch.no_grad():
         slow_forward = _seconds(lambda: through(layers[torch.float32], states[torch.float32]), device)
         fast_forward = _seconds(lambda: through(layers[fast], states[fast]), device)
         one_B1D = states[fast][:, :1]
-        first_11 = positions[:, :1]
-        alone = _seconds(
-            lambda: layers[fast](
-                one_B1D, attention_mask=None, position_ids=first_11, position_embeddings=rotary(one_B1D, first_11)
-            ),
-            device,
-        )
+        alone = _seconds(lambda: through(layers[fast], one_B1D), device)
         head_forward = _seconds(head, device)
         head_alone = _seconds(lambda: torch.mm(states[fast][0, :1], head_fast_VD.T), device)
         product = _seconds(lambda: square @ square, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from darwinlm import dist
 from darwinlm.adapters.cutting import assemble, build_model, pruned_config
 from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import Corpus, TextStream
 from darwinlm.files import find_fault, read_json, write_bytes, write_json
 from darwinlm.material import Material, stored_weights
@@ -72,7 +72,7 @@ def recover_plan(
 
 def _starting_model(
     here: Material, corpus: Corpus, plan: Plan, refit_tokens: int, place: torch.device, folder: Path
-) -> DarwinLMForCausalLM:
+) -> PrunedModel:
     """`plan`, refitted if that is wanted, trainable, on `place`. What it was made from ends with this function: nothing
     of it stays in memory while the model is trained."""
     dense, database = here.dense, here.database
@@ -96,7 +96,7 @@ def _starting_model(
 
 def _teacher(
     dense: DenseModel, recipe: RecoveryRecipe, corpus: Corpus, place: torch.device, folder: Path
-) -> DarwinLMForCausalLM | Taught:
+) -> PrunedModel | Taught:
     """The dense model as the recipe wants it, or what it predicts."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype, int8 = known.get(recipe.teacher_dtype, fast_dtype(dense.device)), recipe.teacher_dtype == "int8"
@@ -104,7 +104,7 @@ def _teacher(
         return load_teacher(dense.reference, dtype, place, int8=int8)
 
     @cache
-    def load() -> DarwinLMForCausalLM:
+    def load() -> PrunedModel:
         return load_teacher(dense.reference, dtype, dense.device, int8=int8)
 
     text, validation = (

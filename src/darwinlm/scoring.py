@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.heads import Head
 from darwinlm.adapters.memory import Portion
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 _CHUNK_TOKENS = 128
 _BATCH_TOKENS = 4096
@@ -33,9 +34,9 @@ class DenseReference:
     """The dense model's last hidden states on some blocks: run once, compared with any number of models."""
 
     @torch.no_grad()
-    def __init__(self, dense: DarwinLMForCausalLM, blocks_BT: Tensor) -> None:
+    def __init__(self, dense: PrunedModel, blocks_BT: Tensor) -> None:
         self._blocks_BT = blocks_BT.to(dense.device, torch.long)
-        self._head_VD = dense.lm_head.weight
+        self._head = Head.of(dense)
         self._batch = max(1, _BATCH_TOKENS // blocks_BT.shape[1])
         self._portion = Portion(min(self._batch, len(blocks_BT)), "scoring")
         self._hidden_BTD = torch.cat([self._hidden(dense, ids_BT) for ids_BT in self.batches()])
@@ -51,26 +52,25 @@ class DenseReference:
         return batches
 
     @torch.no_grad()
-    def compare(
-        self, model: DarwinLMForCausalLM, tokens: int | None = None, *, head_VD: Tensor | None = None
-    ) -> Fidelity:
+    def compare(self, model: PrunedModel, tokens: int | None = None, *, head: Head | None = None) -> Fidelity:
         """KL and perplexity of `model` on the first `tokens` tokens (all of them by default), in whole blocks.
 
-        The model may compute in bfloat16: its last hidden states are multiplied with its head, or with `head_VD`, in
+        The model may compute in bfloat16: its last hidden states are given to its head, or to `head`, in
         float32.
         """
         count = self.count(tokens)
         hidden = (self._hidden(model, ids_BT) for ids_BT in self.batches(count))
-        return self.compare_hidden(hidden, model.lm_head.weight if head_VD is None else head_VD, count)
+        return self.compare_hidden(hidden, head or Head.of(model), count)
 
     @torch.no_grad()
-    def compare_hidden(self, hidden: Iterable[Tensor], head_VD: Tensor, count: int | None = None) -> Fidelity:
+    def compare_hidden(self, hidden: Iterable[Tensor], head: Head, count: int | None = None) -> Fidelity:
         """The same from a model's last hidden states on the first `count` blocks, in batches of `batches(count)`."""
         length = self._blocks_BT.shape[1]
         count = len(self._blocks_BT) if count is None else count
-        head_VD, dense_VD = head_VD.float(), self._head_VD.float()
+        head, dense = head.float(), self._head.float()
         # Reused for all chunks: on the CPU, fresh memory of this size costs more than what is computed in it.
-        buffers = [torch.empty(_CHUNK_TOKENS, len(head_VD), device=head_VD.device) for _ in range(3)]
+        shape, device = (_CHUNK_TOKENS, len(head.weight_VD)), head.weight_VD.device
+        buffers = [torch.empty(shape, device=device) for _ in range(3)]
         kls, loss = [], 0.0
         dense_blocks = iter(self._hidden_BTD[:count])
         for hidden_BTD, ids_BT in zip(hidden, self.batches(count), strict=True):
@@ -85,10 +85,10 @@ class DenseReference:
                     strict=True,
                 ):
                     logits_NV, log_q_NV, log_p_NV = (buffer[: len(here_ND)] for buffer in buffers)
-                    torch.mm(here_ND.float(), head_VD.T, out=logits_NV)
+                    head.logits(here_ND, out=logits_NV)
                     torch.log_softmax(logits_NV, -1, out=log_q_NV)
                     loss += torch.nn.functional.nll_loss(log_q_NV, labels_N, reduction="sum").item()
-                    torch.mm(there_ND.float(), dense_VD.T, out=logits_NV)
+                    dense.logits(there_ND, out=logits_NV)
                     torch.log_softmax(logits_NV, -1, out=log_p_NV)
                     torch.sub(log_p_NV, log_q_NV, out=log_q_NV)
                     kl += torch.dot(log_p_NV.exp_().view(-1), log_q_NV.view(-1)).item()
@@ -99,10 +99,10 @@ class DenseReference:
     @torch.no_grad()
     def expected_rows(self) -> Tensor:
         """The row of the head that the dense model expects to predict, by position: blocks * tokens * hidden."""
-        return torch.stack([expected_rows(hidden_TD, self._head_VD) for hidden_TD in self._hidden_BTD])
+        return torch.stack([self._head.expected_rows(hidden_TD) for hidden_TD in self._hidden_BTD])
 
     @torch.no_grad()
-    def gradients(self, hidden_TD: Tensor, block: int, head_VD: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    def gradients(self, hidden_TD: Tensor, block: int, head: Head, draws: int, seed: int) -> tuple[Tensor, Tensor]:
         """How KL(dense || model) on one block changes with the model's last hidden states, to second order.
 
         With G the first result, a small change E of the hidden states changes the mean KL by about
@@ -112,7 +112,7 @@ class DenseReference:
         Args:
             hidden_TD: the model's last hidden states on the block.
             block: its number.
-            head_VD: the model's head.
+            head: the model's.
             draws: R.
             seed: of the draws.
 
@@ -122,36 +122,24 @@ class DenseReference:
         length = len(hidden_TD)
         gradient_TD = torch.empty(hidden_TD.shape, device=hidden_TD.device)
         scores_RTD = torch.empty(draws, *hidden_TD.shape, device=hidden_TD.device)
-        head_VD, dense_VD = head_VD.float(), self._head_VD.float()
+        head, dense = head.float(), self._head.float()
         generator = torch.Generator(hidden_TD.device).manual_seed(seed)
         for start in range(0, length, _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             there_ND = self._hidden_BTD[block, rows]
-            p_NV = torch.nn.functional.linear(there_ND.float(), dense_VD).softmax(-1)
-            q_NV = torch.nn.functional.linear(hidden_TD[rows].float(), head_VD).softmax(-1)
-            mean_ND = q_NV @ head_VD
-            gradient_TD[rows] = (mean_ND - p_NV @ head_VD) / length
+            p_NV = dense.logits(there_ND).softmax(-1)
+            logits_NV = head.logits(hidden_TD[rows])
+            q_NV = logits_NV.softmax(-1)
+            mean_ND = head.back(q_NV, logits_NV)
+            gradient_TD[rows] = (mean_ND - head.back(p_NV, logits_NV)) / length
             if draws > 0:
                 drawn_NR = torch.multinomial(q_NV, draws, replacement=True, generator=generator)
-                scores_RTD[:, rows] = (head_VD[drawn_NR.T] - mean_ND) / length**0.5
+                drawn_RND = head.rows(drawn_NR.T, hidden_TD[rows].float())
+                scores_RTD[:, rows] = (drawn_RND - mean_ND) / length**0.5
         return gradient_TD, scores_RTD
 
-    def _hidden(self, model: DarwinLMForCausalLM, ids_BT: Tensor) -> Tensor:
+    def _hidden(self, model: PrunedModel, ids_BT: Tensor) -> Tensor:
         def run(size: int) -> Tensor:
             return torch.cat([model.model(part, use_cache=False).last_hidden_state for part in ids_BT.split(size)])
 
         return self._portion(run)
-
-
-@torch.no_grad()
-def expected_rows(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-    """The mean of the head's rows by the predictions of these last hidden states, N * D, in their dtype.
-
-    The gradient of next-token loss by a hidden state is this less the row of the next token; that of KL(dense || model)
-    is this less the dense model's.
-    """
-    parts = [
-        torch.nn.functional.linear(part_ND, head_VD).float().softmax(-1).to(head_VD.dtype) @ head_VD
-        for part_ND in hidden_ND.split(_CHUNK_TOKENS)
-    ]
-    return torch.cat(parts)

@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.walking import CACHE
 from darwinlm.errors import UserError
 from darwinlm.progress import task
 
@@ -53,7 +54,7 @@ def _write_batch(
     ids_B1 = torch.full((count, 1), first, device=dense.device)
     cache = DynamicCache(config=dense.config)
     for _ in range(longest - 1):
-        logits_BV = dense.model(ids_B1, cache=cache, use_cache=True).logits[:, -1]
+        logits_BV = dense.model(ids_B1, use_cache=True, **{CACHE: cache}).logits[:, -1]
         ids_B1 = _sample(logits_BV, generator)
         for row, token in zip(rows, ids_B1[:, 0].tolist(), strict=True):
             documents[row].append(token)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 import transformers
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import EngineError, UserError
 from darwinlm.evaluation.measure import as_served, request_seconds
 from darwinlm.export import llama_cpp, vllm_engine
@@ -69,7 +69,7 @@ def measure_speeds(
 
 
 def _in_transformers(
-    models: Mapping[str, DarwinLMForCausalLM], batches: Sequence[int], lengths: Sequence[int]
+    models: Mapping[str, PrunedModel], batches: Sequence[int], lengths: Sequence[int]
 ) -> dict[str, Any]:
     rows = []
     served = as_served(models, next(iter(models.values())).dtype)
@@ -84,7 +84,7 @@ def _in_transformers(
 
 
 def _in_llama_cpp(
-    models: Mapping[str, DarwinLMForCausalLM], tokenizers: Mapping[str, Any], lengths: Sequence[int]
+    models: Mapping[str, PrunedModel], tokenizers: Mapping[str, Any], lengths: Sequence[int]
 ) -> dict[str, Any]:
     """On the CPU: the engine is the one that exports are proved in."""
     engine = llama_cpp.engine_version()
@@ -95,7 +95,7 @@ def _in_llama_cpp(
         with tempfile.TemporaryDirectory(prefix="darwinlm-speed-") as scratch:
             files: dict[str, Path] = {}
             for name, model in models.items():
-                config = cast(DarwinLMConfig, model.config)
+                config = cast(PrunedConfig, model.config)
                 if max(lengths) + _NEW_TOKENS > context_length(config):
                     raise UserError(f"a file for llama.cpp is for {context_length(config):,} positions, the window")
                 vocabulary = read_vocabulary(tokenizers[name], config.vocab_size, Path(tokenizers[name].name_or_path))
@@ -110,7 +110,7 @@ def _in_llama_cpp(
 
 
 def _in_vllm(
-    models: Mapping[str, DarwinLMForCausalLM],
+    models: Mapping[str, PrunedModel],
     batches: Sequence[int],
     lengths: Sequence[int],
     engine: str | None,
@@ -130,10 +130,10 @@ def _in_vllm(
         folders: dict[str, Path] = {}
         for name, model in models.items():
             # The device's memory is vLLM's now.
-            model.to("cpu")  # type: ignore[arg-type]
+            model.to("cpu")
             folders[name] = Path(scratch) / str(len(folders))
             try:
-                write_native(model, native_config(cast(DarwinLMConfig, model.config)), nothing, folders[name])
+                write_native(model, native_config(cast(PrunedConfig, model.config)), nothing, folders[name])
             except UserError:
                 write_vllm(model, nothing, folders[name], 1)
         if torch.cuda.is_available():

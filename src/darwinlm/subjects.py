@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from darwinlm.adapters.loading import choose_device, load_dense, load_settings
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.loading import choose_device, is_pruned, load_dense, load_settings
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
@@ -18,7 +18,7 @@ from darwinlm.recipe import Recipe
 from darwinlm.report.facts import read_manifest
 from darwinlm.run_directory import run_sizes
 
-Loader = Callable[[], tuple[DarwinLMForCausalLM, Any]]
+Loader = Callable[[], tuple[PrunedModel, Any]]
 """Gives a model, in the dtype it is stored in, and its tokenizer."""
 
 
@@ -37,23 +37,23 @@ def models_of_run(run: Path) -> dict[str, Loader]:
     return loaders
 
 
-def _dense(run: Path, recipe: Recipe, device: torch.device) -> tuple[DarwinLMForCausalLM, Any]:
+def _dense(run: Path, recipe: Recipe, device: torch.device) -> tuple[PrunedModel, Any]:
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     if dense.fingerprint != read_json(run / "manifest.json")["facts"]["model"]:
         raise UserError(f"{run}: {recipe.model!r} is another model now than the one that was pruned; bring it back")
-    return dense.model.to(dense.dtype), dense.tokenizer  # type: ignore[arg-type]
+    return dense.model.to(dense.dtype), dense.tokenizer
 
 
-def one_model(source: str) -> tuple[DarwinLMForCausalLM, Any]:
+def one_model(source: str) -> tuple[PrunedModel, Any]:
     """The dense or pruned model in a folder or on the Hub, and its tokenizer. Raises UserError."""
     device = choose_device("auto")
     folder = resolve(source)
-    if load_settings(folder)["model_type"] == DarwinLMConfig.model_type:
+    if is_pruned(load_settings(folder)):
         return _pruned(Path(folder), device)
     dense = load_dense(folder, "kv_group", device)
-    return dense.model.to(dense.dtype), dense.tokenizer  # type: ignore[arg-type]
+    return dense.model.to(dense.dtype), dense.tokenizer
 
 
-def _pruned(folder: Path, device: torch.device) -> tuple[DarwinLMForCausalLM, Any]:
+def _pruned(folder: Path, device: torch.device) -> tuple[PrunedModel, Any]:
     model = load(folder, device=str(device))
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

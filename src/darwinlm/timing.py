@@ -4,13 +4,12 @@ import time
 
 import torch
 
-from darwinlm.adapters.modeling_darwinlm import CACHE, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.walking import CACHE
 
 
 @torch.no_grad()
-def time_request(
-    model: DarwinLMForCausalLM, *, batch_size: int, prompt_tokens: int, new_tokens: int
-) -> tuple[float, float]:
+def time_request(model: PrunedModel, *, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt, and seconds for the new tokens (greedy, cached)."""
     ids_BT = (torch.arange(batch_size * prompt_tokens, device=model.device) * 7919 % model.config.vocab_size).view(
         batch_size, prompt_tokens
@@ -22,7 +21,7 @@ def time_request(
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         token_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(token_B1, use_cache=True, cache=output[CACHE])
+        output = model(token_B1, use_cache=True, **{CACHE: output[CACHE]})
     _synchronise(model.device)
     return prefilled - start, time.perf_counter() - prefilled
 

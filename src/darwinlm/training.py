@@ -8,18 +8,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.heads import Head
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.learning_rate import LearningRate, parameter_groups
-from darwinlm.scoring import expected_rows
 
 _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
 
 
 def train_briefly(
-    model: DarwinLMForCausalLM,
+    model: PrunedModel,
     blocks_BT: Tensor,
     *,
     rate: LearningRate,
@@ -53,18 +53,19 @@ def train_briefly(
     masters = parameters
     if dtype != torch.float32:
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
-    model.to(dtype)  # type: ignore[arg-type]
+    model.to(dtype)
     portion = portion or Portion(batch_size, "trial")
     tokens = min(portion.size, len(blocks_BT)) * blocks_BT.shape[1]
-    recompute = kept_bytes(cast(DarwinLMConfig, model.config), tokens, dtype) > _SHARE * free_memory(model.device)
+    recompute = kept_bytes(cast(PrunedConfig, model.config), tokens, blocks_BT.shape[1], dtype) > _SHARE * free_memory(
+        model.device
+    )
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(masters, rate), fused=True)
     for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
         batch_BT = batch_BT.to(model.device, torch.long)
-        if aims_BTD is None:
-            rows_BTD = torch.nn.functional.embedding(batch_BT[:, 1:], model.lm_head.weight)
-        else:
+        rows_BTD = None
+        if aims_BTD is not None:
             rows_BTD = aims_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
         portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD))
         # A norm of all gradients depends on how a model's weights are scaled; AdamW's steps need no limit.
@@ -82,23 +83,29 @@ def train_briefly(
 
 
 def _gradients(
-    model: DarwinLMForCausalLM,
+    model: PrunedModel,
     parameters: Sequence[Tensor],
     masters: Sequence[Tensor],
     batch_BT: Tensor,
-    rows_BTD: Tensor,
+    rows_BTD: Tensor | None,
     size: int,
 ) -> None:
     """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time.
 
-    `rows_BTD` is what the predictions, all but each block's last, should expect of the head's rows.
+    `rows_BTD` is what the predictions, all but each block's last, should expect of the head's rows; by default those of
+    the next tokens.
     """
     for each in (*parameters, *masters):
         each.grad = None  # of an attempt that ran out of memory
-    for part_BT, aims_BTD in zip(batch_BT.split(size), rows_BTD.split(size), strict=True):
+    head = Head.of(model)
+    for number, part_BT in enumerate(batch_BT.split(size)):
         hidden_BTD = model.model(input_ids=part_BT, use_cache=False).last_hidden_state[:, :-1]
-        expected_ND = expected_rows(hidden_BTD.detach().flatten(0, 1), model.lm_head.weight)
-        by_hidden_ND = (expected_ND.float() - aims_BTD.flatten(0, 1).float()) / rows_BTD[..., 0].numel()
+        hidden_ND = hidden_BTD.detach().flatten(0, 1)
+        if rows_BTD is None:
+            aims_ND = head.rows(part_BT[:, 1:].flatten(), hidden_ND)
+        else:
+            aims_ND = rows_BTD[number * size :][: len(part_BT)].flatten(0, 1)
+        by_hidden_ND = (head.expected_rows(hidden_ND).float() - aims_ND.float()) / batch_BT[:, 1:].numel()
         hidden_BTD.backward(by_hidden_ND.view(hidden_BTD.shape).to(hidden_BTD.dtype))
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:

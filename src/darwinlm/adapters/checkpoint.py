@@ -17,7 +17,20 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _KIND = ".safetensors"
 _LAYERS = "model.layers."
 _SAMPLES = 64
+_TEXT_MODELS = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
 _DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def text_name(stored: str) -> str:
+    """What a tensor is called in the text model of a multimodal checkpoint; other names stay as they are."""
+    for prefix, name in _TEXT_MODELS.items():
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return stored
 
 
 class Checkpoint:
@@ -38,9 +51,9 @@ class Checkpoint:
         for file in self._shards(folder):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                        part = tensors.get_slice(name)
-                        self._places[name], self._dtypes[name] = (file, name), part.get_dtype()
+                    for stored in tensors.keys():  # noqa: SIM118 (not a dict)
+                        part, name = tensors.get_slice(stored), text_name(stored)
+                        self._places[name], self._dtypes[name] = (file, stored), part.get_dtype()
                         self.shapes[name] = tuple(part.get_shape())
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None

@@ -1,20 +1,16 @@
 """Cutting: smaller tensors from dense ones, and a model of these. No zeros stand in for removed units."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from darwinlm.adapters.families import Rows, Site
-from darwinlm.adapters.modeling_darwinlm import (
-    DarwinLMConfig,
-    DarwinLMDecoderLayer,
-    DarwinLMForCausalLM,
-    DarwinLMRotaryEmbedding,
-)
+from darwinlm.adapters.families import EMBEDDINGS, HEAD, LAYERS, Rows, Site, causal_lm, empty_layer
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.plan import SiteKind
 
 _SIZES: Mapping[SiteKind, Sequence[str]] = {
@@ -32,6 +28,8 @@ class Cut:
     """Unit indices in the dense site, ascending; empty where the whole site is removed."""
     output_weight: Tensor | None
     """(output rows, kept units * columns_per_unit); None where the whole site is removed."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """By tensor, what the weight of a norm over all heads is multiplied by: its mean is now that of the heads kept."""
 
 
 def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
@@ -40,20 +38,32 @@ def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, T
         return {}
     assert cut.output_weight is not None
     left = {name: weights[name] for name in site.whole}
-    for rows in site.inputs:
-        left[rows.tensor] = weights[rows.tensor].index_select(0, _kept_rows(rows, cut.kept, weights[rows.tensor]))
+    rows: dict[str, list[Tensor]] = {}
+    for some in site.inputs:
+        rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor]))
+    left |= {name: weights[name].index_select(0, torch.cat(parts)) for name, parts in rows.items()}
+    left |= {name: left[name] * factor for name, factor in cut.factors.items()}
     left[f"{site.output}.weight"] = cut.output_weight
     return left
 
 
+def mean_factor(rows: Rows, units: Sequence[int], shares: Sequence[float]) -> float:
+    """What the weight of a norm over all heads is multiplied by once only `units` are left.
+
+    The norm divides by the root of a mean square: before over all groups of rows, now over those kept. `shares` are
+    what they have of the sum of squares, on average over tokens.
+    """
+    kept = rows.kept(units)
+    return math.sqrt(sum(shares[group] for group in kept) * len(shares) / len(kept))
+
+
 def dense_site(site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of `site`, uncut."""
-    names = (*site.whole, *(rows.tensor for rows in site.inputs), f"{site.output}.weight")
-    return {name: weights[name] for name in names}
+    return {name: weights[name] for name in site.tensors}
 
 
 def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequence[int]) -> int:
-    """Parameters left in `site` with the units `kept`, its norm included."""
+    """Parameters left in `site` with the units `kept`, its norms included."""
     if not kept:
         return 0
     count = sum(_numel(shapes[name]) for name in site.whole)
@@ -81,7 +91,7 @@ def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def pruned_config(config: DarwinLMConfig, sites: Sequence[Site], cuts: Mapping[str, Cut]) -> DarwinLMConfig:
+def pruned_config(config: PrunedConfig, sites: Sequence[Site], cuts: Mapping[str, Cut]) -> PrunedConfig:
     """`config` with the sizes of `cuts` (by site name; a site without an entry stays as it is in `config`)."""
     layers: dict[int | str, dict[str, Any]] = sizes_by_layer(config)
     for site in sites:
@@ -99,21 +109,21 @@ def pruned_config(config: DarwinLMConfig, sites: Sequence[Site], cuts: Mapping[s
     return pruned
 
 
-def sizes_by_layer(config: DarwinLMConfig) -> dict[int | str, dict[str, Any]]:
+def sizes_by_layer(config: PrunedConfig) -> dict[int | str, dict[str, Any]]:
     """A copy of what `per_layer_config` was set to: of each layer what differs from the dense model."""
     written: dict[str, dict[str, Any]] = config.to_dict().get("per_layer_config") or {}
     return {int(layer): dict(sizes) for layer, sizes in written.items()}
 
 
 def build_model(
-    config: DarwinLMConfig,
+    config: PrunedConfig,
     sites: Sequence[Site],
     weights: Mapping[str, Tensor],
     cuts: Mapping[str, Cut],
     *,
     trainable: bool = False,
     shared_ends: bool = False,
-) -> DarwinLMForCausalLM:
+) -> PrunedModel:
     """A model cut physically out of the dense `weights`, on the device of their embeddings.
 
     Args:
@@ -125,70 +135,100 @@ def build_model(
             dtype, and those that are not cut are shared.
         shared_ends: of a trainable model too, share embeddings, last norm and head.
     """
-    embeddings = weights["model.embed_tokens.weight"]
-    tensors = {}
+    embeddings, tensors = weights[EMBEDDINGS], {}
     for name, tensor in _cut_tensors(sites, weights, cuts).items():
-        copied = trainable and (_in_a_site(name) or not shared_ends)
+        copied = trainable and (name.startswith(LAYERS) or not shared_ends)
         tensors[name] = tensor.to(embeddings.device, torch.float32 if copied else embeddings.dtype, copy=copied)
     return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 
 def build_layer(
-    config: DarwinLMConfig, layer: int, sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Mapping[str, Cut]
-) -> DarwinLMDecoderLayer:
+    config: PrunedConfig, layer: int, sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Mapping[str, Cut]
+) -> nn.Module:
     """One layer of what `build_model` gives, its tensors shared with the dense `weights`; `sites` are the layer's."""
-    prefix = f"model.layers.{layer}."
-    embeddings = weights["model.embed_tokens.weight"]
-    tensors: dict[str, Tensor] = {}
-    for site in sites:
-        tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
-    tensors = {name: tensor.to(embeddings.device, embeddings.dtype) for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        module = DarwinLMDecoderLayer(pruned_config(config, sites, cuts), layer)
+    prefix, embeddings = f"{LAYERS}{layer}.", weights[EMBEDDINGS]
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return fill_layer(
+        pruned_config(config, sites, cuts),
+        layer,
+        {
+            name: tensor.to(embeddings.device, embeddings.dtype)
+            for name, tensor in _cut_tensors(sites, own, cuts).items()
+        },
+    )
+
+
+def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A decoder layer of these tensors, which have the names that they have in the model; not to be trained."""
+    module: nn.Module = empty_layer(config, layer)
+    prefix = f"{LAYERS}{layer}."
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def copy_trained(model: DarwinLMForCausalLM, tensors: Mapping[str, Tensor]) -> DarwinLMForCausalLM:
+def copy_trained(model: PrunedModel, tensors: Mapping[str, Tensor]) -> PrunedModel:
     """A model like `model`, its device and dtype too, with other `tensors`; a tied head need not be in them."""
     return assemble(
-        copy.deepcopy(cast(DarwinLMConfig, model.config)),
+        copy.deepcopy(cast(PrunedConfig, model.config)),
         {name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items()},
         trainable=False,
     )
 
 
-def assemble(pruned: DarwinLMConfig, tensors: dict[str, Tensor], *, trainable: bool) -> DarwinLMForCausalLM:
+def assemble(pruned: PrunedConfig, tensors: dict[str, Tensor], *, trainable: bool) -> PrunedModel:
     """A model of these tensors, which are not copied; a tied head need not be among them."""
+    return fill(empty_model(pruned), tensors, trainable=trainable)
+
+
+def empty_model(config: PrunedConfig) -> PrunedModel:
+    """A model on the meta device, with a config of its own."""
+    own = copy.deepcopy(config)
     with torch.device("meta"):
-        model = DarwinLMForCausalLM(pruned)
-    tied = bool(pruned.tie_word_embeddings)
-    if tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True, assign=True)
+        # Buffers that no file holds must be exact, whatever dtype the weights will have.
+        model: PrunedModel = causal_lm(own)._from_config(own, dtype=torch.float32)
+    own.dtype = config.dtype
+    return model
+
+
+def fill(
+    model: PrunedModel, tensors: Mapping[str, Tensor], *, trainable: bool = False, strict: bool = True
+) -> PrunedModel:
+    """`model`, which is on the meta device, of these tensors, which are not copied; a tied head need not be there.
+
+    Unless `strict`, what else is missing stays on the meta device.
+    """
+    device = tensors[EMBEDDINGS].device
+    for module in model.modules():
+        # What a checkpoint does not hold, such as the frequencies of rotary embeddings.
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in missing:
+            buffer = module.get_buffer(name)
+            nothing = float("nan") if buffer.is_floating_point() else 0
+            module._buffers[name] = torch.full(buffer.shape, nothing, dtype=buffer.dtype, device=device)
+        if missing:
+            model._init_weights(module)
+    tied = bool(model.config.tie_word_embeddings)
+    tensors = {**tensors, HEAD: tensors[EMBEDDINGS]} if tied else tensors
+    model.load_state_dict(tensors, strict=strict, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    device = tensors["model.embed_tokens.weight"].device
-    model.model.rotary_emb = DarwinLMRotaryEmbedding(pruned).to(device)
     model.requires_grad_(trainable)
     model.train(trainable)
     return model
 
 
 def _cut_tensors(sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
-    tensors = {name: tensor for name, tensor in weights.items() if not _in_a_site(name)}
-    for site in sites:
-        tensors |= cut_site(site, weights, cuts[site.name]) if site.name in cuts else dense_site(site, weights)
+    cut = [site for site in sites if site.name in cuts]
+    changed = {name for site in cut for name in site.tensors}
+    tensors = {name: tensor for name, tensor in weights.items() if name not in changed}
+    for site in cut:
+        tensors |= cut_site(site, weights, cuts[site.name])
     return tensors
-
-
-def _in_a_site(name: str) -> bool:
-    return name.startswith("model.layers.")
 
 
 def _kept_rows(rows: Rows, kept: Sequence[int], like: Tensor) -> Tensor:
     groups = torch.tensor(rows.kept(kept), device=like.device)
-    return (groups[:, None] * rows.rows + torch.arange(rows.rows, device=like.device)).flatten()
+    return rows.start + (groups[:, None] * rows.rows + torch.arange(rows.rows, device=like.device)).flatten()
 
 
 def _query_heads_by_kv_head(site: Site, kept: Sequence[int]) -> list[int]:

@@ -1,46 +1,118 @@
-"""Model families as data: which switches of the modelling file a family sets, and which weights form each site."""
+"""Model families as data: which modules of transformers' own layers form each site, and which of their rows a unit has.
+
+A family lists names. How large the tensors are, which have biases, and whether queries and keys have norms is read from
+a layer built without memory.
+"""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
+
+from darwinlm.adapters.modeling_darwinlm import PREFIX, PrunedConfig, make_layer, pruned_class
 from darwinlm.errors import UserError
 from darwinlm.plan import SiteKind
 
 Granularity = Literal["kv_group", "query_head"]
 
+LAYERS = "model.layers."
+"""What the names of all tensors in layers begin with."""
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What distinguishes a family. A string names the attribute of its config that decides."""
+    """The names that modules have in a layer."""
 
-    qkv_bias: bool | str = False
-    attention_output_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    """RMS norms on queries and keys, one weight vector of head_dim shared by all heads."""
+    attention: str = "self_attn"
+    queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Within `attention`; one name where they are rows of one tensor, in this order."""
+    attention_output: str = "o_proj"
+    mlp: str = "mlp"
+    mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
+    """Within `mlp`; one tensor with two rows a channel holds the gates first."""
+    mlp_output: str = "down_proj"
+    before_attention: str = "input_layernorm"
+    """The norm whose output attention reads; none if empty."""
+    after_attention: str = ""
+    """The norm of what attention adds to the stream; none if empty."""
+    before_mlp: str = "post_attention_layernorm"
+    """The same as `before_attention` where attention and MLP read the same stream, in parallel."""
+    after_mlp: str = ""
 
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP read the same stream."""
+        return self.before_mlp == self.before_attention != ""
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """The modules of a layer that go with each part; the first computes, the others are norms of its own."""
+        attention = (self.attention, "" if self.parallel else self.before_attention, self.after_attention)
+        mlp = (self.mlp, "" if self.parallel else self.before_mlp, self.after_mlp)
+        return {"attention": [name for name in attention if name], "mlp": [name for name in mlp if name]}
+
+    def output(self, kind: SiteKind) -> str:
+        """The output projection of a part, within a layer."""
+        attention, mlp = f"{self.attention}.{self.attention_output}", f"{self.mlp}.{self.mlp_output}"
+        return attention if kind == "attention" else mlp
+
+    def norm_after(self, kind: SiteKind) -> str:
+        """The norm of what a part adds to the stream; none if empty."""
+        return self.after_attention if kind == "attention" else self.after_mlp
+
+    @property
+    def reads_after_attention(self) -> str:
+        """The module whose input is the stream between attention and MLP; none if empty."""
+        return "" if self.parallel else self.before_mlp or self.mlp
+
+
+_SANDWICH = Family(
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+_NORM_AFTER = Family(
+    before_attention="",
+    after_attention="post_attention_layernorm",
+    before_mlp="",
+    after_mlp="post_feedforward_layernorm",
+)
+_PARALLEL = Family(before_mlp="input_layernorm")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", attention_output_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qkv_bias="attention_bias", attention_output_bias="attention_bias", qk_norm=True),
-}
-
-COPIED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
-    *("use_cache", "tie_word_embeddings", "rope_parameters", "attention_dropout"),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
-)
-"""Settings that have the same name in every family and in ours."""
+    **dict.fromkeys(("llama", "mistral", "ministral3", "qwen2", "qwen3", "seed_oss", "ernie4_5"), Family()),
+    **dict.fromkeys(("ministral", "hunyuan_v1_dense", "smollm3", "granite", "gemma", "olmo"), Family()),
+    **dict.fromkeys(("cwm", "qwen3_5_text"), Family()),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _NORM_AFTER),
+    **dict.fromkeys(("cohere", "cohere2"), _PARALLEL),
+    **dict.fromkeys(("nemotron", "arcee", "jais2"), Family(mlp_inputs=("up_proj",))),
+    "phi3": Family(queries_keys_values=("qkv_proj",), mlp_inputs=("gate_up_proj",)),
+    "phi": Family(
+        attention_output="dense", mlp_inputs=("fc1",), mlp_output="fc2", before_mlp="input_layernorm"
+    ),
+    "starcoder2": Family(mlp_inputs=("c_fc",), mlp_output="c_proj"),
+    "vaultgemma": Family(before_mlp="pre_feedforward_layernorm"),
+    "glm": Family(mlp_inputs=("gate_up_proj",)),
+    "glm4": Family(
+        mlp_inputs=("gate_up_proj",), after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"
+    ),
+}  # fmt: skip
+"""By `model_type`."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a Hugging Face config. Raises UserError that names the supported ones."""
+    """The family of a config. Raises UserError that names the supported ones."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -49,37 +121,119 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def dense_config(config: Any) -> DarwinLMConfig:
-    """The dense model's config in the words of our modelling file."""
-    family = family_of(config)
-    switches = {
-        name: getattr(config, value) if isinstance(value, str) else value
-        for name in ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm")
-        for value in [getattr(family, name)]
+def dense_config(config: Any) -> PrunedConfig:
+    """A config of transformers as one that sizes can be set in, layer by layer."""
+    if isinstance(config, PrunedConfig):
+        return config
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    known: PrunedConfig = config_class(config.model_type).from_dict(settings)
+    known.layer_parts = family_of(config).parts
+    for name, value in settings.items():
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
+            # A trial is a few steps: what they teach must not hang on what is dropped. Llama and its like have none.
+            setattr(known, name, 0.0)
+    if getattr(known, "head_dim", None) is None:
+        # Of a layer with fewer heads it could not be told any more.
+        known.head_dim = known.hidden_size // known.num_attention_heads
+    if getattr(known, "num_key_value_heads", None) is None:
+        known.num_key_value_heads = known.num_attention_heads
+    set_attention(known)
+    return known
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """How many tokens attention sees in a layer; None if all."""
+    kinds = getattr(config, "layer_types", None)
+    sliding = kinds is None or kinds[layer] == "sliding_attention"
+    window: int | None = getattr(config, "sliding_window", None) if sliding else None
+    return window
+
+
+def config_class(model_type: str) -> Any:
+    """The class of configs of pruned models of that type."""
+    kind: Any = CONFIG_MAPPING[model_type]
+    return pruned_class(kind)
+
+
+def has_attention(config: PrunedConfig, layer: int) -> bool:
+    """Whether a layer has attention with a KV cache; in hybrid models, some have linear attention instead."""
+    kinds = getattr(config, "layer_types", None)
+    return "attention" not in config.skipped(layer) and not (kinds and kinds[layer] == "linear_attention")
+
+
+def sites_needed(config: PrunedConfig, sites: Sequence["Site"]) -> set[str]:
+    """The sites that cannot be removed whole: in hybrid models caches tell by attention how many tokens they hold."""
+    hybrid = "linear_attention" in (getattr(config, "layer_types", None) or ())
+    attention = [site.name for site in sites if site.kind == "attention"]
+    return set(attention[:1]) if hybrid else set()
+
+
+def set_attention(config: PrunedConfig) -> None:
+    """Have models with `config` attend by PyTorch's function, where their family can."""
+    config._attn_implementation = "sdpa" if causal_lm(config)._supports_sdpa else "eager"
+
+
+def causal_lm(config: PrunedConfig) -> Any:
+    """The class of models with such a config."""
+    return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[config.made_of])
+
+
+def auto_map(config: PrunedConfig, module: str) -> dict[str, str]:
+    """By auto class, the class in the file `module` for a model with `config`, as `config.json` says it."""
+    tables: dict[str, Any] = {
+        "AutoModel": MODEL_MAPPING,
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+        "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     }
-    sliding_window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        layer_types = ["sliding_attention" if sliding_window else "full_attention"] * config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DarwinLMConfig(
-        **{name: getattr(config, name) for name in COPIED},
-        **switches,
-        head_dim=head_dim,
-        sliding_window=sliding_window if "sliding_attention" in layer_types else None,
-        layer_types=list(layer_types),
-        base_model_type=config.model_type,
-    )
+    base = config.made_of
+    kinds = {"AutoConfig": base} | {name: table[base] for name, table in tables.items() if base in table}
+    return {name: f"{module}.{PREFIX}{kind.__name__}" for name, kind in kinds.items()}
+
+
+def empty_layer(config: PrunedConfig, layer: int) -> Any:
+    """A decoder layer on the meta device."""
+    with torch.device("meta"):
+        return make_layer(layer_class(config), config, layer)
+
+
+def layer_class(config: PrunedConfig) -> Any:
+    """The class of transformers' decoder layers."""
+    return _classes(config)[0]
+
+
+def rotary_embedding(config: PrunedConfig) -> Any:
+    """Transformers' module that makes rotary embeddings, on the CPU."""
+    with torch.device("cpu"):
+        return _classes(config)[1](config=config)
+
+
+def _classes(config: PrunedConfig) -> tuple[Any, Any]:
+    base = config.made_of
+    if base not in _KNOWN_CLASSES:
+        one = dense_again(config)
+        one.num_hidden_layers = 1
+        with torch.device("meta"):
+            decoder: Any = pruned_class(MODEL_MAPPING[base])._from_config(one)
+        _KNOWN_CLASSES[base] = type(decoder.layers[0]), type(getattr(decoder, "rotary_emb", None))
+    return _KNOWN_CLASSES[base]
+
+
+_KNOWN_CLASSES: dict[type, tuple[type, type]] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """A tensor that loses rows, `rows` at a time: they go with the last of the units that need them."""
+    """Rows of a tensor that are lost, `rows` at a time: they go with the last of the units that need them."""
 
     tensor: str
     rows: int
+    start: int = 0
+    """The first of these rows; in other rows of the same tensor is something else."""
     serves: tuple[int, ...] = ()
     """By unit, which `rows` rows it needs, ascending; empty where each unit has its own."""
+    norm: bool = False
+    """Whether this is the weight of a norm over all these rows at once: where some go, it divides by another mean."""
 
     def kept(self, units: Sequence[int]) -> list[int]:
         """Which groups of `rows` rows the units `units` need, ascending."""
@@ -97,8 +251,9 @@ class Site:
     output: str
     """The module whose weight loses columns: `model.layers.3.mlp.down_proj`."""
     inputs: tuple[Rows, ...]
+    """In the order that they have in a tensor, where several are in one."""
     whole: tuple[str, ...]
-    """Tensors kept as they are until the last unit goes: the norm, an output bias, q/k norms."""
+    """Tensors kept as they are until the last unit goes: norms, an output bias."""
     num_units: int
     columns_per_unit: int
     heads_per_unit: int = 0
@@ -106,33 +261,42 @@ class Site:
     kv_heads: tuple[int, ...] = ()
     """By unit, the KV head that it needs; empty in an MLP."""
 
+    @property
+    def tensors(self) -> dict[str, None]:
+        """The names of all its tensors, each once."""
+        return dict.fromkeys((*self.whole, *(rows.tensor for rows in self.inputs), f"{self.output}.weight"))
 
-def find_sites(config: DarwinLMConfig, granularity: Granularity) -> tuple[Site, ...]:
+
+def find_sites(config: PrunedConfig, granularity: Granularity) -> tuple[Site, ...]:
     """Every site of a model, attention before MLP, layer by layer; of one that is pruned already, those it still has.
 
     Raises:
         UserError: if KV heads that serve different numbers of query heads are to be units.
     """
-    found = []
+    found: list[Site] = []
     for layer in range(config.num_hidden_layers):
-        skipped = config.skipped(layer)
-        if "attention" not in skipped:
-            found.append(_attention(config, layer, granularity))
-        if "mlp" not in skipped:
-            found.append(_mlp(config, layer))
+        module = empty_layer(config, layer)
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        names, skipped = dict(module.named_modules()), config.skipped(layer)
+        family = family_of(config)
+        if "attention" not in skipped and family.attention in names:
+            found.append(_attention(config, layer, shapes, granularity))
+        if "mlp" not in skipped and family.mlp in names:
+            found.append(_mlp(config, layer, shapes))
     return tuple(found)
 
 
-def dense_again(config: DarwinLMConfig) -> DarwinLMConfig:
+def dense_again(config: PrunedConfig) -> PrunedConfig:
     """The config of the model that a pruned one was cut from: layers of one size, none of them without a part."""
     whole = copy.deepcopy(config)
     whole.per_layer_config = None
     return whole
 
 
-def _attention(config: DarwinLMConfig, layer: int, granularity: Granularity) -> Site:
-    prefix = f"model.layers.{layer}"
-    attention, head_dim, sizes = f"{prefix}.self_attn", config.head_dim, config.per_layer_config[layer]
+def _attention(
+    config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], granularity: Granularity
+) -> Site:
+    family, head_dim, sizes = family_of(config), config.head_dim, config.layer(layer)
     kv_heads = sizes.num_key_value_heads
     # Query heads of each KV head.
     groups = sizes.query_heads_per_kv_head or [sizes.num_attention_heads // kv_heads] * kv_heads
@@ -151,26 +315,41 @@ def _attention(config: DarwinLMConfig, layer: int, granularity: Granularity) -> 
         heads_per_unit, served = groups[0], tuple(range(kv_heads))
     else:
         heads_per_unit, served = 1, tuple(kv_head for kv_head, heads in enumerate(groups) for _ in range(heads))
-    kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
+
+    prefix = f"{LAYERS}{layer}."
+    heads, (queries, *others) = sizes.num_attention_heads, family.queries_keys_values
+    inputs, whole = list[Rows](), list[str]()
+
+    def add(name: str, count: int, start: int = 0, *, keys: bool, norm: bool = False) -> None:
+        """`count` rows from `start` on, of all query heads or of all KV heads."""
+        rows = count // kv_heads if keys else count // heads * heads_per_unit
+        inputs.append(Rows(tensor=prefix + name, rows=rows, start=start, serves=served if keys else (), norm=norm))
+
+    for name, shape in shapes.items():
+        module, _, kind = name.removeprefix(f"{family.attention}.").rpartition(".")
+        if not name.startswith(f"{family.attention}."):
+            continue
+        if module == family.attention_output:
+            whole += [prefix + name] if kind == "bias" else []
+        elif module == queries and not others:
+            # Queries, keys and values in one tensor.
+            add(name, heads * head_dim, keys=False)
+            add(name, kv_heads * head_dim, heads * head_dim, keys=True)
+            add(name, kv_heads * head_dim, (heads + kv_heads) * head_dim, keys=True)
+        elif module in (queries, *others):
+            add(name, shape[0], keys=module != queries)
+        elif shape == (head_dim,):
+            whole.append(prefix + name)  # a norm that all heads have in common
+        else:
+            # A norm over all heads at once, or (two dimensions) one for each.
+            add(name, shape[0], keys=module.startswith("k"), norm=len(shape) == 1)
     return Site(
         name=f"layers.{layer}.attention",
         layer=layer,
         kind="attention",
-        output=f"{attention}.o_proj",
-        inputs=tuple(
-            Rows(tensor=f"{attention}.{module}.{kind}", rows=rows, serves=serves)
-            for module, rows, serves in (
-                ("q_proj", heads_per_unit * head_dim, ()),
-                ("k_proj", head_dim, served),
-                ("v_proj", head_dim, served),
-            )
-            for kind in kinds
-        ),
-        whole=(
-            f"{prefix}.input_layernorm.weight",
-            *([f"{attention}.o_proj.bias"] if config.attention_output_bias else []),
-            *([f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"] if config.qk_norm else []),
-        ),
+        output=prefix + family.output("attention"),
+        inputs=tuple(inputs),
+        whole=tuple(whole + [prefix + name for name in _norms(config, layer, shapes, "attention")]),
         num_units=len(served),
         columns_per_unit=heads_per_unit * head_dim,
         heads_per_unit=heads_per_unit,
@@ -178,23 +357,29 @@ def _attention(config: DarwinLMConfig, layer: int, granularity: Granularity) -> 
     )
 
 
-def _mlp(config: DarwinLMConfig, layer: int) -> Site:
-    prefix = f"model.layers.{layer}"
-    kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+def _mlp(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> Site:
+    family, prefix = family_of(config), f"{LAYERS}{layer}."
+    output = family.output("mlp")
+    width = shapes[f"{output}.weight"][1]
+    inputs, whole = list[Rows](), list[str]()
+    for name, shape in shapes.items():
+        module, _, _ = name.rpartition(".")
+        if module in {f"{family.mlp}.{one}" for one in family.mlp_inputs}:
+            inputs += [Rows(tensor=prefix + name, rows=1, start=start) for start in range(0, shape[0], width)]
+        elif name.startswith(f"{family.mlp}.") and name != f"{output}.weight":
+            whole.append(name)  # an output bias
     return Site(
         name=f"layers.{layer}.mlp",
         layer=layer,
         kind="mlp",
-        output=f"{prefix}.mlp.down_proj",
-        inputs=tuple(
-            Rows(tensor=f"{prefix}.mlp.{module}.{kind}", rows=1)
-            for module in ("gate_proj", "up_proj")
-            for kind in kinds
-        ),
-        whole=(
-            f"{prefix}.post_attention_layernorm.weight",
-            *([f"{prefix}.mlp.down_proj.bias"] if config.mlp_bias else []),
-        ),
-        num_units=config.per_layer_config[layer].intermediate_size,
+        output=prefix + output,
+        inputs=tuple(inputs),
+        whole=tuple(prefix + name for name in (*whole, *_norms(config, layer, shapes, "mlp"))),
+        num_units=width,
         columns_per_unit=1,
     )
+
+
+def _norms(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], kind: SiteKind) -> Iterator[str]:
+    """The tensors of the norms that go with a part."""
+    return (name for name in shapes if name.rpartition(".")[0] in config.layer_parts[kind][1:])

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.memory import available_memory
 from darwinlm.progress import log
 
@@ -59,18 +59,25 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def kept_bytes(config: DarwinLMConfig, tokens: int, dtype: torch.dtype) -> int:
-    """What the layers of a model keep of `tokens` tokens until their gradients are computed, without recomputing.
+_SQUARES = 10
+"""Bytes that attention written out keeps for each pair of positions and head."""
 
-    A norm keeps what it reads and its float32 results; a projection its input; gate, activation and up theirs.
+
+def kept_bytes(config: PrunedConfig, tokens: int, length: int, dtype: torch.dtype) -> int:
+    """What the layers of a model keep of `tokens` tokens, in blocks of `length`, until their gradients are computed.
+
+    A norm keeps what it reads and its float32 results; a projection its input; gate, activation and up theirs;
+    attention that is written out (`eager`, as softcaps want it) the weights of all pairs of positions.
     """
+    squares = _SQUARES * length if config._attn_implementation == "eager" else 0
     kept = 0
     for index in range(config.num_hidden_layers):
-        layer, skipped = config.per_layer_config[index], config.skipped(index)
+        layer, skipped = config.layer(index), config.skipped(index)
         norm = 8 * config.hidden_size
         if "attention" not in skipped:
             heads = 2 * layer.num_attention_heads + 2 * layer.num_key_value_heads
             kept += norm + dtype.itemsize * (config.hidden_size + heads * config.head_dim)
+            kept += squares * layer.num_attention_heads
         if "mlp" not in skipped:
             kept += norm + dtype.itemsize * (config.hidden_size + 4 * layer.intermediate_size)
     return tokens * kept

@@ -3,18 +3,19 @@
 Dimension letters: N tokens of a batch, I input columns of a site, B text blocks, T tokens of one, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from darwinlm import dist
-from darwinlm.adapters.families import Site
+from darwinlm.adapters.families import Family, Rows, Site, family_of
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.memory import Portion
-from darwinlm.adapters.modeling_darwinlm import DarwinLMRotaryEmbedding, attention_masks
+from darwinlm.adapters.walking import Given, carried, enter
 from darwinlm.calibration.activations import open_activations
 from darwinlm.errors import InvalidTensorError
 from darwinlm.progress import Phases
@@ -34,7 +35,13 @@ class SiteStatistics:
     """Mean over tokens of x x^T / |r|^2, where x is the input of the site's output projection and r the residual stream
     after the site: float32, I = its columns. With it, `tr(dW G dW^T)` is the mean over tokens of the output's squared
     error as a share of the stream that it enters, which is what the next norm passes on. Unweighted, a few tokens with
-    massive activations (the first of a text) would outweigh all others in the sites that write them."""
+    massive activations (the first of a text) would outweigh all others in the sites that write them. Where a norm
+    follows the site, x is divided by the mean that it divides the site's output by, too: an error in the output is an
+    error in the stream as the norm passes it on (`docs/method.md`)."""
+    gain_O: Tensor | None = None
+    """What the norm that follows multiplies each output row by; None where there is none."""
+    shares: Mapping[str, Tensor] = field(default_factory=dict)
+    """By tensor, of norms over all heads: the share of the mean square that comes from each group of its rows."""
 
 
 @torch.no_grad()
@@ -71,16 +78,18 @@ def walk_blocks(
     phases = phases or Phases()
     mine_BT = tokens_BT[dist.rank() :: dist.world_size()]
     portion = Portion(min(batch_size, max(1, len(mine_BT))), "database")
-    positions = torch.arange(tokens_BT.shape[1], device=dense.device).unsqueeze(0)
-    rotary = DarwinLMRotaryEmbedding(dense.config).to(dense.device)
     by_layer: dict[int, list[Site]] = {}
     for site in dense.sites:
         by_layer.setdefault(site.layer, []).append(site)
 
     shape = (*mine_BT.shape, dense.config.hidden_size)
     with open_activations(shape, dense.compute_dtype, dense.device, offload, scratch) as hidden_BTD:
-        for rows in _slices(len(mine_BT), portion.size):
-            hidden_BTD[rows] = dense.embed(mine_BT[rows].long())
+        given, entrance = list[Given](), dense.entrance()
+        for row in range(len(mine_BT)):
+            hidden_BTD[row : row + 1], given = enter(entrance, mine_BT[row : row + 1].long().cpu())
+        # The same for every block: none has padding.
+        given = carried(given, dense.device)
+        del entrance
         for index in range(dense.config.num_hidden_layers):
             with phases("read"):
                 layer = dense.block(index)
@@ -89,16 +98,10 @@ def walk_blocks(
             def forward(rows: slice, layer: nn.Module = layer, index: int = index) -> Tensor:
                 with phases("forward"):
                     states_BTD = hidden_BTD[rows].to(dense.device, non_blocking=True)
-                    mask = attention_masks(dense.config, states_BTD, position_ids=positions)
-                    output_BTD: Tensor = layer(
-                        states_BTD,
-                        attention_mask=mask.get(dense.config.layer_types[index]),
-                        position_ids=positions,
-                        position_embeddings=rotary(states_BTD, positions),
-                    )
+                    output_BTD: Tensor = layer(states_BTD, **given[index])
                     return output_BTD
 
-            with _Recorder(layer, sites, phases) as recorder:
+            with _Recorder(layer, sites, phases, family_of(dense.config)) as recorder:
                 if index in (0, first_layer) and len(mine_BT) and dense.device.type not in _NO_LIMIT:
                     portion(lambda size, forward=forward: forward(slice(0, size)))  # type: ignore[misc]
                     recorder.reset()
@@ -109,6 +112,12 @@ def walk_blocks(
                     yield site, recorder.statistics(site, owner(site))
 
 
+def root_mean_square(x: Tensor, norm: nn.Module) -> Tensor:
+    """What an RMS `norm` divides `x` by: of the last dimension, which stays with size 1; float32."""
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", _LEAST_NORM))
+    return (x.float().square().mean(-1, keepdim=True) + epsilon).sqrt()
+
+
 def _slices(blocks: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, blocks)) for first in range(0, blocks, size))
 
@@ -116,25 +125,40 @@ def _slices(blocks: int, size: int) -> Iterator[slice]:
 class _Recorder:
     """Hooks on one block that sum what its sites see."""
 
-    def __init__(self, layer: nn.Module, sites: list[Site], phases: Phases) -> None:
+    def __init__(self, layer: nn.Module, sites: list[Site], phases: Phases, family: Family) -> None:
+        """Watch the `sites` of `layer`."""
         self._phases = phases
         self._grams: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._inputs_NI: dict[str, Tensor] = {}
         """Of the batch on its way, until its residual stream is known."""
         self._hooks = []
+        self._gains: dict[str, Tensor] = {}
+        self._shares: dict[str, dict[str, Tensor]] = {}
         for site in sites:
             self._tokens[site.name] = 0
-            module = layer.get_submodule(site.output.split(".", 3)[3])
+            module = cast(nn.Linear, layer.get_submodule(family.output(site.kind)))
             columns = site.num_units * site.columns_per_unit
             device = next(module.parameters()).device
             self._grams[site.name] = torch.zeros(columns, columns, device=device)
-            self._hooks.append(module.register_forward_pre_hook(self._record_inputs(site)))
+            norm = family.norm_after(site.kind)
+            if norm:
+                ones_O = torch.ones(module.out_features, device=device, dtype=module.weight.dtype)
+                self._gains[site.name] = layer.get_submodule(norm)(ones_O).float()
+            after = layer.get_submodule(norm) if norm else None
+            self._hooks.append(module.register_forward_hook(self._record_inputs(site, after)))
+            self._shares[site.name] = {}
+            for rows in site.inputs:
+                if rows.norm:
+                    one = layer.get_submodule(rows.tensor.split(".", 3)[3].removesuffix(".weight"))
+                    groups = one.get_parameter("weight").numel() // rows.rows
+                    self._shares[site.name][rows.tensor] = torch.zeros(groups, device=device)
+                    self._hooks.append(one.register_forward_pre_hook(self._record_shares(site, rows)))
             # The stream after attention is what the MLP's norm reads; at the end it is what the block returns.
             hook = self._record_stream(site)
-            if site.kind == "attention" and layer.has_mlp:
-                norm = layer.get_submodule("post_attention_layernorm")
-                self._hooks.append(norm.register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0])))
+            if site.kind == "attention" and family.reads_after_attention:
+                reader = layer.get_submodule(family.reads_after_attention)
+                self._hooks.append(reader.register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0])))
             else:
                 self._hooks.append(layer.register_forward_hook(lambda *args, hook=hook: hook(args[2])))
 
@@ -147,8 +171,8 @@ class _Recorder:
 
     def reset(self) -> None:
         """Forget what was seen so far."""
-        for gram_II in self._grams.values():
-            gram_II.zero_()
+        for sums in (*self._grams.values(), *(one for shares in self._shares.values() for one in shares.values())):
+            sums.zero_()
         self._tokens = dict.fromkeys(self._tokens, 0)
 
     def statistics(self, site: Site, owner: int) -> SiteStatistics | None:
@@ -157,6 +181,9 @@ class _Recorder:
             gram_II = self._grams.pop(site.name)
             tokens = sum(dist.gather(self._tokens[site.name]))
             dist.sum_to(gram_II, owner)
+            shares = self._shares.pop(site.name)
+            for sums_G in shares.values():
+                dist.sum_to(sums_G, owner)
             if dist.rank() != owner:
                 return None
             if not bool(torch.isfinite(gram_II.diagonal()).all()):
@@ -166,11 +193,24 @@ class _Recorder:
                 )
             gram_II /= tokens
             mirror(gram_II)
-            return SiteStatistics(gram_II)
+            return SiteStatistics(
+                gram_II, self._gains.get(site.name), {name: (sums_G / tokens).cpu() for name, sums_G in shares.items()}
+            )
 
-    def _record_inputs(self, site: Site):  # type: ignore[no-untyped-def]
+    def _record_inputs(self, site: Site, norm: nn.Module | None):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x_NI = inputs[0].flatten(0, -2)
+            if norm is not None:
+                x_NI = x_NI.float() / root_mean_square(output, norm).flatten(0, -2)
+            self._inputs_NI[site.name] = x_NI
+
+        return hook
+
+    def _record_shares(self, site: Site, rows: Rows):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._inputs_NI[site.name] = inputs[0].flatten(0, -2)
+            squares_NG = inputs[0].float().square().flatten(0, -2).unflatten(-1, (-1, rows.rows)).sum(-1)
+            total_N1 = squares_NG.sum(-1, keepdim=True).clamp_min(_LEAST_NORM)
+            self._shares[site.name][rows.tensor] += (squares_NG / total_N1).sum(0)
 
         return hook
 

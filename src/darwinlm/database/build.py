@@ -1,5 +1,6 @@
 """The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.progress import Phases, task
 from darwinlm.recipe import DatabaseRecipe
+
+_LEAST_GAIN = 1e-3
+"""Of the rows of a norm, as a share of the largest."""
 
 
 def build_database(
@@ -115,8 +119,13 @@ def _solve(
         with phases("solve"):
             name = f"{site.output}.weight"
             weight_OI = dense.checkpoint.read([name], dense.device, torch.float32)[name]
+            gain_O1 = None
+            if statistics.gain_O is not None:
+                # A row that the norm all but removes must not blow up when this is undone.
+                gain_O1 = statistics.gain_O.abs().clamp_min(_LEAST_GAIN * statistics.gain_O.abs().max())[:, None]
+                weight_OI = weight_OI * gain_O1
             try:
-                snapshots = prune_site(
+                solved = prune_site(
                     weight_OI,
                     statistics.gram_II,
                     columns_per_unit=site.columns_per_unit,
@@ -128,6 +137,10 @@ def _solve(
                     f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
                     "raise it (0.01 is the default) or give more calibration text, in a new run"
                 ) from None
+            snapshots = [
+                one if gain_O1 is None else replace(one, weight_OK=one.weight_OK / gain_O1.to(one.weight_OK.device))
+                for one in solved
+            ]
         with phases("write"):
             entries[site.name] = database.write_site(
                 site,
@@ -135,6 +148,7 @@ def _solve(
                 shapes=dense.shapes,
                 head_dim=dense.config.head_dim,
                 removal_error=removal_error(weight_OI, statistics.gram_II),
+                shares=statistics.shares,
                 dtype=dtype,
             )
     for ranks_entries in dist.gather(entries):

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from darwinlm.adapters.cutting import Cut, count_parameters, kv_elements
+from darwinlm.adapters.cutting import Cut, count_parameters, kv_elements, mean_factor
 from darwinlm.adapters.families import Site
 from darwinlm.database.solver import Snapshot
 from darwinlm.errors import UserError
@@ -99,6 +99,7 @@ class Database:
         shapes: Mapping[str, Sequence[int]],
         head_dim: int,
         removal_error: float,
+        shares: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> dict[str, Any]:
         """Write a site's file and return its entry for the index: `enter` makes it present.
@@ -109,9 +110,10 @@ class Database:
             shapes: of the dense tensors, to count parameters.
             head_dim: to count KV-cache elements.
             removal_error: of the last level.
+            shares: of norms over all heads (`SiteStatistics.shares`).
             dtype: of the stored columns.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"shares.{name}": shares_G.float().contiguous() for name, shares_G in shares.items()}
         for level, snapshot in enumerate(snapshots, 1):
             tensors[f"{level}.kept"] = torch.tensor(snapshot.kept, dtype=torch.int32)
             tensors[f"{level}.output"] = snapshot.weight_OK.to("cpu", dtype).contiguous()
@@ -193,7 +195,12 @@ class Database:
                 self._verified.add(site.name)
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 kept = tensors.get_tensor(f"{level}.kept").tolist()
-                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output").float())
+                factors = {
+                    rows.tensor: mean_factor(rows, kept, tensors.get_tensor(f"shares.{rows.tensor}").tolist())
+                    for rows in site.inputs
+                    if rows.norm
+                }
+                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output").float(), factors)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); run the same command again, and this site is built anew"

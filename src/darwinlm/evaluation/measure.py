@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.families import has_attention
 from darwinlm.adapters.loading import served_dtype
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.progress import task
 from darwinlm.recipe import EvaluationRecipe, WorkloadRecipe
 from darwinlm.scoring import DenseReference
@@ -21,7 +22,7 @@ _SAMPLE_TOKENS = 40
 
 
 def measure(
-    models: Mapping[str, DarwinLMForCausalLM],
+    models: Mapping[str, PrunedModel],
     held_out_BT: Tensor,
     recipe: EvaluationRecipe,
     dtype: torch.dtype,
@@ -61,38 +62,39 @@ def measure(
 
 
 @contextmanager
-def visiting(model: DarwinLMForCausalLM, device: torch.device) -> Iterator[None]:
+def visiting(model: PrunedModel, device: torch.device) -> Iterator[None]:
     """Have `model` on `device` for as long as it is used, and then where it was before."""
     home = model.device
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     try:
         yield
     finally:
-        model.to(home)  # type: ignore[arg-type]
+        model.to(home)
 
 
-def as_served(models: Mapping[str, DarwinLMForCausalLM], dtype: torch.dtype) -> dict[str, DarwinLMForCausalLM]:
+def as_served(models: Mapping[str, PrunedModel], dtype: torch.dtype) -> dict[str, PrunedModel]:
     """Models that are stored in `dtype`, in the one that they are best run in where the first of them is."""
     dtype = served_dtype(dtype, next(iter(models.values())).device)
-    return {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}  # type: ignore[arg-type]
+    return {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}
 
 
-def parameters_of(model: DarwinLMForCausalLM) -> int:
+def parameters_of(model: PrunedModel) -> int:
     """Parameters of `model`, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def kv_cache_bytes(model: DarwinLMForCausalLM, dtype: torch.dtype) -> int:
+def kv_cache_bytes(model: PrunedModel, dtype: torch.dtype) -> int:
     """Bytes that one token takes in the KV cache of `dtype`."""
+    config = model.config
     heads = sum(
-        layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
-        for layer in model.model.layers
-        if layer.has_attention
+        config.layer(layer).num_key_value_heads
+        for layer in range(config.num_hidden_layers)
+        if has_attention(config, layer)
     )
-    return int(heads * dtype.itemsize)
+    return int(2 * heads * config.head_dim * dtype.itemsize)
 
 
-def speeds(models: Mapping[str, DarwinLMForCausalLM], recipe: EvaluationRecipe) -> dict[str, dict[str, float]]:
+def speeds(models: Mapping[str, PrunedModel], recipe: EvaluationRecipe) -> dict[str, dict[str, float]]:
     """Median prefill and decode tokens/s at batch 1."""
     workload = WorkloadRecipe(prompt_tokens=recipe.prefill_tokens, new_tokens=recipe.decode_tokens)
     return {
@@ -105,7 +107,7 @@ def speeds(models: Mapping[str, DarwinLMForCausalLM], recipe: EvaluationRecipe) 
 
 
 def request_seconds(
-    models: Mapping[str, DarwinLMForCausalLM], workload: WorkloadRecipe, repeats: int
+    models: Mapping[str, PrunedModel], workload: WorkloadRecipe, repeats: int
 ) -> dict[str, tuple[float, float]]:
     """Median seconds for a request's prompt and for its new tokens; all models in turns, after one untimed pass.
 
@@ -132,7 +134,7 @@ def request_seconds(
     }
 
 
-def write_sample(model: DarwinLMForCausalLM, tokenizer: Any) -> str:
+def write_sample(model: PrunedModel, tokenizer: Any) -> str:
     """What `model` says after `SAMPLE_PROMPT`, greedily."""
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt").to(model.device)
     generate: Any = model.generate

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.evaluation.paired import accuracy, mean_of_tasks, paired
 
@@ -75,7 +75,7 @@ def check_data(tasks: Sequence[Task]) -> None:
 
 
 def run_tasks(
-    model: DarwinLMForCausalLM,
+    model: PrunedModel,
     tokenizer: Any,
     tasks: Sequence[Task],
     limit: int | None,

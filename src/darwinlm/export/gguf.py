@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.families import EMBEDDINGS, HEAD, LAYERS, rotary_embedding, window_of
 from darwinlm.adapters.loading import expected_shapes
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM, DarwinLMRotaryEmbedding
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.gguf_tokenizer import Vocabulary, write_vocabulary
-from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
+from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes, read_biases
 
 STUB_WIDTH = 32
 """Channels of an MLP that stands in: the smallest width that every quantisation can hold."""
@@ -60,6 +61,8 @@ class Architecture:
     fused: bool
     """Whether queries, keys and values are one matrix."""
     biases: bool
+    qk_norm: bool
+    """Whether it has norms on queries and keys."""
     untied: bool
     """Whether it can hold an output head of its own."""
 
@@ -71,6 +74,7 @@ DECI = Architecture(
     interleaved=True,
     fused=False,
     biases=True,
+    qk_norm=False,
     untied=True,
 )
 OPENELM = Architecture(
@@ -80,24 +84,26 @@ OPENELM = Architecture(
     interleaved=False,
     fused=True,
     biases=False,
+    qk_norm=True,
     untied=False,
 )
 
 
-def choose_architecture(config: DarwinLMConfig) -> Architecture:
+def choose_architecture(config: PrunedConfig) -> Architecture:
     """The architecture for a model. Raises UserError where llama.cpp has none."""
-    chosen = OPENELM if config.qk_norm else DECI
-    rope = config.rope_parameters
-    biased = [name for name in ("qkv_bias", "attention_output_bias", "mlp_bias") if getattr(config, name)]
+    biases, rope = read_biases(config, "llama.cpp"), config.rope_parameters
+    chosen = OPENELM if biases.qk_norm else DECI
     if not config.tie_word_embeddings and not chosen.untied:
         raise UserError(
-            f"llama.cpp cannot run a {config.base_model_type} model with a head of its own (tie_word_embeddings is "
+            f"llama.cpp cannot run a {config.model_type} model with a head of its own (tie_word_embeddings is "
             "false) whose layers differ in size: its one architecture with norms on queries and keys and sizes by "
             f"layer ({chosen.name}) takes the embeddings as head; export --to vllm, or prune with --set "
             "search.uniform=true, export --to hf-native and convert that folder with llama.cpp's convert_hf_to_gguf.py"
         )
-    if biased and not chosen.biases:
-        raise UserError(f"llama.cpp's architecture {chosen.name}, the one for this model, has no biases ({biased[0]})")
+    if biases.names and not chosen.biases:
+        raise UserError(
+            f"llama.cpp's architecture {chosen.name}, the one for this model, has no biases ({biases.names[0]})"
+        )
     if config.hidden_act != "silu":
         raise UserError(f"llama.cpp's architecture {chosen.name} computes silu, the model {config.hidden_act}")
     if not _can_scale(rope, chosen):
@@ -109,7 +115,7 @@ def choose_architecture(config: DarwinLMConfig) -> Architecture:
     return chosen
 
 
-def file_shapes(config: DarwinLMConfig, architecture: Architecture) -> list[LayerShape]:
+def file_shapes(config: PrunedConfig, architecture: Architecture) -> list[LayerShape]:
     """The sizes of the layers in the file, stubs included."""
     shapes = layer_shapes(config)
     found = []
@@ -121,18 +127,18 @@ def file_shapes(config: DarwinLMConfig, architecture: Architecture) -> list[Laye
     return found
 
 
-def context_length(config: DarwinLMConfig) -> int:
+def context_length(config: PrunedConfig) -> int:
     """The positions for which the file is exact: llama.cpp's architectures see all of them, without sliding windows."""
     sliding = any(
-        kind == "sliding_attention" and "attention" not in config.skipped(index)
-        for index, kind in enumerate(config.layer_types)
+        window_of(config, index) and "attention" not in config.skipped(index)
+        for index in range(config.num_hidden_layers)
     )
     longest: int = config.max_position_embeddings
     return min(longest, config.sliding_window) if sliding else longest
 
 
 def file_tensors(
-    config: DarwinLMConfig, weights: Mapping[str, Tensor], architecture: Architecture
+    config: PrunedConfig, weights: Mapping[str, Tensor], architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file by its name there, one at a time; meta tensors give meta tensors.
 
@@ -141,19 +147,19 @@ def file_tensors(
         weights: its state dict; of a tied head none is needed.
         architecture: that it is written for.
     """
-    embeddings = weights["model.embed_tokens.weight"]
+    embeddings = weights[EMBEDDINGS]
     yield "token_embd.weight", embeddings
     yield "output_norm.weight", weights["model.norm.weight"]
     if not config.tie_word_embeddings:
-        yield "output.weight", weights["lm_head.weight"]
+        yield "output.weight", weights[HEAD]
     if architecture.rope_factors and config.rope_parameters["rope_type"] != "default":
         yield "rope_freqs.weight", _rope_factors(config).to(embeddings.device)
     for number, (index, shape) in enumerate(zip(kept_layers(config), file_shapes(config, architecture), strict=True)):
-        prefix = f"model.layers.{index}."
+        prefix = f"{LAYERS}{index}."
         layer = {
             _rename(name.removeprefix(prefix)): tensor for name, tensor in weights.items() if name.startswith(prefix)
         }
-        missing = _stub(config, shape, embeddings)
+        missing = _stub(config, architecture, shape, embeddings)
         layer |= {name: tensor for name, tensor in missing.items() if not _has_part(layer, name)}
         if architecture.interleaved:
             for name in layer:
@@ -175,7 +181,7 @@ def gguf_package() -> Any:
 
 
 def write_gguf(
-    model: DarwinLMForCausalLM, vocabulary: Vocabulary, file: Path, dtype: str, name: str, architecture: Architecture
+    model: PrunedModel, vocabulary: Vocabulary, file: Path, dtype: str, name: str, architecture: Architecture
 ) -> None:
     """Write `model` to `file`.
 
@@ -191,7 +197,7 @@ def write_gguf(
         UserError: if a weight does not fit into float16, or `gguf` is not installed.
     """
     gguf = gguf_package()
-    config, weights = cast(DarwinLMConfig, model.config), model.state_dict()
+    config, weights = cast(PrunedConfig, model.config), model.state_dict()
     with contextlib.closing(gguf.GGUFWriter(file, architecture.name)) as writer:
         writer.add_name(name)
         writer.add_file_type(FILE_TYPES[dtype])
@@ -216,7 +222,7 @@ def write_gguf(
             writer.write_tensor_data(gguf.quantize(values, kind))
 
 
-def _write_sizes(config: DarwinLMConfig, architecture: Architecture, writer: Any) -> None:
+def _write_sizes(config: PrunedConfig, architecture: Architecture, writer: Any) -> None:
     shapes = file_shapes(config, architecture)
     writer.add_block_count(len(shapes))
     writer.add_vocab_size(config.vocab_size)
@@ -230,11 +236,11 @@ def _write_sizes(config: DarwinLMConfig, architecture: Architecture, writer: Any
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _write_rope(config: DarwinLMConfig, architecture: Architecture, writer: Any, scaling: Any) -> None:
+def _write_rope(config: PrunedConfig, architecture: Architecture, writer: Any, scaling: Any) -> None:
     rope = config.rope_parameters
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
-    attention = DarwinLMRotaryEmbedding(config).attention_scaling
+    attention = rotary_embedding(config).attention_scaling
     if not architecture.rope_factors and rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(scaling.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -257,10 +263,11 @@ def _can_scale(rope: Mapping[str, Any], architecture: Architecture) -> bool:
     return rope["rope_type"] in ("default", "linear") or (rope["rope_type"] == "yarn" and usual)
 
 
-def _rope_factors(config: DarwinLMConfig) -> Tensor:
+def _rope_factors(config: PrunedConfig) -> Tensor:
     """By what llama.cpp is to divide each of the head_dim / 2 frequencies, float32."""
-    plain, _ = DarwinLMRotaryEmbedding.compute_default_rope_parameters(config)
-    factors: Tensor = plain / DarwinLMRotaryEmbedding(config).inv_freq
+    rotary = rotary_embedding(config)
+    plain, _ = rotary.compute_default_rope_parameters(config)
+    factors: Tensor = plain / rotary.inv_freq
     return factors
 
 
@@ -274,7 +281,7 @@ def _has_part(layer: Mapping[str, Tensor], name: str) -> bool:
     return f"{name.split('_')[0]}_norm.weight" in layer
 
 
-def _stub(config: DarwinLMConfig, shape: LayerShape, like: Tensor) -> dict[str, Tensor]:
+def _stub(config: PrunedConfig, architecture: Architecture, shape: LayerShape, like: Tensor) -> dict[str, Tensor]:
     """A layer of zeros with norms of ones, of the parts that `shape` has."""
     hidden, queries, keys = config.hidden_size, shape.heads * config.head_dim, shape.kv_heads * config.head_dim
     sizes: dict[str, Sequence[int]] = {"ffn_norm": [hidden]}
@@ -282,7 +289,7 @@ def _stub(config: DarwinLMConfig, shape: LayerShape, like: Tensor) -> dict[str, 
     if shape.heads:
         sizes |= {"attn_norm": [hidden], "attn_q": [queries, hidden], "attn_output": [hidden, queries]}
         sizes |= {"attn_k": [keys, hidden], "attn_v": [keys, hidden]}
-        if config.qk_norm:
+        if architecture.qk_norm:
             sizes |= {"attn_q_norm": [config.head_dim], "attn_k_norm": [config.head_dim]}
     return {
         f"{name}.weight": torch.full(tuple(size), float(len(size) == 1), dtype=like.dtype, device=like.device)

@@ -12,27 +12,21 @@ import torch
 from transformers import AutoTokenizer
 
 from darwinlm.adapters import modeling_darwinlm
-from darwinlm.adapters.loading import DenseModel, choose_device
-from darwinlm.adapters.modeling_darwinlm import PRUNED, DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.families import auto_map, causal_lm
+from darwinlm.adapters.loading import OLD_TYPE, DenseModel, choose_device, load_config
+from darwinlm.adapters.modeling_darwinlm import PRUNED, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.proof import LATIN, TEXT
 from darwinlm.files import new_folder, write_json
 from darwinlm.progress import log
 
 MODULE = "modeling_darwinlm"
-AUTO_MAP = {
-    "AutoConfig": f"{MODULE}.DarwinLMConfig",
-    "AutoModel": f"{MODULE}.DarwinLMModel",
-    "AutoModelForCausalLM": f"{MODULE}.DarwinLMForCausalLM",
-    "AutoModelForSequenceClassification": f"{MODULE}.DarwinLMForSequenceClassification",
-    "AutoModelForTokenClassification": f"{MODULE}.DarwinLMForTokenClassification",
-}
 SHARD = "5GB"
 """The largest file of weights."""
 _PROOF_TOKENS = 16
 
 
-def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, Any], card: str, folder: Path) -> None:
+def export_hf(model: PrunedModel, dense: DenseModel, plan: Mapping[str, Any], card: str, folder: Path) -> None:
     """Write `model` to `folder` in the checkpoint's dtype, and prove it before it takes its place.
 
     Args:
@@ -58,15 +52,14 @@ def export_hf(model: DarwinLMForCausalLM, dense: DenseModel, plan: Mapping[str, 
             raise UserError(f"{folder}: the written model gives other logits (relative difference {difference:.1e})")
 
 
-def save_model(model: DarwinLMForCausalLM, dtype: torch.dtype, folder: Path) -> None:
+def save_model(model: PrunedModel, dtype: torch.dtype, folder: Path) -> None:
     """Write weights (in `dtype`), config and modelling file to `folder`."""
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
-    config |= {"architectures": ["DarwinLMForCausalLM"]}
+    config |= {"auto_map": auto_map(model.config, MODULE), "dtype": str(dtype).removeprefix("torch.")}
     write_json(folder / "config.json", config)
 
 
@@ -85,10 +78,10 @@ def renew_code(folder: Path, draft: Path) -> None:
     the file system can."""
     shutil.copytree(folder, draft, dirs_exist_ok=True, copy_function=_link_weights)
     # Written anew: those of earlier versions had another form.
-    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    written = json.loads(DarwinLMConfig.from_pretrained(folder).to_json_string())
-    kept = {name: config[name] for name in ("dtype", "architectures", "transformers_version") if name in config}
-    write_json(draft / "config.json", written | kept | {"auto_map": AUTO_MAP})
+    settings, config = json.loads((draft / "config.json").read_text(encoding="utf-8")), load_config(str(folder))
+    kept = {name: settings[name] for name in ("dtype", "transformers_version") if name in settings}
+    kept |= {"architectures": [causal_lm(config).__name__], "auto_map": auto_map(config, MODULE)}
+    write_json(draft / "config.json", json.loads(config.to_json_string()) | kept)
     shutil.copyfile(modeling_darwinlm.__file__, draft / f"{MODULE}.py")
     _name_tokenizer(draft / "tokenizer_config.json")
 
@@ -131,13 +124,12 @@ def find_model(source: str | Path) -> Path:
         raise UserError(f"{path} holds no model (config.json is missing)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
-    own = config.get(PRUNED, config) if isinstance(config, dict) else None
-    if not isinstance(own, dict) or own.get("model_type") != DarwinLMConfig.model_type:
+    if not isinstance(config, dict) or (PRUNED not in config and config.get("model_type") != OLD_TYPE):
         raise UserError(f"{path} holds no pruned model; load it with transformers")
     return path
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> DarwinLMForCausalLM:
+def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PrunedModel:
     """Load a pruned model that this package wrote. No code from the folder is run.
 
     Args:
@@ -152,8 +144,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"dtype {dtype!r} is no type of numbers; give float32, bfloat16 or float16")
     try:
-        read: Any = DarwinLMForCausalLM.from_pretrained
-        model, facts = read(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        config = load_config(str(path))
+        read: Any = causal_lm(config).from_pretrained
+        model, facts = read(path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
@@ -163,11 +156,11 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         raise UserError(f"{path}: its files lack {sorted(facts['missing_keys'])[0]}; get the whole model")
     model.to(choose_device(device))
     model.eval()
-    return cast(DarwinLMForCausalLM, model)
+    return cast(PrunedModel, model)
 
 
 @torch.no_grad()
-def _largest_difference(model: DarwinLMForCausalLM, folder: Path) -> float:
+def _largest_difference(model: PrunedModel, folder: Path) -> float:
     written = load(folder, dtype=model.dtype, device=str(model.device))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (1, _PROOF_TOKENS), generator=generator).to(model.device)

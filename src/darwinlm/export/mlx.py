@@ -5,20 +5,17 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from darwinlm.adapters.modeling_darwinlm import (
-    DarwinLMConfig,
-    DarwinLMForCausalLM,
-    DarwinLMRotaryEmbedding,
-    whole_settings,
-)
+from darwinlm.adapters.families import rotary_embedding, window_of
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel, whole_settings
 from darwinlm.errors import UserError
 from darwinlm.export.hf import copy_rest, save_model
-from darwinlm.export.shapes import check_equal_groups
+from darwinlm.export.shapes import check_equal_groups, read_biases
 from darwinlm.files import write_json
 
 PACKAGE = "mlx-lm"
@@ -26,8 +23,9 @@ _MODULE = "darwinlm_mlx.py"
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-def check_mlx(config: DarwinLMConfig) -> None:
+def check_mlx(config: PrunedConfig) -> None:
     """Refuse a model that the file of code cannot run. Raises UserError."""
+    read_biases(config, "the export to MLX")
     check_equal_groups(config, "MLX")
     kind = config.rope_parameters["rope_type"]
     if kind not in _STATIC_ROPE:
@@ -36,7 +34,7 @@ def check_mlx(config: DarwinLMConfig) -> None:
         raise UserError(f"the export to MLX computes silu, the model {config.hidden_act}")
 
 
-def write_mlx(model: DarwinLMForCausalLM, source: Path, folder: Path) -> None:
+def write_mlx(model: PrunedModel, source: Path, folder: Path) -> None:
     """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source`."""
     copy_rest(source, folder, ("config.json",))
     save_model(model, model.dtype, folder)
@@ -45,8 +43,11 @@ def write_mlx(model: DarwinLMForCausalLM, source: Path, folder: Path) -> None:
     shutil.copyfile(Path(__file__).with_name(_MODULE), folder / _MODULE)
     # There is one code for it, which reads all settings in one place.
     config = whole_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    del config["auto_map"]
-    rope: Any = DarwinLMRotaryEmbedding(cast(DarwinLMConfig, model.config))
+    del config["auto_map"], config["layer_parts"]
+    windows = [window_of(model.config, layer) for layer in range(model.config.num_hidden_layers)]
+    config |= {"layer_types": ["sliding_attention" if window else "full_attention" for window in windows]}
+    config |= asdict(read_biases(model.config, "the export to MLX"))
+    rope = rotary_embedding(model.config)
     # Periods of the turns, which MLX asks for: of every kind of rope the same numbers that transformers computes with.
     config |= {"model_file": _MODULE, "rope_periods": (1 / rope.inv_freq.double()).tolist()}
     config |= {"rope_attention_scaling": float(rope.attention_scaling)}

@@ -7,17 +7,23 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from darwinlm.adapters.families import COPIED, FAMILIES
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.families import LAYERS, dense_again
+from darwinlm.adapters.loading import some_layers
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.card import without_code
 from darwinlm.export.hf import SHARD, copy_rest
-from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
+from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes, read_biases
 
-_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+_OF_MISTRAL = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings", "rope_parameters"),
+    *("attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+"""What Llama and Mistral have in common."""
 
 
-def native_config(config: DarwinLMConfig) -> Any:
+def native_config(config: PrunedConfig) -> Any:
     """The config of the same model in transformers' own words.
 
     Layers without any part are left out. A Llama whose heads no longer divide its hidden size becomes a Mistral, which
@@ -29,44 +35,36 @@ def native_config(config: DarwinLMConfig) -> Any:
     check_equal_groups(config, "transformers' own models")
     kept = kept_layers(config)
     shape = _common_shape(config, kept)
-    kind = config.base_model_type
+    kind, settings = config.model_type, some_layers(dense_again(config), kept).to_dict()
     if kind == "llama" and config.hidden_size % shape.heads:
-        biased = [name for name in ("qkv_bias", "attention_output_bias", "mlp_bias") if getattr(config, name)]
-        if biased:
+        biases = read_biases(config, "transformers' Llama").names
+        if biases:
             raise UserError(
                 f"{shape.heads} heads do not divide the hidden size {config.hidden_size}, which transformers' Llama "
-                f"asks for, and its Mistral, which does not, has no biases ({biased[0]}); use --to gguf or vllm"
+                f"asks for, and its Mistral, which does not, has no biases ({biases[0]}); use --to gguf or vllm"
             )
         kind = "mistral"
-    settings = {name: getattr(config, name) for name in COPIED if name not in _SIZES}
+        settings = {name: value for name, value in settings.items() if name in _OF_MISTRAL} | {"sliding_window": None}
     settings |= {
-        attribute: getattr(config, name)
-        for name in ("qkv_bias", "attention_output_bias", "mlp_bias")
-        if isinstance(attribute := getattr(FAMILIES[kind], name), str)
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.width,
     }
-    layer_types = [config.layer_types[index] for index in kept]
-    window = config.sliding_window if "sliding_attention" in layer_types else None
-    settings |= {"sliding_window": window} if kind == "mistral" else {}
-    if kind.startswith("qwen"):
-        settings |= {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": layer_types}
-    return AutoConfig.for_model(
-        kind,
-        **settings,
-        num_hidden_layers=len(kept),
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.width,
-        head_dim=config.head_dim,
-    )
+    left_out = ("model_type", "layer_parts", "architectures", "auto_map", "_name_or_path", "transformers_version")
+    try:
+        return AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if name not in left_out})
+    except Exception as error:  # transformers' own checks of a config are of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"transformers' {kind} refuses these sizes ({reason}); use --to vllm") from None
 
 
-def write_native(model: DarwinLMForCausalLM, native: Any, source: Path, folder: Path) -> None:
+def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) -> None:
     """Write `model`, loaded from `source`, with the config `native` to `folder`, with everything else in `source`."""
-    config = cast(DarwinLMConfig, model.config)
+    config = cast(PrunedConfig, model.config)
     tensors: dict[str, Tensor] = model.state_dict()
     for number, index in enumerate(kept_layers(config)):
         # In rising order: a layer only ever moves to a place that is free.
-        old, new = f"model.layers.{index}.", f"model.layers.{number}."
+        old, new = f"{LAYERS}{index}.", f"{LAYERS}{number}."
         for name in [name for name in tensors if name.startswith(old)]:
             tensors[new + name.removeprefix(old)] = tensors.pop(name)
     native.dtype = model.dtype
@@ -81,7 +79,7 @@ def write_native(model: DarwinLMForCausalLM, native: Any, source: Path, folder: 
         (folder / "README.md").write_text(without_code(card), encoding="utf-8")
 
 
-def _common_shape(config: DarwinLMConfig, kept: list[int]) -> LayerShape:
+def _common_shape(config: PrunedConfig, kept: list[int]) -> LayerShape:
     """The one size of all layers. Raises UserError that names two which differ."""
     shapes = layer_shapes(config)
     first = shapes[kept[0]]

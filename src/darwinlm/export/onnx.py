@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
 
 FILE = "model.onnx"
@@ -25,7 +25,7 @@ _LENGTH = 6
 class _Prefill(nn.Module):
     """Token ids to logits, and nothing else."""
 
-    def __init__(self, model: DarwinLMForCausalLM) -> None:
+    def __init__(self, model: PrunedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -41,7 +41,7 @@ def check_writer() -> None:
         raise UserError(f"the export to ONNX needs {' and '.join(missing)}; run: pip install onnxscript onnxruntime")
 
 
-def write_onnx(model: DarwinLMForCausalLM, folder: Path) -> None:
+def write_onnx(model: PrunedModel, folder: Path) -> None:
     """Write `model`, float32, to `FILE` in `folder`; its weights lie beside it in `model.onnx.data`."""
     example_BT = torch.arange(2 * _LENGTH).view(2, _LENGTH) % model.config.vocab_size
     free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}

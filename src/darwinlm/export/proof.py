@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
 
 LATIN = (
@@ -75,7 +75,7 @@ def proof_tokens(tokenizer: Any, longest: int) -> list[int]:
 
 
 @torch.no_grad()
-def logits_of(model: Callable[[Tensor], Any] | DarwinLMForCausalLM, tokens: Sequence[int]) -> np.ndarray:
+def logits_of(model: Callable[[Tensor], Any] | PrunedModel, tokens: Sequence[int]) -> np.ndarray:
     """Of a model of transformers, by position and vocabulary entry, float32."""
     logits_TV: Tensor = model(torch.tensor([list(tokens)])).logits[0]
     found: np.ndarray = logits_TV.float().numpy()

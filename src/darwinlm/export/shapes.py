@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.adapters.families import dense_again, empty_layer
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
+
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose layers are Llama's, but for biases, and norms on queries and keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +21,42 @@ class LayerShape:
     """Channels of the MLP."""
 
 
-def layer_shapes(config: DarwinLMConfig) -> list[LayerShape]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Biases:
+    """Which projections of a layer of Llama's form have biases, and whether queries and keys have norms."""
+
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that are there."""
+        return [name for name in ("qkv_bias", "attention_output_bias", "mlp_bias") if getattr(self, name)]
+
+
+def read_biases(config: PrunedConfig, engine: str) -> Biases:
+    """What the layers of a model have besides projections. Raises UserError if they have another form than Llama's."""
+    if config.model_type not in _LIKE_LLAMA:
+        raise UserError(
+            f"{engine} cannot run a {config.model_type} model whose layers differ in size; it can if the family is one "
+            f"of {', '.join(_LIKE_LLAMA)}"
+        )
+    names = empty_layer(dense_again(config), 0).state_dict()
+    return Biases(
+        qkv_bias="self_attn.q_proj.bias" in names,
+        attention_output_bias="self_attn.o_proj.bias" in names,
+        mlp_bias="mlp.down_proj.bias" in names,
+        qk_norm="self_attn.q_norm.weight" in names,
+    )
+
+
+def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
     """Of every layer, in order."""
     shapes = []
     for index in range(config.num_hidden_layers):
-        layer, skipped = config.per_layer_config[index], config.skipped(index)
+        layer, skipped = config.layer(index), config.skipped(index)
         attends = "attention" not in skipped
         shapes.append(
             LayerShape(
@@ -33,18 +68,18 @@ def layer_shapes(config: DarwinLMConfig) -> list[LayerShape]:
     return shapes
 
 
-def kept_layers(config: DarwinLMConfig) -> list[int]:
+def kept_layers(config: PrunedConfig) -> list[int]:
     """The layers that do anything, and at least one: engines want that."""
     return [index for index, shape in enumerate(layer_shapes(config)) if shape.heads or shape.width] or [0]
 
 
-def check_equal_groups(config: DarwinLMConfig, engine: str) -> None:
+def check_equal_groups(config: PrunedConfig, engine: str) -> None:
     """Refuse a model in which the KV heads of a layer serve unequal numbers of query heads. Raises UserError."""
     uneven = [
         (index, counts)
         for index in range(config.num_hidden_layers)
         if "attention" not in config.skipped(index)
-        and (counts := config.per_layer_config[index].query_heads_per_kv_head) is not None
+        and (counts := config.layer(index).query_heads_per_kv_head) is not None
     ]
     if uneven:
         index, counts = uneven[0]

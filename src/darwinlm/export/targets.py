@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.loading import DenseModel, load_config
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import EngineError, UserError
 from darwinlm.export import llama_cpp, mlx, onnx
 from darwinlm.export.gguf import FILE_TYPES, choose_architecture, context_length, gguf_package, write_gguf
@@ -108,7 +108,7 @@ def sites_kept_for(targets: Sequence[str]) -> set[str]:
 
 
 def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
-    dtype, config = options.dtype, DarwinLMConfig.from_pretrained(folder)
+    dtype, config = options.dtype, load_config(str(folder))
     architecture = choose_architecture(config)
     if dtype in K_QUANTS:
         quantizer()
@@ -142,12 +142,12 @@ def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
     return Exported(path=file, proof=proof, notes=tuple(notes))
 
 
-def _prove_gguf(model: DarwinLMForCausalLM, tokenizer: Any, file: Path, dtype: str) -> tuple[Proof | None, list[str]]:
+def _prove_gguf(model: PrunedModel, tokenizer: Any, file: Path, dtype: str) -> tuple[Proof | None, list[str]]:
     """The proof, and what else there is to say. Raises ProofError where llama.cpp does something else."""
     engine = llama_cpp.engine_version()
     if engine is None:
         return None, [f"not proved: run pip install {llama_cpp.PACKAGE} and export again"]
-    tokens = proof_tokens(tokenizer, context_length(cast(DarwinLMConfig, model.config)))
+    tokens = proof_tokens(tokenizer, context_length(cast(PrunedConfig, model.config)))
     try:
         answer = llama_cpp.ask(file, tokens, [TEXT, LATIN])
     except EngineError as error:
@@ -182,7 +182,7 @@ def _check_file(file: Path) -> None:
 
 
 def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
-    config, devices = DarwinLMConfig.from_pretrained(folder), options.tensor_parallel
+    config, devices = load_config(str(folder)), options.tensor_parallel
     check_equal_groups(config, "vLLM")
     check_tensor_parallel(config, devices)
     target = out or folder.with_name(f"{folder.name}-vllm")
@@ -190,7 +190,7 @@ def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
     model = load(folder)
     with new_folder(target) as draft:
         write_vllm(model, folder, draft, devices)
-        proof = _prove_folder(model.float(), load(draft, dtype=torch.float32), folder)
+        proof = _prove_folder(load(folder, dtype=torch.float32), load(draft, dtype=torch.float32), folder)
         write_json(draft / _FACTS, {"target": "vllm", "tensor_parallel": devices, "proof": asdict(proof)})
     return Exported(
         path=target, proof=proof, notes=("vLLM itself was not run: the folder was compared in transformers",)
@@ -198,20 +198,20 @@ def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
 
 
 def _export_native(folder: Path, out: Path | None, _: _Options) -> Exported:
-    native = native_config(DarwinLMConfig.from_pretrained(folder))
+    native = native_config(load_config(str(folder)))
     target = out or folder.with_name(f"{folder.name}-native")
     _check_folder(target)
     model = load(folder)
     with new_folder(target) as draft:
         write_native(model, native, folder, draft)
         written = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False)
-        proof = _prove_folder(model.float(), written, folder)
+        proof = _prove_folder(load(folder, dtype=torch.float32), written, folder)
         write_json(draft / _FACTS, {"target": "hf-native", "model_type": native.model_type, "proof": asdict(proof)})
     return Exported(path=target, proof=proof)
 
 
 def _export_mlx(folder: Path, out: Path | None, _: _Options) -> Exported:
-    mlx.check_mlx(DarwinLMConfig.from_pretrained(folder))
+    mlx.check_mlx(load_config(str(folder)))
     target = out or folder.with_name(f"{folder.name}-mlx")
     _check_folder(target)
     model = load(folder)
@@ -245,14 +245,14 @@ def _renew(source: Path, out: Path | None) -> Exported:
     run = run_of(folder) if target.resolve() == folder.resolve() else None
     if target.resolve() != folder.resolve():
         _check_folder(target)
-    model = load(folder)
+    model = load(folder, dtype=torch.float32)
     with RunLock(run) if run is not None else nullcontext() as lock:
         if lock is not None:
             lock.take()
         with new_folder(target) as draft:
             renew_code(folder, draft)
             written = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=True)
-            proof = _prove_folder(model.float(), written, folder)
+            proof = _prove_folder(model, written, folder)
             if target.resolve() != folder.resolve():
                 write_json(draft / _FACTS, {"target": "hf", "proof": asdict(proof)})
         if run is not None:
@@ -260,7 +260,7 @@ def _renew(source: Path, out: Path | None) -> Exported:
     return Exported(path=target, proof=proof)
 
 
-def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Proof:
+def _prove_folder(model: PrunedModel, written: Any, folder: Path) -> Proof:
     """Compare two models in transformers, float32. Raises UserError."""
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
     engine = f"transformers {transformers.__version__}"
@@ -269,7 +269,7 @@ def _prove_folder(model: DarwinLMForCausalLM, written: Any, folder: Path) -> Pro
 
 
 def _prove_elsewhere(
-    model: DarwinLMForCausalLM,
+    model: PrunedModel,
     folder: Path,
     draft: Path,
     engine: str | None,

@@ -5,7 +5,6 @@ KV cache and looks for the attention that fills it. A layer without attention ge
 parallelism one for each device), which adds exactly nothing; a layer without any part is left out.
 """
 
-import copy
 from pathlib import Path
 from typing import cast
 
@@ -13,14 +12,15 @@ import torch
 from torch import Tensor
 
 from darwinlm.adapters.cutting import assemble
-from darwinlm.adapters.loading import expected_shapes
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig, DarwinLMForCausalLM
+from darwinlm.adapters.families import LAYERS, dense_again
+from darwinlm.adapters.loading import expected_shapes, some_layers
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.hf import copy_rest, save_model
 from darwinlm.export.shapes import kept_layers, layer_shapes
 
 
-def check_tensor_parallel(config: DarwinLMConfig, devices: int) -> None:
+def check_tensor_parallel(config: PrunedConfig, devices: int) -> None:
     """Refuse a number of devices that a layer cannot be shared out to. Raises UserError."""
     for index, shape in enumerate(layer_shapes(config)):
         for size, units in ((shape.kv_heads, "KV heads"), (shape.width, "MLP channels")):
@@ -31,13 +31,10 @@ def check_tensor_parallel(config: DarwinLMConfig, devices: int) -> None:
                 )
 
 
-def with_attention_everywhere(model: DarwinLMForCausalLM, stub_heads: int = 1) -> DarwinLMForCausalLM:
+def with_attention_everywhere(model: PrunedModel, stub_heads: int = 1) -> PrunedModel:
     """The same function as `model`, with heads of zeros in layers without attention, and no layers without any part."""
-    config, kept = cast(DarwinLMConfig, model.config), kept_layers(cast(DarwinLMConfig, model.config))
-    whole = copy.deepcopy(config)
-    whole.per_layer_config = None
-    whole.num_hidden_layers = len(kept)
-    whole.layer_types = [config.layer_types[index] for index in kept]
+    config, kept = cast(PrunedConfig, model.config), kept_layers(cast(PrunedConfig, model.config))
+    whole = some_layers(dense_again(config), kept)
     shapes = [layer_shapes(config)[index] for index in kept]
     whole.per_layer_config = {
         number: {
@@ -50,7 +47,7 @@ def with_attention_everywhere(model: DarwinLMForCausalLM, stub_heads: int = 1) -
     weights = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for name, shape in expected_shapes(whole).items():
-        layer = name.split(".")[2] if name.startswith("model.layers.") else None
+        layer = name.split(".")[2] if name.startswith(LAYERS) else None
         source = name if layer is None else name.replace(f".{layer}.", f".{kept[int(layer)]}.", 1)
         tensors[name] = (
             weights[source] if source in weights else torch.full(shape, float("norm" in name), dtype=model.dtype)
@@ -58,7 +55,7 @@ def with_attention_everywhere(model: DarwinLMForCausalLM, stub_heads: int = 1) -
     return assemble(whole, tensors, trainable=False)
 
 
-def write_vllm(model: DarwinLMForCausalLM, source: Path, folder: Path, devices: int) -> None:
+def write_vllm(model: PrunedModel, source: Path, folder: Path, devices: int) -> None:
     """Write `model`, loaded from `source`, to `folder`, for so many `devices`, with everything else in `source`."""
     copy_rest(source, folder, ("config.json",))
     save_model(with_attention_everywhere(model, devices), model.dtype, folder)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.heads import shape_logits
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 _CHUNK_TOKENS = 1024
 
@@ -20,9 +21,7 @@ class Objective(nn.Module):
     accepts_loss_kwargs = True
     """The Trainer hands over how many predictions an optimiser step has in all, on all ranks."""
 
-    def __init__(
-        self, model: DarwinLMForCausalLM, teacher: DarwinLMForCausalLM | None, share: float, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, model: PrunedModel, teacher: PrunedModel | None, share: float, temperature: float = 1.0) -> None:
         """Wrap `model`.
 
         Args:
@@ -106,7 +105,7 @@ class Objective(nn.Module):
         top_log_p_NL: Tensor | None,
     ) -> Tensor:
         """Of next-token loss and of KL over a chunk, in float32."""
-        logits_NV = self.model.lm_head(hidden_ND).float()
+        logits_NV = shape_logits(self.model.config, self.model.lm_head(hidden_ND)).float()
         log_q_NV = logits_NV.log_softmax(-1)
         loss = nn.functional.nll_loss(log_q_NV, targets_N, ignore_index=-100, reduction="sum")
         (teacher,) = self._teacher
@@ -120,7 +119,8 @@ class Objective(nn.Module):
         else:
             assert teacher is not None
             with torch.no_grad():
-                log_p = (teacher.lm_head(taught_ND).float() / self._temperature).log_softmax(-1)
+                taught_NV = shape_logits(teacher.config, teacher.lm_head(taught_ND)).float()
+                log_p = (taught_NV / self._temperature).log_softmax(-1)
             log_q = log_q_NV
         each_N = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         kl = self._temperature**2 * each_N.masked_fill(targets_N == -100, 0).sum()

@@ -8,23 +8,29 @@ model's: `dW = E^T X (X^T X + r I)^-1` with X the inputs that the projection rea
 Dimension letters: B blocks, T tokens, N tokens of a batch, D hidden size, K columns of an output projection.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer, DarwinLMForCausalLM, attention_masks
+from darwinlm.adapters.families import Family, family_of
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.walking import Given, enter
+from darwinlm.calibration.grams import root_mean_square
+from darwinlm.plan import SiteKind
 from darwinlm.progress import log, task
 from darwinlm.scoring import DenseReference
 
 _BATCH_TOKENS = 4096
+_KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
+_LEAST_GAIN = 1e-3
+"""Of the largest in a norm: rows that it all but removes are left as they are."""
 _RIDGE = 0.3
 """Of the mean of the diagonal of X^T X: the correction is small where the text says little."""
 
 
-def refit_if_it_helps(
-    model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Tensor, judged_BT: Tensor
-) -> bool:
+def refit_if_it_helps(model: PrunedModel, dense: PrunedModel, blocks_BT: Tensor, judged_BT: Tensor) -> bool:
     """`refit`, taken back if KL(dense || model) on other text is not lower after it: on little text it can overfit.
 
     Args:
@@ -50,7 +56,7 @@ def refit_if_it_helps(
 
 
 @torch.no_grad()
-def refit(model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Tensor) -> None:
+def refit(model: PrunedModel, dense: PrunedModel, blocks_BT: Tensor) -> None:
     """Correct the output projections of `model`, in place, so that it follows `dense` on `blocks_BT`.
 
     Args:
@@ -58,61 +64,73 @@ def refit(model: DarwinLMForCausalLM, dense: DarwinLMForCausalLM, blocks_BT: Ten
         dense: the model it was cut from, perhaps in several steps, on the same device, in any dtype.
         blocks_BT: token ids, blocks * tokens.
     """
-    batches = blocks_BT.to(dense.device, torch.long).split(max(1, _BATCH_TOKENS // blocks_BT.shape[1]))
+    family, ids_BT = family_of(dense.config), blocks_BT.to(dense.device, torch.long)
+    batches = ids_BT.split(max(1, _BATCH_TOKENS // blocks_BT.shape[1]))
     # Both streams are float32, whatever the dense layers compute in.
-    wanted = [dense.model.embed_tokens(ids_BT).float() for ids_BT in batches]
-    states = [model.model.embed_tokens(ids_BT) for ids_BT in batches]
-    positions = torch.arange(blocks_BT.shape[1], device=dense.device).unsqueeze(0)
-    rotary = {dtype: dense.model.rotary_emb(wanted[0].to(dtype), positions) for dtype in {dense.dtype, torch.float32}}
-
-    def attention(layer: DarwinLMDecoderLayer, index: int) -> Callable[[Tensor], Tensor]:
-        dtype = layer.self_attn.o_proj.weight.dtype
-        kind = dense.config.layer_types[index]
-
-        def run(states_BTD: Tensor) -> Tensor:
-            states_BTD = states_BTD.to(dtype)
-            mask = attention_masks(dense.config, states_BTD, position_ids=positions)
-            output: Tensor = layer.self_attn(
-                layer.input_layernorm(states_BTD), position_embeddings=rotary[dtype], attention_mask=mask.get(kind)
-            )[0]
-            return output.float()
-
-        return run
-
-    def mlp(layer: DarwinLMDecoderLayer) -> Callable[[Tensor], Tensor]:
-        dtype = layer.mlp.down_proj.weight.dtype
-        return lambda states_BTD: layer.mlp(layer.post_attention_layernorm(states_BTD.to(dtype))).float()
-
+    wanted = [enter(dense, batch_BT, torch.float32)[0] for batch_BT in batches]
+    states = [enter(model, batch_BT)[0] for batch_BT in batches]
+    _, given = enter(model, ids_BT[:1])
+    scale = getattr(model.config, "residual_multiplier", None) or 1.0
     with task("refit (layers)", len(model.model.layers)) as progress:
         for index, (whole, cut) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
-            if whole.has_attention:
-                run = attention(whole, index)
-                wanted = [states_BTD + run(states_BTD) for states_BTD in wanted]
-            if cut.has_attention:
-                _correct(cut.self_attn.o_proj, attention(cut, index), states, wanted)
-            if whole.has_mlp:
-                run = mlp(whole)
-                wanted = [states_BTD + run(states_BTD) for states_BTD in wanted]
-            if cut.has_mlp:
-                _correct(cut.mlp.down_proj, mlp(cut), states, wanted)
+            exact = whole if dense.dtype == torch.float32 else copy.deepcopy(whole).float()
+            aims = [_streams(exact, given[index], stream_BTD, family) for stream_BTD in wanted]
+            for place, kind in enumerate(_KINDS):
+                if family.output(kind) in dict(cut.named_modules()):
+                    _correct(cut, kind, given[index], family, scale, states, [aim[place] for aim in aims])
+            states = [_streams(cut, given[index], stream_BTD, family)[1] for stream_BTD in states]
+            wanted = [aim[1] for aim in aims]
             progress.advance()
 
 
-def _correct(
-    projection: nn.Linear, run: Callable[[Tensor], Tensor], states: list[Tensor], wanted: list[Tensor]
-) -> None:
-    """Correct one projection, and move `states` past its site; `run` is the site, from the stream to its output."""
-    inputs: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    columns, rows = projection.in_features, projection.out_features
-    gram_KK = torch.zeros(columns, columns, device=projection.weight.device)
-    lacking_DK = torch.zeros(rows, columns, device=projection.weight.device)
+def _streams(layer: nn.Module, given: Given, stream_BTD: Tensor, family: Family) -> tuple[Tensor, Tensor]:
+    """The stream between attention and MLP (behind both, where they read the same), and behind the layer."""
+    between: list[Tensor] = []
+    hooks = []
+    if family.reads_after_attention:
+        reader = layer.get_submodule(family.reads_after_attention)
+        hooks = [reader.register_forward_pre_hook(lambda _, inputs: between.append(inputs[0]))]
     try:
-        for number, states_BTD in enumerate(states):
-            states[number] = states_BTD + run(states_BTD)
-            x_NK = inputs[number].flatten(0, 1)
+        after_BTD: Tensor = layer(stream_BTD, **given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return between[0] if between else after_BTD, after_BTD
+
+
+def _correct(
+    layer: nn.Module,
+    kind: SiteKind,
+    given: Given,
+    family: Family,
+    scale: float,
+    states: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+) -> None:
+    """Correct the output projection of one part, so that from `states` the stream behind it comes closest to `wanted`.
+
+    `scale` is what the part's output is multiplied by before it is added to the stream. A norm in between is held at
+    the scale that it has for each token: what it makes of a change is then linear.
+    """
+    projection = layer.get_submodule(family.output(kind))
+    assert isinstance(projection, nn.Linear)
+    columns, rows, device = projection.in_features, projection.out_features, projection.weight.device
+    gain_D = torch.ones(rows, device=device)
+    if family.norm_after(kind):
+        gain_D = layer.get_submodule(family.norm_after(kind))(gain_D)
+        gain_D = torch.where(gain_D.abs() < _LEAST_GAIN * gain_D.abs().max(), torch.inf, gain_D)
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = projection.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    gram_KK = torch.zeros(columns, columns, device=device)
+    lacking_DK = torch.zeros(rows, columns, device=device)
+    try:
+        for stream_BTD, aim_BTD in zip(states, wanted, strict=True):
+            found_BTD = _streams(layer, given, stream_BTD, family)[0 if kind == "attention" else 1]
+            x_NK, output_ND = (tensor.flatten(0, 1) for tensor in seen.pop())
+            if family.norm_after(kind):
+                x_NK = x_NK / root_mean_square(output_ND, layer.get_submodule(family.norm_after(kind)))
             gram_KK.addmm_(x_NK.T, x_NK)
-            lacking_DK.addmm_((wanted[number] - states[number]).flatten(0, 1).T, x_NK)
+            lacking_DK.addmm_(((aim_BTD - found_BTD).flatten(0, 1) / (scale * gain_D)).T, x_NK)
     finally:
         hook.remove()
     gram_KK.diagonal().add_(max(_RIDGE * gram_KK.diagonal().mean().item(), 1e-6))
@@ -120,5 +138,3 @@ def _correct(
     change_DK = torch.cholesky_solve(lacking_DK.double().T, factor_KK).T.float()
     # Not in place: an uncut site shares its tensors with the dense model.
     projection.weight = nn.Parameter(projection.weight + change_DK, requires_grad=projection.weight.requires_grad)
-    for number, x_BTK in enumerate(inputs):
-        states[number] = states[number] + nn.functional.linear(x_BTK, change_DK)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from darwinlm import dist
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.objective import Objective
 
@@ -22,7 +22,7 @@ def is_sharded(recipe: RecoveryRecipe) -> bool:
     return recipe.sharding == "fsdp" and dist.world_size() > 1
 
 
-def shard(objective: Objective, teacher: DarwinLMForCausalLM | None, device: torch.device, dtype: torch.dtype) -> None:
+def shard(objective: Objective, teacher: PrunedModel | None, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the model of `objective`, and the layers of `teacher`, in place.
 
     Args:

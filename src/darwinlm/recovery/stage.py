@@ -15,7 +15,7 @@ from darwinlm import dist
 from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import TextStream
 from darwinlm.errors import UserError
 from darwinlm.learning_rate import LearningRate, root_mean_squares
@@ -73,8 +73,8 @@ def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
 
 
 def recover(
-    model: DarwinLMForCausalLM,
-    teacher: DarwinLMForCausalLM | Taught | None,
+    model: PrunedModel,
+    teacher: PrunedModel | Taught | None,
     text: Tensor | TextStream,
     validation_BT: Tensor,
     recipe: RecoveryRecipe,
@@ -83,7 +83,7 @@ def recover(
     folder: Path,
     device: torch.device,
     passed: int = 0,
-) -> tuple[DarwinLMForCausalLM, Training]:
+) -> tuple[PrunedModel, Training]:
     """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
 
     Args:
@@ -248,7 +248,7 @@ def _available(loggers: Sequence[str]) -> list[str]:
     return list(loggers)
 
 
-def _with_lora(model: DarwinLMForCausalLM, rank: int) -> Any:
+def _with_lora(model: PrunedModel, rank: int) -> Any:
     """Freeze `model` and put trainable low-rank updates beside all projections of its layers, in place."""
     import peft
 

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from darwinlm import dist
+from darwinlm.adapters.heads import shape_logits
 from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import positions, unmark
 from darwinlm.files import find_fault
 from darwinlm.progress import task
@@ -24,7 +25,7 @@ _PIECE_BLOCKS = 32
 _CHUNK_TOKENS = 1024
 
 
-def load_teacher(dense: DenseModel, dtype: torch.dtype, place: torch.device, *, int8: bool) -> DarwinLMForCausalLM:
+def load_teacher(dense: DenseModel, dtype: torch.dtype, place: torch.device, *, int8: bool) -> PrunedModel:
     """The dense model on `place`, to predict and not to train.
 
     Args:
@@ -43,7 +44,7 @@ def load_teacher(dense: DenseModel, dtype: torch.dtype, place: torch.device, *, 
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, Int8Linear(child))
-    model.to(place)  # type: ignore[arg-type]
+    model.to(place)
     return model
 
 
@@ -91,7 +92,7 @@ class Taught:
 
 
 def write_predictions(
-    load: Callable[[], DarwinLMForCausalLM],
+    load: Callable[[], PrunedModel],
     marked_BT: Tensor,
     top_k: int,
     temperature: float,
@@ -128,15 +129,14 @@ def write_predictions(
 
 
 @torch.no_grad()
-def _predict(
-    model: DarwinLMForCausalLM, marked_T: Tensor, top_k: int, temperature: float, cut: bool
-) -> dict[str, Tensor]:
+def _predict(model: PrunedModel, marked_T: Tensor, top_k: int, temperature: float, cut: bool) -> dict[str, Tensor]:
     ids_1T = unmark(marked_T)[0].unsqueeze(0)
     position_ids = positions(marked_T).unsqueeze(0) if cut else None
     hidden_TD = model.model(input_ids=ids_1T, position_ids=position_ids, use_cache=False).last_hidden_state[0]
     found: dict[str, list[Tensor]] = {"top_ids": [], "top_log_p": []}
     for chunk_ND in hidden_TD.split(_CHUNK_TOKENS):
-        log_p_NV = (model.lm_head(chunk_ND).float() / temperature).log_softmax(-1)
+        logits_NV = shape_logits(model.config, model.lm_head(chunk_ND)).float()
+        log_p_NV = (logits_NV / temperature).log_softmax(-1)
         top_NK, ids_NK = log_p_NV.topk(min(top_k, log_p_NV.shape[-1] - 1))
         found["top_ids"].append(ids_NK.int().cpu())
         found["top_log_p"].append(torch.cat([top_NK, log_mass_of_others(log_p_NV, ids_NK)], -1).cpu())

@@ -163,7 +163,10 @@ def _family(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
-    """By layer, what `plan` keeps of attention and MLP: units and parameters, and those before anything was pruned."""
+    """By layer, what `plan` keeps of attention and MLP: units and parameters, and those before anything was pruned.
+
+    Of a part that cannot be pruned, such as linear attention, all are 0.
+    """
     kept = {
         site.name: (site.units[level], site.parameters[level])
         for site, level in zip(space.sites, plan.levels, strict=True)
@@ -171,7 +174,8 @@ def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for site in space.first_sites:
         units, parameters = kept.get(site.name, (0, 0))
-        layer = found.setdefault(site.layer, {"layer": site.layer})
+        nothing = {"kept": 0, "dense": 0, "share": 0.0, "parameters": 0, "dense_parameters": 0}
+        layer = found.setdefault(site.layer, {"layer": site.layer, "attention": nothing, "mlp": nothing})
         layer[site.kind] = {
             "kept": units,
             "dense": site.units,

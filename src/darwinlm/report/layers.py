@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from darwinlm.adapters.families import dense_again
+from darwinlm.adapters.families import LAYERS, dense_again, family_of
 from darwinlm.adapters.loading import expected_shapes, load_sizes
-from darwinlm.adapters.modeling_darwinlm import DarwinLMConfig
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.report.facts import collect
 
-_PARTS = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 _BAR = 14
 
 
@@ -51,19 +50,21 @@ def inspect(source: str) -> list[dict[str, Any]]:
     return found
 
 
-def model_sizes(config: DarwinLMConfig) -> dict[str, Any]:
+def model_sizes(config: PrunedConfig) -> dict[str, Any]:
     """`layers`, `parameters` and `dense_parameters` of a model, counted in the shapes of its weights."""
     shapes, dense = expected_shapes(config), expected_shapes(dense_again(config))
     layers = []
     for number in range(config.num_hidden_layers):
         layer: dict[str, Any] = {"layer": number}
-        for kind, names in _PARTS.items():
-            prefixes = tuple(f"model.layers.{number}.{name}." for name in names)
-            kept, full = (_size(some, number, kind, config.head_dim) for some in (shapes, dense))
+        for kind, names in config.layer_parts.items():
+            prefixes = tuple(f"{LAYERS}{number}.{name}." for name in names)
+            output = f"{LAYERS}{number}.{family_of(config).output(kind)}.weight"
+            columns = config.head_dim if kind == "attention" else 1
+            kept, full = (some.get(output, (0, 0))[1] // columns for some in (shapes, dense))
             layer[kind] = {
                 "kept": kept,
                 "dense": full,
-                "share": kept / full,
+                "share": kept / full if full else 0.0,
                 "parameters": _count(shapes, prefixes),
                 "dense_parameters": _count(dense, prefixes),
             }
@@ -74,13 +75,6 @@ def model_sizes(config: DarwinLMConfig) -> dict[str, Any]:
         "parameters": _count(shapes, ""),
         "dense_parameters": _count(dense, ""),
     }
-
-
-def _size(shapes: Mapping[str, Sequence[int]], layer: int, kind: str, head_dim: int) -> int:
-    """Query heads or MLP channels."""
-    if kind == "attention":
-        return shapes.get(f"model.layers.{layer}.self_attn.q_proj.weight", (0, 0))[0] // head_dim
-    return shapes.get(f"model.layers.{layer}.mlp.down_proj.weight", (0, 0))[1]
 
 
 def _count(shapes: Mapping[str, Sequence[int]], prefixes: str | tuple[str, ...]) -> int:
@@ -101,13 +95,13 @@ def show_layers(entry: Mapping[str, Any], console: Console) -> None:
         cells: list[Any] = []
         for site in sites:
             bar = ProgressBar(total=site["dense"], completed=site["kept"], width=_BAR, style="dim")
-            size = f"{site['kept']:,} of {site['dense']:,}" if site["kept"] else "removed"
+            size = f"{site['kept']:,} of {site['dense']:,}" if site["kept"] else "removed" if site["dense"] else "none"
             cells += [bar, size]
         left, full = (sum(site[key] for site in sites) for key in ("parameters", "dense_parameters"))
-        table.add_row(str(layer["layer"]), *cells, f"{left:,}", f"{left / full:.1%}")
+        table.add_row(str(layer["layer"]), *cells, f"{left:,}", f"{left / full:.1%}" if full else "")
     console.print(table)
     left = entry["parameters"]
-    parts = [layer[kind] for layer in entry["layers"] for kind in _PARTS]
+    parts = [layer[kind] for layer in entry["layers"] for kind in ("attention", "mlp")]
     fixed = left - sum(part["parameters"] for part in parts)
     full = fixed + sum(part["dense_parameters"] for part in parts)
     lines = [

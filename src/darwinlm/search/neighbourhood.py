@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from darwinlm.adapters.cutting import Cut, build_layer
 from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import DarwinLMDecoderLayer, attention_masks
+from darwinlm.adapters.walking import Given, enter, leave
 from darwinlm.plan import Plan
 from darwinlm.scoring import DenseReference, Fidelity
 
@@ -43,19 +43,18 @@ class Neighbourhood:
         self._sites_of: dict[int, list[int]] = {}
         for index, site in enumerate(dense.sites):
             self._sites_of.setdefault(site.layer, []).append(index)
-        self._layers = [self._build(layer, base.levels) for layer in sorted(self._sites_of)]
+        self._layers = [self._build(layer, base.levels) for layer in range(dense.config.num_hidden_layers)]
         self._before: list[list[Tensor]] = []
         """By batch, the hidden states before each layer and after the last."""
-        self._inputs = []
-        model = dense.ends.model
+        self._given: list[Given] = []
+        """By layer, the same for every block."""
         for ids_BT in reference.batches():
-            states = model.embed_tokens(ids_BT).to(dtype)
-            positions = torch.arange(ids_BT.shape[1], device=dense.device).unsqueeze(0)
-            masks = attention_masks(dense.config, states, position_ids=positions)
-            self._inputs.append((positions, masks, model.rotary_emb(states, positions)))
+            states, _ = enter(dense.ends, ids_BT, dtype)
+            if not self._given:
+                _, self._given = enter(dense.ends, ids_BT[:1], dtype)
             self._before.append([states])
             for layer, module in enumerate(self._layers):
-                self._before[-1].append(self._run(module, layer, self._before[-1][-1], len(self._before) - 1))
+                self._before[-1].append(self._run(module, layer, self._before[-1][-1]))
 
     @torch.no_grad()
     def compare(self, levels: Sequence[int], tokens: int | None = None) -> Fidelity:
@@ -70,25 +69,19 @@ class Neighbourhood:
         def hidden(batch: int, rows: int) -> Tensor:
             states = self._before[batch][first][:rows]
             for layer, module in enumerate(modules, first):
-                states = self._run(module, layer, states, batch)
-            norm = self._dense.ends.model.norm
-            normed: Tensor = norm(states.to(norm.weight.dtype))
-            return normed
+                states = self._run(module, layer, states)
+            return leave(self._dense.ends, states)
 
         count = self._reference.count(tokens)
         last_hidden = (hidden(batch, len(ids_BT)) for batch, ids_BT in enumerate(self._reference.batches(count)))
-        return self._reference.compare_hidden(last_hidden, self._dense.ends.lm_head.weight, count)
+        return self._reference.compare_hidden(last_hidden, self._dense.head, count)
 
-    def _run(self, module: DarwinLMDecoderLayer, layer: int, states: Tensor, batch: int) -> Tensor:
-        positions, masks, rotary = self._inputs[batch]
-        mask = masks.get(self._dense.config.layer_types[layer])
-        if mask is not None and len(mask) > 1:
-            mask = mask[: len(states)]
-        after: Tensor = module(states, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+    def _run(self, module: nn.Module, layer: int, states: Tensor) -> Tensor:
+        after: Tensor = module(states, **self._given[layer])
         return after
 
-    def _build(self, layer: int, levels: Sequence[int]) -> DarwinLMDecoderLayer:
-        indices = self._sites_of[layer]
+    def _build(self, layer: int, levels: Sequence[int]) -> nn.Module:
+        indices = self._sites_of.get(layer, [])
         sites = [self._dense.sites[i] for i in indices]
         cuts = {self._dense.sites[i].name: self._cut(i, levels[i]) for i in indices if levels[i] > 0}
         return build_layer(self._dense.config, layer, sites, self._weights, cuts).to(self._dtype)

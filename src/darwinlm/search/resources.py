@@ -9,9 +9,9 @@ from torch import Tensor
 
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, assemble, cut_site, layer_sizes
-from darwinlm.adapters.families import Site, dense_again
+from darwinlm.adapters.families import LAYERS, Site, dense_again, sites_needed, window_of
 from darwinlm.adapters.loading import DenseModel, served_dtype
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.files import read_json, write_json
 from darwinlm.plan import Limit, SiteKind, Space, parameter_limit
 from darwinlm.progress import task
@@ -52,7 +52,7 @@ def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
     config = dense.config
 
     def attended(layer: int) -> int:
-        window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+        window = window_of(config, layer)
         return sum(min(position + 1, window or tokens) for position in range(tokens))
 
     by_layer = [attended(layer) for layer in range(config.num_hidden_layers)]
@@ -111,7 +111,7 @@ def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe)
     sizes = {
         kind: sorted({n for site in space.sites if site.kind == kind for n in site.units} - {0}) for kind in _KINDS
     }
-    stacks: dict[tuple[str, int], DarwinLMForCausalLM] = {("none", 0): _stack(dense, weights)}
+    stacks: dict[tuple[str, int], PrunedModel] = {("none", 0): _stack(dense, weights)}
     for kind in _KINDS:
         # In a model that is pruned already, it alone may have all sizes.
         largest = max(
@@ -130,31 +130,41 @@ def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe)
                     times[key].append(prompt + (new / timed * workload.new_tokens if timed else 0.0))
                 progress.advance()
     seconds = {key: statistics.median(values) for key, values in times.items()}
-    fixed, layers = seconds["none", 0], dense.config.num_hidden_layers
+    fixed = seconds["none", 0]
     table: dict[str, Any] = {"fixed": round(1e9 * fixed)}
     for kind in _KINDS:
+        layers = max(1, len(_layers_with(dense, kind)))
         table[kind] = {str(size): max(0, round(1e9 * (seconds[kind, size] - fixed) / layers)) for size in sizes[kind]}
     return table
 
 
-def _stack(
-    dense: DenseModel, weights: Mapping[str, Tensor], site: Site | None = None, units: int = 0
-) -> DarwinLMForCausalLM:
+def _layers_with(dense: DenseModel, kind: SiteKind) -> list[int]:
+    """The layers that had such a site before anything was pruned; in hybrid models not all have attention."""
+    return sorted({site.layer for site in dense.sites_before or dense.sites if site.kind == kind})
+
+
+def _stack(dense: DenseModel, weights: Mapping[str, Tensor], site: Site | None = None, units: int = 0) -> PrunedModel:
     """All layers with a copy of the first `units` units of `site` and nothing else; without it, without any part."""
     config = dense_again(dense.config)
     kept = tuple(range(units))
-    config.per_layer_config = {
-        layer: layer_sizes(site, kept) | {"skip": [kind for kind in _KINDS if kind != site.kind]}
-        if site is not None
-        else {"skip": list(_KINDS)}
-        for layer in range(config.num_hidden_layers)
-    }
-    tensors = {name: tensor for name, tensor in weights.items() if not name.startswith("model.layers.")}
+    # Without it hybrid models cannot use their caches: it is in every stack.
+    needed = sites_needed(dense.config, dense.sites)
+    layers: dict[int | str, dict[str, Any]] = {}
+    for layer in range(config.num_hidden_layers):
+        there = [kind for kind in _KINDS if layer in _layers_with(dense, kind)]
+        own = site is not None and site.kind in there
+        layers[layer] = layer_sizes(site, kept) if site is not None and own else {}
+        layers[layer]["skip"] = [
+            kind for kind in there if (site is None or kind != site.kind) and f"layers.{layer}.{kind}" not in needed
+        ]
+    config.per_layer_config = layers
+    in_sites = {name for one in (*dense.sites, *dense.sites_before) if one.name not in needed for name in one.tensors}
+    tensors = {name: tensor for name, tensor in weights.items() if name not in in_sites}
     if site is not None:
         output = weights[f"{site.output}.weight"][:, : units * site.columns_per_unit].contiguous()
-        left, old = cut_site(site, weights, Cut(kept, output)), f"model.layers.{site.layer}."
-        for layer in range(config.num_hidden_layers):
+        left, old = cut_site(site, weights, Cut(kept, output)), f"{LAYERS}{site.layer}."
+        for layer in _layers_with(dense, site.kind):
             # Each layer with memory of its own, as in the model.
-            new = f"model.layers.{layer}."
+            new = f"{LAYERS}{layer}."
             tensors |= {name.replace(old, new, 1): tensor.clone() for name, tensor in left.items()}
     return assemble(config, tensors, trainable=False)

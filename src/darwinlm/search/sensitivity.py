@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from darwinlm import dist
 from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.families import Site
+from darwinlm.adapters.families import Site, family_of
 from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.adapters.memory import SPARE, free_memory, kept_bytes
-from darwinlm.adapters.modeling_darwinlm import DarwinLMForCausalLM
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.plan import Plan, Space
 from darwinlm.scoring import DenseReference
 from darwinlm.search.descent import Sensitivity
@@ -65,10 +65,10 @@ def measure_sensitivity(
         assert reference is not None
         ids_1N = blocks_BT[block].to(dense.device, torch.long).unsqueeze(0)
         # Gradients by outputs alone: they need something at the bottom to flow to.
-        embedded = model.model.embed_tokens(ids_1N).requires_grad_(True)
+        embedded = model.get_input_embeddings()(ids_1N).requires_grad_(True)
         hidden_ND = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
         gradient_ND, scores_RND = reference.gradients(
-            hidden_ND.detach(), row, dense.ends.lm_head.weight, draws, seed=seed * len(blocks_BT) + block
+            hidden_ND.detach(), row, dense.head, draws, seed=seed * len(blocks_BT) + block
         )
         hidden_ND.backward(gradient_ND.to(hidden_ND.dtype), retain_graph=draws > 0)
         first = torch.stack([site.changes_WL.sum(0) for site in sites])
@@ -95,7 +95,9 @@ def _place_of_columns(dense: DenseModel, space: Space, tokens: int) -> torch.dev
     columns = sum(
         site.columns_per_unit * sum(levels.units) for site, levels in zip(dense.sites, space.sites, strict=True)
     )
-    size = (columns + widened) * dense.config.hidden_size * dtype.itemsize + kept_bytes(dense.config, tokens, dtype)
+    size = (columns + widened) * dense.config.hidden_size * dtype.itemsize + kept_bytes(
+        dense.config, tokens, tokens, dtype
+    )
     return dense.device if SPARE * size < free_memory(dense.device) else torch.device("cpu")
 
 
@@ -129,6 +131,7 @@ class _WidenedSite:
         self.columns_K, self.weights_OK = torch.cat(columns), torch.cat(weights, dim=1).to(place)
         self.widths = [len(one) for one in columns]
         self._inputs_NI: Tensor | None = None
+        self._norm: nn.Module | None = None
         most = max(len(site.units) for site in space.sites)
         self.changes_WL = torch.zeros(0, most, device=dense.device)
         """What the last backward pass found: by window of tokens and level, gradient times change of the output."""
@@ -140,17 +143,22 @@ class _WidenedSite:
             found[f"{self.site.output}.bias"] = self.bias_O if self.base < self.last else torch.zeros_like(self.bias_O)
         return found
 
-    def watch(self, module: nn.Module) -> None:
-        """Have every backward pass through `module`, the output projection, leave its `changes_WL` here."""
+    def watch(self, module: nn.Module, norm: nn.Module | None) -> None:
+        """Have every backward pass through `module`, the output projection, leave its `changes_WL` here.
+
+        Where a `norm` follows, what counts is behind it: it does not see how large its input is, and so removing that
+        would look free.
+        """
+        self._norm = norm
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._inputs_NI = inputs[0].detach()[0]
 
         def after(_: nn.Module, __: object, outputs: Tensor) -> None:
-            outputs.register_hook(self._project)
+            outputs.register_hook(self._project if norm is None else self._project_normed)
 
         module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+        (norm or module).register_forward_hook(after)
 
     def _project(self, gradient_1NO: Tensor) -> None:
         assert self._inputs_NI is not None
@@ -163,18 +171,41 @@ class _WidenedSite:
             changes_NL[:length, level] = part.sum(1, dtype=torch.float32)
         if self.bias_O is not None:
             changes_NL[:length, : self.last] += (gradient_NO.float() @ self.bias_O.float())[:, None]
+        self._sum_up(changes_NL)
+
+    @torch.no_grad()
+    def _project_normed(self, gradient_1NO: Tensor) -> None:
+        """The same with the norm's output at each level in full: to first order it does not change with its input."""
+        assert self._inputs_NI is not None and self._norm is not None
+        gradient_NO = gradient_1NO[0]
+        length, most = len(gradient_NO), self.changes_WL.shape[1]
+        changes_NL = gradient_NO.new_zeros(-(-length // _WINDOW) * _WINDOW, most, dtype=torch.float32)
+        for level, (columns_K, weight_OK) in enumerate(
+            zip(self.columns_K.split(self.widths), self.weights_OK.split(self.widths, dim=1), strict=True)
+        ):
+            output_NO = self._inputs_NI.index_select(1, columns_K) @ weight_OK.to(gradient_NO.device).T
+            if self.bias_O is not None:
+                output_NO += self.bias_O.to(output_NO.dtype)
+            # Not by calling the norm: its hooks are for the model's own pass.
+            changes_NL[:length, level] = (gradient_NO.float() * self._norm.forward(output_NO).float()).sum(1)
+        self._sum_up(changes_NL)
+
+    def _sum_up(self, changes_NL: Tensor) -> None:
         changes_NL -= changes_NL[:, self.base].clone()[:, None]
-        self.changes_WL = changes_NL.view(-1, _WINDOW, most).sum(1)
+        self.changes_WL = changes_NL.view(-1, _WINDOW, changes_NL.shape[1]).sum(1)
 
 
-def _widened_model(dense: DenseModel, sites: list[_WidenedSite]) -> DarwinLMForCausalLM:
+def _widened_model(dense: DenseModel, sites: list[_WidenedSite]) -> PrunedModel:
     weights = dict(dense.weights)
     for site in sites:
         weights |= site.tensors()
     model = build_model(dense.config, dense.sites, weights, {})
-    model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
+    model.to(fast_dtype(dense.device))
+    family = family_of(dense.config)
     for site in sites:
-        site.watch(model.get_submodule(site.site.output))
+        norm = family.norm_after(site.site.kind)
+        layer = model.model.layers[site.site.layer]
+        site.watch(model.get_submodule(site.site.output), layer.get_submodule(norm) if norm else None)
     return model
 
 

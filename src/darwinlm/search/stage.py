@@ -149,8 +149,8 @@ class _Judge:
         dense = self._dense
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
         model = build_model(dense.config, dense.sites, dense.weights, cuts)
-        model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
-        found = reference.compare(model, head_VD=dense.ends.lm_head.weight).kl_by_block
+        model.to(fast_dtype(dense.device))
+        found = reference.compare(model, head=dense.head).kl_by_block
         return [_finite(kl) for kl in found]
 
 

@@ -118,7 +118,7 @@ class TrialScorer:
             dense.park()
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
         if rate is None:
-            model.to(fast_dtype(dense.device))  # type: ignore[arg-type]
+            model.to(fast_dtype(dense.device))
         elif not train_briefly(
             model,
             blocks_BT,
@@ -128,7 +128,7 @@ class TrialScorer:
             portion=self._portion,
         ):
             return Score(DIVERGED)
-        return _score(judge.compare(model, tokens, head_VD=dense.ends.lm_head.weight))
+        return _score(judge.compare(model, tokens, head=dense.head))
 
     def _aims(self, blocks_BT: Tensor) -> Tensor:
         """What the dense model teaches on these blocks, the first of the trial split; in the CPU's memory."""

@@ -1,0 +1,91 @@
+"""The head of a model: from last hidden states to logits, and back to gradients.
+
+Most heads are a matrix product. Granite and Cohere scale logits, Phi adds a bias, and Gemma 2 bounds them smoothly.
+
+Dimension letters: N positions, V vocabulary, D hidden size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+
+_CHUNK_TOKENS = 128
+
+
+def shape_logits(config: PrunedConfig, logits: Tensor) -> Tensor:
+    """What a model makes of the output of its `lm_head`."""
+    scale, softcap = _settings(config)
+    logits = logits if scale == 1 else logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _settings(config: PrunedConfig) -> tuple[float, float | None]:
+    """What logits are multiplied by, and the bound that they stay within."""
+    scale: Any = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits are `softcap * tanh(z / softcap)` of `z = scale * (h W^T + b)`, or z where there is no softcap."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: PrunedModel) -> "Head":
+        """The head of `model`; the tensors are shared."""
+        linear = model.get_output_embeddings()
+        return cls(linear.weight, getattr(linear, "bias", None), *_settings(model.config))
+
+    def float(self) -> "Head":
+        """The same in float32."""
+        bias_V = self.bias_V if self.bias_V is None else self.bias_V.float()
+        return replace(self, weight_VD=self.weight_VD.float(), bias_V=bias_V)
+
+    def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits N * V in the dtype of the head, written to `out` if it is given; no gradients."""
+        logits_NV = torch.mm(hidden_ND.to(self.weight_VD.dtype), self.weight_VD.T, out=out)
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
+        if self.scale != 1:
+            logits_NV *= self.scale
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
+    def back(self, by_logits_NV: Tensor, logits_NV: Tensor) -> Tensor:
+        """A gradient by logits as one by last hidden states, N * D; `logits_NV` are those that it was taken at."""
+        if self.softcap is not None:
+            by_logits_NV = by_logits_NV * (1 - (logits_NV / self.softcap).square())
+        by_hidden_ND = by_logits_NV.to(self.weight_VD.dtype) @ self.weight_VD
+        return by_hidden_ND if self.scale == 1 else by_hidden_ND * self.scale
+
+    def rows(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """How the logits of the tokens `ids` (of any shape) change with the hidden states there: shape * D."""
+        rows = torch.nn.functional.embedding(ids, self.weight_VD)
+        if self.softcap is not None:
+            z = self.scale * (rows * hidden).sum(-1, keepdim=True)
+            if self.bias_V is not None:
+                z = z + self.scale * self.bias_V[ids].unsqueeze(-1)
+            rows = rows * (1 - torch.tanh(z / self.softcap).square())
+        return rows if self.scale == 1 else rows * self.scale
+
+    @torch.no_grad()
+    def expected_rows(self, hidden_ND: Tensor) -> Tensor:
+        """The mean of `rows` by the predictions of these last hidden states, N * D, in the dtype of the head.
+
+        The gradient of next-token loss by a hidden state is this less the row of the next token; that of KL(dense ||
+        model) is this less the dense model's, which with a softcap is near it and the same where the models agree.
+        """
+        parts = []
+        for part_ND in hidden_ND.split(_CHUNK_TOKENS):
+            logits_NV = self.logits(part_ND)
+            parts.append(self.back(logits_NV.float().softmax(-1), logits_NV))
+        return torch.cat(parts)

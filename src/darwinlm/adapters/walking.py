@@ -1,0 +1,77 @@
+"""A model without its layers: what the first one reads, what each is given besides the stream, and what follows."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from darwinlm.adapters.modeling_darwinlm import PrunedModel
+
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+"""What this version of transformers calls the KV cache; the name changed in 5.24."""
+Given = Mapping[str, Any]
+"""The keyword arguments of a layer: masks, positions, rotary embeddings, as its family has them."""
+
+
+def enter(model: PrunedModel, ids_BT: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, list[Given]]:
+    """Run what a model does before and around its layers, which may be on the meta device.
+
+    Args:
+        model: only what is outside its layers and its head is used.
+        ids_BT: token ids, where that is.
+        dtype: that the layers compute in; by default the model's.
+
+    Returns:
+        The stream that the first layer reads, B * T * D, and what each layer is given.
+    """
+    first, given = list[Tensor](), list[Given]()
+
+    def pass_on(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        first.append(hidden_states)
+        given.append(arguments)
+        return hidden_states
+
+    embeddings_BTD = model.get_input_embeddings()(ids_BT)
+    with _layers_replaced(model, pass_on):
+        model.base_model(inputs_embeds=embeddings_BTD if dtype is None else embeddings_BTD.to(dtype), use_cache=False)
+    return first[0], given
+
+
+def leave(model: PrunedModel, states_BTD: Tensor) -> Tensor:
+    """The last hidden states of a model whose last layer gives `states_BTD`; its layers are not used."""
+    states_BTD = states_BTD.to(model.dtype)
+    with _layers_replaced(model, lambda *_, **__: states_BTD):
+        last_BTD: Tensor = model.base_model(inputs_embeds=states_BTD, use_cache=False).last_hidden_state
+    return last_BTD
+
+
+@contextmanager
+def _layers_replaced(model: PrunedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
+    layers = model.base_model.layers
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def carried(given: list[Given], device: torch.device) -> list[Given]:
+    """What layers are given, on `device`; what several of them are given is there once."""
+    known: dict[int, Tensor] = {}
+
+    def carry(one: Any) -> Any:
+        if isinstance(one, Tensor):
+            if id(one) not in known:
+                known[id(one)] = one.to(device)
+            return known[id(one)]
+        if isinstance(one, Mapping):
+            return {name: carry(value) for name, value in one.items()}
+        return tuple(carry(value) for value in one) if isinstance(one, list | tuple) else one
+
+    return [carry(one) for one in given]
