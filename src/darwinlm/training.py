@@ -56,9 +56,8 @@ def train_briefly(
     model.to(dtype)
     portion = portion or Portion(batch_size, "trial")
     tokens = min(portion.size, len(blocks_BT)) * blocks_BT.shape[1]
-    recompute = kept_bytes(cast(PrunedConfig, model.config), tokens, blocks_BT.shape[1], dtype) > _SHARE * free_memory(
-        model.device
-    )
+    kept = kept_bytes(cast(PrunedConfig, model.config), tokens, blocks_BT.shape[1], dtype)
+    recompute = kept > _SHARE * free_memory(model.device)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(masters, rate), fused=True)

@@ -57,11 +57,6 @@ def mean_factor(rows: Rows, units: Sequence[int], shares: Sequence[float]) -> fl
     return math.sqrt(sum(shares[group] for group in kept) * len(shares) / len(kept))
 
 
-def dense_site(site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of `site`, uncut."""
-    return {name: weights[name] for name in site.tensors}
-
-
 def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequence[int]) -> int:
     """Parameters left in `site` with the units `kept`, its norms included."""
     if not kept:

@@ -141,12 +141,11 @@ class _Recorder:
             columns = site.num_units * site.columns_per_unit
             device = next(module.parameters()).device
             self._grams[site.name] = torch.zeros(columns, columns, device=device)
-            norm = family.norm_after(site.kind)
-            if norm:
+            norm = layer.get_submodule(name) if (name := family.norm_after(site.kind)) else None
+            if norm is not None:
                 ones_O = torch.ones(module.out_features, device=device, dtype=module.weight.dtype)
-                self._gains[site.name] = layer.get_submodule(norm)(ones_O).float()
-            after = layer.get_submodule(norm) if norm else None
-            self._hooks.append(module.register_forward_hook(self._record_inputs(site, after)))
+                self._gains[site.name] = norm(ones_O).float()
+            self._hooks.append(module.register_forward_hook(self._record_inputs(site, norm)))
             self._shares[site.name] = {}
             for rows in site.inputs:
                 if rows.norm:
