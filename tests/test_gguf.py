@@ -68,6 +68,30 @@ def test_logits_are_those_of_transformers(family, shape, tmp_path):
     assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
 
 
+HALF_A_HEAD = {"rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("seed_oss", {"attention_out_bias": True}),
+        ("ernie4_5", {"use_bias": True}),
+        ("granite", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+        ("granite", {"tie_word_embeddings": False}),
+        ("glm", {}),
+        ("phi3", {"sliding_window": None}),
+        ("phi3", {"sliding_window": None} | HALF_A_HEAD),
+        ("ministral", {"sliding_window": 64}),
+        ("cwm", {"sliding_window": 64}),
+        ("smollm3", {"no_rope_layer_interval": 4}),
+    ],
+)
+def test_families_that_are_laid_out_in_another_way(family, settings, tmp_path):
+    config = make_config(family, **settings)
+    config.per_layer_config = SHAPES["groups differ"] | {2: ATTENTION}
+    assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -234,6 +258,10 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
         (("qwen3", {"rope_parameters": {**ROPES["llama3"], "rope_theta": 1e4}}), {}, "cannot scale rope so.*llama3"),
         (("qwen3", {"rope_parameters": {**YARN, "beta_slow": 2.0, "rope_theta": 1e4}}), {}, "cannot scale.*beta_slow"),
         (("llama", {"hidden_act": "gelu"}), {}, "computes silu, the model gelu"),
+        (("gemma3_text", {}), {}, "no norms of what attention and MLP add.*--to vllm or mlx"),
+        (("gemma", {}), {}, r"no norms that multiply by 1 \+ their weight"),
+        (("smollm3", {}), {}, "alike in all layers, and layer 1 of the model does not; export --to vllm or mlx"),
+        (("glm", {"rope_parameters": HALF_A_HEAD["rope_parameters"] | YARN}), {}, "cannot scale rope so: .*yarn"),
         (
             ("llama", {}),
             {1: {"num_attention_heads": 4, "num_key_value_heads": 2, "query_heads_per_kv_head": [1, 3]}},

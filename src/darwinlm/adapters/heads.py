@@ -18,12 +18,12 @@ _CHUNK_TOKENS = 128
 
 def shape_logits(config: PrunedConfig, logits: Tensor) -> Tensor:
     """What a model makes of the output of its `lm_head`."""
-    scale, softcap = _settings(config)
+    scale, softcap = logit_settings(config)
     logits = logits if scale == 1 else logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _settings(config: PrunedConfig) -> tuple[float, float | None]:
+def logit_settings(config: PrunedConfig) -> tuple[float, float | None]:
     """What logits are multiplied by, and the bound that they stay within."""
     scale: Any = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return float(scale), getattr(config, "final_logit_softcapping", None)
@@ -42,7 +42,7 @@ class Head:
     def of(cls, model: PrunedModel) -> "Head":
         """The head of `model`; the tensors are shared."""
         linear = model.get_output_embeddings()
-        return cls(linear.weight, getattr(linear, "bias", None), *_settings(model.config))
+        return cls(linear.weight, getattr(linear, "bias", None), *logit_settings(model.config))
 
     def float(self) -> "Head":
         """The same in float32."""

@@ -2,7 +2,8 @@
 """A pruned model in MLX, for mlx-lm, which runs this file by the key `model_file` of `config.json`.
 
 It travels with the folder and needs mlx and mlx-lm only. Sizes stand in `config.json` as `per_layer_config`; tensors
-have the names that they have for transformers. A skipped part has no tensors, and a layer without attention no cache.
+have the names that they have in a Llama, whatever the family. A skipped part has no tensors, and a layer without
+attention no cache.
 """
 
 from dataclasses import dataclass
@@ -28,10 +29,19 @@ class ModelArgs(BaseModelArgs):
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: str
+    norm_before: bool
+    norm_after: bool
+    norm_offset: float
+    activation: str
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
     layer_types: list
-    rope_periods: list
-    rope_attention_scaling: float
+    ropes: list
+    layer_ropes: list
+    logit_softcap: float | None = None
     sliding_window: int | None = None
     per_layer_config: dict | None = None
 
@@ -45,24 +55,38 @@ class ModelArgs(BaseModelArgs):
         return part not in self.per_layer_config.get(layer, {}).get("skip", ())
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, args, size):
+        super().__init__()
+        self.weight = mx.ones((size,))
+        self.offset, self.eps = args.norm_offset, args.rms_norm_eps
+
+    def __call__(self, x):
+        return mx.fast.rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, args, layer):
         super().__init__()
         self.heads = args.size(layer, "num_attention_heads")
         self.kv_heads = args.size(layer, "num_key_value_heads")
-        self.head_dim = args.head_dim
-        self.rope_scaling = args.rope_attention_scaling
-        self._periods = mx.array(args.rope_periods)
+        self.head_dim, self.scale = args.head_dim, args.attention_scale
+        rope = args.layer_ropes[layer]
+        self._periods = None if rope is None else mx.array(args.ropes[rope]["periods"])
+        self.rope_scaling = 1 if rope is None else args.ropes[rope]["scaling"]
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(args.hidden_size, queries, bias=args.qkv_bias)
         self.k_proj = nn.Linear(args.hidden_size, keys, bias=args.qkv_bias)
         self.v_proj = nn.Linear(args.hidden_size, keys, bias=args.qkv_bias)
         self.o_proj = nn.Linear(queries, args.hidden_size, bias=args.attention_output_bias)
-        if args.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=args.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=args.rms_norm_eps)
+        self.norm_heads = args.qk_norm == "head"
+        if args.qk_norm != "none":
+            self.q_norm = RMSNorm(args, self.head_dim if self.norm_heads else queries)
+            self.k_norm = RMSNorm(args, self.head_dim if self.norm_heads else keys)
 
     def rope(self, x, offset):
+        if self._periods is None:
+            return x
         turned = mx.fast.rope(
             x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
         )
@@ -70,17 +94,20 @@ class Attention(nn.Module):
 
     def __call__(self, x, mask=None, cache=None):
         batch, length, _ = x.shape
-        queries = self.q_proj(x).reshape(batch, length, self.heads, -1)
-        keys = self.k_proj(x).reshape(batch, length, self.kv_heads, -1)
+        queries, keys = self.q_proj(x), self.k_proj(x)
+        if "q_norm" in self and not self.norm_heads:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = queries.reshape(batch, length, self.heads, -1)
+        keys = keys.reshape(batch, length, self.kv_heads, -1)
         values = self.v_proj(x).reshape(batch, length, self.kv_heads, -1).transpose(0, 2, 1, 3)
-        if "q_norm" in self:
+        if "q_norm" in self and self.norm_heads:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset = 0 if cache is None else cache.offset
         queries = self.rope(queries.transpose(0, 2, 1, 3), offset)
         keys = self.rope(keys.transpose(0, 2, 1, 3), offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        output = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask)
+        output = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
@@ -88,30 +115,46 @@ class MLP(nn.Module):
     def __init__(self, args, layer):
         super().__init__()
         width = args.size(layer, "intermediate_size")
+        self.activation = nn.silu if args.activation == "silu" else nn.gelu_approx
         self.gate_proj = nn.Linear(args.hidden_size, width, bias=args.mlp_bias)
         self.up_proj = nn.Linear(args.hidden_size, width, bias=args.mlp_bias)
         self.down_proj = nn.Linear(width, args.hidden_size, bias=args.mlp_bias)
 
     def __call__(self, x):
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, args, layer):
         super().__init__()
         self.window = args.sliding_window if args.layer_types[layer] == "sliding_attention" else None
+        self.residual_scale = args.residual_scale
         if args.has(layer, "attention"):
-            self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
             self.self_attn = Attention(args, layer)
+            if args.norm_before:
+                self.input_layernorm = RMSNorm(args, args.hidden_size)
+            if args.norm_after:
+                self.attention_output_norm = RMSNorm(args, args.hidden_size)
         if args.has(layer, "mlp"):
-            self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
             self.mlp = MLP(args, layer)
+            if args.norm_before:
+                self.post_attention_layernorm = RMSNorm(args, args.hidden_size)
+            if args.norm_after:
+                self.mlp_output_norm = RMSNorm(args, args.hidden_size)
+
+    def norm(self, name, x):
+        return self[name](x) if name in self else x
+
+    def add(self, x, output):
+        return x + (output if self.residual_scale == 1 else output * self.residual_scale)
 
     def __call__(self, x, mask=None, cache=None):
         if "self_attn" in self:
-            x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+            output = self.self_attn(self.norm("input_layernorm", x), mask, cache)
+            x = self.add(x, self.norm("attention_output_norm", output))
         if "mlp" in self:
-            x = x + self.mlp(self.post_attention_layernorm(x))
+            output = self.mlp(self.norm("post_attention_layernorm", x))
+            x = self.add(x, self.norm("mlp_output_norm", output))
         return x
 
 
@@ -120,10 +163,12 @@ class DarwinLMModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args, layer) for layer in range(args.num_hidden_layers)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.norm = RMSNorm(args, args.hidden_size)
+        self.embedding_scale = args.embedding_scale
 
     def __call__(self, inputs, cache=None, input_embeddings=None):
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        x = x if self.embedding_scale == 1 else x * self.embedding_scale
         attending = [layer for layer in self.layers if "self_attn" in layer]
         caches = iter(cache or [None] * len(attending))
         masks = {}
@@ -147,7 +192,10 @@ class Model(nn.Module):
 
     def __call__(self, inputs, cache=None, input_embeddings=None):
         x = self.model(inputs, cache, input_embeddings)
-        return self.model.embed_tokens.as_linear(x) if self.args.tie_word_embeddings else self.lm_head(x)
+        x = self.model.embed_tokens.as_linear(x) if self.args.tie_word_embeddings else self.lm_head(x)
+        x = x if self.args.logit_scale == 1 else x * self.args.logit_scale
+        bound = self.args.logit_softcap
+        return x if bound is None else mx.tanh(x / bound) * bound
 
     def sanitize(self, weights):
         return {k: v for k, v in weights.items() if not (self.args.tie_word_embeddings and k == "lm_head.weight")}

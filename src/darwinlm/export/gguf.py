@@ -3,6 +3,7 @@
 Two of llama.cpp's architectures read heads and widths by layer in every place that matters: `deci` (the shape of Llama)
 and `openelm` (with norms on queries and keys, and a head tied to the embeddings). Where such an architecture needs a
 part that a layer lacks, a stub of zeros stands in, which adds exactly nothing; a layer that lacks both is left out.
+What such an architecture would have to multiply by (Granite's multipliers) is multiplied into the weights.
 """
 
 import contextlib
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.families import EMBEDDINGS, HEAD, LAYERS, rotary_embedding, window_of
+from darwinlm.adapters.families import EMBEDDINGS, HEAD, window_of
 from darwinlm.adapters.loading import expected_shapes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
+from darwinlm.export.form import STATIC_ROPE, Form, Rope, layer_tensors, read_form, read_rope
 from darwinlm.export.gguf_tokenizer import Vocabulary, write_vocabulary
-from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes, read_biases
+from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
 
 STUB_WIDTH = 32
 """Channels of an MLP that stands in: the smallest width that every quantisation can hold."""
@@ -91,28 +93,62 @@ OPENELM = Architecture(
 
 def choose_architecture(config: PrunedConfig) -> Architecture:
     """The architecture for a model. Raises UserError where llama.cpp has none."""
-    biases, rope = read_biases(config, "llama.cpp"), config.rope_parameters
-    chosen = OPENELM if biases.qk_norm else DECI
-    if not config.tie_word_embeddings and not chosen.untied:
+    form = read_form(config, "llama.cpp")
+    chosen = DECI if form.qk_norm == "none" else OPENELM
+    lacks = {
+        "norms of what attention and MLP add to the stream": form.norm_after,
+        "norms over all heads at once": form.qk_norm == "all",
+        "norms that multiply by 1 + their weight": form.norm_offset != 0,
+        "a bound of logits": form.logit_softcap is not None,
+    }
+    for what, needed in lacks.items():
+        if needed:
+            raise UserError(
+                f"llama.cpp cannot run a {config.model_type} model whose layers differ in size: its architectures that "
+                f"read sizes by layer have no {what}; export --to vllm or mlx, or prune with --set search.uniform=true "
+                "and export --to hf-native"
+            )
+    if not _tied(config, form) and not chosen.untied:
         raise UserError(
             f"llama.cpp cannot run a {config.model_type} model with a head of its own (tie_word_embeddings is "
             "false) whose layers differ in size: its one architecture with norms on queries and keys and sizes by "
             f"layer ({chosen.name}) takes the embeddings as head; export --to vllm, or prune with --set "
             "search.uniform=true, export --to hf-native and convert that folder with llama.cpp's convert_hf_to_gguf.py"
         )
-    if biases.names and not chosen.biases:
+    if form.biases and not chosen.biases:
         raise UserError(
-            f"llama.cpp's architecture {chosen.name}, the one for this model, has no biases ({biases.names[0]})"
+            f"llama.cpp's architecture {chosen.name}, the one for this model, has no biases ({form.biases[0]})"
         )
-    if config.hidden_act != "silu":
-        raise UserError(f"llama.cpp's architecture {chosen.name} computes silu, the model {config.hidden_act}")
+    if form.activation != "silu":
+        raise UserError(f"llama.cpp's architecture {chosen.name} computes silu, the model {form.activation}")
+    rope = _rope(config)
     if not _can_scale(rope, chosen):
-        settings = ", ".join(f"{name} {value}" for name, value in rope.items() if name != "rope_theta")
+        settings = ", ".join(f"{name} {value}" for name, value in rope.settings.items() if name != "rope_theta")
         raise UserError(
             f"llama.cpp's architecture {chosen.name}, the one for this model, cannot scale rope so: {settings}"
         )
     check_equal_groups(config, "llama.cpp")
     return chosen
+
+
+def _tied(config: PrunedConfig, form: Form) -> bool:
+    """Whether the file needs no head: it is the embeddings, and neither is multiplied by anything."""
+    return bool(config.tie_word_embeddings) and form.embedding_scale == form.logit_scale == 1
+
+
+def _rope(config: PrunedConfig) -> Rope:
+    """The rope that all layers have. Raises UserError if some differ."""
+    layers = [index for index in range(config.num_hidden_layers) if "attention" not in config.skipped(index)] or [0]
+    found = {layer: read_rope(config, layer) for layer in layers}
+    first = found[layers[0]]
+    others = [layer for layer, rope in found.items() if rope != first or rope is None]
+    if others or first is None:
+        raise UserError(
+            f"llama.cpp cannot run a {config.model_type} model whose layers differ in size: its architectures that "
+            f"read sizes by layer turn queries and keys alike in all layers, and layer {others[0]} of the model does "
+            "not; export --to vllm or mlx"
+        )
+    return first
 
 
 def file_shapes(config: PrunedConfig, architecture: Architecture) -> list[LayerShape]:
@@ -147,28 +183,36 @@ def file_tensors(
         weights: its state dict; of a tied head none is needed.
         architecture: that it is written for.
     """
-    embeddings = weights[EMBEDDINGS]
-    yield "token_embd.weight", embeddings
+    form, embeddings = read_form(config, "llama.cpp"), weights[EMBEDDINGS]
+    yield "token_embd.weight", _times(embeddings, form.embedding_scale)
     yield "output_norm.weight", weights["model.norm.weight"]
-    if not config.tie_word_embeddings:
-        yield "output.weight", weights[HEAD]
-    if architecture.rope_factors and config.rope_parameters["rope_type"] != "default":
-        yield "rope_freqs.weight", _rope_factors(config).to(embeddings.device)
+    if not _tied(config, form):
+        head = embeddings if config.tie_word_embeddings else weights[HEAD]
+        yield "output.weight", _times(head, form.logit_scale)
+    factors = _rope_factors(config) if architecture.rope_factors else None
+    if factors is not None:
+        yield "rope_freqs.weight", factors.to(embeddings.device)
+    # A score is a product of queries and keys by head_dim ** -0.5 in llama.cpp.
+    queries = "attn_q_norm" if architecture.qk_norm else "attn_q"
+    scales = {queries: form.attention_scale * config.head_dim**0.5}
+    scales |= dict.fromkeys(("attn_output", "ffn_down"), form.residual_scale)
     for number, (index, shape) in enumerate(zip(kept_layers(config), file_shapes(config, architecture), strict=True)):
-        prefix = f"{LAYERS}{index}."
-        layer = {
-            _rename(name.removeprefix(prefix)): tensor for name, tensor in weights.items() if name.startswith(prefix)
-        }
+        layer = {_rename(name): tensor for name, tensor in layer_tensors(config, weights, index).items()}
         missing = _stub(config, architecture, shape, embeddings)
         layer |= {name: tensor for name, tensor in missing.items() if not _has_part(layer, name)}
-        if architecture.interleaved:
-            for name in layer:
-                if re.fullmatch(r"attn_[qk]\.(weight|bias)", name):
-                    layer[name] = _interleave(layer[name], config.head_dim)
+        for name in layer:
+            layer[name] = _times(layer[name], scales.get(name.rpartition(".")[0], 1))
+            if architecture.interleaved and re.fullmatch(r"attn_[qk]\.(weight|bias)", name):
+                layer[name] = _interleave(layer[name], config.head_dim)
         if architecture.fused:
             layer["attn_qkv.weight"] = torch.cat([layer.pop(name) for name in _FUSED])
         for name, tensor in layer.items():
             yield f"blk.{number}.{name}", tensor
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    """In float32 if anything changes: the product is rounded once, to what the file stores."""
+    return tensor if math.isclose(scale, 1, rel_tol=1e-6) else tensor.float() * scale
 
 
 def gguf_package() -> Any:
@@ -237,10 +281,10 @@ def _write_sizes(config: PrunedConfig, architecture: Architecture, writer: Any) 
 
 
 def _write_rope(config: PrunedConfig, architecture: Architecture, writer: Any, scaling: Any) -> None:
-    rope = config.rope_parameters
+    found = _rope(config)
+    rope, attention = found.settings, found.scaling
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
-    attention = rotary_embedding(config).attention_scaling
     if not architecture.rope_factors and rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(scaling.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -255,20 +299,26 @@ def _write_rope(config: PrunedConfig, architecture: Architecture, writer: Any, s
         writer.add_rope_scaling_attn_factors(attention)
 
 
-def _can_scale(rope: Mapping[str, Any], architecture: Architecture) -> bool:
+def _can_scale(rope: Rope, architecture: Architecture) -> bool:
+    settings, partial = rope.settings, 0 in rope.turns
+    kind = settings["rope_type"]
     if architecture.rope_factors:
-        return rope["rope_type"] in ("default", "linear", "llama3", "yarn")
+        # What turned rows are multiplied by, llama.cpp would multiply all rows by.
+        return kind in STATIC_ROPE and not (partial and rope.scaling != 1)
     # The keys for other settings of YaRN exist, but this architecture of llama.cpp does not read them.
-    usual = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) == (32, 1, True)
-    return rope["rope_type"] in ("default", "linear") or (rope["rope_type"] == "yarn" and usual)
+    usual = (settings.get("beta_fast") or 32, settings.get("beta_slow") or 1, settings.get("truncate", True))
+    return not partial and (kind in ("default", "linear") or (kind == "yarn" and usual == (32, 1, True)))
 
 
-def _rope_factors(config: PrunedConfig) -> Tensor:
-    """By what llama.cpp is to divide each of the head_dim / 2 frequencies, float32."""
-    rotary = rotary_embedding(config)
-    plain, _ = rotary.compute_default_rope_parameters(config)
-    factors: Tensor = plain / rotary.inv_freq
-    return factors
+def _rope_factors(config: PrunedConfig) -> Tensor | None:
+    """By what llama.cpp is to divide each of the head_dim / 2 frequencies, float32; None if by nothing.
+
+    A pair that is not to be turned gets a factor so large that it is turned by less than float32 can tell from 0.
+    """
+    rope = _rope(config)
+    turns = torch.tensor(rope.turns)
+    plain = 1 / rope.settings["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    return None if torch.equal(plain, turns) else plain / turns.clamp_min(1e-30)
 
 
 def _rename(name: str) -> str:

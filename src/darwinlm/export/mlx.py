@@ -7,51 +7,75 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from huggingface_hub import save_torch_state_dict
 
-from darwinlm.adapters.families import rotary_embedding, window_of
+from darwinlm.adapters.families import LAYERS, causal_lm, window_of
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel, whole_settings
 from darwinlm.errors import UserError
-from darwinlm.export.hf import copy_rest, save_model
-from darwinlm.export.shapes import check_equal_groups, read_biases
+from darwinlm.export.form import STATIC_ROPE, Rope, layer_tensors, read_form, read_rope
+from darwinlm.export.hf import SHARD, copy_rest
+from darwinlm.export.shapes import check_equal_groups
 from darwinlm.files import write_json
 
 PACKAGE = "mlx-lm"
 _MODULE = "darwinlm_mlx.py"
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+_LONGEST = 1e30
+"""The period of what rope does not turn: in float32 any position over it is as good as 0."""
 
 
 def check_mlx(config: PrunedConfig) -> None:
     """Refuse a model that the file of code cannot run. Raises UserError."""
-    read_biases(config, "the export to MLX")
+    form = read_form(config, "the export to MLX")
     check_equal_groups(config, "MLX")
-    kind = config.rope_parameters["rope_type"]
-    if kind not in _STATIC_ROPE:
-        raise UserError(f"the export to MLX knows rope of kind {', '.join(_STATIC_ROPE)}; the model's is {kind}")
-    if config.hidden_act != "silu":
-        raise UserError(f"the export to MLX computes silu, the model {config.hidden_act}")
+    for layer in range(config.num_hidden_layers):
+        rope = read_rope(config, layer)
+        kind = rope.settings["rope_type"] if rope else "default"
+        if kind not in STATIC_ROPE:
+            raise UserError(f"the export to MLX knows rope of kind {', '.join(STATIC_ROPE)}; the model's is {kind}")
+        if rope and rope.scaling != 1 and 0 in rope.turns:
+            raise UserError(f"the export to MLX cannot scale rope that turns only a part of each head (kind {kind})")
+    if form.activation not in _ACTIVATIONS:
+        raise UserError(f"the export to MLX computes {' or '.join(_ACTIVATIONS)}, the model {form.activation}")
 
 
 def write_mlx(model: PrunedModel, source: Path, folder: Path) -> None:
-    """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source`."""
+    """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source` but code."""
     copy_rest(source, folder, ("config.json",))
-    save_model(model, model.dtype, folder)
-    for file in folder.glob("*.py"):
-        file.unlink()
+    pruned, weights = cast(PrunedConfig, model.config), model.state_dict()
+    if pruned.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    state = {name: tensor for name, tensor in weights.items() if not name.startswith(LAYERS)}
+    for layer in range(pruned.num_hidden_layers):
+        found = layer_tensors(pruned, weights, layer)
+        # Rows of a larger tensor as a tensor of their own: the whole of it would be written.
+        state |= {f"{LAYERS}{layer}.{name}": tensor.clone() for name, tensor in found.items()}
+    save_torch_state_dict(state, folder, max_shard_size=SHARD)
     shutil.copyfile(Path(__file__).with_name(_MODULE), folder / _MODULE)
+
     # There is one code for it, which reads all settings in one place.
-    config = whole_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    del config["auto_map"], config["layer_parts"]
-    windows = [window_of(model.config, layer) for layer in range(model.config.num_hidden_layers)]
+    config = whole_settings(json.loads(pruned.to_json_string()))
+    del config["layer_parts"]
+    layers = range(pruned.num_hidden_layers)
+    windows, ropes = [window_of(pruned, layer) for layer in layers], [read_rope(pruned, layer) for layer in layers]
+    kinds = list(dict.fromkeys(rope for rope in map(_periods, ropes) if rope))
+    config |= asdict(read_form(pruned, "the export to MLX"))
     config |= {"layer_types": ["sliding_attention" if window else "full_attention" for window in windows]}
-    config |= asdict(read_biases(model.config, "the export to MLX"))
-    rope = rotary_embedding(model.config)
-    # Periods of the turns, which MLX asks for: of every kind of rope the same numbers that transformers computes with.
-    config |= {"model_file": _MODULE, "rope_periods": (1 / rope.inv_freq.double()).tolist()}
-    config |= {"rope_attention_scaling": float(rope.attention_scaling)}
+    config |= {"model_file": _MODULE, "ropes": [{"periods": periods, "scaling": scaling} for periods, scaling in kinds]}
+    config |= {"layer_ropes": [kinds.index(periods) if (periods := _periods(rope)) else None for rope in ropes]}
+    config |= {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [causal_lm(pruned).__name__]}
     write_json(folder / "config.json", config)
+
+
+def _periods(rope: Rope | None) -> tuple[tuple[float, ...], float] | None:
+    """Positions to a turn of 1 for each pair of rows, which MLX asks for, and the scaling: of every kind of rope the
+    same numbers that transformers computes with."""
+    if rope is None:
+        return None
+    return tuple(1 / turn if turn else _LONGEST for turn in rope.turns), rope.scaling
 
 
 def engine_version() -> str | None:

@@ -12,8 +12,9 @@ from darwinlm.adapters.loading import some_layers
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.card import without_code
+from darwinlm.export.form import read_form
 from darwinlm.export.hf import SHARD, copy_rest
-from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes, read_biases
+from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
 
 _OF_MISTRAL = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "hidden_act", "max_position_embeddings"),
@@ -37,7 +38,7 @@ def native_config(config: PrunedConfig) -> Any:
     shape = _common_shape(config, kept)
     kind, settings = config.model_type, some_layers(dense_again(config), kept).to_dict()
     if kind == "llama" and config.hidden_size % shape.heads:
-        biases = read_biases(config, "transformers' Llama").names
+        biases = read_form(config, "transformers' Llama").biases
         if biases:
             raise UserError(
                 f"{shape.heads} heads do not divide the hidden size {config.hidden_size}, which transformers' Llama "

@@ -3,12 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darwinlm.adapters.families import dense_again, empty_layer
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
-
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose layers are Llama's, but for biases, and norms on queries and keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,37 +15,6 @@ class LayerShape:
     kv_heads: int
     width: int
     """Channels of the MLP."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Biases:
-    """Which projections of a layer of Llama's form have biases, and whether queries and keys have norms."""
-
-    qkv_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-
-    @property
-    def names(self) -> list[str]:
-        """Of those that are there."""
-        return [name for name in ("qkv_bias", "attention_output_bias", "mlp_bias") if getattr(self, name)]
-
-
-def read_biases(config: PrunedConfig, engine: str) -> Biases:
-    """What the layers of a model have besides projections. Raises UserError if they have another form than Llama's."""
-    if config.model_type not in _LIKE_LLAMA:
-        raise UserError(
-            f"{engine} cannot run a {config.model_type} model whose layers differ in size; it can if the family is one "
-            f"of {', '.join(_LIKE_LLAMA)}"
-        )
-    names = empty_layer(dense_again(config), 0).state_dict()
-    return Biases(
-        qkv_bias="self_attn.q_proj.bias" in names,
-        attention_output_bias="self_attn.o_proj.bias" in names,
-        mlp_bias="mlp.down_proj.bias" in names,
-        qk_norm="self_attn.q_norm.weight" in names,
-    )
 
 
 def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
