@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 
 import darwinlm
 from darwinlm import cli, dist, files, progress
-from darwinlm.adapters import loading
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
@@ -346,7 +345,7 @@ def test_a_gated_model_of_the_hub(refused, monkeypatch):
         # As transformers raises it; the cause would need an answer of the Hub to be made in the ordinary way.
         raise OSError("You are trying to access a gated repo.\nMake sure") from GatedRepoError.__new__(GatedRepoError)
 
-    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", get_config_dict)
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", get_config_dict)
     refused("access must be asked for at https://huggingface.co/owner/it; then log in with `hf auth", model="owner/it")
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import darwinlm
+from darwinlm.adapters.config import load_config
 from darwinlm.adapters.families import dense_config, find_sites
-from darwinlm.adapters.loading import load_config
 from darwinlm.cli import main
 from darwinlm.costs import plan_run, predict
 from darwinlm.rates import GPUS, Machine, measure_rates, rates_of

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from darwinlm import cli
 from darwinlm.adapters import cutting, modeling_darwinlm
 from darwinlm.adapters.checkpoint import Checkpoint
-from darwinlm.adapters.loading import load_config
+from darwinlm.adapters.config import load_config
 from darwinlm.adapters.modeling_darwinlm import Nothing, PrunedConfig, PrunedModel
 from darwinlm.adapters.walking import CACHE
 from darwinlm.doctor import choose_layers, examine

@@ -162,7 +162,7 @@ def test_every_kind_of_rope_is_cut_saved_and_loaded(family, kind, pruned, tmp_pa
 def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path):
     from transformers import GPT2Config
 
-    from darwinlm.adapters.loading import load_config
+    from darwinlm.adapters.config import load_config
 
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'gpt2' is not supported; supported families: arcee, cohere, "):

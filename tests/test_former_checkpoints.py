@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm.adapters.loading import expected_shapes, load_dense, load_sizes
+from darwinlm.adapters.config import load_sizes
+from darwinlm.adapters.loading import expected_shapes, load_dense
 from darwinlm.export.targets import export_model
 
 FORMER = json.loads((Path(__file__).parent / "data" / "former_checkpoints.json").read_text())

@@ -14,8 +14,9 @@ from test_families import TOKENS, mask, native_model
 from test_saved_model import uneven_plan
 
 import darwinlm
+from darwinlm.adapters.config import load_sizes
 from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements, sizes_by_layer
-from darwinlm.adapters.loading import load_dense, load_sizes
+from darwinlm.adapters.loading import load_dense
 from darwinlm.adapters.modeling_darwinlm import whole_settings
 from darwinlm.adapters.walking import CACHE
 from darwinlm.cli import _exit_code

@@ -7,8 +7,8 @@ import pytest
 from conftest import FAMILIES, GRANULARITIES
 
 from darwinlm import cli
+from darwinlm.adapters.config import load_sizes
 from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import load_sizes
 from darwinlm.errors import UserError
 from darwinlm.plan import Plan
 from darwinlm.report.facts import layers

@@ -9,9 +9,10 @@ from math import prod
 
 import torch
 
+from darwinlm.adapters.config import load_sizes
 from darwinlm.adapters.cutting import count_parameters
 from darwinlm.adapters.families import Site, dense_again, find_sites
-from darwinlm.adapters.loading import choose_device, expected_shapes, load_sizes
+from darwinlm.adapters.loading import choose_device, expected_shapes
 from darwinlm.adapters.memory import SPARE, TRIAL_BYTES, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.demo import resolve

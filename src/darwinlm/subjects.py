@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from darwinlm.adapters.loading import choose_device, is_pruned, load_dense, load_settings
+from darwinlm.adapters.config import is_pruned, load_settings
+from darwinlm.adapters.loading import choose_device, load_dense
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError

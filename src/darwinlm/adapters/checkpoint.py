@@ -10,12 +10,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from darwinlm.adapters.families import LAYERS
 from darwinlm.errors import InvalidTensorError, UserError
 from darwinlm.files import digest
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _KIND = ".safetensors"
-_LAYERS = "model.layers."
 _SAMPLES = 64
 _TEXT_MODELS = {
     "language_model.model.": "model.",
@@ -65,11 +65,11 @@ class Checkpoint:
         numbers = {str(layer): number for number, layer in enumerate(layers)}
         for stored, shape in self.shapes.items():
             name = stored
-            if stored.startswith(_LAYERS):
-                layer, _, part = stored.removeprefix(_LAYERS).partition(".")
+            if stored.startswith(LAYERS):
+                layer, _, part = stored.removeprefix(LAYERS).partition(".")
                 if layer not in numbers:
                     continue
-                name = f"{_LAYERS}{numbers[layer]}.{part}"
+                name = f"{LAYERS}{numbers[layer]}.{part}"
             some.shapes[name], some._places[name], some._dtypes[name] = (
                 shape,
                 self._places[stored],

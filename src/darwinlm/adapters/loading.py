@@ -2,26 +2,22 @@
 
 import copy
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
 )
 
 from darwinlm.adapters.checkpoint import Checkpoint
+from darwinlm.adapters.config import load_config, load_settings, reason_of, text_type
 from darwinlm.adapters.cutting import (
     Cut,
     count_parameters,
@@ -33,47 +29,22 @@ from darwinlm.adapters.cutting import (
     sizes_by_layer,
 )
 from darwinlm.adapters.families import (
-    FAMILIES,
     HEAD,
     LAYERS,
     Granularity,
     Site,
-    config_class,
     dense_again,
     dense_config,
     empty_layer,
     find_sites,
-    set_attention,
 )
 from darwinlm.adapters.heads import Head
-from darwinlm.adapters.modeling_darwinlm import PRUNED, PrunedConfig, PrunedModel, whole_settings
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.files import digest
 from darwinlm.progress import log
 
 _COMPARED_TOKENS = 16
-_MOST_LAYERS = 10_000
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OLD_TYPE = "darwinlm"
-"""`model_type` of pruned models of a former version, which had a modelling file for four families."""
-_OLD_SETTINGS = (
-    "base_model_type",
-    "qkv_bias",
-    "attention_output_bias",
-    "mlp_bias",
-    "qk_norm",
-    "model_type",
-    "auto_map",
-)
-_BIASES: Mapping[str, Mapping[str, str]] = {
-    "llama": {"attention_bias": "qkv_bias", "mlp_bias": "mlp_bias"},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"attention_bias": "qkv_bias"},
-}
-"""By family of such a model: settings of transformers, and what they were called."""
-_GGUF, _ADAPTER = b"GGUF", "adapter_config.json"
-_UNQUANTISED = "give the unquantised checkpoint it was made from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,143 +186,6 @@ def served_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if emulated or (dtype == torch.float16 and device.type == "cpu") else dtype
 
 
-def load_settings(source: str) -> dict[str, Any]:
-    """Read the config.json of a folder or a Hub model; it has a model_type. Raises UserError."""
-    if os.path.exists(source):  # a Path of a name that no file can have raises
-        _check_kind(Path(source))
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-    except Exception as error:  # here and below: transformers and the Hub's client raise many kinds
-        if not os.path.exists(source) and not isinstance(error.__cause__, GatedRepoError):
-            raise UserError(
-                f"model {source!r}: there is no such local folder, and the Hub has no such model (or cannot be reached)"
-            ) from None
-        raise UserError(f"model {source!r}: its config.json cannot be read: {_reason(error, source)}") from None
-    own = settings.get(PRUNED) if isinstance(settings, dict) else None
-    settings = whole_settings(settings) if isinstance(own, dict) else settings
-    if isinstance(settings, dict) and settings.get("model_type") == OLD_TYPE:
-        settings = renewed_settings(settings)
-    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-        raise UserError(f"model {source!r} has no config.json with a model_type; give a folder in Hugging Face format")
-    layers = settings.get("num_hidden_layers")
-    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:  # lists of this length would be made next
-        raise UserError(
-            f"model {source!r}: num_hidden_layers={layers} in its config.json; 1 to {_MOST_LAYERS:,} can be"
-        )
-    return settings
-
-
-def text_type(settings: Mapping[str, Any]) -> str:
-    """The `model_type` of the text model: of a multimodal checkpoint that of its `text_config`."""
-    text = settings.get("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    outer = str(settings["model_type"])
-    if outer in FAMILIES or not isinstance(text, dict):
-        return outer
-    return inner if isinstance(inner, str) else f"{outer}_text"
-
-
-def _text_config(whole: Any) -> Any:
-    """The config of the text model in a multimodal one, with what that says for the whole."""
-    text = copy.deepcopy(whole.text_config)
-    given = whole.to_dict()
-    for name in ("tie_word_embeddings", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
-        if given.get(name) is not None:
-            setattr(text, name, getattr(whole, name))
-    return text
-
-
-def is_pruned(settings: Mapping[str, Any]) -> bool:
-    """Whether a config.json, as `load_settings` gives it, is that of a pruned model."""
-    return "layer_parts" in settings
-
-
-def renewed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` of a model that a former version pruned would hold today."""
-    kept = {name: value for name, value in settings.items() if name not in _OLD_SETTINGS}
-    family = str(settings.get("base_model_type"))
-    if family not in _BIASES:
-        raise UserError(f"a pruned model of an old form says base_model_type {family!r}; prune it again")
-    kept |= {"model_type": family, "layer_parts": FAMILIES[family].parts}
-    kept |= {name: settings[own] for name, own in _BIASES[family].items()}
-    if family.startswith("qwen"):
-        kept |= {"use_sliding_window": settings.get("sliding_window") is not None}
-    else:
-        kept.pop("layer_types", None)
-    return kept
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse what people have beside folders in Hugging Face format, with the way to one. Raises UserError."""
-    original = "give the folder or Hub id of the Hugging Face checkpoint it was made from"
-    if path.is_file():
-        with path.open("rb") as file:
-            is_gguf = file.read(len(_GGUF)) == _GGUF
-        if is_gguf:
-            raise UserError(f"model {str(path)!r} is a GGUF file (llama.cpp's format), which is not read; {original}")
-        raise UserError(f"model {str(path)!r} is a file; give a folder in Hugging Face format, or a Hub model id")
-    if not path.is_dir() or (path / "config.json").exists():
-        return
-    if (path / _ADAPTER).exists():
-        try:
-            base = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError):
-            base = None
-        of = f" of {base!r}" if isinstance(base, str) and base else ""
-        raise UserError(
-            f"model {str(path)!r} is a LoRA adapter{of}, not a whole model; merge it into its base (PEFT: "
-            "merge_and_unload, then save_pretrained) and give that folder"
-        )
-    if any(path.glob("*.gguf")):
-        raise UserError(f"model {str(path)!r} holds GGUF files (llama.cpp's format), which are not read; {original}")
-
-
-def load_sizes(source: str) -> PrunedConfig:
-    """The config of a dense or a pruned model, no weight read. Raises UserError."""
-    config = load_config(source)
-    try:
-        return dense_config(config)
-    except Exception as error:
-        raise UserError(f"model {source!r}: its config.json cannot be used: {_reason(error, source)}") from None
-
-
-def load_config(source: str) -> Any:
-    """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError.
-
-    That of a model which is pruned already is a `PrunedConfig`, whatever code its folder names; of any other, it is
-    transformers' own.
-    """
-    settings = load_settings(source)
-    model_type = text_type(settings)
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model {source!r}: model type {model_type!r} is not supported; supported families: "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-    try:
-        if is_pruned(settings):
-            settings.pop("auto_map", None)
-            config = config_class(model_type).from_dict(settings)
-            set_attention(config)
-        else:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            if model_type != settings["model_type"]:
-                config = _text_config(config)
-    except Exception as error:
-        raise UserError(f"model {source!r}: its config.json cannot be used: {_reason(error, source)}") from None
-    architectures = config.architectures or []
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-        raise UserError(f"model {source!r} is a {architectures[0]}, not a causal language model (…ForCausalLM)")
-    if isinstance(config.dtype, torch.dtype) and config.dtype not in _DTYPES:
-        raise UserError(f"model {source!r}: its config.json says dtype {config.dtype}; {_UNQUANTISED}")
-    mlx = settings.get("quantization")
-    if isinstance(mlx, dict) and "bits" in mlx:
-        raise UserError(f"model {source!r} is quantised to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"model {source!r} is quantised; {_UNQUANTISED}")
-    return config
-
-
 @torch.no_grad()
 def load_dense(
     source: str, granularity: Granularity, device: torch.device, cut_from: DenseModel | None = None
@@ -390,7 +224,7 @@ def open_dense(source: str, granularity: Granularity, device: torch.device) -> t
         known = {"config": base_config} if isinstance(base_config, PrunedConfig) else {}
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **known)
     except Exception as error:
-        raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {_reason(error, source)}") from None
+        raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {reason_of(error, source)}") from None
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     for name in templates:  # each becomes a file of the pruned model
         if not re.fullmatch(r"[\w.-]+", str(name)) or str(name).startswith("."):
@@ -404,7 +238,7 @@ def open_dense(source: str, granularity: Granularity, device: torch.device) -> t
         raise UserError(f"model {source!r}: {error}") from None
     except Exception as error:
         raise UserError(
-            f"model {source!r}: no model can be built from its config.json: {_reason(error, source)}"
+            f"model {source!r}: no model can be built from its config.json: {reason_of(error, source)}"
         ) from None
     if not sites:
         raise UserError(f"model {source!r} has neither attention nor MLPs left; there is nothing to prune")
@@ -482,13 +316,5 @@ def _generation_config(base_config: Any, source: str) -> GenerationConfig:
         return GenerationConfig.from_model_config(base_config)
     except Exception as error:
         raise UserError(
-            f"model {source!r}: its generation_config.json cannot be used: {_reason(error, source)}"
+            f"model {source!r}: its generation_config.json cannot be used: {reason_of(error, source)}"
         ) from None
-
-
-def _reason(error: BaseException, source: str) -> str:
-    if isinstance(error.__cause__, GatedRepoError):
-        return f"access must be asked for at https://huggingface.co/{source}; then log in with `hf auth login`"
-    text = " ".join(str(error).split())
-    named = isinstance(error, (OSError, ValueError, RuntimeError)) and text
-    return text if named else f"{type(error).__name__}: {text}"

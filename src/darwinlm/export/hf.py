@@ -12,8 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from darwinlm.adapters import modeling_darwinlm
+from darwinlm.adapters.config import OLD_TYPE, load_config
 from darwinlm.adapters.families import auto_map, causal_lm
-from darwinlm.adapters.loading import OLD_TYPE, DenseModel, choose_device, load_config
+from darwinlm.adapters.loading import DenseModel, choose_device
 from darwinlm.adapters.modeling_darwinlm import PRUNED, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.proof import LATIN, TEXT

@@ -12,7 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from darwinlm.adapters.loading import DenseModel, load_config
+from darwinlm.adapters.config import load_config
+from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import EngineError, UserError
 from darwinlm.export import llama_cpp, mlx, onnx

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from darwinlm.adapters.config import load_sizes
 from darwinlm.adapters.families import LAYERS, dense_again, family_of
-from darwinlm.adapters.loading import expected_shapes, load_sizes
+from darwinlm.adapters.loading import expected_shapes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
