@@ -9,9 +9,11 @@ working matrices, F of them that move, B removals in a block, D columns it is ch
 """
 
 import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from darwinlm.database.inverse import damped_inverse, damping_ridge, inverse_if_float32_suffices, times
+from darwinlm.progress import log
 from darwinlm.symmetric import add_symmetric, mirror
 
 BLOCK = 256
@@ -30,6 +33,8 @@ _MORE = 1.5
 _EXCESS = 2e-4
 """Share of a level's error that rounding may add to it before the inverse is computed anew."""
 _PROBES = 8
+
+_Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +120,20 @@ class _State:
 
         The last units that are left take the places of those that go, and the matrices are narrowed, in place.
         """
-        left = self.units_left - len(gone_B)
-        stays = torch.ones(self.units_left - left, dtype=torch.bool, device=gone_B.device)
-        stays[gone_B[gone_B >= left] - left] = False
-        holes_U, fillers_U = gone_B[gone_B < left], left + stays.nonzero()[:, 0]
-        holes, fillers = _columns_of(holes_U, self.C), _columns_of(fillers_U, self.C)
+        left, B = self.units_left - len(gone_B), len(gone_B)
+        # Holes come first and the last units that stay first: as many. What follows, in both, are gone units among the
+        # last, which are copied onto one another and narrowed off. So no size depends on which they are: no waiting.
+        gone_U = torch.zeros(left + B, dtype=torch.uint8, device=gone_B.device).index_fill_(0, gone_B, 1)
+        holes_B = gone_B.index_select(0, (gone_B >= left).to(torch.uint8).argsort(stable=True))
+        fillers_B = gone_U[left:].argsort(stable=True).add_(left)
+        holes, fillers = _columns_of(holes_B, self.C), _columns_of(fillers_B, self.C)
         size = left * self.C
         rows_Fn = self.inverse_nn.index_select(0, fillers)
         rows_Fn.index_copy_(1, holes, rows_Fn.index_select(1, fillers))
         self.inverse_nn.index_copy_(0, holes, rows_Fn)
         self.inverse_nn.index_copy_(1, holes, rows_Fn.T)
         self.weight_nO.index_copy_(0, holes, self.weight_nO.index_select(0, fillers))
-        self.units_n[holes_U] = self.units_n[fillers_U]
+        self.units_n.index_copy_(0, holes_B, self.units_n.index_select(0, fillers_B))
         self.inverse_nn = self.inverse_nn[:size, :size]
         self.weight_nO = self.weight_nO[:size]
         self.units_n = self.units_n[:left]
@@ -212,13 +219,11 @@ class _Columns(_State):
         inverse_n = self.inverse_nn.diagonal()
         squares_n = torch.linalg.vector_norm(self.weight_nO, dim=1).square_()
         candidates = min(max(_FEWEST, math.ceil(self.candidates * block)), self.units_left)
-        among_D = (squares_n / inverse_n).topk(candidates, largest=False).indices.sort().values
+        among_D = self._lowest(squares_n / inverse_n, candidates)
         weight_DO = self.weight_nO.index_select(0, among_D)
         inverse_Dn = self.inverse_nn.index_select(0, among_D)
-        on_cpu = self.inverse_nn.device.type == "cpu"
-        chosen_B, scores_B, factor_BB = (choose if on_cpu else choose_without_waiting)(
-            inverse_Dn.index_select(1, among_D), weight_DO @ weight_DO.T, block
-        )
+        chooser = choose if self.inverse_nn.device.type == "cpu" else _chooser(self.inverse_nn.device, candidates)
+        chosen_B, scores_B, factor_BB = chooser(inverse_Dn.index_select(1, among_D), weight_DO @ weight_DO.T, block)
         steps = _sound_steps(scores_B, factor_BB)
         if steps == 0:
             return 0
@@ -236,6 +241,12 @@ class _Columns(_State):
         self.apply(removed_B, u_Bn, v_BO)
         self.damped_error += scores_B.sum(dtype=torch.float64)
         return len(removed_B)
+
+    def _lowest(self, score_n: Tensor, count: int) -> Tensor:
+        """Where the lowest scores are, of equal ones those of the lowest units; in the units' order."""
+        by_unit_n = self.units_n.argsort()
+        lowest_D = score_n.index_select(0, by_unit_n).sort(stable=True).indices[:count].sort().values
+        return by_unit_n.index_select(0, lowest_D)
 
     def _steps_without_others(
         self, u_Bn: Tensor, v_BO: Tensor, scores_B: Tensor, squares_n: Tensor, inverse_n: Tensor
@@ -263,19 +274,24 @@ class _Columns(_State):
         # By how much squares exceed what the chosen score times the diagonal of P would be: one product.
         factors_BX = torch.cat([-earlier_BB, scores_B1 * earlier_BB, -scores_B1], dim=1)
         margins_BA = torch.addmm(squares_A, factors_BX, torch.cat([drops_BA, u_BA.square(), inverse_A[None]]))
-        overtaken = (margins_BA.amin(1) < 0).nonzero()
         # The first step is right by choice of the candidates; rounding may say otherwise.
-        return max(1, int(overtaken[0])) if len(overtaken) else len(scores_B)
+        return max(1, _leading(~(margins_BA.amin(1) < 0)))
 
 
 def _sound_steps(scores_B: Tensor, factor_BB: Tensor) -> int:
     """How many of the first steps had a finite score and a positive pivot, whose root is a number then."""
-    unsound = (~(scores_B + factor_BB.diagonal()).isfinite()).nonzero()
-    return int(unsound[0]) if len(unsound) else len(scores_B)
+    return _leading((scores_B + factor_BB.diagonal()).isfinite())
+
+
+def _leading(true_B: Tensor) -> int:
+    """How many of the first are true: one wait for an accelerator."""
+    return int(true_B.to(torch.uint8).cumprod(0, dtype=torch.long).sum())
 
 
 def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """The next `block` of some columns in greedy order, from their parts of P and of M = W^T W.
+
+    Of equal scores the first goes: the solver has the columns in the order of their units.
 
     Returned with their scores and the Cholesky factor L of their P_SS, whose columns are terms below: what stands above
     its diagonal is not zero but for rounding.
@@ -325,8 +341,31 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
     return torch.from_numpy(np.array(chosen)), torch.from_numpy(np.array(scores, dtype=np.float64)), columns_BB.T
 
 
+def _chooser(device: torch.device, candidates: int) -> _Choose:
+    """The quickest way to choose a block on an accelerator: one launch where Triton can, else some 20 a removal."""
+    kernel = _kernel(device.type)
+    return choose_without_waiting if kernel is None or candidates > kernel.LARGEST else kernel.choose_at_once
+
+
+@functools.lru_cache
+def _kernel(device_type: str) -> ModuleType | None:
+    """The module of the kernel, if this device has Triton and Triton has what it needs."""
+    if device_type != "cuda":
+        return None
+    try:
+        kernel = importlib.import_module("darwinlm.database.kernel")
+        one = torch.ones(1, 1, device=device_type)
+        kernel.choose_at_once(one, one, 1)
+    except ImportError:
+        return None
+    except Exception as error:  # no C compiler, an old GPU, another version: its errors are of many kinds
+        log.warning("Triton does not work here (%s): columns are chosen by single operations, slowly", error)
+        return None
+    return kernel
+
+
 def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for an accelerator: `s` is a tensor, and nothing in the loop waits for its value."""
+    """The same for an accelerator without Triton: `s` is a tensor, and nothing in the loop waits for its value."""
     terms_BD = inverse_DD.new_empty(2 * block, len(inverse_DD))
     inverse_D, squares_D = inverse_DD.diagonal().clone(), squares_DD.diagonal().clone()
     score_D = torch.empty_like(inverse_D)
@@ -364,7 +403,8 @@ class _Blocks(_State):
             factors_UCC = torch.linalg.cholesky(blocks_UCC)
             weight_UCO = self.weight_nO.view(U, C, -1)
             scores_U = torch.linalg.solve_triangular(factors_UCC, weight_UCO, upper=False).square().sum(dim=(1, 2))
-            unit = scores_U.argmin().view(1)
+            by_unit_U = self.units_n.argsort()
+            unit = by_unit_U.index_select(0, scores_U.index_select(0, by_unit_U).argmin().view(1))
             columns_C, factor_CC = _columns_of(unit, C), factors_UCC.index_select(0, unit)[0]
             rows_Cn, weight_CO = (matrix.index_select(0, columns_C) for matrix in (self.inverse_nn, self.weight_nO))
             u_Cn, v_CO = (_solve_lower(factor_CC, rows) for rows in (rows_Cn, weight_CO))
