@@ -21,12 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from removal import SHAPES, ours, output_error, plain, problem, wait
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from darwinlm import dist
@@ -34,81 +33,12 @@ from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.families import dense_config, find_sites
 from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.database.build import build_database
-from darwinlm.database.inverse import damped_inverse, damping_ridge
-from darwinlm.database.solver import prune_site
 from darwinlm.demo import resolve
 from darwinlm.memory import peak_memory_bytes
 from darwinlm.progress import Phases
 from darwinlm.recipe import DatabaseRecipe
 
-SHAPES = {
-    "smollm2": (576, 1536),
-    "4096": (1536, 4096),
-    "1b": (2048, 8192),
-    "8b": (4096, 14_336),
-    "70b": (8192, 28_672),
-}
-"""Rows and columns of the MLP's output projection."""
-DAMPING = 0.01
 LEVELS = 10
-
-
-@dataclass
-class Result:
-    seconds: float
-    order: list[int] | None
-    snapshots: dict[int, tuple[tuple[int, ...], Tensor]]
-
-
-def problem(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random weight and a Gram matrix with as much shared as private power in each input, scales 1 : 4."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = columns // 8
-    loadings = torch.randn(columns, rank, generator=generator).to(device)
-    gram = (loadings @ loadings.T).div_(rank)
-    gram.diagonal().add_(1.0)
-    scale = (0.5 + 1.5 * torch.rand(columns, generator=generator)).to(device)
-    gram *= scale[:, None] * scale
-    return torch.randn(rows, columns, generator=generator).to(device) / columns**0.5, gram
-
-
-def plain(weight: Tensor, gram: Tensor, sizes: list[int]) -> Result:
-    """One column at a time, as the formulas say."""
-    start = time.perf_counter()
-    inverse = damped_inverse(gram, damping_ridge(gram, DAMPING))
-    weight = weight.clone()
-    alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-    order: list[int] = []
-    snapshots = {}
-    for removed in range(1, len(gram) - min(sizes) + 1):
-        scores = (weight.square().sum(0) / inverse.diagonal()).masked_fill_(~alive, torch.inf)
-        column = int(scores.argmin())
-        pivot = inverse[column, column].clone()
-        row = inverse[column].clone()
-        weight -= torch.outer(weight[:, column] / pivot, row)
-        inverse -= torch.outer(row / pivot, row)
-        alive[column] = False
-        weight[:, column] = 0
-        inverse[column, :], inverse[:, column], inverse[column, column] = 0, 0, 1
-        order.append(column)
-        if len(gram) - removed in sizes:
-            kept = alive.nonzero()[:, 0]
-            snapshots[len(kept)] = (tuple(kept.tolist()), weight[:, kept].clone())
-    _wait(gram.device)
-    return Result(time.perf_counter() - start, order, snapshots)
-
-
-def ours(weight: Tensor, gram: Tensor, sizes: list[int]) -> Result:
-    start = time.perf_counter()
-    found = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
-    _wait(gram.device)
-    return Result(time.perf_counter() - start, None, {len(s.kept): (s.kept, s.weight_OK) for s in found})
-
-
-def output_error(weight: Tensor, gram: Tensor, kept: tuple[int, ...], refitted: Tensor) -> float:
-    change = weight.clone()
-    change[:, list(kept)] -= refitted
-    return ((change @ gram) * change).sum(dtype=torch.float64).item()
 
 
 def compare_solvers(shape: str, removals: int | None, seed: int, device: torch.device, repeats: int) -> None:
@@ -142,7 +72,7 @@ def time_stage(model: str, blocks: int, length: int, device: torch.device, seed:
     dense = load_dense(resolve(model), "kv_group", device)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, dense.config.vocab_size, (blocks, length), generator=generator)
-    phases = Phases(lambda: _wait(device))
+    phases = Phases(lambda: wait(device))
     with tempfile.TemporaryDirectory() as folder:
         box = dist.gather(str(out) if out is not None else folder)
         start = time.perf_counter()
@@ -207,11 +137,6 @@ def only_build(folder: str) -> None:
     tokens = torch.randint(0, config.vocab_size, (16, 256))
     build_database(dense, tokens, DatabaseRecipe(levels=4), Path(folder) / "database")
     print(peak_memory_bytes())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

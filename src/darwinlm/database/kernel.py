@@ -21,13 +21,15 @@ LARGEST = 8192
 _TILE = 8192
 """Terms that are read at a time: rows times columns."""
 _LINE = 32
-"""Rows of terms begin so many numbers apart, so that several are read at once."""
+"""Rows of terms begin at multiples of so many numbers, so that several are read at once."""
+_SMALLEST = 256
+"""Columns that the kernel is compiled for, at least: each power of two above is compiled once."""
 
 
 def choose_at_once(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """The next `block` of at most `LARGEST` columns, as `solver.choose` returns them."""
     D = len(inverse_DD)
-    width, size = triton.cdiv(D, _LINE) * _LINE, max(_LINE, triton.next_power_of_2(D))
+    width, size = triton.cdiv(D, _LINE) * _LINE, max(_SMALLEST, triton.next_power_of_2(D))
     inverse_DD, squares_DD = inverse_DD.contiguous(), squares_DD.contiguous()
     terms_B2W = inverse_DD.new_empty(block, 2, width)
     chosen_B = torch.empty(block, dtype=torch.long, device=inverse_DD.device)
