@@ -342,7 +342,7 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
 
 
 def _chooser(device: torch.device, candidates: int) -> _Choose:
-    """The quickest way to choose a block on an accelerator: one launch where Triton can, else some 20 a removal."""
+    """The quickest way to choose a block on an accelerator: one launch where Triton can, else some 24 a removal."""
     kernel = _kernel(device.type)
     return choose_without_waiting if kernel is None or candidates > kernel.LARGEST else kernel.choose_at_once
 
