@@ -53,7 +53,7 @@ class Snapshot:
 def prune_site(
     weight_OI: Tensor, gram_II: Tensor, *, columns_per_unit: int, sizes: Sequence[int], damping: float
 ) -> list[Snapshot]:
-    """Remove units one by one, always the one whose removal costs least, and keep a snapshot at each size.
+    """Remove units one by one, the one whose removal costs least (of equals the lowest); a snapshot at each size.
 
     All is float32 and watched. Where random probes find the inverse not good enough, it is computed in float64; at each
     snapshot others estimate by how much rounding has raised the error, and where that matters, inverse and refit are
