@@ -70,6 +70,16 @@ _OWN = {
     "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2},
     "phi3": {"sliding_window": 8},
     "starcoder2": {"sliding_window": 8},
+    "qwen3_moe": {
+        "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    },
     "qwen3_5_text": {
         "head_dim": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"],
         "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,

@@ -15,6 +15,7 @@ from darwinlm.adapters.families import Site, dense_again, find_sites
 from darwinlm.adapters.loading import choose_device, expected_shapes
 from darwinlm.adapters.memory import SPARE, TRIAL_BYTES, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
+from darwinlm.database.experts import OUTPUTS, PRODUCTS
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.plan import check_target
@@ -32,6 +33,8 @@ _SLACK = 1.15
 """What memory takes beyond tensors: buffers, fragments."""
 _DISK = 3e8
 """Bytes a second, flushed."""
+_EXPERT_BYTES = 4 * (2 * PRODUCTS + OUTPUTS)
+"""Products of the outputs of all experts for a sample of tokens, and those that a removal moves once more."""
 _LIBRARIES = 650_000_000
 """Bytes of memory before any model is loaded."""
 _JUDGED_PLANS = 4.75
@@ -87,7 +90,8 @@ def plan_run(
     size, shapes = targets[0]["params"], expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
     fixed = dense - sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
-    check_target("params", size, dense=dense, smallest=fixed)
+    smallest = fixed + sum(count_parameters(site, shapes, range(site.routed)) for site in sites)
+    check_target("params", size, dense=dense, smallest=smallest)
     fraction = size if isinstance(size, float) else size / dense
     if gpu is None:
         device = choose_device(recipe.device)
@@ -183,12 +187,15 @@ def _predict_step(
     item, exact = (2, rates.layer_fast) if machine.accelerator else (4, rates.layer_float32)
 
     # Database.
-    columns = [before * site.num_units * site.columns_per_unit for site in sites]
+    columns = [before * site.num_units * site.columns_per_unit for site in sites if not site.routed]
+    mixtures = [site for site in sites if site.routed]
     rows = config.hidden_size
     gram = sum(d**2 for d in columns) * data.calibration_tokens
     # The inverse is in float64, at half the speed.
     solving = sum((8 / 3 + 2 / 3) * d**3 + 2.5 * rows * d**2 for d in columns)
     stored = sum(rows * d for d in columns) * (recipe.database.levels - 1) / 2 * 2
+    stored += before * sum(map(_down, mixtures)) * rows * (recipe.database.levels - 1) / 2 * 2
+    solving += sum(_expert_work(site, rows, data.calibration_tokens, recipe.database.levels) for site in mixtures)
     database = (
         before * layers * data.calibration_tokens * exact
         + (gram + solving / _SOLVER_UTILISATION) * rates.product
@@ -239,7 +246,8 @@ def _predict_step(
     # Later steps hold the model that they cut beside the dense one.
     whole += item * (fixed + before * in_sites) if before < 1 else 0.0
     candidate = left * in_sites
-    outputs = sum(rows * d for d in columns)
+    # At every level experts are there as a whole: what they read is of no use to others.
+    outputs = sum(rows * d for d in columns) + 3 * before * rows * sum(map(_down, mixtures))
     levels = 2 * outputs * recipe.database.levels / 2
     width = max(columns, default=0.0)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
@@ -273,7 +281,8 @@ def _predict_step(
         StageCost(
             name="database", seconds=database,
             memory=base + 4 * before * in_sites / config.num_hidden_layers
-            + (activations if not machine.accelerator else 0) + 7 * 4 * width**2,
+            + (activations if not machine.accelerator else 0) + 7 * 4 * width**2
+            + (_EXPERT_BYTES + 12 * data.calibration_tokens * rows if mixtures else 0),
         ),
         StageCost(
             name="search", seconds=searching,
@@ -311,6 +320,21 @@ def _predict_step(
             memory = base + whole + 3 * others + 2 * dense
         stages.append(StageCost(name="evaluation", seconds=held_out, memory=memory))
     return stages, stored
+
+
+def _down(site: Site) -> int:
+    """Columns of the output projections of all experts."""
+    return site.num_units * site.columns_per_unit
+
+
+def _expert_work(site: Site, rows: int, tokens: int, levels: int) -> float:
+    """Operations to prune a layer's experts: all of them on the sample, and at each level twice those that tokens go
+    to, their Gram matrices, and eigenvalues of these."""
+    experts, width = site.num_units, site.columns_per_unit
+    one = 6 * rows * width
+    sample = min(tokens, PRODUCTS // experts**2) * (experts * one + 2 * experts**2 * rows)
+    refits = levels * tokens * site.routed * (2 * one + 4 * width**2 + 6 * width * rows)
+    return float(sample + refits + levels / 2 * experts * 25 * width**3)
 
 
 def _with_overhead(stage: StageCost) -> StageCost:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from darwinlm.adapters.cutting import Cut, build_model, cut_site
+from darwinlm.adapters.cutting import Cut, build_model, cut_site, output_columns
+from darwinlm.adapters.experts import hide_experts
 from darwinlm.adapters.families import (
     LAYERS,
     Granularity,
@@ -165,7 +166,7 @@ class _Patient:
             if site.layer in removed.get(site.kind, ()) and site.name not in needed:
                 found[site.name] = Cut(kept=(), output_weight=None)
                 continue
-            count = max(1, round(_SHARES[number % len(_SHARES)] * site.num_units))
+            count = max(site.routed or 1, round(_SHARES[number % len(_SHARES)] * site.num_units))
             kept = tuple(sorted(torch.randperm(site.num_units, generator=generator)[:count].tolist()))
             found[site.name] = _cut(site, self.dense.weights, kept)
         return found
@@ -178,7 +179,9 @@ class _Patient:
         """The dense weights, with zeros in the place of what `cuts` removes."""
         weights = self.dense.weights
         for site in find_sites(self.config, granularity):
-            name, bias, kept = f"{site.output}.weight", f"{site.output}.bias", cuts[site.name].kept
+            if site.routed:  # what its router does without some of them no weights can say: see `hide`
+                continue
+            name, bias, kept = site.output_tensor, f"{site.output}.bias", cuts[site.name].kept
             masked = torch.zeros_like(weights[name])
             columns = _columns(site, kept)
             masked[:, columns] = weights[name][:, columns]
@@ -188,6 +191,13 @@ class _Patient:
         for name, factor in self.factors(granularity, cuts).items():
             weights[name] = weights[name] * factor
         return weights
+
+    def hide(self, model: Any, cuts: Mapping[str, Cut]) -> Any:
+        """`model`, its tokens sent past the experts that `cuts` removes."""
+        for site in self.dense.sites:
+            if site.routed:
+                hide_experts(model, site, cuts[site.name].kept)
+        return model
 
     def factors(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
         """What `masked_weights` multiplies rows by, where a norm goes over all heads at once: with zeros in place of
@@ -284,7 +294,8 @@ def _masked(patient: _Patient, granularity: Granularity, removed: Mapping[str, s
     if granularity not in patient.granularities:
         raise _SkipError("each KV head has one query head: the same as KV groups")
     cuts = patient.cuts(granularity, removed)
-    masked = build_model(patient.config, patient.dense.sites, patient.masked_weights(granularity, cuts), {})
+    weights = patient.masked_weights(granularity, cuts)
+    masked = patient.hide(build_model(patient.config, patient.dense.sites, weights, {}), cuts)
     cut = patient.cut_model(granularity, cuts)
     return _difference(masked(patient.tokens_BT).logits, cut(patient.tokens_BT).logits)
 
@@ -333,7 +344,7 @@ def _gradients(patient: _Patient) -> float:
     differences = []
     for granularity, cuts in patient.worn():
         weights = patient.masked_weights(granularity, cuts)
-        native = _native_model(patient, weights)
+        native = patient.hide(_native_model(patient, weights), cuts)
         whole = _gradients_of(native, patient.tokens_BT, allow_none=True)
         for name, factor in patient.factors(granularity, cuts).items():
             whole[name] = whole[name] * factor
@@ -429,7 +440,7 @@ def _alike(patient: _Patient) -> dict[str, Cut]:
 
 def _cut(site: Site, weights: Mapping[str, Tensor], kept: tuple[int, ...]) -> Cut:
     """The units `kept`, their columns as they are."""
-    return Cut(kept=kept, output_weight=weights[f"{site.output}.weight"][:, _columns(site, kept)] if kept else None)
+    return Cut(kept=kept, output_weight=output_columns(site, weights[site.output_tensor], kept) if kept else None)
 
 
 def _columns(site: Site, kept: tuple[int, ...]) -> list[int]:

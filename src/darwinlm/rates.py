@@ -94,7 +94,12 @@ def machine_here(device: torch.device) -> Machine:
 def rates_of(config: PrunedConfig, gpu: Gpu, tokens: int) -> Rates:
     """What a token costs on a device that is not here, from its peaks; `tokens` are those of a block."""
     shapes = expected_shapes(config)
-    weights = sum(prod(shape) for name, shape in shapes.items() if name.startswith(f"{LAYERS}0."))
+    # Of experts, whose tensors have three dimensions, a token meets those that it goes to.
+    weights = sum(
+        prod(shape) if len(shape) < 3 else prod(shape[1:]) * config.num_experts_per_tok
+        for name, shape in shapes.items()
+        if name.startswith(f"{LAYERS}0.")
+    )
     # Each token looks at half of its block on average: products with keys and with values.
     attention = 2 * tokens * config.num_attention_heads * config.head_dim
     layer, head = 2 * weights + attention, 2 * config.vocab_size * config.hidden_size

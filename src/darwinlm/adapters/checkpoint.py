@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,15 +24,42 @@ _TEXT_MODELS = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_RENAMED = {
+    ".block_sparse_moe.input_linear.weight": ".block_sparse_moe.experts.gate_up_proj",
+    ".block_sparse_moe.output_linear.weight": ".block_sparse_moe.experts.down_proj",
+    ".block_sparse_moe.router.layer.weight": ".block_sparse_moe.router.weight",
+    ".block_sparse_moe.gate.weight": ".mlp.gate.weight",
+}
+"""What tensors are called in transformers' models of today, where files have other names."""
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>(gate|up|down)_proj|w[123])\.weight")
+_MATRICES = {
+    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
+    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
+    **dict.fromkeys(("down_proj", "w2"), ("down_proj", 0)),
+}
+"""Of one expert in a file: the tensor of all experts that it is in, and its place among the rows of an expert there."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def text_name(stored: str) -> str:
-    """What a tensor is called in the text model of a multimodal checkpoint; other names stay as they are."""
+    """What a tensor of a file is called in transformers' text model; most names stay as they are."""
     for prefix, name in _TEXT_MODELS.items():
         if stored.startswith(prefix):
-            return name + stored.removeprefix(prefix)
+            stored = name + stored.removeprefix(prefix)
+            break
+    for old, new in _RENAMED.items():
+        stored = stored.replace(old, new)
     return stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Checkpoint:
@@ -44,19 +73,35 @@ class Checkpoint:
         self.source = source
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of every tensor, by name; known without reading one."""
-        self._places: dict[str, tuple[Path, str]] = {}
-        """Of every tensor: its file, and its name there."""
+        self._places: dict[str, list[list[_Stored]]] = {}
+        """Of every tensor what is stored of it: one tensor, or for each expert those whose rows follow one another."""
         self._dtypes: dict[str, str] = {}
         folder = Path(source) if Path(source).is_dir() else self._download(source)
+        experts: dict[str, dict[int, dict[int, _Stored]]] = {}
         for file in self._shards(folder):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for stored in tensors.keys():  # noqa: SIM118 (not a dict)
-                        part, name = tensors.get_slice(stored), text_name(stored)
-                        self._places[name], self._dtypes[name] = (file, stored), part.get_dtype()
-                        self.shapes[name] = tuple(part.get_shape())
+                    for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                        part, name = tensors.get_slice(key), text_name(key)
+                        stored = _Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                        if (one := _EXPERT.fullmatch(name)) is not None:
+                            matrix, place = _MATRICES[one["matrix"]]
+                            name = f"{one['experts'].replace('.block_sparse_moe.', '.mlp.')}.{matrix}"
+                            experts.setdefault(name, {}).setdefault(int(one["number"]), {})[place] = stored
+                        else:
+                            self._places[name], self.shapes[name] = [[stored]], stored.shape
+                            self._dtypes[name] = stored.dtype
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
+        for name, by_number in experts.items():
+            self._places[name] = [[parts[place] for place in sorted(parts)] for _, parts in sorted(by_number.items())]
+            first = self._places[name][0]
+            if sorted(by_number) != list(range(len(by_number))) or any(
+                [part.shape for part in parts] != [part.shape for part in first] for parts in self._places[name]
+            ):
+                raise UserError(f"model {source!r}: its files lack a part of {name}; get the whole checkpoint")
+            rows, columns = sum(part.shape[0] for part in first), first[0].shape[1]
+            self.shapes[name], self._dtypes[name] = (len(by_number), rows, columns), first[0].dtype
 
     def some_layers(self, layers: Sequence[int]) -> "Checkpoint":
         """The checkpoint of a model that has `layers` of this one, in this order, and no others."""
@@ -98,16 +143,25 @@ class Checkpoint:
     def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by name, on `device`, in `dtype` or the one they are stored in. Raises UserError."""
         found: dict[str, Tensor] = {}
-        by_file: dict[Path, list[tuple[str, str]]] = {}
+        by_file: dict[Path, list[tuple[str, int, int, str]]] = {}
         for name in names:
-            file, stored = self._places[name]
-            by_file.setdefault(file, []).append((name, stored))
+            if len(self.shapes[name]) == 3 and self._places[name][0][0].shape != self.shapes[name]:
+                found[name] = torch.empty(self.shapes[name], device=device, dtype=dtype or _DTYPES[self._dtypes[name]])
+            for number, parts in enumerate(self._places[name]):
+                row = 0
+                for part in parts:
+                    by_file.setdefault(part.file, []).append((name, number, row, part.name))
+                    row += part.shape[0]
         for file, wanted in by_file.items():
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for name, stored in wanted:
-                        # A copy: the file's mapping must not outlive this block.
-                        found[name] = tensors.get_tensor(stored).to(device, dtype, copy=True)
+                    for name, number, row, stored in wanted:
+                        tensor = tensors.get_tensor(stored)
+                        if name in found:
+                            found[name][number, row : row + len(tensor)] = tensor
+                        else:
+                            # A copy: the file's mapping must not outlive this block.
+                            found[name] = tensor.to(device, dtype, copy=True)
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
         return found

@@ -15,7 +15,7 @@ from darwinlm.plan import SiteKind
 
 _SIZES: Mapping[SiteKind, Sequence[str]] = {
     "attention": ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head"),
-    "mlp": ("intermediate_size",),
+    "mlp": ("intermediate_size", "num_experts", "num_local_experts"),
 }
 """Of a layer, in `per_layer_config`."""
 
@@ -27,7 +27,8 @@ class Cut:
     kept: tuple[int, ...]
     """Unit indices in the dense site, ascending; empty where the whole site is removed."""
     output_weight: Tensor | None
-    """(output rows, kept units * columns_per_unit); None where the whole site is removed."""
+    """(output rows, kept units * columns_per_unit), of experts (kept units, output rows, columns_per_unit); None where
+    the whole site is removed."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """By tensor, what the weight of a norm over all heads is multiplied by: its mean is now that of the heads kept."""
 
@@ -43,8 +44,17 @@ def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, T
         rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor]))
     left |= {name: weights[name].index_select(0, torch.cat(parts)) for name, parts in rows.items()}
     left |= {name: left[name] * factor for name, factor in cut.factors.items()}
-    left[f"{site.output}.weight"] = cut.output_weight
+    left[site.output_tensor] = cut.output_weight
     return left
+
+
+def output_columns(site: Site, weight: Tensor, units: Sequence[int]) -> Tensor:
+    """What the output projection `weight` of a site has for `units`, not refitted."""
+    kept = torch.tensor(units, device=weight.device)
+    if site.routed:
+        return weight.index_select(0, kept)
+    columns = kept[:, None] * site.columns_per_unit + torch.arange(site.columns_per_unit, device=weight.device)
+    return weight.index_select(1, columns.flatten())
 
 
 def mean_factor(rows: Rows, units: Sequence[int], shares: Sequence[float]) -> float:
@@ -64,7 +74,7 @@ def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequ
     count = sum(_numel(shapes[name]) for name in site.whole)
     for rows in site.inputs:
         count += len(rows.kept(kept)) * rows.rows * _numel(shapes[rows.tensor][1:])
-    return count + shapes[f"{site.output}.weight"][0] * len(kept) * site.columns_per_unit
+    return count + _numel(shapes[site.output_tensor]) // site.num_units * len(kept)
 
 
 def kv_elements(site: Site, kept: Sequence[int], head_dim: int) -> int:
@@ -77,7 +87,7 @@ def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
     if not kept:
         return {"skip": [site.kind]}
     if site.kind == "mlp":
-        return {"intermediate_size": len(kept)}
+        return {site.size: len(kept)}
     per_kv_head = _query_heads_by_kv_head(site, kept)
     return {
         "num_attention_heads": sum(per_kv_head),

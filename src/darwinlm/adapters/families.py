@@ -41,6 +41,10 @@ class Family:
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     """Within `mlp`; one tensor with two rows a channel holds the gates first."""
     mlp_output: str = "down_proj"
+    experts: str = ""
+    """Within `mlp`, the module that holds the tensors of all experts, in layers that have such; none if empty."""
+    router: str = "gate"
+    """Within `mlp`, what sends tokens to experts."""
     before_attention: str = "input_layernorm"
     """The norm whose output attention reads; none if empty."""
     after_attention: str = ""
@@ -97,6 +101,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _NORM_AFTER),
     **dict.fromkeys(("cohere", "cohere2"), _PARALLEL),
     **dict.fromkeys(("nemotron", "arcee", "jais2"), Family(mlp_inputs=("up_proj",))),
+    **dict.fromkeys(("qwen3_moe", "mixtral", "olmoe"), Family(experts="experts")),
+    "granitemoe": Family(mlp="block_sparse_moe", experts="experts", router="router"),
     "phi3": Family(queries_keys_values=("qkv_proj",), mlp_inputs=("gate_up_proj",)),
     "phi": Family(
         attention_output="dense", mlp_inputs=("fc1",), mlp_output="fc2", before_mlp="input_layernorm"
@@ -162,10 +168,24 @@ def has_attention(config: PrunedConfig, layer: int) -> bool:
 
 
 def sites_needed(config: PrunedConfig, sites: Sequence["Site"]) -> set[str]:
-    """The sites that cannot be removed whole: in hybrid models caches tell by attention how many tokens they hold."""
+    """The sites that cannot be removed whole: experts, of which a token needs some; in hybrid models, whose caches tell
+    by attention how many tokens they hold, the first attention."""
     hybrid = "linear_attention" in (getattr(config, "layer_types", None) or ())
     attention = [site.name for site in sites if site.kind == "attention"]
-    return set(attention[:1]) if hybrid else set()
+    return set(attention[:1] if hybrid else ()) | {site.name for site in sites if site.routed}
+
+
+def expert_setting(config: PrunedConfig) -> str:
+    """The setting that says how many experts a layer has."""
+    return next(name for name in ("num_local_experts", "num_experts") if name in vars(config))
+
+
+def experts_in(config: PrunedConfig, layer: int) -> int:
+    """How many experts a layer has; 0 if its MLP is no mixture."""
+    family = family_of(config)
+    if not family.experts or f"{family.mlp}.{family.experts}" not in dict(empty_layer(config, layer).named_modules()):
+        return 0
+    return int(getattr(config.layer(layer), expert_setting(config)))
 
 
 def set_attention(config: PrunedConfig) -> None:
@@ -260,11 +280,20 @@ class Site:
     """Query heads in a unit; 0 in an MLP."""
     kv_heads: tuple[int, ...] = ()
     """By unit, the KV head that it needs; empty in an MLP."""
+    routed: int = 0
+    """Where units are experts, how many of them a token goes to; then at least so many stay. Else 0."""
+    size: str = "intermediate_size"
+    """The setting of a layer that says how many units its MLP has."""
+
+    @property
+    def output_tensor(self) -> str:
+        """The name of the tensor that loses columns; of experts, each of which has columns of its own, whole slices."""
+        return self.output if self.routed else f"{self.output}.weight"
 
     @property
     def tensors(self) -> dict[str, None]:
         """The names of all its tensors, each once."""
-        return dict.fromkeys((*self.whole, *(rows.tensor for rows in self.inputs), f"{self.output}.weight"))
+        return dict.fromkeys((*self.whole, *(rows.tensor for rows in self.inputs), self.output_tensor))
 
 
 def find_sites(config: PrunedConfig, granularity: Granularity) -> tuple[Site, ...]:
@@ -281,7 +310,9 @@ def find_sites(config: PrunedConfig, granularity: Granularity) -> tuple[Site, ..
         family = family_of(config)
         if "attention" not in skipped and family.attention in names:
             found.append(_attention(config, layer, shapes, granularity))
-        if "mlp" not in skipped and family.mlp in names:
+        if "mlp" not in skipped and family.experts and f"{family.mlp}.{family.experts}" in names:
+            found.append(_experts(config, layer, shapes))
+        elif "mlp" not in skipped and family.mlp in names:
             found.append(_mlp(config, layer, shapes))
     return tuple(found)
 
@@ -377,6 +408,28 @@ def _mlp(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]
         whole=tuple(prefix + name for name in (*whole, *_norms(config, layer, shapes, "mlp"))),
         num_units=width,
         columns_per_unit=1,
+    )
+
+
+def _experts(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> Site:
+    family, prefix = family_of(config), f"{LAYERS}{layer}."
+    output = f"{family.mlp}.{family.experts}.down_proj"
+    experts, _, width = shapes[output]
+    return Site(
+        name=f"layers.{layer}.mlp",
+        layer=layer,
+        kind="mlp",
+        output=prefix + output,
+        inputs=tuple(
+            Rows(tensor=prefix + name, rows=1)
+            for name in shapes
+            if name.startswith(f"{family.mlp}.") and name != output
+        ),
+        whole=tuple(prefix + name for name in _norms(config, layer, shapes, "mlp")),
+        num_units=experts,
+        columns_per_unit=width,
+        routed=config.num_experts_per_tok,
+        size=expert_setting(config),
     )
 
 

@@ -25,6 +25,7 @@ from darwinlm.adapters.cutting import (
     empty_model,
     fill,
     fill_layer,
+    output_columns,
     pruned_config,
     sizes_by_layer,
 )
@@ -281,7 +282,8 @@ def _check_cuts(
     """Cut one site of each kind without its weights: transformers' layers of that size must have the same shapes."""
     for site in {site.kind: site for site in sites}.values():
         weights = {name: torch.empty(shapes[name], device="meta") for name in site.tensors}
-        cut = Cut(kept=(0,), output_weight=weights[f"{site.output}.weight"][:, : site.columns_per_unit])
+        kept = tuple(range(site.routed or 1))
+        cut = Cut(kept=kept, output_weight=output_columns(site, weights[site.output_tensor], kept))
         layer = empty_layer(pruned_config(config, sites, {site.name: cut}), site.layer).state_dict()
         for name, tensor in cut_site(site, weights, cut).items():
             built = layer.get(name.removeprefix(f"{LAYERS}{site.layer}."))

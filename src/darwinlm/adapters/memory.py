@@ -79,5 +79,7 @@ def kept_bytes(config: PrunedConfig, tokens: int, length: int, dtype: torch.dtyp
             kept += norm + dtype.itemsize * (config.hidden_size + heads * config.head_dim)
             kept += squares * layer.num_attention_heads
         if "mlp" not in skipped:
-            kept += norm + dtype.itemsize * (config.hidden_size + 4 * layer.intermediate_size)
+            width = getattr(layer, "moe_intermediate_size", None) or layer.intermediate_size
+            width *= getattr(layer, "num_experts_per_tok", None) or 1
+            kept += norm + dtype.itemsize * (config.hidden_size + 4 * width)
     return tokens * kept

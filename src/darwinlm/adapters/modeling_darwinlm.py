@@ -193,6 +193,13 @@ def make_layer(kind, config, layer_idx):
     layer = kind(own, layer_idx)
     if own.query_heads_per_kv_head and "attention" not in skipped:
         layer.get_submodule(parts["attention"][0]).num_key_value_groups = 1
+    attention = getattr(layer, parts["attention"][0], None)
+    if "attention" not in skipped and attention is not None:
+        for name in ("q", "k"):
+            norm, rows = getattr(attention, f"{name}_norm", None), getattr(attention, f"{name}_proj", None)
+            if norm is not None and rows is not None and norm.weight.numel() not in (own.head_dim, rows.out_features):
+                # OLMoE's norms over all heads are of the size of the stream, whatever the number of heads.
+                norm.weight = nn.Parameter(norm.weight.new_ones(rows.out_features))
     for part in skipped:
         layer.set_submodule(parts[part][0], Nothing(part))
         for norm in parts[part][1:]:

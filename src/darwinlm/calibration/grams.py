@@ -44,6 +44,16 @@ class SiteStatistics:
     """By tensor, of norms over all heads: the share of the mean square that comes from each group of its rows."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertStatistics:
+    """What calibration knows of a layer's experts: what each of them would make of a token must be asked again."""
+
+    inputs_ND: Tensor
+    """What the router and the experts read, on the CPU, in the dtype that it was computed in."""
+    norms_N: Tensor
+    """|r| of each token, r the residual stream behind the layer: float32, on the CPU."""
+
+
 @torch.no_grad()
 def walk_blocks(
     dense: DenseModel,
@@ -55,7 +65,7 @@ def walk_blocks(
     first_layer: int = 0,
     offload: Offload = "auto",
     phases: Phases | None = None,
-) -> Iterator[tuple[Site, SiteStatistics | None]]:
+) -> Iterator[tuple[Site, SiteStatistics | ExpertStatistics | None]]:
     """Yield each site with its statistics, in the model's order.
 
     The hidden states of all tokens go through one block at a time; the Gram matrices of a block and the inputs of the
@@ -135,8 +145,18 @@ class _Recorder:
         self._hooks = []
         self._gains: dict[str, Tensor] = {}
         self._shares: dict[str, dict[str, Tensor]] = {}
+        self._read: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        """By site of experts and batch: what they read, and how large the stream is behind them."""
         for site in sites:
             self._tokens[site.name] = 0
+            if site.routed:
+                self._read[site.name] = []
+                self._hooks.append(
+                    layer.get_submodule(family.mlp).register_forward_hook(self._record_inputs(site, None))
+                )
+                hook = self._record_tokens(site)
+                self._hooks.append(layer.register_forward_hook(lambda *args, hook=hook: hook(args[2])))
+                continue
             module = cast(nn.Linear, layer.get_submodule(family.output(site.kind)))
             columns = site.num_units * site.columns_per_unit
             device = next(module.parameters()).device
@@ -172,10 +192,13 @@ class _Recorder:
         """Forget what was seen so far."""
         for sums in (*self._grams.values(), *(one for shares in self._shares.values() for one in shares.values())):
             sums.zero_()
+        self._read = {name: [] for name in self._read}
         self._tokens = dict.fromkeys(self._tokens, 0)
 
-    def statistics(self, site: Site, owner: int) -> SiteStatistics | None:
-        """The site's sums over all ranks, on rank `owner`; its own are freed."""
+    def statistics(self, site: Site, owner: int) -> SiteStatistics | ExpertStatistics | None:
+        """The site's sums over all ranks, or all that its experts read, on rank `owner`; its own are freed."""
+        if site.routed:
+            return self._tokens_of(site, owner)
         with self._phases("Gram"):
             gram_II = self._grams.pop(site.name)
             tokens = sum(dist.gather(self._tokens[site.name]))
@@ -195,6 +218,26 @@ class _Recorder:
             return SiteStatistics(
                 gram_II, self._gains.get(site.name), {name: (sums_G / tokens).cpu() for name, sums_G in shares.items()}
             )
+
+    def _tokens_of(self, site: Site, owner: int) -> ExpertStatistics | None:
+        batches = self._read.pop(site.name)
+        parts = dist.gather([torch.cat(one) for one in zip(*batches, strict=True)])
+        if dist.rank() != owner:
+            return None
+        inputs_ND, norms_N = (torch.cat(one) for one in zip(*(part for part in parts if part), strict=True))
+        if not bool(torch.isfinite(inputs_ND).all()):
+            raise InvalidTensorError(
+                f"{site.name}: its activations hold NaN or Inf on the calibration text; the checkpoint is damaged "
+                f"or overflows in {str(inputs_ND.dtype).removeprefix('torch.')}"
+            )
+        return ExpertStatistics(inputs_ND, norms_N)
+
+    def _record_tokens(self, site: Site):  # type: ignore[no-untyped-def]
+        def hook(stream: Tensor) -> None:
+            norms_N = stream.flatten(0, -2).float().norm(dim=-1).clamp_min(_LEAST_NORM)
+            self._read[site.name].append((self._inputs_NI.pop(site.name).cpu(), norms_N.cpu()))
+
+        return hook
 
     def _record_inputs(self, site: Site, norm: nn.Module | None):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from darwinlm import dist
 from darwinlm.adapters.cutting import count_parameters
+from darwinlm.adapters.experts import Experts
 from darwinlm.adapters.families import Site, dense_again
 from darwinlm.adapters.loading import DenseModel, expected_shapes
-from darwinlm.calibration.grams import SiteStatistics, walk_blocks
+from darwinlm.calibration.grams import ExpertStatistics, SiteStatistics, walk_blocks
+from darwinlm.database.experts import prune_experts
 from darwinlm.database.levels import level_sizes
-from darwinlm.database.solver import prune_site, removal_error
+from darwinlm.database.solver import Snapshot, prune_site, removal_error
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.progress import Phases, task
@@ -64,7 +67,7 @@ def build_database(
                 offload=recipe.offload,
                 phases=phases,
             )
-            waiting: list[tuple[Site, SiteStatistics | None]] = []
+            waiting: list[tuple[Site, SiteStatistics | ExpertStatistics | None]] = []
             for site, statistics in walk:
                 if site in database:
                     continue
@@ -104,7 +107,7 @@ def _owner(site: Site) -> int:
 
 def _solve(
     dense: DenseModel,
-    waiting: list[tuple[Site, SiteStatistics | None]],
+    waiting: list[tuple[Site, SiteStatistics | ExpertStatistics | None]],
     recipe: DatabaseRecipe,
     tensor_parallel: int,
     database: Database,
@@ -116,40 +119,55 @@ def _solve(
     for site, statistics in waiting:
         if statistics is None:
             continue
+        sizes = level_sizes(site, recipe.levels, tensor_parallel)[1:-1]
         with phases("solve"):
-            name = f"{site.output}.weight"
-            weight_OI = dense.checkpoint.read([name], dense.device, torch.float32)[name]
-            gain_O1 = None
-            if statistics.gain_O is not None:
-                # A row that the norm all but removes must not blow up when this is undone.
-                gain_O1 = statistics.gain_O.abs().clamp_min(_LEAST_GAIN * statistics.gain_O.abs().max())[:, None]
-                weight_OI = weight_OI * gain_O1
-            try:
-                solved = prune_site(
-                    weight_OI,
-                    statistics.gram_II,
-                    columns_per_unit=site.columns_per_unit,
-                    sizes=level_sizes(site, recipe.levels, tensor_parallel)[1:-1],
-                    damping=recipe.damping,
+            if isinstance(statistics, ExpertStatistics):
+                weights = dense.checkpoint.read(site.tensors, dense.device, torch.float32)
+                experts = Experts.of(dense.config, site, weights)
+                snapshots, removal = prune_experts(
+                    experts, statistics, sizes=sizes, damping=recipe.damping, name=site.name
                 )
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise UserError(
-                    f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
-                    "raise it (0.01 is the default) or give more calibration text, in a new run"
-                ) from None
-            snapshots = [
-                one if gain_O1 is None else replace(one, weight_OK=one.weight_OK / gain_O1.to(one.weight_OK.device))
-                for one in solved
-            ]
+            else:
+                snapshots, removal = _solve_site(dense, site, statistics, recipe, sizes)
         with phases("write"):
             entries[site.name] = database.write_site(
                 site,
                 snapshots,
                 shapes=dense.shapes,
                 head_dim=dense.config.head_dim,
-                removal_error=removal_error(weight_OI, statistics.gram_II),
-                shares=statistics.shares,
+                removal_error=removal,
+                shares={} if isinstance(statistics, ExpertStatistics) else statistics.shares,
                 dtype=dtype,
             )
     for ranks_entries in dist.gather(entries):
         database.enter(ranks_entries, write=dist.rank() == 0)
+
+
+def _solve_site(
+    dense: DenseModel, site: Site, statistics: SiteStatistics, recipe: DatabaseRecipe, sizes: Sequence[int]
+) -> tuple[list[Snapshot], float]:
+    """The site at `sizes`, and the error of removing it. Raises UserError."""
+    weight_OI = dense.checkpoint.read([site.output_tensor], dense.device, torch.float32)[site.output_tensor]
+    gain_O1 = None
+    if statistics.gain_O is not None:
+        # A row that the norm all but removes must not blow up when this is undone.
+        gain_O1 = statistics.gain_O.abs().clamp_min(_LEAST_GAIN * statistics.gain_O.abs().max())[:, None]
+        weight_OI = weight_OI * gain_O1
+    try:
+        solved = prune_site(
+            weight_OI,
+            statistics.gram_II,
+            columns_per_unit=site.columns_per_unit,
+            sizes=sizes,
+            damping=recipe.damping,
+        )
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise UserError(
+            f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
+            "raise it (0.01 is the default) or give more calibration text, in a new run"
+        ) from None
+    snapshots = [
+        one if gain_O1 is None else replace(one, weight_OK=one.weight_OK / gain_O1.to(one.weight_OK.device))
+        for one in solved
+    ]
+    return snapshots, removal_error(weight_OI, statistics.gram_II)

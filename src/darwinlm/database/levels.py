@@ -14,23 +14,25 @@ def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int,
 
     MLP sizes are multiples of 256 where that leaves at least four multiples a level, else of the largest smaller power
     of two that does: tensor cores and the K-quants of llama.cpp want it. A site with fewer units than levels gets one
-    level a unit. All sizes are multiples of `tensor_parallel`, which the number of units must be too.
+    level a unit. All sizes are multiples of `tensor_parallel`, which the number of units must be too. Of experts, which
+    devices share out by width, the last size before none is as many as a token goes to.
     """
     units = site.num_units
     multiple = 1
     if site.kind == "mlp":
         multiple = next(m for m in _MULTIPLES if units >= 4 * levels * m or m == 1)
-    multiple = math.lcm(multiple, tensor_parallel)
-    sizes = {units, 0}
+    multiple = multiple if site.routed else math.lcm(multiple, tensor_parallel)
+    least = site.routed or multiple
+    sizes = {units, 0} | ({least} if site.routed else set())
     for level in range(1, levels):
-        sizes.add(min(units, max(multiple, round(units * (1 - level / levels) / multiple) * multiple)))
+        sizes.add(min(units, max(least, round(units * (1 - level / levels) / multiple) * multiple)))
     return tuple(sorted(sizes, reverse=True))
 
 
 def check_tensor_parallel(sites: Sequence[Site], tensor_parallel: int) -> None:
     """Refuse a number of devices that the units of a dense site cannot be shared out to. Raises UserError."""
     for site in sites:
-        if site.num_units % tensor_parallel:
+        if site.num_units % tensor_parallel and not site.routed:
             units = "KV heads" if site.kind == "attention" else "MLP channels"
             common = math.gcd(*(other.num_units for other in sites))
             possible = [str(number) for number in range(1, common + 1) if common % number == 0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from darwinlm.adapters.families import LAYERS, dense_again
+from darwinlm.adapters.families import LAYERS, dense_again, expert_setting
 from darwinlm.adapters.loading import some_layers
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
@@ -35,22 +35,19 @@ def native_config(config: PrunedConfig) -> Any:
     """
     check_equal_groups(config, "transformers' own models")
     kept = kept_layers(config)
-    shape = _common_shape(config, kept)
+    sizes = _common_sizes(config, kept)
     kind, settings = config.model_type, some_layers(dense_again(config), kept).to_dict()
-    if kind == "llama" and config.hidden_size % shape.heads:
+    heads = sizes["num_attention_heads"]
+    if kind == "llama" and config.hidden_size % heads:
         biases = read_form(config, "transformers' Llama").biases
         if biases:
             raise UserError(
-                f"{shape.heads} heads do not divide the hidden size {config.hidden_size}, which transformers' Llama "
+                f"{heads} heads do not divide the hidden size {config.hidden_size}, which transformers' Llama "
                 f"asks for, and its Mistral, which does not, has no biases ({biases[0]}); use --to gguf or vllm"
             )
         kind = "mistral"
         settings = {name: value for name, value in settings.items() if name in _OF_MISTRAL} | {"sliding_window": None}
-    settings |= {
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.width,
-    }
+    settings |= sizes
     left_out = ("model_type", "layer_parts", "architectures", "auto_map", "_name_or_path", "transformers_version")
     try:
         return AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if name not in left_out})
@@ -71,7 +68,11 @@ def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) ->
     native.dtype = model.dtype
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(native)
-    whole.load_state_dict(tensors, assign=True)
+    try:
+        whole.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(f"transformers' {native.model_type} has no layers of these sizes ({reason})") from None
     whole.tie_weights()
     whole.save_pretrained(folder, max_shard_size=SHARD)
     copy_rest(source, folder, ("config.json", "README.md"))
@@ -80,19 +81,27 @@ def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) ->
         (folder / "README.md").write_text(without_code(card), encoding="utf-8")
 
 
-def _common_shape(config: PrunedConfig, kept: list[int]) -> LayerShape:
-    """The one size of all layers. Raises UserError that names two which differ."""
+def _common_sizes(config: PrunedConfig, kept: list[int]) -> dict[str, int]:
+    """The settings of the one size that all layers have, those with experts and those without. Raises UserError that
+    names two layers which differ."""
     shapes = layer_shapes(config)
     first = shapes[kept[0]]
+    found: dict[str, int] = {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads}
+    alike: dict[bool, int] = {}
     for index in kept:
-        if shapes[index] != first or not (first.heads and first.width):
+        shape = shapes[index]
+        same_kind = shapes[alike.setdefault(shape.experts > 0, index)]
+        same_heads = (shape.heads, shape.kv_heads) == (first.heads, first.kv_heads)
+        if shape != same_kind or not same_heads or not (shape.heads and shape.width):
             raise UserError(
                 f"the layers differ in size, or lack a part ({_words(kept[0], first)}; "
-                f"{_words(index, shapes[index])}), which transformers' own models cannot have; use --to gguf or vllm, "
+                f"{_words(index, shape)}), which transformers' own models cannot have; use --to gguf or vllm, "
                 "or prune with --set search.uniform=true"
             )
-    return first
+        found |= {expert_setting(config): shape.experts} if shape.experts else {"intermediate_size": shape.width}
+    return found
 
 
 def _words(index: int, shape: LayerShape) -> str:
-    return f"layer {index}: {shape.heads} query and {shape.kv_heads} KV heads, {shape.width} MLP channels"
+    experts = f", {shape.experts} experts" if shape.experts else ""
+    return f"layer {index}: {shape.heads} query and {shape.kv_heads} KV heads, {shape.width} MLP channels{experts}"

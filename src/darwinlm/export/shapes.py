@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from darwinlm.adapters.families import experts_in, family_of
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
 
@@ -14,20 +15,24 @@ class LayerShape:
     heads: int
     kv_heads: int
     width: int
-    """Channels of the MLP."""
+    """Channels of the MLP, or of each of its experts."""
+    experts: int = 0
+    """0 where the MLP is no mixture."""
 
 
 def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
     """Of every layer, in order."""
     shapes = []
     for index in range(config.num_hidden_layers):
-        layer, skipped = config.layer(index), config.skipped(index)
+        layer, skipped, experts = config.layer(index), config.skipped(index), experts_in(config, index)
         attends = "attention" not in skipped
+        width = (getattr(layer, "moe_intermediate_size", None) if experts else None) or layer.intermediate_size
         shapes.append(
             LayerShape(
                 heads=layer.num_attention_heads if attends else 0,
                 kv_heads=layer.num_key_value_heads if attends else 0,
-                width=0 if "mlp" in skipped else layer.intermediate_size,
+                width=0 if "mlp" in skipped else width,
+                experts=experts,
             )
         )
     return shapes
@@ -36,6 +41,15 @@ def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
 def kept_layers(config: PrunedConfig) -> list[int]:
     """The layers that do anything, and at least one: engines want that."""
     return [index for index, shape in enumerate(layer_shapes(config)) if shape.heads or shape.width] or [0]
+
+
+def check_no_experts(config: PrunedConfig, engine: str) -> None:
+    """Refuse a mixture of experts. Raises UserError."""
+    if family_of(config).experts:
+        raise UserError(
+            f"{engine} cannot run a {config.model_type} model whose layers differ in size: it takes one number of "
+            "experts for all; prune with --set search.uniform=true and export --to hf-native, which vLLM loads"
+        )
 
 
 def check_equal_groups(config: PrunedConfig, engine: str) -> None:

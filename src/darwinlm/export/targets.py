@@ -23,7 +23,7 @@ from darwinlm.export.hf import MODULE, find_model, load, renew_code
 from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, ProofError, check, compare, logits_of, proof_tokens
 from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
-from darwinlm.export.shapes import check_equal_groups
+from darwinlm.export.shapes import check_equal_groups, check_no_experts
 from darwinlm.export.vllm import check_tensor_parallel, write_vllm
 from darwinlm.files import new_file, new_folder, write_json
 from darwinlm.lock import RunLock
@@ -95,6 +95,8 @@ def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
     """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
     if "onnx" in targets:
         onnx.check_writer()
+    for target in {"vllm", "onnx"} & set(targets):
+        check_no_experts(dense.config, target)
     if "mlx" in targets:
         mlx.check_mlx(dense.config)
     if "gguf" in targets:
@@ -184,6 +186,7 @@ def _check_file(file: Path) -> None:
 
 def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
     config, devices = load_config(str(folder)), options.tensor_parallel
+    check_no_experts(config, "vLLM")
     check_equal_groups(config, "vLLM")
     check_tensor_parallel(config, devices)
     target = out or folder.with_name(f"{folder.name}-vllm")
@@ -226,6 +229,7 @@ def _export_mlx(folder: Path, out: Path | None, _: _Options) -> Exported:
 
 def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
     onnx.check_writer()
+    check_no_experts(load_config(str(folder)), "the export to ONNX")
     target = out or folder.with_name(f"{folder.name}-onnx")
     _check_folder(target)
     model = load(folder, dtype=torch.float32)

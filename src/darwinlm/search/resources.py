@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, assemble, cut_site, layer_sizes
+from darwinlm.adapters.cutting import Cut, assemble, cut_site, layer_sizes, output_columns
 from darwinlm.adapters.families import LAYERS, Site, dense_again, sites_needed, window_of
 from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
@@ -62,13 +62,18 @@ def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
         per_unit = 4 * config.head_dim * site.heads_per_unit * by_layer[site.layer]
         costs.append(
             tuple(
-                workload.batch_size * (2 * parameters * tokens + per_unit * units)
+                workload.batch_size * (2 * _active(site, parameters, units) * tokens + per_unit * units)
                 for parameters, units in zip(levels.parameters, levels.units, strict=True)
             )
         )
     # Logits are needed for every new token alone.
     head = 2 * config.vocab_size * config.hidden_size * max(1, workload.new_tokens) * workload.batch_size
     return Limit(name="flops", unit="FLOPs", fixed=head, costs=tuple(costs), maximum=0)
+
+
+def _active(site: Site, parameters: int, units: int) -> int:
+    """The parameters that a token meets: of experts, those that it is sent to, and of the router, all."""
+    return parameters * min(site.routed, units) // units if site.routed and units else parameters
 
 
 def _kv_cache(dense: DenseModel, space: Space) -> Limit:
@@ -161,7 +166,7 @@ def _stack(dense: DenseModel, weights: Mapping[str, Tensor], site: Site | None =
     in_sites = {name for one in (*dense.sites, *dense.sites_before) if one.name not in needed for name in one.tensors}
     tensors = {name: tensor for name, tensor in weights.items() if name not in in_sites}
     if site is not None:
-        output = weights[f"{site.output}.weight"][:, : units * site.columns_per_unit].contiguous()
+        output = output_columns(site, weights[site.output_tensor], kept)
         left, old = cut_site(site, weights, Cut(kept, output)), f"{LAYERS}{site.layer}."
         for layer in _layers_with(dense, site.kind):
             # Each layer with memory of its own, as in the model.

@@ -10,13 +10,14 @@ Dimension letters: N tokens of a block, W windows of a block, O output rows, I i
 together, L levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.cutting import Cut, build_model, cut_site
+from darwinlm.adapters.experts import Experts
 from darwinlm.adapters.families import Site, family_of
 from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.adapters.memory import SPARE, free_memory, kept_bytes
@@ -57,7 +58,10 @@ def measure_sensitivity(
     mine = range(dist.rank(), len(blocks_BT), dist.world_size())
     reference = DenseReference(dense.reference.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
     place = _place_of_columns(dense, space, blocks_BT.shape[1])
-    sites = [_WidenedSite(dense, index, cut, space, base, place) for index in range(len(dense.sites))]
+    sites = [
+        (_ExpertSite if site.routed else _WidenedSite)(dense, index, cut, space, base, place)
+        for index, site in enumerate(dense.sites)
+    ]
     model = _widened_model(dense, sites)
     changes: dict[int, list[Tensor]] = {}
     """By block: the first order and the second, sites * levels."""
@@ -171,7 +175,7 @@ class _WidenedSite:
             changes_NL[:length, level] = part.sum(1, dtype=torch.float32)
         if self.bias_O is not None:
             changes_NL[:length, : self.last] += (gradient_NO.float() @ self.bias_O.float())[:, None]
-        self._sum_up(changes_NL)
+        self.changes_WL = _by_window(changes_NL, self.base)
 
     @torch.no_grad()
     def _project_normed(self, gradient_1NO: Tensor) -> None:
@@ -188,21 +192,78 @@ class _WidenedSite:
                 output_NO += self.bias_O.to(output_NO.dtype)
             # Not by calling the norm: its hooks are for the model's own pass.
             changes_NL[:length, level] = (gradient_NO.float() * self._norm.forward(output_NO).float()).sum(1)
-        self._sum_up(changes_NL)
-
-    def _sum_up(self, changes_NL: Tensor) -> None:
-        changes_NL -= changes_NL[:, self.base].clone()[:, None]
-        self.changes_WL = changes_NL.view(-1, _WINDOW, changes_NL.shape[1]).sum(1)
+        self.changes_WL = _by_window(changes_NL, self.base)
 
 
-def _widened_model(dense: DenseModel, sites: list[_WidenedSite]) -> PrunedModel:
+class _ExpertSite:
+    """A layer's experts at the base level, and at all levels: where a token goes differs, and so all of its output."""
+
+    def __init__(
+        self,
+        dense: DenseModel,
+        index: int,
+        cut: Callable[[int, int], Cut],
+        space: Space,
+        base: Plan,
+        place: torch.device,
+    ) -> None:
+        self.site, self.base = dense.sites[index], base.levels[index]
+        levels = range(1, len(space.sites[index].units))
+        self.cuts = {level: cut(index, level) for level in levels}
+        weights, dtype = dense.weights, fast_dtype(dense.device)
+        own = {name: weights[name] for name in self.site.tensors}
+        self._levels = [
+            Experts.of(dense.config, self.site, cut_site(self.site, own, self.cuts[level]) if level else own)
+            .to(place, dtype)
+            for level in (0, *levels)
+        ]  # fmt: skip
+        self._inputs_ND: Tensor | None = None
+        most = max(len(site.units) for site in space.sites)
+        self.changes_WL = torch.zeros(0, most, device=dense.device)
+
+    def watch(self, block: nn.Module) -> None:
+        """Have every backward pass through `block`, router and experts, leave its `changes_WL` here."""
+
+        def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._inputs_ND = inputs[0].detach()[0]
+            output.register_hook(self._project)
+
+        block.register_forward_hook(after)
+
+    @torch.no_grad()
+    def _project(self, gradient_1ND: Tensor) -> None:
+        assert self._inputs_ND is not None
+        gradient_ND, x_ND = gradient_1ND[0].float(), self._inputs_ND
+        length, most = len(gradient_ND), self.changes_WL.shape[1]
+        changes_NL = gradient_ND.new_zeros(-(-length // _WINDOW) * _WINDOW, most)
+        for level, stored in enumerate(self._levels):
+            experts = stored.to(gradient_ND.device, x_ND.dtype)
+            output_ND = experts.sum_of(x_ND, experts.gates(experts.logits(x_ND)))
+            changes_NL[:length, level] = (gradient_ND * output_ND.float()).sum(1)
+        self.changes_WL = _by_window(changes_NL, self.base)
+
+
+def _by_window(changes_NL: Tensor, base: int) -> Tensor:
+    """Changes from the level `base` on, summed over the tokens of each window."""
+    changes_NL = changes_NL - changes_NL[:, base].clone()[:, None]
+    return changes_NL.view(-1, _WINDOW, changes_NL.shape[1]).sum(1)
+
+
+def _widened_model(dense: DenseModel, sites: Sequence[_WidenedSite | _ExpertSite]) -> PrunedModel:
     weights = dict(dense.weights)
+    cuts = {}
     for site in sites:
-        weights |= site.tensors()
-    model = build_model(dense.config, dense.sites, weights, {})
+        if isinstance(site, _WidenedSite):
+            weights |= site.tensors()
+        elif site.base:
+            cuts[site.site.name] = site.cuts[site.base]
+    model = build_model(dense.config, dense.sites, weights, cuts)
     model.to(fast_dtype(dense.device))
     family = family_of(dense.config)
     for site in sites:
+        if isinstance(site, _ExpertSite):
+            site.watch(model.model.layers[site.site.layer].get_submodule(family.mlp))
+            continue
         norm = family.norm_after(site.site.kind)
         layer = model.model.layers[site.site.layer]
         site.watch(model.get_submodule(site.site.output), layer.get_submodule(norm) if norm else None)

@@ -1,0 +1,118 @@
+"""A layer's experts, one at a time: who gets a token, and what an expert makes of it.
+
+Transformers' own modules compute a batch of tokens by all experts. To prune them, it must be known what a token would
+get if some of them were gone.
+
+Dimension letters: N tokens, E experts, D hidden size, I channels of an expert.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from darwinlm.adapters.families import LAYERS, Site, family_of
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+
+
+def renormalises(config: PrunedConfig) -> bool:
+    """Whether the gates of a token sum to 1: a softmax over the experts that it goes to, and not over all of them."""
+    return bool(getattr(config, "norm_topk_prob", True))
+
+
+def choose_experts(logits_NE: Tensor, routed: int, *, renormalised: bool) -> tuple[Tensor, Tensor]:
+    """The gates of the `routed` experts that each token goes to, float32, and their numbers: N * routed."""
+    top_NK, chosen_NK = logits_NE.float().softmax(-1).topk(routed, dim=-1)
+    return top_NK / top_NK.sum(-1, keepdim=True) if renormalised else top_NK, chosen_NK
+
+
+def hide_experts(model: PrunedModel, site: Site, kept: Sequence[int]) -> None:
+    """Have the router of `site` send tokens to the experts `kept` alone, from now on; all stay in the model."""
+    family, renormalised = family_of(model.config), renormalises(model.config)
+    gone = [expert for expert in range(site.num_units) if expert not in kept]
+
+    def hook(_: nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits_NE = output[0].index_fill(-1, torch.tensor(gone, device=output[0].device), -torch.inf)
+        gates_NK, chosen_NK = choose_experts(logits_NE, site.routed, renormalised=renormalised)
+        return logits_NE, gates_NK.to(output[1].dtype), chosen_NK
+
+    block = model.get_submodule(f"{LAYERS}{site.layer}.{family.mlp}")
+    block.get_submodule(family.router).register_forward_hook(hook)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Each token goes to the `routed` experts of the largest logits, which are weighed by a softmax.
+
+    `output = sum_e gate_e * down_e (act(gate_proj_e x) * up_proj_e x)`
+    """
+
+    router_ED: Tensor
+    gate_up_EJD: Tensor
+    """The rows of each expert's gates before those of its `up_proj`: J = 2 * I."""
+    down_EDI: Tensor
+    activation: Any
+    routed: int
+    renormalised: bool
+
+    @classmethod
+    def of(cls, config: PrunedConfig, site: Site, weights: Mapping[str, Tensor]) -> "Experts":
+        """The experts of `site`; the tensors in `weights`, by their names in the model, are shared."""
+        family, prefix = family_of(config), f"{LAYERS}{site.layer}."
+        block = f"{prefix}{family.mlp}."
+        return cls(
+            router_ED=weights[f"{block}{family.router}.weight"],
+            gate_up_EJD=weights[f"{block}{family.experts}.gate_up_proj"],
+            down_EDI=weights[site.output_tensor],
+            activation=ACT2FN[config.hidden_act],
+            routed=site.routed,
+            renormalised=renormalises(config),
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Experts":
+        """The same elsewhere, or in another dtype."""
+        return self.of_tensors(*(one.to(device, dtype) for one in (self.router_ED, self.gate_up_EJD, self.down_EDI)))
+
+    def of_tensors(self, router_ED: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor) -> "Experts":
+        """Other experts of the same layer."""
+        return replace(self, router_ED=router_ED, gate_up_EJD=gate_up_EJD, down_EDI=down_EDI)
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.router_ED)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """What experts are chosen by, N * E, float32."""
+        return torch.nn.functional.linear(x_ND, self.router_ED).float()
+
+    def gates(self, logits_NE: Tensor) -> Tensor:
+        """What the output of each expert is multiplied by, N * E, 0 for those that a token does not go to.
+
+        An expert whose logits are -inf is one that is not there.
+        """
+        top_NK, chosen_NK = choose_experts(logits_NE, self.routed, renormalised=self.renormalised)
+        return torch.zeros_like(logits_NE).scatter_(-1, chosen_NK, top_NK)
+
+    def channels(self, expert: int, x_ND: Tensor) -> Tensor:
+        """What an expert's output projection reads, N * I."""
+        gate_NI, up_NI = torch.nn.functional.linear(x_ND, self.gate_up_EJD[expert]).chunk(2, dim=-1)
+        channels_NI: Tensor = self.activation(gate_NI) * up_NI
+        return channels_NI
+
+    def output(self, expert: int, x_ND: Tensor) -> Tensor:
+        """What an expert makes of tokens, N * D, not yet multiplied by its gate."""
+        return torch.nn.functional.linear(self.channels(expert, x_ND), self.down_EDI[expert])
+
+    def sum_of(self, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
+        """The output of all experts together, N * D."""
+        total_ND = torch.zeros(len(x_ND), self.down_EDI.shape[1], dtype=x_ND.dtype, device=x_ND.device)
+        for expert in range(self.count):
+            rows = gates_NE[:, expert].nonzero()[:, 0]
+            if len(rows):
+                gated = self.output(expert, x_ND[rows]) * gates_NE[rows, expert, None].to(x_ND.dtype)
+                total_ND.index_add_(0, rows, gated)
+        return total_ND

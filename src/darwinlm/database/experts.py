@@ -1,0 +1,200 @@
+"""Which experts of a layer go, in which order, and what the others make up for.
+
+A token that was sent to an expert that is gone goes to the next one, and its gates change. So what an expert is worth
+is not what it adds, but how far the layer's output moves once its tokens are sent elsewhere: with gates g of the whole
+layer and h of what is left, and f_e(x) what expert e makes of a token, the error of a token is
+
+    |sum_e (g_e - h_e) f_e|^2 = (g - h)^T K (g - h),    K_ef = f_e . f_f
+
+K is computed once for a sample of tokens; every removal is then judged exactly, by the family's own way to gates, from
+numbers of the size of the router. Experts go one by one, always the one whose removal moves the output least. A score
+of each alone (REAP, arXiv 2510.13999: the mean of g_e |f_e|) knows neither where its tokens go nor who does nearly the
+same.
+
+At each size the output projections of the experts that are left are then refitted, one after another, to what the
+layer's output lacks: ridge regression on the tokens that each gets, its strength chosen on tokens held back.
+
+Dimension letters: N tokens, M tokens of the sample, E experts, D hidden size, I channels of an expert.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from darwinlm.adapters.experts import Experts
+from darwinlm.calibration.grams import ExpertStatistics
+from darwinlm.database.solver import Snapshot
+from darwinlm.progress import log
+
+PRODUCTS = 2**27
+"""Numbers that the K of all sampled tokens may have, M * E * E."""
+OUTPUTS = 2**26
+"""Numbers that the outputs of all experts may have at a time."""
+_SLICE = 4096
+"""Tokens at a time, elsewhere."""
+_FEWEST_TOKENS = 32
+"""An expert that gets fewer is not refitted: they say too little."""
+_JUDGED = 4
+"""One of so many tokens is held back to choose the ridge by."""
+_RIDGES = (1.0, 10.0, 100.0)
+"""Times the damping."""
+
+
+@torch.no_grad()
+def prune_experts(
+    experts: Experts, statistics: ExpertStatistics, *, sizes: Sequence[int], damping: float, name: str
+) -> tuple[list[Snapshot], float]:
+    """Remove experts one by one, and refit those that are left at each size.
+
+    Args:
+        experts: of the layer, float32, on the device to work on.
+        statistics: what they read on the calibration text.
+        sizes: numbers of experts to keep, falling.
+        damping: the least ridge, of the mean of a Gram matrix's diagonal.
+        name: the site's, for people.
+
+    Returns:
+        One snapshot a size, with `weight_OK` of shape kept experts * D * I; and the error of removing all.
+    """
+    device = experts.router_ED.device
+    weights_N = 1 / statistics.norms_N.to(device)
+    x_ND = statistics.inputs_ND.to(device, torch.float32)
+    logits_NE = torch.cat([experts.logits(part_ND) for part_ND in x_ND.split(_SLICE)])
+    gates_NE = experts.gates(logits_NE)
+    tokens_E = (gates_NE > 0).sum(0)
+    rare = (tokens_E < _FEWEST_TOKENS).nonzero()[:, 0].tolist()
+    if rare:
+        shown = ", ".join(map(str, rare[:8])) + (", …" if len(rare) > 8 else "")
+        log.warning(
+            "%s: %d of %d experts get fewer than %d of the %d calibration tokens (%s): give more, or more varied text",
+            name, len(rare), experts.count, _FEWEST_TOKENS, len(x_ND), shown,
+        )  # fmt: skip
+    wanted_ND = _sum_of(experts, x_ND, gates_NE)
+    removal = float((wanted_ND * weights_N[:, None]).square().sum(1).mean())
+
+    sample = _sample(len(x_ND), experts.count)
+    order = removal_order(
+        experts, x_ND[sample], logits_NE[sample], weights_N[sample], experts.count - min(sizes, default=experts.count)
+    )
+    snapshots = []
+    for size in sizes:
+        gone = set(order[: experts.count - size])
+        kept = tuple(expert for expert in range(experts.count) if expert not in gone)
+        left = _only(experts, kept)
+        down_EDI, error = _refitted(left, x_ND, logits_NE[:, list(kept)], wanted_ND, weights_N, damping)
+        snapshots.append(Snapshot(kept=kept, weight_OK=down_EDI, error=error))
+    return snapshots, removal
+
+
+def removal_order(experts: Experts, x_MD: Tensor, logits_ME: Tensor, weights_M: Tensor, count: int) -> list[int]:
+    """The first `count` experts that go, each time the one that moves the layer's output least; of equals the first.
+
+    Args:
+        experts: of the layer.
+        x_MD: what they read.
+        logits_ME: the router's.
+        weights_M: what the error of each token is multiplied by before it is squared.
+        count: how many go; at least as many as a token goes to must stay.
+    """
+    products_MEE = _products(experts, x_MD)
+    whole_ME, logits_ME = experts.gates(logits_ME), logits_ME.clone()
+    gates_ME, errors_M = whole_ME, torch.zeros_like(weights_M)
+    gone: list[int] = []
+    for _ in range(count):
+        best: tuple[float, int] | None = None
+        for expert in range(experts.count):
+            if expert in gone:
+                continue
+            tokens = _tokens_moved(experts, gates_ME, expert)
+            moved_ME = logits_ME[tokens]
+            moved_ME[:, expert] = -torch.inf
+            found = _errors(products_MEE[tokens], whole_ME[tokens] - experts.gates(moved_ME), weights_M[tokens])
+            change = float((found - errors_M[tokens]).double().sum())
+            if best is None or change < best[0]:
+                best = change, expert
+        assert best is not None
+        gone.append(best[1])
+        logits_ME[:, best[1]] = -torch.inf
+        gates_ME = experts.gates(logits_ME)
+        errors_M = _errors(products_MEE, whole_ME - gates_ME, weights_M)
+    return gone
+
+
+def _tokens_moved(experts: Experts, gates_ME: Tensor, expert: int) -> Tensor:
+    """The tokens whose gates change once `expert` is gone: where gates do not sum to 1, all of them do."""
+    if not experts.renormalised:
+        return torch.arange(len(gates_ME), device=gates_ME.device)
+    return gates_ME[:, expert].nonzero()[:, 0]
+
+
+def _errors(products_MEE: Tensor, lacking_ME: Tensor, weights_M: Tensor) -> Tensor:
+    """The squared error of each token."""
+    squares_M = torch.einsum("me,mef,mf->m", lacking_ME, products_MEE, lacking_ME)
+    return squares_M.clamp_min(0) * weights_M.square()
+
+
+def _products(experts: Experts, x_MD: Tensor) -> Tensor:
+    """K of each token: M * E * E."""
+    size = max(1, OUTPUTS // (experts.count * x_MD.shape[1]))
+    parts = []
+    for part_MD in x_MD.split(size):
+        outputs_MED = torch.stack([experts.output(expert, part_MD) for expert in range(experts.count)], dim=1)
+        parts.append(outputs_MED @ outputs_MED.mT)
+    return torch.cat(parts)
+
+
+def _sample(tokens: int, experts: int) -> Tensor:
+    """Evenly spread tokens, as many as there is room for."""
+    count = min(tokens, max(1, PRODUCTS // experts**2))
+    return torch.arange(count) * tokens // count
+
+
+def _only(experts: Experts, kept: Sequence[int]) -> Experts:
+    rows = torch.tensor(kept, device=experts.router_ED.device)
+    return experts.of_tensors(experts.router_ED[rows], experts.gate_up_EJD[rows], experts.down_EDI[rows])
+
+
+def _sum_of(experts: Experts, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
+    pairs = zip(x_ND.split(_SLICE), gates_NE.split(_SLICE), strict=True)
+    return torch.cat([experts.sum_of(part_ND, part_NE) for part_ND, part_NE in pairs])
+
+
+def _refitted(
+    experts: Experts, x_ND: Tensor, logits_NE: Tensor, wanted_ND: Tensor, weights_N: Tensor, damping: float
+) -> tuple[Tensor, float]:
+    """The output projections that bring the layer's output closest to `wanted_ND`, and its error then, a token."""
+    gates_NE = experts.gates(logits_NE)
+    lacking_ND = (wanted_ND - _sum_of(experts, x_ND, gates_NE)) * weights_N[:, None]
+    down_EDI = experts.down_EDI.clone()
+    for expert in range(experts.count):
+        rows = gates_NE[:, expert].nonzero()[:, 0]
+        if len(rows) < _FEWEST_TOKENS:
+            continue
+        channels_NI = experts.channels(expert, x_ND[rows]) * (gates_NE[rows, expert] * weights_N[rows])[:, None]
+        change_DI = _ridge(channels_NI, lacking_ND[rows], damping)
+        down_EDI[expert] += change_DI
+        lacking_ND[rows] -= channels_NI @ change_DI.T
+    return down_EDI, float(lacking_ND.square().sum(1).mean())
+
+
+def _ridge(channels_NI: Tensor, lacking_ND: Tensor, damping: float) -> Tensor:
+    """The change of an output projection, D * I; none where tokens that it was not fitted to would be worse off."""
+    judged = torch.arange(len(channels_NI), device=channels_NI.device) % _JUDGED == 0
+    fitted_MI, aim_MD = channels_NI[~judged], lacking_ND[~judged]
+    values_I, vectors_II = torch.linalg.eigh((fitted_MI.T @ fitted_MI).double())
+    turned_ID = vectors_II.T @ (fitted_MI.T @ aim_MD).double()
+    unit = damping * float(values_I.mean().clamp_min(1e-12))
+    best, least = None, float(lacking_ND[judged].square().sum())
+    for times in _RIDGES:
+        change_ID = (vectors_II @ (turned_ID / (values_I.clamp_min(0) + times * unit)[:, None])).float()
+        error = float((lacking_ND[judged] - channels_NI[judged] @ change_ID).square().sum())
+        if error < least:
+            best, least = times, error
+    if best is None:
+        return channels_NI.new_zeros(lacking_ND.shape[1], channels_NI.shape[1])
+    # With the ridge that did best, on all tokens.
+    gram_II = (channels_NI.T @ channels_NI).double()
+    gram_II.diagonal().add_(best * damping * float(gram_II.diagonal().mean().clamp_min(1e-12)))
+    factor_II = torch.linalg.cholesky(gram_II)
+    return torch.cholesky_solve((channels_NI.T @ lacking_ND).double(), factor_II).T.float()
