@@ -12,6 +12,7 @@ import torch
 from darwinlm.adapters.config import load_sizes
 from darwinlm.adapters.cutting import count_parameters
 from darwinlm.adapters.families import Site, dense_again, find_sites
+from darwinlm.adapters.heads import chunk_tokens
 from darwinlm.adapters.loading import choose_device, expected_shapes
 from darwinlm.adapters.memory import SPARE, TRIAL_BYTES, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
@@ -253,7 +254,8 @@ def _predict_step(
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
     per_block = kept_bytes(config, data.sequence_length, data.sequence_length, torch.bfloat16)
     layer = per_block / config.num_hidden_layers
-    chunk = 3 * 128 * 4 * config.vocab_size
+    place = torch.device("cuda" if machine.accelerator else "cpu")
+    chunk = 3 * 4 * config.vocab_size * chunk_tokens(config.vocab_size, place)
     # Trials compute activations again where they do not fit; sensitivities cannot.
     trials = whole + TRIAL_BYTES * candidate + search.batch_size * layer
     if machine.accelerator:

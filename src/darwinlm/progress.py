@@ -105,10 +105,14 @@ class Phases:
             self._charge()
             self._names.pop()
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count what was done beside the stage as `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def _charge(self) -> None:
         if self._synchronize is not None:
             self._synchronize()
         now = time.perf_counter()
         if self._names:
-            self.seconds[self._names[-1]] = self.seconds.get(self._names[-1], 0.0) + now - self._since
+            self.add(self._names[-1], now - self._since)
         self._since = now

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.heads import Head
+from darwinlm.adapters.heads import Head, chunk_tokens
 from darwinlm.adapters.memory import Portion
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
-_CHUNK_TOKENS = 128
 _BATCH_TOKENS = 4096
 
 
@@ -69,32 +68,36 @@ class DenseReference:
         count = len(self._blocks_BT) if count is None else count
         head, dense = head.float(), self._head.float()
         # Reused for all chunks: on the CPU, fresh memory of this size costs more than what is computed in it.
-        shape, device = (_CHUNK_TOKENS, len(head.weight_VD)), head.weight_VD.device
-        buffers = [torch.empty(shape, device=device) for _ in range(3)]
-        kls, loss = [], 0.0
+        vocabulary, device = len(head.weight_VD), head.weight_VD.device
+        size = min(chunk_tokens(vocabulary, device), length)
+        buffers = [torch.empty(size, vocabulary, device=device) for _ in range(3)]
+        # By block and chunk; read at the end, so that a device need not wait for each of them.
+        kls: list[list[Tensor]] = []
+        losses: list[Tensor] = []
         dense_blocks = iter(self._hidden_BTD[:count])
         for hidden_BTD, ids_BT in zip(hidden, self.batches(count), strict=True):
             for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
                 # A block's last position has no next token to predict: -100 is left out of the loss.
                 targets_T = torch.nn.functional.pad(ids_T[1:], (0, 1), value=-100)
-                kl = 0.0
+                kls.append([])
                 for here_ND, there_ND, labels_N in zip(
-                    hidden_TD.split(_CHUNK_TOKENS),
-                    next(dense_blocks).split(_CHUNK_TOKENS),
-                    targets_T.split(_CHUNK_TOKENS),
+                    hidden_TD.split(size),
+                    next(dense_blocks).split(size),
+                    targets_T.split(size),
                     strict=True,
                 ):
                     logits_NV, log_q_NV, log_p_NV = (buffer[: len(here_ND)] for buffer in buffers)
                     head.logits(here_ND, out=logits_NV)
                     torch.log_softmax(logits_NV, -1, out=log_q_NV)
-                    loss += torch.nn.functional.nll_loss(log_q_NV, labels_N, reduction="sum").item()
+                    losses.append(torch.nn.functional.nll_loss(log_q_NV, labels_N, reduction="sum"))
                     dense.logits(there_ND, out=logits_NV)
                     torch.log_softmax(logits_NV, -1, out=log_p_NV)
                     torch.sub(log_p_NV, log_q_NV, out=log_q_NV)
-                    kl += torch.dot(log_p_NV.exp_().view(-1), log_q_NV.view(-1)).item()
-                kls.append(kl / length)
-        mean = loss / (count * (length - 1))
-        return Fidelity(sum(kls) / count, math.exp(mean) if mean < 700 else math.inf, tuple(kls))
+                    kls[-1].append(torch.dot(log_p_NV.exp_().view(-1), log_q_NV.view(-1)))
+        sums = torch.stack([torch.stack(chunks) for chunks in kls]).tolist()
+        by_block = [sum(chunks) / length for chunks in sums]
+        mean = sum(torch.stack(losses).tolist()) / (count * (length - 1))
+        return Fidelity(sum(by_block) / count, math.exp(mean) if mean < 700 else math.inf, tuple(by_block))
 
     @torch.no_grad()
     def expected_rows(self) -> Tensor:
@@ -124,8 +127,9 @@ class DenseReference:
         scores_RTD = torch.empty(draws, *hidden_TD.shape, device=hidden_TD.device)
         head, dense = head.float(), self._head.float()
         generator = torch.Generator(hidden_TD.device).manual_seed(seed)
-        for start in range(0, length, _CHUNK_TOKENS):
-            rows = slice(start, start + _CHUNK_TOKENS)
+        size = chunk_tokens(len(head.weight_VD), hidden_TD.device)
+        for start in range(0, length, size):
+            rows = slice(start, start + size)
             there_ND = self._hidden_BTD[block, rows]
             p_NV = dense.logits(there_ND).softmax(-1)
             logits_NV = head.logits(hidden_TD[rows])

@@ -1,6 +1,7 @@
 """Cutting: smaller tensors from dense ones, and a model of these. No zeros stand in for removed units."""
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, T
     left = {name: weights[name] for name in site.whole}
     rows: dict[str, list[Tensor]] = {}
     for some in site.inputs:
-        rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor]))
+        rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor].device))
     left |= {name: weights[name].index_select(0, torch.cat(parts)) for name, parts in rows.items()}
     left |= {name: left[name] * factor for name, factor in cut.factors.items()}
     left[site.output_tensor] = cut.output_weight
@@ -231,9 +232,12 @@ def _cut_tensors(sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Map
     return tensors
 
 
-def _kept_rows(rows: Rows, kept: Sequence[int], like: Tensor) -> Tensor:
-    groups = torch.tensor(rows.kept(kept), device=like.device)
-    return rows.start + (groups[:, None] * rows.rows + torch.arange(rows.rows, device=like.device)).flatten()
+@functools.lru_cache(maxsize=1024)
+def _kept_rows(rows: Rows, kept: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the rows of the units `kept` are. Candidates ask for the same again and again, and a list that becomes a
+    tensor is a wait for the device."""
+    groups = torch.tensor(rows.kept(kept), device=device)
+    return rows.start + (groups[:, None] * rows.rows + torch.arange(rows.rows, device=device)).flatten()
 
 
 def _query_heads_by_kv_head(site: Site, kept: Sequence[int]) -> list[int]:

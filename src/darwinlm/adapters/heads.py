@@ -14,6 +14,14 @@ from torch import Tensor
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 
 _CHUNK_TOKENS = 128
+"""Positions whose logits are there at a time, at least: what a CPU's cache is good for."""
+_CHUNK_LOGITS = 2**27
+"""Logits that are there at a time on other devices, where a chunk reads the whole head: 0.5 GB in float32."""
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """How many positions to compute logits for at a time."""
+    return _CHUNK_TOKENS if device.type == "cpu" else max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary)
 
 
 def shape_logits(config: PrunedConfig, logits: Tensor) -> Tensor:
@@ -37,6 +45,8 @@ class Head:
     bias_V: Tensor | None
     scale: float
     softcap: float | None
+    wide: bool = False
+    """Whether logits are float32, though the weight is not: its values are, and tensor cores sum in float32."""
 
     @classmethod
     def of(cls, model: PrunedModel) -> "Head":
@@ -45,13 +55,22 @@ class Head:
         return cls(linear.weight, getattr(linear, "bias", None), *logit_settings(model.config))
 
     def float(self) -> "Head":
-        """The same in float32."""
+        """The same with logits in float32."""
         bias_V = self.bias_V if self.bias_V is None else self.bias_V.float()
+        if self.weight_VD.is_cuda and self.weight_VD.dtype in (torch.bfloat16, torch.float16):
+            return replace(self, bias_V=bias_V, wide=True)
         return replace(self, weight_VD=self.weight_VD.float(), bias_V=bias_V)
 
     def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits N * V in the dtype of the head, written to `out` if it is given; no gradients."""
-        logits_NV = torch.mm(hidden_ND.to(self.weight_VD.dtype), self.weight_VD.T, out=out)
+        weight_VD = self.weight_VD
+        if self.wide and hidden_ND.dtype == weight_VD.dtype:
+            # Products of such numbers are exact in float32.
+            logits_NV = torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
+            logits_NV = logits_NV if out is None else out.copy_(logits_NV)
+        else:
+            dtype = torch.float32 if self.wide else weight_VD.dtype
+            logits_NV = torch.mm(hidden_ND.to(dtype), weight_VD.to(dtype).T, out=out)
         if self.bias_V is not None:
             logits_NV += self.bias_V
         if self.scale != 1:
@@ -64,7 +83,8 @@ class Head:
         """A gradient by logits as one by last hidden states, N * D; `logits_NV` are those that it was taken at."""
         if self.softcap is not None:
             by_logits_NV = by_logits_NV * (1 - (logits_NV / self.softcap).square())
-        by_hidden_ND = by_logits_NV.to(self.weight_VD.dtype) @ self.weight_VD
+        dtype = torch.float32 if self.wide else self.weight_VD.dtype
+        by_hidden_ND = by_logits_NV.to(dtype) @ self.weight_VD.to(dtype)
         return by_hidden_ND if self.scale == 1 else by_hidden_ND * self.scale
 
     def rows(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -85,7 +105,7 @@ class Head:
         model) is this less the dense model's, which with a softcap is near it and the same where the models agree.
         """
         parts = []
-        for part_ND in hidden_ND.split(_CHUNK_TOKENS):
+        for part_ND in hidden_ND.split(chunk_tokens(len(self.weight_VD), hidden_ND.device)):
             logits_NV = self.logits(part_ND)
             parts.append(self.back(logits_NV.float().softmax(-1), logits_NV))
         return torch.cat(parts)

@@ -1,6 +1,8 @@
 """The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from darwinlm.errors import UserError
 from darwinlm.progress import Phases, task
 from darwinlm.recipe import DatabaseRecipe
 
+_WRITERS, _WAITING = 2, 3
+"""Sites that are written at a time; with those that wait for it."""
 _LEAST_GAIN = 1e-3
 """Of the rows of a norm, as a share of the largest."""
 
@@ -54,7 +58,8 @@ def build_database(
     database = Database(folder)
     missing = [site for site in dense.sites if site not in database]
     last_of_layer = set({site.layer: site.name for site in dense.sites}.values())
-    with task("database (sites)", len(dense.sites)) as progress:
+    writer = _Writer(database, phases)
+    with task("database (sites)", len(dense.sites)) as progress, writer:
         progress.advance(len(dense.sites) - len(missing))
         if missing:
             walk = walk_blocks(
@@ -75,7 +80,8 @@ def build_database(
                 # Solve when every rank has a layer of its own to solve, so that none waits for another.
                 round_is_full = (site.layer + 1) % dist.world_size() == 0
                 if (site.name in last_of_layer and round_is_full) or site is missing[-1]:
-                    _solve(dense, waiting, recipe, tensor_parallel, database, phases)
+                    _solve(dense, waiting, recipe, tensor_parallel, writer, phases)
+                    _enter(database, writer.written(all_of_them=site is missing[-1]))
                     progress.advance(len(waiting), note=site.name)
                     waiting = []
                 if site is missing[-1]:
@@ -110,11 +116,10 @@ def _solve(
     waiting: list[tuple[Site, SiteStatistics | ExpertStatistics | None]],
     recipe: DatabaseRecipe,
     tensor_parallel: int,
-    database: Database,
+    writer: "_Writer",
     phases: Phases,
 ) -> None:
-    """Prune and write this rank's sites of `waiting`; then rank 0 enters those of all ranks into the index."""
-    entries: dict[str, Any] = {}
+    """Prune this rank's sites of `waiting`, and have them written."""
     dtype = dense.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     for site, statistics in waiting:
         if statistics is None:
@@ -129,18 +134,67 @@ def _solve(
                 )
             else:
                 snapshots, removal = _solve_site(dense, site, statistics, recipe, sizes)
-        with phases("write"):
-            entries[site.name] = database.write_site(
-                site,
-                snapshots,
-                shapes=dense.shapes,
-                head_dim=dense.config.head_dim,
-                removal_error=removal,
-                shares={} if isinstance(statistics, ExpertStatistics) else statistics.shares,
-                dtype=dtype,
-            )
+        writer.put(
+            site,
+            snapshots,
+            shapes=dense.shapes,
+            head_dim=dense.config.head_dim,
+            removal_error=removal,
+            shares={} if isinstance(statistics, ExpertStatistics) else statistics.shares,
+            dtype=dtype,
+        )
+
+
+def _enter(database: Database, entries: Mapping[str, Any]) -> None:
+    """Have rank 0 enter the sites that any rank has written into the index."""
     for ranks_entries in dist.gather(entries):
-        database.enter(ranks_entries, write=dist.rank() == 0)
+        if ranks_entries:
+            database.enter(ranks_entries, write=dist.rank() == 0)
+
+
+class _Writer:
+    """Writes sites while the next ones are computed; a few wait at most, so that memory stays flat."""
+
+    def __init__(self, database: Database, phases: Phases) -> None:
+        self._database, self._phases = database, phases
+        self._pool = ThreadPoolExecutor(_WRITERS)
+        self._pending: dict[str, Future[tuple[dict[str, Any], float]]] = {}
+        self._written: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def put(self, site: Site, snapshots: Sequence[Snapshot], **facts: Any) -> None:
+        """Have a site written (`Database.write_site`); waits while too many are. Raises what an earlier one raised."""
+        while len(self._pending) >= _WAITING:
+            wait(self._pending.values(), return_when=FIRST_COMPLETED)
+            self._collect()
+        self._pending[site.name] = self._pool.submit(self._write, site, snapshots, facts)
+
+    def written(self, *, all_of_them: bool) -> dict[str, Any]:
+        """The index entries of the sites that are on disk and were not given yet; of all, once they are there."""
+        if all_of_them:
+            wait(self._pending.values())
+        self._collect()
+        done, self._written = self._written, {}
+        return done
+
+    def _collect(self) -> None:
+        for name, future in list(self._pending.items()):
+            if future.done():
+                entry, seconds = self._pending.pop(name).result()
+                self._written[name] = entry
+                self._phases.add("write", seconds)
+
+    def _write(
+        self, site: Site, snapshots: Sequence[Snapshot], facts: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], float]:
+        start = time.perf_counter()
+        entry = self._database.write_site(site, snapshots, **facts)
+        return entry, time.perf_counter() - start
 
 
 def _solve_site(

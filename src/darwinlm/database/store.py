@@ -1,6 +1,8 @@
 """The database on disk: `index.json` and one safetensors file a site, with surviving columns only."""
 
+from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,12 +14,15 @@ from torch import Tensor
 
 from darwinlm.adapters.cutting import Cut, count_parameters, kv_elements, mean_factor
 from darwinlm.adapters.families import Site
+from darwinlm.adapters.memory import free_memory
 from darwinlm.database.solver import Snapshot
 from darwinlm.errors import UserError
 from darwinlm.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, write_bytes, write_json
 from darwinlm.plan import SiteBefore, SiteLevels, Space
 
 FORMAT = 2
+_RESIDENT = 4
+"""One so manieth of an accelerator's free memory may hold cuts."""
 
 _Count = Annotated[int, Field(ge=0)]
 
@@ -70,6 +75,8 @@ class Database:
         self._kept = kept
         self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
         self._verified: set[str] = set()
+        self._resident: OrderedDict[tuple[str, int], Cut] = OrderedDict()
+        """Cuts on an accelerator, in the dtype that they are stored in, the one asked for last at the end."""
         if (folder / "index.json").exists():
             remedy = f"delete {folder} and run the same command again"
             self._index = read_json(folder / "index.json", remedy)
@@ -182,11 +189,39 @@ class Database:
     def cut(self, site: Site, level: int, device: torch.device) -> Cut:
         """A site at a level, in float32 on `device`. Level 0 is dense and needs no cut.
 
+        Candidates ask for the same cuts again and again: on an accelerator they stay for as long as there is room.
+
         Raises:
             UserError: if the site's file is missing or damaged.
         """
         if level == len(self._index["sites"][site.name]["units"]) - 1:
             return Cut((), None)
+        found = self._resident.get((site.name, level)) if device.type == "cuda" else None
+        if found is None:
+            found = self._read(site, level, device)
+            if device.type == "cuda":
+                self._keep((site.name, level), found, free_memory(device) // _RESIDENT)
+        else:
+            self._resident.move_to_end((site.name, level))
+        assert found.output_weight is not None
+        return replace(found, output_weight=found.output_weight.float())
+
+    def free(self) -> None:
+        """Forget the cuts on the device: something else needs its memory."""
+        self._resident.clear()
+
+    def _keep(self, key: tuple[str, int], cut: Cut, room: int) -> None:
+        """Keep a cut, and no more than `room` bytes of them all."""
+        self._resident[key] = cut
+        sizes = {
+            name: one.output_weight.nbytes for name, one in self._resident.items() if one.output_weight is not None
+        }
+        total = sum(sizes.values())
+        while self._resident and total > room:
+            oldest, _ = self._resident.popitem(last=False)
+            total -= sizes[oldest]
+
+    def _read(self, site: Site, level: int, device: torch.device) -> Cut:
         file = self._file(site.name)
         try:
             if site.name not in self._verified:
@@ -200,7 +235,7 @@ class Database:
                     for rows in site.inputs
                     if rows.norm
                 }
-                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output").float(), factors)
+                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output"), factors)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); run the same command again, and this site is built anew"

@@ -112,9 +112,12 @@ class TrialScorer:
         recipe, dense = self._recipe, self._dense
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
         aims_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
-        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
         trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
         if TRIAL_BYTES * trained > free_memory(dense.device):
+            self._database.free()
+        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
+        if TRIAL_BYTES * trained > free_memory(dense.device):
+            self._database.free()
             dense.park()
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
         if rate is None:
