@@ -169,6 +169,8 @@ class _Writer:
 
     def put(self, site: Site, snapshots: Sequence[Snapshot], **facts: Any) -> None:
         """Have a site written (`Database.write_site`); waits while too many are. Raises what an earlier one raised."""
+        # Copied here: in another thread it would stand in the way of what the device is given next.
+        snapshots = [replace(one, weight_OK=one.weight_OK.to("cpu", facts["dtype"])) for one in snapshots]
         while len(self._pending) >= _WAITING:
             wait(self._pending.values(), return_when=FIRST_COMPLETED)
             self._collect()
