@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from conftest import VOCABULARY
 from safetensors.torch import load_file
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from darwinlm.adapters.cutting import Cut
 from darwinlm.adapters.loading import load_dense
 from darwinlm.calibration.activations import choose_place, open_activations
 from darwinlm.calibration.grams import walk_blocks
+from darwinlm.database import build
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.errors import InvalidTensorError, UserError
@@ -214,3 +218,50 @@ def test_a_device_without_room_for_a_block_fails(dense, calibration, tmp_path, m
     monkeypatch.setattr(Qwen2DecoderLayer, "forward", none)
     with pytest.raises(torch.OutOfMemoryError):
         build_database(dense, calibration, RECIPE, tmp_path)
+
+
+def test_large_sites_are_written_beside_the_work_and_give_the_same_database(dense, calibration, tmp_path, monkeypatch):
+    build_database(dense, calibration, RECIPE, tmp_path / "one")
+    monkeypatch.setattr(build, "_SMALL", 0)
+    threads = set()
+    write_site = Database.write_site
+
+    def write(database, site, *arguments, **facts):
+        threads.add(threading.current_thread())
+        return write_site(database, site, *arguments, **facts)
+
+    monkeypatch.setattr(Database, "write_site", write)
+    phases = Phases()
+    build_database(dense, calibration, RECIPE, tmp_path / "other", phases)
+    assert threading.main_thread() not in threads and phases.seconds["write"] > 0
+    assert_same(tmp_path / "one", tmp_path / "other")
+    indices = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("one", "other")]
+    assert indices[0] == indices[1]
+
+
+def test_what_goes_wrong_beside_the_work_ends_the_stage_and_is_not_entered(dense, calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_SMALL", 0)
+    write_site = Database.write_site
+
+    def write(database, site, *arguments, **facts):
+        if site.name == "layers.1.mlp":
+            raise UserError("the disk is full")
+        return write_site(database, site, *arguments, **facts)
+
+    monkeypatch.setattr(Database, "write_site", write)
+    with pytest.raises(UserError, match="the disk is full"):
+        build_database(dense, calibration, RECIPE, tmp_path)
+    monkeypatch.undo()
+    assert "layers.1.mlp" not in json.loads((tmp_path / "index.json").read_text())["sites"]
+    whole = build_database(dense, calibration, RECIPE, tmp_path)
+    assert all(site in whole for site in dense.sites)
+
+
+def test_cuts_that_stay_on_a_device_are_those_asked_for_last():
+    database = Database.__new__(Database)
+    database._resident = OrderedDict()
+    for number in range(5):
+        database._keep(("site", number), Cut((0,), torch.zeros(10)), room=100)
+    assert list(database._resident) == [("site", 3), ("site", 4)]
+    database._keep(("site", 9), Cut((0,), torch.zeros(100)), room=100)
+    assert not database._resident

@@ -26,6 +26,8 @@ from darwinlm.recipe import DatabaseRecipe
 
 _WRITERS, _WAITING = 2, 3
 """Sites that are written at a time; with those that wait for it."""
+_SMALL = 2**26
+"""Bytes of a site that are written at once: Python's other threads slow this one down by more than such a write."""
 _LEAST_GAIN = 1e-3
 """Of the rows of a norm, as a share of the largest."""
 
@@ -171,6 +173,10 @@ class _Writer:
         """Have a site written (`Database.write_site`); waits while too many are. Raises what an earlier one raised."""
         # Copied here: in another thread it would stand in the way of what the device is given next.
         snapshots = [replace(one, weight_OK=one.weight_OK.to("cpu", facts["dtype"])) for one in snapshots]
+        if sum(one.weight_OK.nbytes for one in snapshots) < _SMALL:
+            self._written[site.name], seconds = self._write(site, snapshots, facts)
+            self._phases.add("write", seconds)
+            return
         while len(self._pending) >= _WAITING:
             wait(self._pending.values(), return_when=FIRST_COMPLETED)
             self._collect()
