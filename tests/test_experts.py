@@ -270,6 +270,18 @@ def test_a_uniform_plan_needs_no_code_of_ours(mixture, text, tmp_path):
     assert type(native).__name__ == "MixtralForCausalLM" and native.config.num_local_experts < 6
 
 
+def test_a_checkpoint_that_balances_its_experts_runs_when_pruned(tmp_path):
+    """Its config asks for a loss that only layers with one number of experts have."""
+    folder = make_checkpoint("mixtral", tmp_path / "dense", output_router_logits=True)
+    dense = load_dense(str(folder), "kv_group", CPU)
+    site = first_experts(dense)
+    cut = Cut((0, 2, 5), output_columns(site, dense.weights[site.output_tensor], (0, 2, 5)))
+    model = build_model(dense.config, dense.sites, dense.weights, {site.name: cut})
+    tokens = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(1))
+    assert torch.isfinite(model(tokens, labels=tokens).loss)
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (1, 11)
+
+
 def test_half_a_checkpoint_is_refused(mixture, tmp_path):
     folder = make_checkpoint("mixtral", tmp_path / "dense")
     weights = load_file(folder / "model.safetensors")

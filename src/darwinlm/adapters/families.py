@@ -138,6 +138,9 @@ def dense_config(config: Any) -> PrunedConfig:
         if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
             # A trial is a few steps: what they teach must not hang on what is dropped. Llama and its like have none.
             setattr(known, name, 0.0)
+    if getattr(known, "output_router_logits", False):
+        # Transformers' load-balancing loss, computed with it, knows one number of experts for all layers.
+        known.output_router_logits = False
     if getattr(known, "head_dim", None) is None:
         # Of a layer with fewer heads it could not be told any more.
         known.head_dim = known.hidden_size // known.num_attention_heads
