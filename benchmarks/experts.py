@@ -51,7 +51,7 @@ _SIZES = {
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 512,
     "num_experts": 16, "num_local_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True,
     "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": True,
-    "output_router_logits": True, "router_aux_loss_coef": 0.01,
+    "output_router_logits": True, "router_aux_loss_coef": 0.1,
 }  # fmt: skip
 METHODS = ("random", "frequency", "REAP", "REAP, refitted", "ours, no refit", "ours", "ours, searched")
 
@@ -108,7 +108,7 @@ def show_specialisation(
         joint_EV = torch.stack([torch.bincount(bytes_N[goes_NE[:, e]], minlength=256) for e in range(len(share_E))])
         joint_EV = joint_EV.double() / joint_EV.sum()
         apart = joint_EV.sum(1, keepdim=True) * joint_EV.sum(0, keepdim=True)
-        told = float((joint_EV * (joint_EV / apart).clamp_min(1e-12).log()).sum() / torch.tensor(2.0).log())
+        told = float(torch.special.xlogy(joint_EV, joint_EV / apart.clamp_min(1e-30)).sum() / torch.tensor(2.0).log())
         print(
             f"seed {seed}: {site.name}: experts get {share_E.min():.1%} to {share_E.max():.1%} of the tokens; of these "
             f"{of_python_E.min():.0%} to {of_python_E.max():.0%} are Python ({python_N.float().mean():.0%} of all); an "

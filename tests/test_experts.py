@@ -247,7 +247,7 @@ def slope(dense, model, site, cut, reference, step=1e-3):
     return (found[0] - found[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
 def test_a_run_from_end_to_end(family, mixture, text, tmp_path):
     # As small as a KV group, so that many plans meet a budget.
     dense = mixture(family, intermediate_size=16)

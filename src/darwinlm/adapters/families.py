@@ -194,6 +194,9 @@ def experts_in(config: PrunedConfig, layer: int) -> int:
 def set_attention(config: PrunedConfig) -> None:
     """Have models with `config` attend by PyTorch's function, where their family can."""
     config._attn_implementation = "sdpa" if causal_lm(config)._supports_sdpa else "eager"
+    if family_of(config).experts and not torch.cuda.is_available():
+        # A layer by itself would ask for it, and transformers would warn that nobody has said it.
+        config._experts_implementation = "eager"
 
 
 def causal_lm(config: PrunedConfig) -> Any:
