@@ -11,12 +11,12 @@ import torch
 
 from darwinlm.adapters.config import load_sizes
 from darwinlm.adapters.cutting import count_parameters
+from darwinlm.adapters.experts import OUTPUTS, PRODUCTS
 from darwinlm.adapters.families import Site, dense_again, find_sites
 from darwinlm.adapters.heads import chunk_tokens
 from darwinlm.adapters.loading import choose_device, expected_shapes
 from darwinlm.adapters.memory import SPARE, TRIAL_BYTES, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
-from darwinlm.database.experts import OUTPUTS, PRODUCTS
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.plan import check_target

@@ -17,6 +17,11 @@ from transformers.activations import ACT2FN
 from darwinlm.adapters.families import LAYERS, Site, family_of
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 
+PRODUCTS = 2**27
+"""Numbers that may be held of the products of all experts' outputs: sampled tokens * E * E."""
+OUTPUTS = 2**26
+"""Numbers that may be held of the outputs of all experts: tokens * E * D."""
+
 
 def renormalises(config: PrunedConfig) -> bool:
     """Whether the gates of a token sum to 1: a softmax over the experts that it goes to, and not over all of them."""

@@ -22,15 +22,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.experts import Experts
+from darwinlm.adapters.experts import OUTPUTS, PRODUCTS, Experts
 from darwinlm.calibration.grams import ExpertStatistics
 from darwinlm.database.solver import Snapshot
 from darwinlm.progress import log
 
-PRODUCTS = 2**27
-"""Numbers that the K of all sampled tokens may have, M * E * E."""
-OUTPUTS = 2**26
-"""Numbers that the outputs of all experts may have at a time."""
 _SLICE = 4096
 """Tokens at a time, elsewhere."""
 _FEWEST_TOKENS = 32
