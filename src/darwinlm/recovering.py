@@ -49,6 +49,7 @@ def recover_plan(
     model = _starting_model(here, corpus, plan, wanted.refit_tokens, place, folder)
     # The teacher has a dtype of its own, and memory is for the training now.
     dense.release()
+    here.database.free()
     text: Tensor | TextStream = corpus.marked["trial"]
     teacher = _teacher(dense, wanted, corpus, place, folder) if wanted.tokens > 0 and wanted.distillation > 0 else None
     if wanted.text == "stream":

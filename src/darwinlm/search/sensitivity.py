@@ -208,14 +208,13 @@ class _ExpertSite:
         place: torch.device,
     ) -> None:
         self.site, self.base = dense.sites[index], base.levels[index]
-        levels = range(1, len(space.sites[index].units))
-        self.cuts = {level: cut(index, level) for level in levels}
+        self.base_cut = cut(index, self.base) if self.base else None
         weights, dtype = dense.weights, fast_dtype(dense.device)
         own = {name: weights[name] for name in self.site.tensors}
         self._levels = [
-            Experts.of(dense.config, self.site, cut_site(self.site, own, self.cuts[level]) if level else own)
+            Experts.of(dense.config, self.site, cut_site(self.site, own, cut(index, level)) if level else own)
             .to(place, dtype)
-            for level in (0, *levels)
+            for level in range(len(space.sites[index].units))
         ]  # fmt: skip
         self._inputs_ND: Tensor | None = None
         most = max(len(site.units) for site in space.sites)
@@ -255,8 +254,8 @@ def _widened_model(dense: DenseModel, sites: Sequence[_WidenedSite | _ExpertSite
     for site in sites:
         if isinstance(site, _WidenedSite):
             weights |= site.tensors()
-        elif site.base:
-            cuts[site.site.name] = site.cuts[site.base]
+        elif site.base_cut is not None:
+            cuts[site.site.name] = site.base_cut
     model = build_model(dense.config, dense.sites, weights, cuts)
     model.to(fast_dtype(dense.device))
     family = family_of(dense.config)
