@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DAMAGES, FAMILIES, VOCABULARY, apart, flip_a_bit, make_tokenizer, rescaled
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from darwinlm import dist, files, recovering
 from darwinlm.adapters.cutting import build_model
@@ -299,6 +301,20 @@ def test_a_document_in_a_block_of_several_is_read_as_if_it_were_alone(family, at
             together = model(block.long() & (2**30 - 1), position_ids=positions(block), use_cache=False).logits
             alone = torch.cat([model(document).logits for document in documents], dim=1)
         assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("share", "temperature", "at_most"), [(1.0, 1.0, 4), (0.5, 2.0, 5)])
+def test_the_objective_never_holds_more_than_so_many_tensors_of_the_size_of_its_logits(share, temperature, at_most):
+    """Gradients included: `darwinlm plan` counts on it."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = LlamaConfig(vocab_size=2**16, **sizes)
+    model, dense = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    ids = torch.randint(0, 2**16, (2, 256), generator=torch.Generator().manual_seed(0))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        Objective(model, dense, share, temperature)(ids, ids)["loss"].backward()
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    assert at_most - 1 < max(live) / (4 * 2**16 * ids.numel()) < at_most + 0.1
 
 
 def test_the_objective_of_cut_documents_is_that_of_each_alone(pruned):
@@ -590,60 +606,64 @@ def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_p
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
+RANKS_RECIPE, STOP = RecoveryRecipe(tokens=24 * 4 * 30, batch_size=4, learning_rate=1e-3, checkpoint_steps=10), 15
+RANKS_JOBS = {
+    f"{sharding}-{stop or 'whole'}": (RANKS_RECIPE.model_copy(update={"sharding": sharding}), stop)
+    for sharding in ("none", "fsdp")
+    for stop in (STOP, 0)
+} | {"predictions": (RANKS_RECIPE.model_copy(update={"teacher_top_k": 1}), 0)}
+"""Trainings of two ranks, all in one pair of processes, and the step that each stops at."""
+
+
+def train_in_float32(dense, database, recipe, folder, stop_at=0):
+    """Losses, the magnitudes of all weights together, and the share of the weights that this rank held."""
+    model, share = halved(dense, database, trainable=True), []
+
+    class Stop(stage.Follow):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            parameters = list(model.parameters())
+            held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
+            share.append(held / sum(p.numel() for p in parameters))
+            super().on_step_end(args, state, control)
+            control.should_training_stop |= state.global_step == stop_at
+
+    taught = dense_model = dense.whole(dense.device, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "fast_dtype", lambda device: torch.float32)
+        patch.setattr(stage, "Follow", Stop)
+        if recipe.teacher_top_k:
+            patch.setattr(teacher, "_PIECE_BLOCKS", 2)
+            taught = teacher.Taught(
+                *(
+                    write_predictions(lambda: dense_model, text, 10**6, 1.0, False, folder / name, CPU)
+                    for name, text in (("text", BLOCKS), ("validation", VALIDATION))
+                )
+            )
+        model, done = recover(model, taught, BLOCKS, VALIDATION, recipe, seed=0, folder=folder, device=CPU)
+    total = sum(p.double().abs().sum().item() for p in model.parameters())
+    return {"losses": done.losses, "sum": total, "share": max(share)}
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
 from darwinlm import dist
-from darwinlm.adapters import loading
 from darwinlm.adapters.loading import load_dense
 from darwinlm.database.store import Database
-from darwinlm.recipe import RecoveryRecipe
-from darwinlm.recovery import stage, teacher
 sys.path.insert(0, sys.argv[1])
-from test_recovery import BLOCKS, VALIDATION, halved
-checkpoint, database, folder, settings, stop_at = sys.argv[2:]
-stage.fast_dtype = lambda device: torch.float32
+from test_recovery import RANKS_JOBS, train_in_float32
+checkpoint, database, folder = sys.argv[2:]
 dist.start()
 dense = load_dense(checkpoint, "kv_group", torch.device("cpu"))
-model = halved(dense, Database(Path(database)), trainable=True)
-share = []
-class Stop(stage.Follow):
-    def on_step_end(self, args, state, control, model, **kwargs):
-        parameters = list(model.parameters())
-        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
-        share.append(held / sum(p.numel() for p in parameters))
-        super().on_step_end(args, state, control)
-        control.should_training_stop |= state.global_step == int(stop_at)
-stage.Follow = Stop
-recipe = RecoveryRecipe(**json.loads(settings))
-taught, place = dense.whole(dense.device, torch.float32), Path(folder)
-if recipe.teacher_top_k:
-    teacher._PIECE_BLOCKS, told = 2, []
-    for name, text in (("text", BLOCKS), ("validation", VALIDATION)):
-        told.append(teacher.write_predictions(lambda: taught, text, 10**6, 1.0, False, place / name, dense.device))
-    taught = teacher.Taught(*told)
-model, done = stage.recover(model, taught, BLOCKS, VALIDATION, recipe, seed=0, folder=place, device=dense.device)
+done = {
+    name: train_in_float32(dense, Database(Path(database)), recipe, Path(folder) / name, stop_at)
+    for name, (recipe, stop_at) in RANKS_JOBS.items()
+}
 if dist.rank() == 0:
-    total = sum(p.double().abs().sum().item() for p in model.parameters())
-    print(json.dumps({"losses": done.losses, "sum": total, "share": max(share)}))
+    print(json.dumps(done))
 dist.stop()
 """
-
-
-def run_ranks(ranks, checkpoint, database, folder, recipe, stop_at=-1):
-    """Recover in `ranks` processes, in float32; losses, all weights' magnitudes, the share of them that a rank held."""
-    arguments = [str(Path(__file__).parent), str(checkpoint), str(database.folder), str(folder), json.dumps(recipe)]
-    script = folder.parent / "script.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*launcher, str(script), *arguments, str(stop_at)], capture_output=True, text=True, env=os.environ
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("exponent", [0.1, 0.3, 0.7])
@@ -701,36 +721,25 @@ def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_pa
     assert len(whole.losses) == 12
 
 
-RANKS_RECIPE = {"tokens": 24 * 4 * 50, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_steps": 10}
-
-
-@pytest.fixture(scope="module")
-def one_rank(checkpoint, pruned, tmp_path_factory):
-    _, database = pruned("qwen3", "kv_group")
-    return run_ranks(1, checkpoint("qwen3"), database, tmp_path_factory.mktemp("one") / "run", RANKS_RECIPE)
-
-
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(
-    sharding, one_rank, checkpoint, pruned, tmp_path
-):
-    _, database = pruned("qwen3", "kv_group")
-    recipe = {**RANKS_RECIPE, "sharding": sharding}
-    stopped = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "run", recipe, stop_at=25)
-    assert stopped["share"] == pytest.approx(0.5 if sharding == "fsdp" else 1, abs=0.02)
-    assert len(stopped["losses"]) == 25
-    resumed = run_ranks(1, checkpoint("qwen3"), database, tmp_path / "run", recipe)
-    assert len(one_rank["losses"]) == 50
-    assert resumed["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
-    assert resumed["sum"] == pytest.approx(one_rank["sum"], rel=1e-5)
-    two = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "two", recipe)
-    assert two["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
-    assert two["sum"] == pytest.approx(one_rank["sum"], rel=1e-5)
-
-
-def test_two_ranks_share_out_the_predictions(one_rank, checkpoint, pruned, tmp_path):
-    _, database = pruned("qwen3", "kv_group")
-    recipe = {**RANKS_RECIPE, "teacher_top_k": 1}
-    two = run_ranks(2, checkpoint("qwen3"), database, tmp_path / "run", recipe)
-    assert two["losses"] == pytest.approx(one_rank["losses"], abs=1e-4)
-    assert sorted(path.name for path in (tmp_path / "run" / "text").iterdir()) == ["00000", "00001", "00002"]
+def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(checkpoint, pruned, tmp_path):
+    dense, database = pruned("qwen3", "kv_group")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(Path(__file__).parent), str(checkpoint("qwen3")), str(database.folder), str(tmp_path)]
+    ended = subprocess.run([*command, str(tmp_path / "script.py"), *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    two = json.loads(ended.stdout.splitlines()[-1])
+    one = train_in_float32(dense, database, RANKS_RECIPE, tmp_path / "one")
+    assert len(one["losses"]) == 30
+    same = [two["predictions"]]
+    for sharding in ("none", "fsdp"):
+        stopped = f"{sharding}-{STOP}"
+        assert two[stopped]["share"] == pytest.approx(0.5 if sharding == "fsdp" else 1, abs=0.02)
+        assert len(two[stopped]["losses"]) == STOP
+        resumed = train_in_float32(dense, database, RANKS_JOBS[stopped][0], tmp_path / stopped)
+        same += [resumed, two[f"{sharding}-whole"]]
+    for other in same:
+        assert other["losses"] == pytest.approx(one["losses"], abs=1e-4)
+        assert other["sum"] == pytest.approx(one["sum"], rel=1e-5)
+    pieces = [path.name for path in (tmp_path / "predictions" / "text").iterdir()]
+    assert sorted(pieces) == ["00000", "00001", "00002"]

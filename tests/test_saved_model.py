@@ -103,7 +103,13 @@ def results(pruned, tmp_path_factory):
     done = subprocess.run(
         [PYTHON, "-W", "error::UserWarning", str(script), str(root), names, str(NEW)],
         cwd=root,
-        env={"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(root)},
+        env={
+            "HF_HOME": str(root / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "",
+            "HOME": str(root),
+            "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"],
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -278,7 +278,7 @@ def _predict_step(
         teacher_bytes = 2 * dense - (in_sites if recovery.teacher_dtype == "int8" else 0)
     predicting = base + (teacher_bytes if recovery.teacher_top_k else 0)
     teacher_bytes = 0 if recovery.teacher_top_k else teacher_bytes
-    logits = 1024 * config.vocab_size * 4 * 4
+    logits = 1024 * config.vocab_size * 4 * (4 if recovery.temperature == 1 else 5)
     stages = [
         StageCost(
             name="database", seconds=database,

@@ -104,7 +104,10 @@ class Objective(nn.Module):
         top_ids_NK: Tensor | None,
         top_log_p_NL: Tensor | None,
     ) -> Tensor:
-        """Of next-token loss and of KL over a chunk, in float32."""
+        """Of next-token loss and of KL over a chunk, in float32.
+
+        Memory is at its peak here: no tensor of the size of the logits lives longer than it has to.
+        """
         logits_NV = shape_logits(self.model.config, self.model.lm_head(hidden_ND)).float()
         log_q_NV = logits_NV.log_softmax(-1)
         loss = nn.functional.nll_loss(log_q_NV, targets_N, ignore_index=-100, reduction="sum")
@@ -113,16 +116,19 @@ class Objective(nn.Module):
             return torch.stack([loss, loss.new_zeros(())])
         if self._temperature != 1:
             log_q_NV = (logits_NV / self._temperature).log_softmax(-1)
+        del logits_NV
         if top_ids_NK is not None and top_log_p_NL is not None:
             ids_NK, log_p = top_ids_NK.long(), top_log_p_NL
             log_q = torch.cat([log_q_NV.gather(-1, ids_NK), log_mass_of_others(log_q_NV, ids_NK)], -1)
         else:
             assert teacher is not None
             with torch.no_grad():
-                taught_NV = shape_logits(teacher.config, teacher.lm_head(taught_ND)).float()
-                log_p = (taught_NV / self._temperature).log_softmax(-1)
+                log_p = shape_logits(teacher.config, teacher.lm_head(taught_ND)).float()
+                log_p = log_p.div_(self._temperature).log_softmax(-1)
             log_q = log_q_NV
-        each_N = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        gap = log_p - log_q
+        log_p = log_p.exp()
+        each_N = (log_p * gap).sum(-1)
         kl = self._temperature**2 * each_N.masked_fill(targets_N == -100, 0).sum()
         return torch.stack([loss, kl])
 
