@@ -36,7 +36,7 @@ from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.calibration.grams import ExpertStatistics, walk_blocks
 from darwinlm.data import Corpus
 from darwinlm.database.build import build_database
-from darwinlm.database.experts import _only, _refitted, removal_order
+from darwinlm.database.experts import _refitted, removal_order
 from darwinlm.database.store import Database
 from darwinlm.plan import Budget, parameter_budget
 from darwinlm.recipe import DatabaseRecipe, RecoveryRecipe, SearchRecipe
@@ -145,9 +145,9 @@ def cuts_of(
         weight = output_columns(site, experts.down_EDI, kept)
         if method in ("REAP, refitted", "ours"):
             wanted_ND = experts.sum_of(x_ND, gates_NE)
-            left = _only(experts, kept)
+            left = experts.some(kept)
             weight, _ = _refitted(left, x_ND, logits_NE[:, list(kept)], wanted_ND, weights_N, _DAMPING)
-        found[site.name] = Cut(kept, weight)
+        found[site.name] = Cut(kept, experts.as_stored(weight))
     return found
 
 

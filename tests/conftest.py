@@ -45,6 +45,13 @@ _SIZES = {
     "pad_token_id": 258,
     "initializer_range": 0.2,
 }
+_HYBRID = {
+    "head_dim": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+_SHARED = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+}  # fmt: skip
 _OWN = {
     "llama": {"model_type": "llama", "head_dim": 8, "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 8},
@@ -80,10 +87,13 @@ _OWN = {
         "num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
         "attention_multiplier": 0.3, "logits_scaling": 2.0,
     },
-    "qwen3_5_text": {
-        "head_dim": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"],
-        "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "gpt_oss": {
+        "head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "swiglu_limit": 0.5,
     },
+    "qwen2_moe": {**_SHARED, "mlp_only_layers": [1]},
+    "qwen3_next": {**_HYBRID, **_SHARED},
+    "qwen3_5_moe_text": {**_HYBRID, **_SHARED, "num_experts": 8},
+    "qwen3_5_text": _HYBRID,
 }  # fmt: skip
 """What makes a family what it is, as small as it can be."""
 

@@ -1,6 +1,7 @@
 """Experts as units: what is left of a layer is the layer with the others out of the router's reach."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,9 +60,13 @@ def test_one_expert_after_another_is_transformers_block(family, settings, mixtur
     experts = Experts.of(dense.config, site, dense.weights)
     block = dense.model.model.layers[site.layer].get_submodule(family_of(dense.config).mlp)
     x_ND = torch.randn(50, dense.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    seen = []
+    hook = block.get_submodule("experts").register_forward_hook(lambda _, inputs, output: seen.append(output))
     with torch.no_grad():
+        block(x_ND[None])
         found_ND = experts.sum_of(x_ND, experts.gates(experts.logits(x_ND)))
-        torch.testing.assert_close(found_ND, block(x_ND[None])[0], atol=1e-4, rtol=1e-4)
+    hook.remove()
+    torch.testing.assert_close(found_ND, seen[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
@@ -132,7 +137,7 @@ def test_twins_are_known_where_scores_of_one_alone_are_not(mixture, calibration,
     for tensor in (router_ED, gate_up_EJD, down_EDI):
         tensor[4] = tensor[1]
     down_EDI[[1, 4]] *= 5
-    twins = experts.of_tensors(router_ED, gate_up_EJD, down_EDI)
+    twins = replace(experts, router_ED=router_ED, gate_up_EJD=gate_up_EJD, down_EDI=down_EDI)
     gates_NE = twins.gates(twins.logits(statistics.inputs_ND))
     norms_E = torch.stack(
         [(gates_NE[:, e] * twins.output(e, statistics.inputs_ND).norm(dim=1)).mean() for e in range(twins.count)]
@@ -156,7 +161,7 @@ def test_those_left_make_up_for_the_others(mixture, calibration, tmp_path):
         assert set(after.kept) < set(before.kept) and after.error > before.error
     for one in snapshots:
         rows = list(one.kept)
-        left = experts.of_tensors(experts.router_ED[rows], experts.gate_up_EJD[rows], one.weight_OK)
+        left = replace(experts.some(rows), down_EDI=experts.as_stored(one.weight_OK))
         found_ND = left.sum_of(statistics.inputs_ND, left.gates(left.logits(statistics.inputs_ND)))
         error = float(((whole_ND - found_ND) / statistics.norms_N[:, None]).square().sum(1).mean())
         assert one.error == pytest.approx(error, rel=1e-3)
@@ -170,8 +175,7 @@ def test_the_last_expert_is_refitted_as_least_squares_would(mixture, calibration
     """One expert that all tokens go to: what a long way round gives, with the ridge that tokens held back chose."""
     dense = mixture("mixtral")
     experts = Experts.of(dense.config, first_experts(dense), dense.weights)
-    one = experts.of_tensors(experts.router_ED[:1], experts.gate_up_EJD[:1], experts.down_EDI[:1])
-    alone = type(one)(**{**vars(one), "routed": 1})
+    alone = replace(experts.some([0]), routed=1)
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(400, dense.config.hidden_size, generator=generator)
     wanted_ND = alone.channels(0, x_ND) @ torch.randn(64, 48, generator=generator)
@@ -198,7 +202,7 @@ def test_levels_end_where_a_token_finds_as_many_as_it_needs(mixture):
     assert level_sizes(site, 10) == (8, 7, 6, 5, 4, 3, 2, 0)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_scores_near_a_plan_and_sensitivities_know_experts(family, mixture, calibration, tmp_path, monkeypatch):
     # Where a token goes is a matter of rounding for some of them.
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
@@ -237,11 +241,10 @@ def slope(dense, model, site, cut, reference, step=1e-3):
     for share in (step, -step):
 
         def hook(_, inputs, output, share=share):
-            x_ND = inputs[0].flatten(0, 1)
-            there_ND = other.sum_of(x_ND, other.gates(other.logits(x_ND))).view_as(output)
+            there_ND = other.sum_of(inputs[0], other.gates(other.logits(inputs[0])))
             return output + share * (there_ND - output)
 
-        handle = block.register_forward_hook(hook)
+        handle = block.get_submodule("experts").register_forward_hook(hook)
         found.append(reference.compare(model).kl)
         handle.remove()
     return (found[0] - found[1]) / (2 * step)

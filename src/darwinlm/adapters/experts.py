@@ -6,7 +6,8 @@ get if some of them were gone.
 Dimension letters: N tokens, E experts, D hidden size, I channels of an expert.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,42 +49,81 @@ def hide_experts(model: PrunedModel, site: Site, kept: Sequence[int]) -> None:
     block.get_submodule(family.router).register_forward_hook(hook)
 
 
+def _gated(activation: nn.Module, gate_up_NJ: Tensor) -> Tensor:
+    gate_NI, up_NI = gate_up_NJ.chunk(2, dim=-1)
+    channels_NI: Tensor = activation(gate_NI) * up_NI
+    return channels_NI
+
+
+def _clamped(config: PrunedConfig) -> Callable[[Tensor], Tensor]:
+    """The SwiGLU of gpt-oss."""
+    alpha, limit = config.swiglu_alpha, config.swiglu_limit
+
+    def glu(gate_up_NJ: Tensor) -> Tensor:
+        gate_NI, up_NI = gate_up_NJ[:, ::2].clamp(max=limit), gate_up_NJ[:, 1::2].clamp(-limit, limit)
+        return (up_NI + 1) * gate_NI * torch.sigmoid(alpha * gate_NI)
+
+    return glu
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experts:
     """Each token goes to the `routed` experts of the largest logits, which are weighed by a softmax.
 
-    `output = sum_e gate_e * down_e (act(gate_proj_e x) * up_proj_e x)`
+    `output = sum_e gate_e * down_e glu(gate_up_e x)`, where `glu` is mostly `act(gate_proj_e x) * up_proj_e x`
     """
 
     router_ED: Tensor
     gate_up_EJD: Tensor
-    """The rows of each expert's gates before those of its `up_proj`: J = 2 * I."""
+    """J = 2 * I: of each expert mostly the rows of its `gate_proj` before those of its `up_proj`."""
     down_EDI: Tensor
-    activation: Any
+    glu: Callable[[Tensor], Tensor]
+    """What an expert's output projection reads, N * I, from N * J."""
     routed: int
     renormalised: bool
+    transposed: bool
+    """Whether the model has its matrices the other way round."""
+    router_bias_E: Tensor | None = None
+    gate_up_bias_EJ: Tensor | None = None
+    down_bias_ED: Tensor | None = None
 
     @classmethod
     def of(cls, config: PrunedConfig, site: Site, weights: Mapping[str, Tensor]) -> "Experts":
         """The experts of `site`; the tensors in `weights`, by their names in the model, are shared."""
         family, prefix = family_of(config), f"{LAYERS}{site.layer}."
         block = f"{prefix}{family.mlp}."
+        gate_up, down = weights[f"{block}{family.experts}.gate_up_proj"], weights[site.output_tensor]
         return cls(
             router_ED=weights[f"{block}{family.router}.weight"],
-            gate_up_EJD=weights[f"{block}{family.experts}.gate_up_proj"],
-            down_EDI=weights[site.output_tensor],
-            activation=ACT2FN[config.hidden_act],
+            gate_up_EJD=gate_up.mT if family.experts_transposed else gate_up,
+            down_EDI=down.mT if family.experts_transposed else down,
+            glu=_clamped(config) if family.experts_transposed else functools.partial(_gated, ACT2FN[config.hidden_act]),
             routed=site.routed,
             renormalised=renormalises(config),
+            transposed=family.experts_transposed,
+            router_bias_E=weights.get(f"{block}{family.router}.bias"),
+            gate_up_bias_EJ=weights.get(f"{block}{family.experts}.gate_up_proj_bias"),
+            down_bias_ED=weights.get(f"{block}{family.experts}.down_proj_bias"),
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Experts":
         """The same elsewhere, or in another dtype."""
-        return self.of_tensors(*(one.to(device, dtype) for one in (self.router_ED, self.gate_up_EJD, self.down_EDI)))
+        return self._each(lambda tensor: tensor.to(device, dtype))
 
-    def of_tensors(self, router_ED: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor) -> "Experts":
-        """Other experts of the same layer."""
-        return replace(self, router_ED=router_ED, gate_up_EJD=gate_up_EJD, down_EDI=down_EDI)
+    def some(self, kept: Sequence[int]) -> "Experts":
+        """The experts `kept` alone."""
+        rows = torch.tensor(kept, device=self.router_ED.device)
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Experts":
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+    def as_stored(self, down_EDI: Tensor) -> Tensor:
+        """Output projections as the model has them: E * I * D if they are the other way round there."""
+        return down_EDI.mT if self.transposed else down_EDI
 
     @property
     def count(self) -> int:
@@ -92,7 +132,7 @@ class Experts:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """What experts are chosen by, N * E, float32."""
-        return torch.nn.functional.linear(x_ND, self.router_ED).float()
+        return nn.functional.linear(x_ND, self.router_ED, self.router_bias_E).float()
 
     def gates(self, logits_NE: Tensor) -> Tensor:
         """What the output of each expert is multiplied by, N * E, 0 for those that a token does not go to.
@@ -104,13 +144,13 @@ class Experts:
 
     def channels(self, expert: int, x_ND: Tensor) -> Tensor:
         """What an expert's output projection reads, N * I."""
-        gate_NI, up_NI = torch.nn.functional.linear(x_ND, self.gate_up_EJD[expert]).chunk(2, dim=-1)
-        channels_NI: Tensor = self.activation(gate_NI) * up_NI
-        return channels_NI
+        bias_J = None if self.gate_up_bias_EJ is None else self.gate_up_bias_EJ[expert]
+        return self.glu(nn.functional.linear(x_ND, self.gate_up_EJD[expert], bias_J))
 
     def output(self, expert: int, x_ND: Tensor) -> Tensor:
         """What an expert makes of tokens, N * D, not yet multiplied by its gate."""
-        return torch.nn.functional.linear(self.channels(expert, x_ND), self.down_EDI[expert])
+        bias_D = None if self.down_bias_ED is None else self.down_bias_ED[expert]
+        return nn.functional.linear(self.channels(expert, x_ND), self.down_EDI[expert], bias_D)
 
     def sum_of(self, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
         """The output of all experts together, N * D."""

@@ -45,6 +45,8 @@ class Family:
     """Within `mlp`, the module that holds the tensors of all experts, in layers that have such; none if empty."""
     router: str = "gate"
     """Within `mlp`, what sends tokens to experts."""
+    experts_transposed: bool = False
+    """Whether the matrices of experts have a row for each input, and one channel's gate and up follow one another."""
     before_attention: str = "input_layernorm"
     """The norm whose output attention reads; none if empty."""
     after_attention: str = ""
@@ -102,7 +104,9 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("cohere", "cohere2"), _PARALLEL),
     **dict.fromkeys(("nemotron", "arcee", "jais2"), Family(mlp_inputs=("up_proj",))),
     **dict.fromkeys(("qwen3_moe", "mixtral", "olmoe"), Family(experts="experts")),
+    **dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"), Family(experts="experts")),
     "granitemoe": Family(mlp="block_sparse_moe", experts="experts", router="router"),
+    "gpt_oss": Family(experts="experts", router="router", experts_transposed=True),
     "phi3": Family(queries_keys_values=("qkv_proj",), mlp_inputs=("gate_up_proj",)),
     "phi": Family(
         attention_output="dense", mlp_inputs=("fc1",), mlp_output="fc2", before_mlp="input_layernorm"
@@ -368,6 +372,8 @@ def _attention(
             continue
         if module == family.attention_output:
             whole += [prefix + name] if kind == "bias" else []
+        elif kind == "sinks":
+            add(name, shape[0], keys=False)
         elif module == queries and not others:
             # Queries, keys and values in one tensor.
             add(name, heads * head_dim, keys=False)
@@ -420,20 +426,21 @@ def _mlp(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]
 def _experts(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> Site:
     family, prefix = family_of(config), f"{LAYERS}{layer}."
     output = f"{family.mlp}.{family.experts}.down_proj"
-    experts, _, width = shapes[output]
+    experts, *matrix = shapes[output]
+    # A shared expert is a small part of a layer, and every token needs it: it stays as it is.
+    by_expert = tuple(f"{family.mlp}.{name}." for name in (family.router, family.experts))
+    others = [name for name in shapes if name.startswith(f"{family.mlp}.") and not name.startswith(by_expert)]
     return Site(
         name=f"layers.{layer}.mlp",
         layer=layer,
         kind="mlp",
         output=prefix + output,
         inputs=tuple(
-            Rows(tensor=prefix + name, rows=1)
-            for name in shapes
-            if name.startswith(f"{family.mlp}.") and name != output
+            Rows(tensor=prefix + name, rows=1) for name in shapes if name.startswith(by_expert) and name != output
         ),
-        whole=tuple(prefix + name for name in _norms(config, layer, shapes, "mlp")),
+        whole=tuple(prefix + name for name in (*others, *_norms(config, layer, shapes, "mlp"))),
         num_units=experts,
-        columns_per_unit=width,
+        columns_per_unit=matrix[0 if family.experts_transposed else 1],
         routed=config.num_experts_per_tok,
         size=expert_setting(config),
     )

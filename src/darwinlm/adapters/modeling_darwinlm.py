@@ -12,8 +12,8 @@ from:
   `intermediate_size`; `skip` lists the parts that it lacks, of "attention" and "mlp", which have no tensors at all;
   `query_heads_per_kv_head` is there where the KV heads of a layer serve unequal numbers of query heads.
 - `layer_parts`: the modules of a layer that go with each part; the first computes, the others are its norms.
-- the activation. In its own place stands none that transformers has: its own model of that type would take the weights
-  that fit and draw the others at random.
+- the activation, of gpt-oss the rope. In its own place stands none that transformers has: its own model of that type
+  would take the weights that fit and draw the others at random.
 
 Later versions of transformers may compute something else: when this file is imported, `check_transformers` compares a
 tiny model of one family with a second way to its logits, and refuses to go on if they differ.
@@ -96,8 +96,11 @@ class PrunedConfig(object if hasattr(PreTrainedConfig, "per_layer_config") else 
         own = {name: settings.pop(name) for name in ("layer_parts", "per_layer_config") if name in settings}
         # Gemma's configs can have both, of which one is read.
         acts = {name: settings[name] for name in ("hidden_act", "hidden_activation") if settings.get(name)}
-        settings |= {PRUNED: own | acts} | dict.fromkeys(acts, NEEDS_THIS_CODE)
         rope = settings.get("rope_parameters")
+        if self.model_type == "gpt_oss":  # its own model does not read its activation, but what kind of rope it has
+            own["rope_parameters"] = rope
+            settings["rope_parameters"] = rope | {"rope_type": NEEDS_THIS_CODE}
+        settings |= {PRUNED: own | acts} | dict.fromkeys(acts, NEEDS_THIS_CODE)
         if self.model_type in BEFORE_5 and rope:
             settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"

@@ -51,7 +51,8 @@ def prune_experts(
         name: the site's, for people.
 
     Returns:
-        One snapshot a size, with `weight_OK` of shape kept experts * D * I; and the error of removing all.
+        One snapshot a size, with `weight_OK` of shape kept experts * D * I, or as the model has it; and the error of
+        removing all.
     """
     device = experts.router_ED.device
     weights_N = 1 / statistics.norms_N.to(device)
@@ -77,9 +78,9 @@ def prune_experts(
     for size in sizes:
         gone = set(order[: experts.count - size])
         kept = tuple(expert for expert in range(experts.count) if expert not in gone)
-        left = _only(experts, kept)
+        left = experts.some(kept)
         down_EDI, error = _refitted(left, x_ND, logits_NE[:, list(kept)], wanted_ND, weights_N, damping)
-        snapshots.append(Snapshot(kept=kept, weight_OK=down_EDI, error=error))
+        snapshots.append(Snapshot(kept=kept, weight_OK=experts.as_stored(down_EDI), error=error))
     return snapshots, removal
 
 
@@ -144,11 +145,6 @@ def _sample(tokens: int, experts: int) -> Tensor:
     """Evenly spread tokens, as many as there is room for."""
     count = min(tokens, max(1, PRODUCTS // experts**2))
     return torch.arange(count) * tokens // count
-
-
-def _only(experts: Experts, kept: Sequence[int]) -> Experts:
-    rows = torch.tensor(kept, device=experts.router_ED.device)
-    return experts.of_tensors(experts.router_ED[rows], experts.gate_up_EJD[rows], experts.down_EDI[rows])
 
 
 def _sum_of(experts: Experts, x_ND: Tensor, gates_NE: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def read_form(config: PrunedConfig, engine: str) -> Form:
     if kind not in _KNOWN:
         raise UserError(
             f"{engine} cannot run a {kind} model whose layers differ in size: it has none that compute the same; "
-            "export --to vllm, or prune with --set search.uniform=true and export --to hf-native"
+            f"{'' if family_of(config).experts else 'export --to vllm, or '}prune with --set search.uniform=true and "
+            "export --to hf-native"
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise UserError(f"{engine} cannot bound the attention scores of a {kind} model (attn_logit_softcapping)")

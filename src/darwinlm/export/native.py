@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from darwinlm.adapters.families import LAYERS, dense_again, expert_setting
+from darwinlm.adapters.families import LAYERS, dense_again, expert_setting, family_of, has_attention
 from darwinlm.adapters.loading import some_layers
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
@@ -82,21 +82,25 @@ def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) ->
 
 
 def _common_sizes(config: PrunedConfig, kept: list[int]) -> dict[str, int]:
-    """The settings of the one size that all layers have, those with experts and those without. Raises UserError that
-    names two layers which differ."""
+    """The settings of the one size that all layers have, those with experts and those without, and of attention those
+    that have any. Raises UserError that names two layers which differ."""
     shapes = layer_shapes(config)
-    first = shapes[kept[0]]
+    attending = next((index for index in kept if has_attention(config, index)), kept[0])
+    first = shapes[attending]
     found: dict[str, int] = {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads}
     alike: dict[bool, int] = {}
     for index in kept:
         shape = shapes[index]
         same_kind = shapes[alike.setdefault(shape.experts > 0, index)]
+        same_mlp = (shape.width, shape.experts) == (same_kind.width, same_kind.experts)
         same_heads = (shape.heads, shape.kv_heads) == (first.heads, first.kv_heads)
-        if shape != same_kind or not same_heads or not (shape.heads and shape.width):
+        linear = shape.heads > 0 and not has_attention(config, index)
+        if not same_mlp or not (same_heads or linear) or not (shape.heads and shape.width):
+            others = "" if family_of(config).experts else "use --to gguf or vllm, or "
             raise UserError(
-                f"the layers differ in size, or lack a part ({_words(kept[0], first)}; "
-                f"{_words(index, shape)}), which transformers' own models cannot have; use --to gguf or vllm, "
-                "or prune with --set search.uniform=true"
+                f"the layers differ in size, or lack a part ({_words(attending, first)}; "
+                f"{_words(index, shape)}), which transformers' own models cannot have; {others}"
+                "prune with --set search.uniform=true"
             )
         found |= {expert_setting(config): shape.experts} if shape.experts else {"intermediate_size": shape.width}
     return found

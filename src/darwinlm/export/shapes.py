@@ -52,6 +52,15 @@ def check_no_experts(config: PrunedConfig, engine: str) -> None:
         )
 
 
+def check_no_linear_attention(config: PrunedConfig, engine: str) -> None:
+    """Refuse a hybrid model. Raises UserError."""
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UserError(
+            f"{engine} cannot run a {config.model_type} model: what is written of linear attention takes texts of one "
+            "length alone; export --to vllm"
+        )
+
+
 def check_equal_groups(config: PrunedConfig, engine: str) -> None:
     """Refuse a model in which the KV heads of a layer serve unequal numbers of query heads. Raises UserError."""
     uneven = [

@@ -23,7 +23,7 @@ from darwinlm.export.hf import MODULE, find_model, load, renew_code
 from darwinlm.export.native import native_config, write_native
 from darwinlm.export.proof import LATIN, TEXT, Proof, ProofError, check, compare, logits_of, proof_tokens
 from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
-from darwinlm.export.shapes import check_equal_groups, check_no_experts
+from darwinlm.export.shapes import check_equal_groups, check_no_experts, check_no_linear_attention
 from darwinlm.export.vllm import check_tensor_parallel, write_vllm
 from darwinlm.files import new_file, new_folder, write_json
 from darwinlm.lock import RunLock
@@ -95,6 +95,7 @@ def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
     """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
     if "onnx" in targets:
         onnx.check_writer()
+        check_no_linear_attention(dense.config, "the export to ONNX")
     for target in {"vllm", "onnx"} & set(targets):
         check_no_experts(dense.config, target)
     if "mlx" in targets:
@@ -229,7 +230,9 @@ def _export_mlx(folder: Path, out: Path | None, _: _Options) -> Exported:
 
 def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
     onnx.check_writer()
-    check_no_experts(load_config(str(folder)), "the export to ONNX")
+    config = load_config(str(folder))
+    check_no_experts(config, "the export to ONNX")
+    check_no_linear_attention(config, "the export to ONNX")
     target = out or folder.with_name(f"{folder.name}-onnx")
     _check_folder(target)
     model = load(folder, dtype=torch.float32)

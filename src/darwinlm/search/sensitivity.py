@@ -223,9 +223,9 @@ class _ExpertSite:
     def watch(self, block: nn.Module) -> None:
         """Have every backward pass through `block`, router and experts, leave its `changes_WL` here."""
 
-        def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             self._inputs_ND = inputs[0].detach()[0]
-            output.register_hook(self._project)
+            (output if isinstance(output, Tensor) else output[0]).register_hook(self._project)
 
         block.register_forward_hook(after)
 
