@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from darwinlm import doctor
 from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.families import FAMILIES, family_of
+from darwinlm.adapters.families import FAMILIES, family_of, is_hybrid
 from darwinlm.adapters.heads import Head, shape_logits
 from darwinlm.adapters.loading import load_dense
 from darwinlm.adapters.modeling_darwinlm import Nothing
@@ -49,16 +49,12 @@ def load(tmp_path_factory):
     return get
 
 
-def _is_hybrid(family):
-    return "linear_attention" in (getattr(make_config(family), "layer_types", None) or ())
-
-
 @pytest.mark.parametrize("family", OTHERS)
 def test_the_doctor_finds_it_healthy(family, load, monkeypatch):
     """Level 0 is transformers' model; cuts equal masks; caches, gradients, saving and loading; each export proved or
     refused."""
     targets = ["gguf", "vllm", "hf-native", "mlx"]
-    monkeypatch.setattr(doctor, "TARGETS", [*targets, "onnx"] if _is_hybrid(family) else targets)
+    monkeypatch.setattr(doctor, "TARGETS", [*targets, "onnx"] if is_hybrid(make_config(family)) else targets)
     examination = doctor.examine(load(family).source)
     assert examination.passed, [check for check in examination.checks if check.result == "failed"]
     found = {check.name: check.result for check in examination.checks}

@@ -77,7 +77,10 @@ def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, ca
     ("settings", "match"),
     [
         ({"export": {"targets": ["vllm"]}, "database": {"granularity": "query_head"}}, "only transformers can run"),
-        ({"export": {"targets": ["hf-native"]}}, r"needs layers of one size; set search\.uniform=true"),
+        (
+            {"export": {"targets": ["hf-native"]}, "search": {"uniform": False}},
+            r"needs layers of one size; leave out search\.uniform=false",
+        ),
         ({"export": {"targets": ["openvino"]}}, r"export\.targets\.0 = 'openvino'"),
         ({"export": {"targets": "gguf"}}, "a list is expected"),
         (

@@ -10,7 +10,7 @@ import torch
 
 import darwinlm
 from darwinlm import dist
-from darwinlm.adapters.families import sites_needed
+from darwinlm.adapters.families import is_hybrid, sites_needed
 from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
@@ -132,14 +132,14 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
-    if recipe.recovery.cut_documents and sites_needed(dense.config, dense.sites):
+    if recipe.recovery.cut_documents and is_hybrid(dense.config):
         raise UserError(
             f"recovery.cut_documents: linear attention, which {recipe.model!r} has, carries what it read from one "
             "document to the next; leave it at false"
         )
     check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
     check_recovery(recipe.recovery)
-    _check_alike(recipe, dense)
+    uniform = _wants_uniform(recipe, dense)
     steps = run_steps(recipe, out)
     for size in steps[-1].sizes:
         if "params" in size.target:
@@ -160,7 +160,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
         larger: Path | None = None
         for size in step.sizes:
             budgets = _budgets(recipe, first, here, step, size)
-            _run_size(recipe, first, here, corpus, budgets, step, size, run, larger)
+            _run_size(recipe, uniform, first, here, corpus, budgets, step, size, run, larger)
             larger = size.folder / "search" if recipe.search.descent_rounds > 0 else None
     if dist.rank() == 0:
         _report(out)
@@ -198,6 +198,7 @@ def _budgets(recipe: Recipe, first: Material, here: Material, step: Step, size: 
 
 def _run_size(
     recipe: Recipe,
+    uniform: bool,
     first: Material,
     here: Material,
     corpus: Corpus,
@@ -208,13 +209,11 @@ def _run_size(
     larger: Path | None,
 ) -> None:
     """Search, recovery and export of one size, and its evaluation, if they are not done yet."""
-    search_folder = size.folder / "search"
+    search_folder, settings = size.folder / "search", recipe.search.model_copy(update={"uniform": uniform})
     if not run.done(f"{size.prefix}search"):
         found = search_folder / "best_plan.json", search_folder / "history.jsonl"
         with run.stage(f"{size.prefix}search", *found):
-            search_plan(
-                here.dense, here.database, corpus, budgets[0], recipe.search, recipe.seed, search_folder, larger
-            )
+            search_plan(here.dense, here.database, corpus, budgets[0], settings, recipe.seed, search_folder, larger)
             dist.barrier()
     plan = Plan.from_dict(read_json(search_folder / "best_plan.json"), here.space)
     last = step.number == recipe.steps
@@ -252,14 +251,23 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
         raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
 
 
-def _check_alike(recipe: Recipe, dense: DenseModel) -> None:
-    """A model that is pruned already may have layers that no plan can make alike. Raises UserError."""
-    shapes = {(site.kind, site.num_units) for site in dense.sites}
-    if recipe.search.uniform and (len(shapes) != 2 or len(dense.sites) != 2 * dense.config.num_hidden_layers):
+def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
+    """Whether all layers are to get the same sizes. Raises UserError if a model that is pruned already has layers which
+    no plan can make alike."""
+    wanted = recipe.search.uniform is True or "hf-native" in recipe.export.targets
+    experts = any(site.routed for site in dense.sites) and recipe.database.granularity == "kv_group"
+    if recipe.search.uniform is False or not (wanted or experts):
+        return False
+    shapes = {(site.kind, site.size, site.num_units) for site in dense.sites}
+    kinds = {(site.kind, site.size) for site in dense.sites}
+    lacking = any(dense.config.skipped(layer) for layer in range(dense.config.num_hidden_layers))
+    alike = len(shapes) == len(kinds) and not lacking
+    if wanted and not alike:
         raise UserError(
             f"model {recipe.model!r}: its layers differ in size already, so that search.uniform=true cannot make them "
             "alike; leave it out, or begin with the dense model"
         )
+    return alike
 
 
 def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple[RunDirectory, Corpus]:

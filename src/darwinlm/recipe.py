@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Strict,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -46,17 +47,30 @@ Rate = Annotated[Annotated[float, Field(gt=0, le=1)] | Literal["auto"], WrapVali
 """A learning rate of AdamW, or one that is found for the model."""
 
 
+def _yes_no_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError("yes_no_or_auto", "auto, true or false is expected") from None
+
+
+_CHOICE = Annotated[bool, Strict()] | Literal["auto"]
+Choice = Annotated[_CHOICE, WrapValidator(_yes_no_or_auto)]
+"""Yes, no, or what fits the model."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
-        asked = info.field_name is not None and cls.model_fields[info.field_name].annotation is bool
+        annotation = None if info.field_name is None else cls.model_fields[info.field_name].annotation
+        asked = annotation is bool
         if asked and not isinstance(value, bool):
             raise PydanticCustomError("yes_or_no", "true or false is expected")
         # Without this, YAML's `offspring: yes` would be read as 1.
-        if isinstance(value, bool) and not asked:
+        if isinstance(value, bool) and not asked and annotation != _CHOICE:
             raise PydanticCustomError("yes_or_no", "this setting is no yes or no")
         return value
 
@@ -104,10 +118,11 @@ class DatabaseRecipe(_Section):
 class SearchRecipe(_Section):
     """Evolution with training-aware, multi-step selection (paper, section 3: search and selection)."""
 
-    uniform: bool = False
+    uniform: Choice = "auto"
     """All layers that stay get the same sizes, so that the result is a model of transformers' own (`export --to
     hf-native`); whole layers may go. Of all largest such plans, the `offspring` best without training are trained a
-    little and scored as in the last step; no descent, no evolution."""
+    little and scored as in the last step; no descent, no evolution. `auto`: if the model is a mixture of experts, whose
+    numbers engines know for all layers at once, or `export.targets` has `hf-native`."""
     descent_rounds: int = Field(4, ge=0)
     """Before the evolution: at most so many steps downhill by the model's sensitivities; 0 leaves them out."""
     sensitivity_tokens: Tokens = Field(8_192, ge=1)
@@ -343,11 +358,9 @@ class Recipe(_Section):
                 f"database.granularity={self.database.granularity}: query heads and KV heads would not be shared out "
                 "alike; set database.granularity=kv_group"
             )
-        if "hf-native" in self.export.targets and not self.search.uniform:
-            raise ValueError(
-                "export.targets with hf-native needs layers of one size; set search.uniform=true, or leave it out"
-            )
-        if self.search.uniform and self.database.granularity != "kv_group":
+        if "hf-native" in self.export.targets and self.search.uniform is False:
+            raise ValueError("export.targets with hf-native needs layers of one size; leave out search.uniform=false")
+        if self.search.uniform is True and self.database.granularity != "kv_group":
             raise ValueError(
                 f"search.uniform=true with database.granularity={self.database.granularity} does not make layers "
                 "alike: KV heads would serve different numbers of query heads; set database.granularity=kv_group"

@@ -174,12 +174,16 @@ def has_attention(config: PrunedConfig, layer: int) -> bool:
     return "attention" not in config.skipped(layer) and not (kinds and kinds[layer] == "linear_attention")
 
 
+def is_hybrid(config: PrunedConfig) -> bool:
+    """Whether some layers have linear attention."""
+    return "linear_attention" in (getattr(config, "layer_types", None) or ())
+
+
 def sites_needed(config: PrunedConfig, sites: Sequence["Site"]) -> set[str]:
     """The sites that cannot be removed whole: experts, of which a token needs some; in hybrid models, whose caches tell
     by attention how many tokens they hold, the first attention."""
-    hybrid = "linear_attention" in (getattr(config, "layer_types", None) or ())
     attention = [site.name for site in sites if site.kind == "attention"]
-    return set(attention[:1] if hybrid else ()) | {site.name for site in sites if site.routed}
+    return set(attention[:1] if is_hybrid(config) else ()) | {site.name for site in sites if site.routed}
 
 
 def expert_setting(config: PrunedConfig) -> str:

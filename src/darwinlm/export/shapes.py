@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darwinlm.adapters.families import experts_in, family_of
+from darwinlm.adapters.families import experts_in, family_of, is_hybrid
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
 
@@ -54,7 +54,7 @@ def check_no_experts(config: PrunedConfig, engine: str) -> None:
 
 def check_no_linear_attention(config: PrunedConfig, engine: str) -> None:
     """Refuse a hybrid model. Raises UserError."""
-    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+    if is_hybrid(config):
         raise UserError(
             f"{engine} cannot run a {config.model_type} model: what is written of linear attention takes texts of one "
             "length alone; export --to vllm"

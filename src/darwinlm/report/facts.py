@@ -196,7 +196,8 @@ def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any],
     if (folder / "best_plan.json").exists():
         plan = Plan.from_dict(read_json(folder / "best_plan.json"), space)
     history = state["history"] if state is not None else []
-    facts = _steps(recipe, space, history, rounds)
+    asked = len(history) - 1 if (folder / "best_plan.json").exists() else recipe.search.generations
+    facts = _steps(asked, space, history, rounds)
     # Runs of earlier versions do not know what their trials were good for.
     if history and all("trials" in entry for entry in history):
         rates = read_json(folder / "trials.json")["rates"] if (folder / "trials.json").exists() else []
@@ -207,7 +208,7 @@ def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any],
 
 
 def _steps(
-    recipe: Recipe, space: Space, history: Sequence[Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]
+    generations_asked: int, space: Space, history: Sequence[Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     descent = [
         {
@@ -247,7 +248,7 @@ def _steps(
     return {
         "descent": descent,
         "generations": generations,
-        "generations_asked": 0 if recipe.search.uniform else recipe.search.generations,
+        "generations_asked": generations_asked,
         "accepted": accepted,
     }
 

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -10,7 +11,6 @@ from darwinlm.plan import Budget, Limit, Plan, SiteKind, SiteLevels, Space
 
 _SPARED_SHARES = (0.0, 1 / 16, 1 / 8)
 """Of the layers, at the start; half as many at the end."""
-_KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
 _MOST_CELLS = 1 << 21
 _FEW_CELLS = 1 << 14
 """Where many problems are solved one after another."""
@@ -139,42 +139,57 @@ def _unevenness(site: SiteLevels, level: int, fraction: float) -> float:
 
 
 def even_plans(space: Space, budget: Budget) -> list[Plan]:
-    """Plans with some whole layers removed, or none, and one level for each kind of site in all others.
+    """Plans with some whole layers removed, or none, and one level for each kind of site in all others: for attention,
+    for experts, and for MLPs without experts.
 
     The layers go in the order of the database's errors for removing both of their sites. For every number of them these
-    are all plans within the maxima that cannot grow in either kind; once the other layers can stay dense, no more go.
+    are all plans within the maxima that cannot grow in any kind; once the other layers can stay dense, no more go.
     There are none if even the smallest is too large.
     """
-    levels = {kind: min(sum(n > 0 for n in site.units) for site in space.sites if site.kind == kind) for kind in _KINDS}
+    kinds = list(dict.fromkeys(map(_sizes, space.sites)))
     found: list[Plan] = []
     for count in range(len(order := _removable_layers(space)) + 1):
         gone = set(order[:count])
 
-        def plan(attention: int, mlp: int, gone: set[int] = gone) -> Plan:
-            kept = {"attention": attention, "mlp": mlp}
+        def plan(levels: Sequence[int], gone: set[int] = gone) -> Plan:
+            kept = dict(zip(kinds, levels, strict=True))
             return Plan(
-                levels=tuple(len(site.units) - 1 if site.layer in gone else kept[site.kind] for site in space.sites)
+                levels=tuple(len(site.units) - 1 if site.layer in gone else kept[_sizes(site)] for site in space.sites)
             )
 
-        def fits(attention: int, mlp: int, plan: Callable[[int, int], Plan] = plan) -> bool:
-            chosen = plan(attention, mlp).levels
-            return min(attention, mlp) >= 0 and all(limit.cost(chosen) <= limit.maximum for limit in budget.limits)
+        def fits(levels: Sequence[int], plan: Callable[[Sequence[int]], Plan] = plan) -> bool:
+            chosen = plan(levels).levels
+            return min(levels) >= 0 and all(limit.cost(chosen) <= limit.maximum for limit in budget.limits)
 
         found += [
-            plan(attention, mlp)
-            for attention, mlp in itertools.product(range(levels["attention"]), range(levels["mlp"]))
-            if fits(attention, mlp) and not fits(attention - 1, mlp) and not fits(attention, mlp - 1)
+            plan(levels)
+            for levels in itertools.product(*(range(len(sizes)) for _, sizes in kinds))
+            if fits(levels) and not any(map(fits, _one_larger(levels)))
         ]
-        if fits(0, 0):
+        if fits([0] * len(kinds)):
             break
     return found
 
 
+def _one_larger(levels: Sequence[int]) -> Iterator[list[int]]:
+    return ([n - (i == kind) for i, n in enumerate(levels)] for kind in range(len(levels)))
+
+
+def _sizes(site: SiteLevels) -> tuple[SiteKind, tuple[int, ...]]:
+    """What sites of one kind have in common; whether they can be removed whole is not of it."""
+    return site.kind, tuple(count for count in site.units if count)
+
+
 def _removable_layers(space: Space) -> list[int]:
-    """Layers whose sites may all be removed, least total error first; not the one that would be the last left."""
+    """Layers whose sites may all be removed, least total error first; not the one that would be the last left.
+
+    A layer with one site has linear attention besides, which stays: it cannot be removed.
+    """
     errors: dict[int, float] = {}
+    sites = Counter(site.layer for site in space.sites)
     for site in space.sites:
-        errors[site.layer] = errors.get(site.layer, 0.0) + (site.errors[-1] if site.units[-1] == 0 else math.inf)
+        removable = site.units[-1] == 0 and sites[site.layer] > 1
+        errors[site.layer] = errors.get(site.layer, 0.0) + (site.errors[-1] if removable else math.inf)
     order = sorted(errors, key=errors.__getitem__)
     return [layer for layer in order[:-1] if errors[layer] < math.inf]
 

@@ -198,8 +198,8 @@ def search_plan(
     Writes `descent.json` after every round of the descent, `trials.json` before the first trial, `state.json` after
     every step of the evolution, `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
     """
-    space = database.space(dense.sites)
-    if recipe.uniform:
+    space, uniform = database.space(dense.sites), recipe.uniform is True
+    if uniform:
         # Layers that are alike change together: plans of the whole budget, to a parameter, are not to be had.
         budget = Budget(limits=tuple(replace(limit, minimum=0) for limit in budget.limits))
         recipe = recipe.model_copy(update={"descent_rounds": 0, "generations": 0, "forecast_candidates": 0})
@@ -211,8 +211,8 @@ def search_plan(
             raise UserError(f"{state_file} is of another version of darwinlm; {_anew(folder)}") from None
         log.info("search: going on at generation %d", search.generation)
     else:
-        starts = starting_plans(space, budget, uniform=recipe.uniform)
-        if recipe.uniform and len(starts) > recipe.offspring:
+        starts = starting_plans(space, budget, uniform=uniform)
+        if uniform and len(starts) > recipe.offspring:
             order, scores = _Judge(dense, database, corpus.blocks["score"]).ranked(starts)
             log.info("search: %d plans of equal layers, best KL %.4f without training", len(starts), scores[order[0]])
             starts = [starts[number] for number in order[: recipe.offspring]]
