@@ -234,6 +234,10 @@ MODELS = {
         lambda d: config_of(d, quantization_config={"quant_method": "gptq", "bits": 4}),
         "is quantised; give the unquantised checkpoint it was made from",
     ),
+    "MXFP4": (
+        lambda d: config_of(d, quantization_config={"quant_method": "mxfp4"}),
+        r"is quantised \(MXFP4\); have transformers write it in bfloat16 and give that folder: AutoModelForCausalLM\.",
+    ),
     "GGUF in the config": (
         lambda d: config_of(d, quantization_config={"quant_method": "gguf"}),
         "is quantised; give the unquantised checkpoint it was made from",

@@ -171,7 +171,15 @@ def load_config(source: str) -> Any:
     mlx = settings.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
         raise UserError(f"model {source!r} is quantised to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
-    if getattr(config, "quantization_config", None) is not None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        how = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        if how.get("quant_method") == "mxfp4":
+            raise UserError(
+                f"model {source!r} is quantised (MXFP4); have transformers write it in bfloat16 and give that folder: "
+                f"AutoModelForCausalLM.from_pretrained({source!r}, quantization_config=Mxfp4Config(dequantize=True))"
+                ".save_pretrained(FOLDER)"
+            )
         raise UserError(f"model {source!r} is quantised; {_UNQUANTISED}")
     return config
 
