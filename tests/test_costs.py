@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import make_checkpoint
 
 import darwinlm
 from darwinlm.adapters.config import load_config
@@ -116,3 +117,22 @@ def test_what_cannot_be_planned_is_one_clear_line(options, message, checkpoint, 
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert error.count("\n") == 1 and message in error
+
+
+def test_what_is_not_done_costs_nothing(checkpoint, tmp_path):
+    model = checkpoint("llama")
+    whole = stages(costs_of(model))
+    assert stages(costs_of(model, search__uniform=True))["search"].seconds < 0.5 * whole["search"].seconds
+    untried = {"search__trial_tokens": [0, 0]}
+    assert stages(costs_of(model, **untried))["search"].memory < whole["search"].memory
+    # Generation 0 trains its plans too.
+    first = stages(costs_of(model, search__generations=0))
+    assert first["search"].memory == pytest.approx(whole["search"].memory)
+    assert first["search"].memory > stages(costs_of(model, search__generations=0, **untried))["search"].memory
+    left = stages(costs_of(model, recovery__tokens=0))
+    assert left["recovery"].memory < whole["recovery"].memory
+    assert stages(costs_of(model, recovery__tokens=0, recovery__refit_tokens=0))["recovery"].seconds == 0
+    # Mixtures are uniform by default.
+    mixture = make_checkpoint("mixtral", tmp_path)
+    by_default, asked = (stages(costs_of(mixture, **settings)) for settings in ({}, {"search__uniform": True}))
+    assert by_default == asked != stages(costs_of(mixture, search__uniform=False))

@@ -183,6 +183,9 @@ def _predict_step(
     layers = config.num_hidden_layers * in_sites / (sum(map(prod, again.values())) - fixed)
     devices = machine.devices
     data, search, recovery = recipe.data, recipe.search, recipe.recovery
+    uniform = recipe.wants_uniform(experts=any(site.routed for site in sites))
+    if uniform:
+        search = search.model_copy(update={"descent_rounds": 0, "generations": 0})
 
     # The dense model is held and run in the checkpoint's dtype on an accelerator, else in float32.
     item, exact = (2, rates.layer_fast) if machine.accelerator else (4, rates.layer_float32)
@@ -217,8 +220,11 @@ def _predict_step(
         for trial, score in zip(search.trial_tokens, search.score_tokens, strict=True)
     ]
     generation = sum(count * seconds for count, seconds in zip(candidates, tried, strict=True))
-    # Even sizes, the least error and the descent's plan: generation 0.
-    beginning = (3 if search.descent_rounds else 2) * tried[-1]
+    # Generation 0: even sizes, the least error and the descent's plan; or plans of equal layers, about one a level.
+    starts = 3 if search.descent_rounds else 2
+    if uniform:
+        starts = min(search.offspring, recipe.database.levels)
+    beginning = starts * tried[-1] + (judging if uniform else 0.0)
     if search.learning_rate == "auto":
         # Mostly three rates for each number of tokens.
         for tokens in {trial for trial in search.trial_tokens if trial > 0}:
@@ -256,6 +262,7 @@ def _predict_step(
     layer = per_block / config.num_hidden_layers
     place = torch.device("cuda" if machine.accelerator else "cpu")
     chunk = 3 * 4 * config.vocab_size * chunk_tokens(config.vocab_size, place)
+    trained_for = search.trial_tokens if search.generations else search.trial_tokens[-1:]
     # Trials compute activations again where they do not fit; sensitivities cannot.
     trials = whole + TRIAL_BYTES * candidate + search.batch_size * layer
     if machine.accelerator:
@@ -289,14 +296,14 @@ def _predict_step(
         StageCost(
             name="search", seconds=searching,
             memory=base + chunk + max(
-                trials if search.generations else 0.0, descent if search.descent_rounds else 0.0, whole
+                trials if any(trained_for) else 0.0, descent if search.descent_rounds else 0.0, whole
             ),
         ),
         StageCost(
             name="recovery", seconds=training,
             memory=max(predicting, base + max(
                 whole + (4 * (fixed + candidate) if recovery.refit_tokens else 0),
-                (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits,
+                (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits if recovery.tokens else 0,
             )),
         ),
     ]  # fmt: skip
@@ -362,7 +369,9 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
         if recovery.lora_rank == 0:
             found.append("recovery.lora_rank=64")
     if "search" in full:
-        found.append("search.generations=0 (no trials), a lower data.sequence_length, or a device with more memory")
+        none = ",".join("0" for _ in recipe.search.trial_tokens)
+        untried = f"search.trial_tokens=[{none}] (no trials), " if any(recipe.search.trial_tokens) else ""
+        found.append(f"{untried}a lower data.sequence_length, or a device with more memory")
     if "database" in full:
         found.append("database.offload=cpu, or disk")
     return found

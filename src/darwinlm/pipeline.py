@@ -254,15 +254,13 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
 def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
     """Whether all layers are to get the same sizes. Raises UserError if a model that is pruned already has layers which
     no plan can make alike."""
-    wanted = recipe.search.uniform is True or "hf-native" in recipe.export.targets
-    experts = any(site.routed for site in dense.sites) and recipe.database.granularity == "kv_group"
-    if recipe.search.uniform is False or not (wanted or experts):
+    if not recipe.wants_uniform(experts=any(site.routed for site in dense.sites)):
         return False
     shapes = {(site.kind, site.size, site.num_units) for site in dense.sites}
     kinds = {(site.kind, site.size) for site in dense.sites}
     lacking = any(dense.config.skipped(layer) for layer in range(dense.config.num_hidden_layers))
     alike = len(shapes) == len(kinds) and not lacking
-    if wanted and not alike:
+    if not alike and (recipe.search.uniform is True or "hf-native" in recipe.export.targets):
         raise UserError(
             f"model {recipe.model!r}: its layers differ in size already, so that search.uniform=true cannot make them "
             "alike; leave it out, or begin with the dense model"

@@ -297,6 +297,12 @@ class Recipe(_Section):
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
 
+    def wants_uniform(self, *, experts: bool) -> bool:
+        """Whether layers are to get the same sizes; `experts` says whether the model is a mixture of experts."""
+        if self.search.uniform != "auto":
+            return self.search.uniform
+        return "hf-native" in self.export.targets or (experts and self.database.granularity == "kv_group")
+
     @field_validator("target", mode="before")
     @classmethod
     def _target_is_a_size(cls, value: Any) -> float | str:
