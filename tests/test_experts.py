@@ -23,10 +23,11 @@ from darwinlm.export.hf import load
 from darwinlm.export.targets import export_model
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan
-from darwinlm.recipe import DatabaseRecipe
+from darwinlm.recipe import DatabaseRecipe, WorkloadRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
 from darwinlm.search.neighbourhood import Neighbourhood
+from darwinlm.search.resources import resource_limits
 from darwinlm.search.sensitivity import measure_sensitivity
 
 CPU = torch.device("cpu")
@@ -183,6 +184,23 @@ def test_the_last_expert_is_refitted_as_least_squares_would(mixture, calibration
     expected_ID = torch.linalg.lstsq(alone.channels(0, x_ND).double(), wanted_ND.double()).solution
     torch.testing.assert_close(down_EDI[0].double(), expected_ID.T, atol=1e-3, rtol=1e-3)
     assert error < 1e-6
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_active_parameters_are_those_of_the_experts_that_a_token_goes_to(family, mixture, calibration, tmp_path):
+    """Counted in the cut model: a shared expert, norms and the router are for every token."""
+    dense = mixture(family)
+    build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3), tmp_path)
+    database = Database(tmp_path, kept=sites_needed(dense.config, dense.sites))
+    space = database.space(dense.sites)
+    limit = resource_limits(dense, space, ["active_params"], WorkloadRecipe(), tmp_path / "none")["active_params"]
+    for levels in ((0,) * len(dense.sites), (1,) * len(dense.sites)):
+        model = build_model(dense.config, dense.sites, dense.weights, database.cuts(dense.sites, levels, CPU))
+        active = 0
+        for name, tensor in model.named_parameters():
+            share = dense.config.num_experts_per_tok / len(tensor) if ".experts." in name else 1
+            active += round(tensor.numel() * share)
+        assert limit.cost(levels) == active
 
 
 def test_rare_experts_are_named_and_left_as_they_are(mixture, calibration, tmp_path, caplog):

@@ -116,9 +116,9 @@ class Limit:
     """The most that a plan may take of one resource."""
 
     name: str
-    """`params`, `flops`, `kv_cache`, `memory` or `latency`."""
+    """`params`, `active_params`, `flops`, `kv_cache`, `memory` or `latency`."""
     unit: str
-    """What is counted: `parameters`, `FLOPs`, `bytes a token`, `bytes`, `ns`."""
+    """What is counted: `parameters`, `active parameters`, `FLOPs`, `bytes a token`, `bytes`, `ns`."""
     fixed: int
     """What every plan takes."""
     costs: tuple[tuple[int, ...], ...]
@@ -208,7 +208,8 @@ def check_target(name: str, size: float | int, dense: int, smallest: int) -> Non
     """Refuse a target that no plan can meet. `dense` and `smallest` are what those models take. Raises UserError."""
     maximum = _count(size, dense)
     asked = f"target {size}" if name == "params" else f"target {name}={size}"
-    unit = {"params": "parameters", "flops": "FLOPs", "memory": "bytes", "latency": "ns"}.get(name, "bytes a token")
+    units = {"params": "parameters", "active_params": "active parameters", "flops": "FLOPs", "memory": "bytes"}
+    unit = (units | {"latency": "ns", "kv_cache": "bytes a token"})[name]
     if maximum > dense:
         raise UserError(f"{asked} is {maximum:,} {unit}, but the dense model has only {dense:,}; ask for fewer")
     if maximum < smallest:

@@ -278,7 +278,8 @@ class Recipe(_Section):
     """A local folder, a Hub model id, or `smollm2` (the model in the `demo` extra)."""
     target: float | str
     """The fraction of the dense model's parameters to keep (0.5), or a number of them (2.7B); limits by resource
-    (`params=0.5,kv_cache=0.5`; also `flops`, `memory`, `latency`); or the sizes of a family (`0.8,0.6,0.45`)."""
+    (`params=0.5,kv_cache=0.5`; also `active_params`, those that a token meets, `flops`, `memory`, `latency`); or the
+    sizes of a family (`0.8,0.6,0.45`)."""
     steps: int = Field(1, ge=1, le=16)
     """Prune and recover so many times on the way to the target, each time the model that the step before has left;
     `recovery.tokens` are shared out evenly. The model that the run began with stays the teacher and the measure."""
@@ -312,7 +313,7 @@ class Recipe(_Section):
         for target in split_targets(value):
             for name, size in parse_target(target).items():
                 if isinstance(size, float) and not 0 < size <= 1:
-                    count = ", or a count such as 2.7B" if name == "params" else ""
+                    count = ", or a count such as 2.7B" if name.endswith("params") else ""
                     raise ValueError(f"target {str(target)[:80]} must be above 0 and at most 1 (a fraction){count}")
         if isinstance(value, str) and ("=" in value or "," in value):
             if len(set(split_targets(value))) < len(split_targets(value)):

@@ -5,7 +5,7 @@ import re
 import reprlib
 from decimal import Decimal
 
-RESOURCES = ("params", "flops", "kv_cache", "memory", "latency")
+RESOURCES = ("params", "active_params", "flops", "kv_cache", "memory", "latency")
 """What a target can limit."""
 _MOST = 10**1000
 """Parameters or bytes; Python prints no integers of thousands of digits."""
@@ -47,8 +47,8 @@ def split_targets(value: float | str) -> list[float | str]:
 def parse_target(value: float | str) -> dict[str, float | int]:
     """Read a target as limits by resource; a size alone limits `params`.
 
-    `params` takes a fraction (float) or a count (int), `memory` a fraction or bytes (`8GB`); `flops`, `kv_cache` and
-    `latency` take a fraction of the dense model's.
+    `params` and `active_params`, those that a token meets, take a fraction (float) or a count (int), `memory` a
+    fraction or bytes (`8GB`); `flops`, `kv_cache` and `latency` take a fraction of the dense model's.
 
     Raises:
         ValueError: if it is none of this.
@@ -69,7 +69,7 @@ def parse_target(value: float | str) -> dict[str, float | int]:
             limits[name] = _count(Decimal(in_bytes[1]) * base ** ("KMGT".index(in_bytes[2][0].upper()) + 1))
             continue
         limits[name] = parse_size(size)
-        if isinstance(limits[name], int) and name != "params":
+        if isinstance(limits[name], int) and name not in ("params", "active_params"):
             known = "a fraction (0.5) or bytes (8GB)" if name == "memory" else "a fraction (0.5) of the dense model's"
             raise ValueError(f"target {show(value)}: {name} takes {known}")
     return limits

@@ -78,6 +78,13 @@ def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequ
     return count + _numel(shapes[site.output_tensor]) // site.num_units * len(kept)
 
 
+def active_parameters(site: Site, shapes: Mapping[str, Sequence[int]], experts: int) -> int:
+    """What a token meets of a layer that keeps so many experts: those that it goes to, and all of the rest."""
+    reached, module = min(experts, site.routed), site.output.rpartition(".")[0]
+    router = (_numel(shapes[rows.tensor][1:]) for rows in site.inputs if not rows.tensor.startswith(f"{module}."))
+    return count_parameters(site, shapes, range(reached)) + (experts - reached) * sum(router)
+
+
 def kv_elements(site: Site, kept: Sequence[int], head_dim: int) -> int:
     """Numbers that the site adds to the KV cache for each token: keys and values of its KV heads."""
     return 2 * head_dim * len(_query_heads_by_kv_head(site, kept))

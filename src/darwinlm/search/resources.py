@@ -1,4 +1,5 @@
-"""What plans take of each resource that a budget can limit: parameters, FLOPs, KV cache, memory, measured latency."""
+"""What plans take of each resource that a budget can limit: parameters, those that a token meets, FLOPs, KV cache,
+memory, measured latency."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -8,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, assemble, cut_site, layer_sizes, output_columns
+from darwinlm.adapters.cutting import Cut, active_parameters, assemble, cut_site, layer_sizes, output_columns
 from darwinlm.adapters.families import LAYERS, Site, dense_again, sites_needed, window_of
 from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.files import read_json, write_json
-from darwinlm.plan import Limit, SiteKind, Space, parameter_limit
+from darwinlm.plan import Limit, SiteKind, SiteLevels, Space, parameter_limit
 from darwinlm.progress import task
 from darwinlm.recipe import WorkloadRecipe
 from darwinlm.timing import time_request
@@ -32,18 +33,33 @@ def resource_limits(
     Args:
         dense: the model.
         space: the levels of every site.
-        names: of `params`, `flops`, `kv_cache`, `memory`, `latency`.
+        names: of `RESOURCES` in `darwinlm.target`.
         workload: the request that FLOPs, memory and latency are counted for.
         latency_file: holds the measured latencies, or will; needed for `latency` alone.
     """
     made = {
         "params": lambda: parameter_limit(space),
+        "active_params": lambda: _active_parameters(dense, space),
         "flops": lambda: _flops(dense, space, workload),
         "kv_cache": lambda: _kv_cache(dense, space),
         "memory": lambda: _memory(dense, space, workload),
         "latency": lambda: _latency(dense, space, workload, latency_file),
     }
     return {name: made[name]() for name in names}
+
+
+def _active_parameters(dense: DenseModel, space: Space) -> Limit:
+    """Embeddings and head included, as the field counts them."""
+    costs = tuple(_active(dense, site, levels) for site, levels in zip(dense.sites, space.sites, strict=True))
+    fixed = space.fixed_parameters
+    return Limit(name="active_params", unit="active parameters", fixed=fixed, costs=costs, maximum=0)
+
+
+def _active(dense: DenseModel, site: Site, levels: SiteLevels) -> tuple[int, ...]:
+    """By level, the parameters that a token meets."""
+    if not site.routed:
+        return levels.parameters
+    return tuple(active_parameters(site, dense.shapes, units) if units else 0 for units in levels.units)
 
 
 def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
@@ -62,18 +78,13 @@ def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
         per_unit = 4 * config.head_dim * site.heads_per_unit * by_layer[site.layer]
         costs.append(
             tuple(
-                workload.batch_size * (2 * _active(site, parameters, units) * tokens + per_unit * units)
-                for parameters, units in zip(levels.parameters, levels.units, strict=True)
+                workload.batch_size * (2 * parameters * tokens + per_unit * units)
+                for parameters, units in zip(_active(dense, site, levels), levels.units, strict=True)
             )
         )
     # Logits are needed for every new token alone.
     head = 2 * config.vocab_size * config.hidden_size * max(1, workload.new_tokens) * workload.batch_size
     return Limit(name="flops", unit="FLOPs", fixed=head, costs=tuple(costs), maximum=0)
-
-
-def _active(site: Site, parameters: int, units: int) -> int:
-    """The parameters that a token meets: of experts, those that it is sent to, and of the router, all."""
-    return parameters * min(site.routed, units) // units if site.routed and units else parameters
 
 
 def _kv_cache(dense: DenseModel, space: Space) -> Limit:
