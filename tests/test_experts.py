@@ -1,6 +1,7 @@
 """Experts as units: what is left of a layer is the layer with the others out of the router's reach."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from darwinlm.export.targets import export_model
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan
 from darwinlm.recipe import DatabaseRecipe, WorkloadRecipe
+from darwinlm.report.layers import inspect
 from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
 from darwinlm.search.neighbourhood import Neighbourhood
@@ -278,6 +280,13 @@ def test_a_run_from_end_to_end(family, mixture, text, tmp_path):
     assert model.num_parameters() <= 0.7 * dense.parameters
     counts = [model.config.layer(layer) for layer in range(3)]
     assert all(getattr(one, first_experts(dense).size) >= 2 for one in counts)
+    entry = inspect(str(run.path / "model"))[0]
+    assert [layer["mlp"]["kept"] for layer in entry["layers"] if layer["mlp"]["unit"] == "experts"] == [
+        getattr(counts[site.layer], site.size) for site in dense.sites if site.routed
+    ]
+    facts = json.loads((run.path / "report" / "metrics.json").read_text())
+    assert [layer["mlp"] for layer in facts["layers"]] == [layer["mlp"] for layer in entry["layers"]]
+    assert " experts" in (run.path / "report" / "index.html").read_text()
     again = prune(run.path / "model", target=0.85, out=tmp_path / "again", settings=settings)
     assert load(again.path / "model").num_parameters() < model.num_parameters()
 

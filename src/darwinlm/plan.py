@@ -30,6 +30,8 @@ class SiteLevels:
     """Numbers the KV cache stores for each token."""
     errors: tuple[float, ...]
     """Squared output error per calibration token, over the residual stream's median squared norm after the site."""
+    experts: bool = False
+    """Whether the units of this MLP are experts, and not channels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,7 @@ class _Entry(BaseModel):
     parameters: list[_Count]
     kv_elements: list[_Count]
     errors: list[float]
+    experts: bool = False
 
 
 class _Before(BaseModel):
@@ -135,6 +136,7 @@ class Database:
             "parameters": [count_parameters(site, shapes, units) for units in kept],
             "kv_elements": [kv_elements(site, units, head_dim) for units in kept],
             "errors": [0.0, *(snapshot.error for snapshot in snapshots), removal_error],
+            **({"experts": True} if site.routed else {}),
         }
 
     def enter(self, entries: Mapping[str, Any], *, write: bool) -> None:
@@ -280,6 +282,7 @@ def _space(index: Mapping[str, Any], names: Sequence[str], whole: Container[str]
                     key: tuple(entries[name][key][: -1 if name in whole else None])
                     for key in ("units", "parameters", "kv_elements", "errors")
                 },
+                experts=entries[name].get("experts", False),
             )
             for name in names
         ),

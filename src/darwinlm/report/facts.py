@@ -165,8 +165,9 @@ def _family(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
     """By layer, what `plan` keeps of attention and MLP: units and parameters, and those before anything was pruned.
 
-    Of a part that cannot be pruned, such as linear attention, all are 0.
+    Of a part that cannot be pruned, such as linear attention, all are 0. Units of an MLP are `channels` or `experts`.
     """
+    mixtures = {site.name for site in space.sites if site.experts}
     kept = {
         site.name: (site.units[level], site.parameters[level])
         for site, level in zip(space.sites, plan.levels, strict=True)
@@ -175,7 +176,9 @@ def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
     for site in space.first_sites:
         units, parameters = kept.get(site.name, (0, 0))
         nothing = {"kept": 0, "dense": 0, "share": 0.0, "parameters": 0, "dense_parameters": 0}
-        layer = found.setdefault(site.layer, {"layer": site.layer, "attention": nothing, "mlp": nothing})
+        layer = found.setdefault(
+            site.layer, {"layer": site.layer, "attention": nothing, "mlp": {**nothing, "unit": "channels"}}
+        )
         layer[site.kind] = {
             "kept": units,
             "dense": site.units,
@@ -183,6 +186,8 @@ def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
             "parameters": parameters,
             "dense_parameters": site.parameters,
         }
+        if site.kind == "mlp":
+            layer["mlp"]["unit"] = "experts" if site.name in mixtures else "channels"
     return [found[number] for number in sorted(found)]
 
 

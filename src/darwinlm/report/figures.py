@@ -22,11 +22,12 @@ def task_key(models: Sequence[str]) -> list[tuple[str, str]]:
 def layer_charts(layers: Sequence[Mapping[str, Any]], attention_unit: str) -> dict[str, Markup]:
     """By kind of site, one column a layer: what is left, in the outline of the dense size."""
     charts = {}
-    for kind, unit, height in (("attention", attention_unit, 96), ("mlp", "channels", 150)):
+    for kind, height in (("attention", 96), ("mlp", 150)):
         values = [
             Column(
                 share=layer[kind]["share"],
-                title=f"layer {layer['layer']}: {layer[kind]['kept']:,} of {layer[kind]['dense']:,} {unit}\n"
+                title=f"layer {layer['layer']}: {layer[kind]['kept']:,} of {layer[kind]['dense']:,} "
+                f"{layer[kind].get('unit', 'channels') if kind == 'mlp' else attention_unit}\n"
                 f"{short(layer[kind]['parameters'])} parameters",
             )
             for layer in layers

@@ -59,9 +59,13 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
         layer: dict[str, Any] = {"layer": number}
         for kind, names in config.layer_parts.items():
             prefixes = tuple(f"{LAYERS}{number}.{name}." for name in names)
-            output = f"{LAYERS}{number}.{family_of(config).output(kind)}.weight"
+            family = family_of(config)
+            output = f"{LAYERS}{number}.{family.output(kind)}.weight"
             columns = config.head_dim if kind == "attention" else 1
             kept, full = (some.get(output, (0, 0))[1] // columns for some in (shapes, dense))
+            experts = f"{LAYERS}{number}.{family.mlp}.{family.experts}.down_proj"
+            if is_mixture := kind == "mlp" and experts in dense:
+                kept, full = (some.get(experts, (0,))[0] for some in (shapes, dense))
             layer[kind] = {
                 "kept": kept,
                 "dense": full,
@@ -69,6 +73,8 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
                 "parameters": _count(shapes, prefixes),
                 "dense_parameters": _count(dense, prefixes),
             }
+            if kind == "mlp":
+                layer[kind]["unit"] = "experts" if is_mixture else "channels"
         layers.append(layer)
     return {
         "layers": layers,
@@ -76,6 +82,12 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
         "parameters": _count(shapes, ""),
         "dense_parameters": _count(dense, ""),
     }
+
+
+def mlp_unit(layers: Sequence[Mapping[str, Any]]) -> str:
+    """What the MLPs of all these layers are measured in: channels, experts, or both."""
+    # Runs of earlier versions had no experts.
+    return ", ".join(sorted({layer["mlp"].get("unit", "channels") for layer in layers}))
 
 
 def _count(shapes: Mapping[str, Sequence[int]], prefixes: str | tuple[str, ...]) -> int:
@@ -86,7 +98,7 @@ def show_layers(entry: Mapping[str, Any], console: Console) -> None:
     """Print one entry of `inspect`: a line with two bars for each layer, and what they come to."""
     table = Table(title=entry["title"], title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
-    for name in (f"attention ({entry['attention_unit']})", "MLP (channels)"):
+    for name in (f"attention ({entry['attention_unit']})", f"MLP ({mlp_unit(entry['layers'])})"):
         table.add_column(name, no_wrap=True)
         table.add_column("", justify="right", no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
@@ -97,6 +109,8 @@ def show_layers(entry: Mapping[str, Any], console: Console) -> None:
         for site in sites:
             bar = ProgressBar(total=site["dense"], completed=site["kept"], width=_BAR, style="dim")
             size = f"{site['kept']:,} of {site['dense']:,}" if site["kept"] else "removed" if site["dense"] else "none"
+            if site.get("unit") == "experts" != mlp_unit(entry["layers"]):
+                size += " experts"
             cells += [bar, size]
         left, full = (sum(site[key] for site in sites) for key in ("parameters", "dense_parameters"))
         table.add_row(str(layer["layer"]), *cells, f"{left:,}", f"{left / full:.1%}" if full else "")

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from darwinlm.files import write_bytes
 from darwinlm.report import figures, numbers
 from darwinlm.report.facts import collect
+from darwinlm.report.layers import mlp_unit
 
 _TEMPLATES = "templates"
 _NUMBERS: tuple[Callable[..., str], ...] = (
@@ -32,6 +33,7 @@ _FIGURES: tuple[Callable[..., Any], ...] = (
         figures.evaluations_chart,
     ),
     *(figures.family_chart, figures.task_colour, figures.task_key),
+    mlp_unit,
 )
 _WATCH_SECONDS = 2.0
 
