@@ -1,6 +1,5 @@
 """The kernel that chooses a block, by Triton's interpreter, against the plain loop; what an accelerator launches."""
 
-import collections
 import importlib.util
 import os
 import subprocess
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from operations import Operations
 from test_solver import DAMPING, one_at_a_time, problem
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from darwinlm import symmetric
 from darwinlm.database import inverse, solver
@@ -158,37 +157,6 @@ def test_where_triton_does_not_work_the_loop_is_taken_and_a_line_says_why(monkey
     assert solver._kernel.__wrapped__("cuda") is None
     assert "Failed to find C compiler" in caplog.text
     assert solver._kernel.__wrapped__("xpu") is None
-
-
-class Operations(TorchDispatchMode):
-    """Counts what an accelerator would launch, and what would make it wait for a value."""
-
-    VIEWS = frozenset(
-        {"alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "squeeze"}
-        | {"t", "transpose", "unsqueeze", "view"}
-    )
-    WAITS = frozenset(["_linalg_check_errors", "_local_scalar_dense", "masked_select", "nonzero"])
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        if name not in self.VIEWS:
-            self.counts[name] += 1
-        # A mask as an index is `nonzero` in disguise.
-        if name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            self.counts["nonzero"] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def launches(self):
-        return sum(count for name, count in self.counts.items() if name not in self.WAITS)
-
-    @property
-    def waits(self):
-        return sum(count for name, count in self.counts.items() if name in self.WAITS)
 
 
 def columns_of(units):

@@ -170,7 +170,7 @@ def test_a_trial_follows_the_gradient_of_its_loss(loss, pruned, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda one: seen.extend(p.grad for p in one.param_groups[0]["params"])
+        training.Adam, "step", lambda one: seen.extend(tensor.grad for part in one._parts for tensor, _, _ in part)
     )
     aims = DenseReference(dense.model, BLOCKS).expected_rows() if loss == "distillation" else None
     arguments = {"rate": LearningRate(1e-3), "batch_size": len(BLOCKS), "portion": Portion(2, "search")}
@@ -221,13 +221,13 @@ def test_a_trial_in_bfloat16_adds_up_its_parts_in_float32(pruned, monkeypatch):
     dense, database = pruned("qwen3", "kv_group")
     monkeypatch.setattr(training, "fast_dtype", lambda device: torch.bfloat16)
     added = []
-    step = torch.optim.AdamW.step
+    step = training.Adam.step
 
     def watched(optimizer):
-        added.append([parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"]])
+        added.append([tensor.grad.clone() for part in optimizer._parts for tensor, _, _ in part])
         return step(optimizer)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(training.Adam, "step", watched)
     for parts in (Portion(1, "search"), None):
         model = halved(dense, database, trainable=True)
         train_briefly(model, BLOCKS[:4], rate=LearningRate(1e-3), batch_size=4, portion=parts)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, rescaled
 
+from darwinlm import training
 from darwinlm.adapters.cutting import build_model
 from darwinlm.data import Corpus
 from darwinlm.errors import UserError
@@ -83,6 +84,28 @@ def test_a_relative_step_is_the_same_share_of_every_tensor():
         assert share.numpy() == pytest.approx(0.01, rel=1e-2)
     assert moved[1][0].max() < 1e-4, "hardly a gradient, hardly a step"
     assert not zeros.any(), "what has no size has no unit"
+
+
+@pytest.mark.parametrize("together", [1, 30, 10**6])
+@pytest.mark.parametrize("rate", [LearningRate(0.01), LearningRate(0.01, relative=True)])
+def test_adam_takes_the_steps_of_pytorchs(rate, together, monkeypatch):
+    monkeypatch.setattr(training, "_TOGETHER", together)
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((5, 7), (3,), (4, 2), (6,))]
+    start[1] *= 100
+    start[2][:] = 0  # no size: it stays at a relative rate
+    ours, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    mine, other = training.Adam(ours, rate), torch.optim.AdamW(parameter_groups(theirs, rate), weight_decay=0.0)
+    for _ in range(5):
+        for one, two in list(zip(ours, theirs, strict=True))[:3]:  # the last never gets a gradient
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        mine.step()
+        other.step()
+        assert all(one.grad is None for one in ours if one is not ours[2] or not rate.relative)
+    for one, two, before in zip(ours, theirs, start, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+        assert torch.equal(one, before) == (before is start[3] or (rate.relative and before is start[2]))
 
 
 def test_weight_decay_at_a_relative_rate_is_a_share_of_the_weight():

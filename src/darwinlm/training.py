@@ -1,5 +1,6 @@
 """The one short training loop: trials use it; recovery uses the Hugging Face Trainer."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,9 @@ from darwinlm.learning_rate import LearningRate, parameter_groups
 
 _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
+_Tensors = tuple[Tensor, ...]
+_TOGETHER = 2**24
+"""Numbers in tensors that are worked on together."""
 
 
 def train_briefly(
@@ -53,6 +57,10 @@ def train_briefly(
     masters = parameters
     if dtype != torch.float32:
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
+        working = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
+        torch._foreach_copy_(working, [parameter.data for parameter in parameters])
+        for parameter, copied in zip(parameters, working, strict=True):
+            parameter.data = copied
     model.to(dtype)
     portion = portion or Portion(batch_size, "trial")
     tokens = min(portion.size, len(blocks_BT)) * blocks_BT.shape[1]
@@ -60,7 +68,7 @@ def train_briefly(
     recompute = kept > _SHARE * free_memory(model.device)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(parameter_groups(masters, rate), fused=True)
+    optimizer = Adam(masters, rate)
     for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
         batch_BT = batch_BT.to(model.device, torch.long)
         rows_BTD = None
@@ -71,7 +79,6 @@ def train_briefly(
         if not torch.nn.utils.clip_grad_norm_(masters, math.inf if rate.relative else 1.0).isfinite():
             return False
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         if masters is not parameters:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, masters)
@@ -106,7 +113,70 @@ def _gradients(
             aims_ND = rows_BTD[number * size :][: len(part_BT)].flatten(0, 1)
         by_hidden_ND = (head.expected_rows(hidden_ND).float() - aims_ND.float()) / batch_BT[:, 1:].numel()
         hidden_BTD.backward(by_hidden_ND.view(hidden_BTD.shape).to(hidden_BTD.dtype))
-        for master, parameter in zip(masters, parameters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                gradient, parameter.grad = parameter.grad.float(), None
-                master.grad = gradient if master.grad is None else master.grad + gradient
+        pairs = zip(masters, parameters, strict=True)
+        working = [pair for pair in pairs if pair[0] is not pair[1] and pair[1].grad is not None]
+        for part in _parts([master for master, _ in working]):
+            some = working[part]
+            gradients = [torch.empty_like(master) for master, _ in some]
+            torch._foreach_copy_(gradients, [cast(Tensor, parameter.grad) for _, parameter in some])
+            for (master, parameter), gradient in zip(some, gradients, strict=True):
+                parameter.grad = None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+
+class Adam:
+    """AdamW without weight decay (Loshchilov and Hutter, 2019, arXiv 1711.05101), its betas 0.9 and 0.999.
+
+    At a relative rate every tensor has a rate of its own, and PyTorch's optimisers take the tensors of one rate at a
+    time: small models are bound by launches, and those were four more for each tensor. Here they are taken together.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], rate: LearningRate) -> None:
+        """Begin to train `parameters`, float32: those that have a gradient at the first step, and at a relative rate a
+        size."""
+        self._steps = 0
+        groups = parameter_groups(parameters, rate)
+        trained = [(tensor, group["lr"], group.get("eps", 1e-8)) for group in groups for tensor in group["params"]]
+        self._parts = [trained[part] for part in _parts([tensor for tensor, _, _ in trained])]
+        self._moments: list[tuple[_Tensors, _Tensors]] = []
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters by their gradients, which are used up."""
+        self._steps += 1
+        first, second = 1 - 0.9**self._steps, 1 - 0.999**self._steps
+        if self._steps == 1:
+            learnt = [[one for one in part if one[0].grad is not None] for part in self._parts]
+            self._parts = [part for part in learnt if part]
+        for number, part in enumerate(self._parts):
+            tensors, rates, least = map(list, zip(*part, strict=True))
+            gradients = [tensor.grad for tensor in tensors]
+            if self._steps == 1:
+                means, squares = torch._foreach_mul(gradients, 0.1), torch._foreach_mul(gradients, gradients)
+                torch._foreach_mul_(squares, 0.001)
+                self._moments.append((means, squares))
+            else:
+                means, squares = self._moments[number]
+                torch._foreach_lerp_(means, gradients, 0.1)
+                torch._foreach_mul_(squares, 0.999)
+                torch._foreach_addcmul_(squares, gradients, gradients, 0.001)
+            for tensor in tensors:
+                tensor.grad = None
+            del gradients
+            sizes = torch._foreach_sqrt(squares)
+            torch._foreach_div_(sizes, second**0.5)
+            torch._foreach_add_(sizes, least)
+            torch._foreach_addcdiv_(tensors, means, sizes, [-rate / first for rate in rates])
+
+
+def _parts(tensors: Sequence[Tensor]) -> list[slice]:
+    """Tensors that follow one another and are worked on together: what that takes besides stays small."""
+    if not tensors:
+        return []
+    ends, together = [0], 0
+    for number, tensor in enumerate(tensors):
+        if together and together + tensor.numel() > _TOGETHER:
+            ends.append(number)
+            together = 0
+        together += tensor.numel()
+    return [slice(*pair) for pair in itertools.pairwise([*ends, len(tensors)])]

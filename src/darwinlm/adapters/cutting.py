@@ -148,10 +148,16 @@ def build_model(
             dtype, and those that are not cut are shared.
         shared_ends: of a trainable model too, share embeddings, last norm and head.
     """
-    embeddings, tensors = weights[EMBEDDINGS], {}
-    for name, tensor in _cut_tensors(sites, weights, cuts).items():
-        copied = trainable and (name.startswith(LAYERS) or not shared_ends)
-        tensors[name] = tensor.to(embeddings.device, torch.float32 if copied else embeddings.dtype, copy=copied)
+    device, dtype = weights[EMBEDDINGS].device, weights[EMBEDDINGS].dtype
+    tensors = _cut_tensors(sites, weights, cuts)
+    own = {
+        name: torch.empty_like(tensor, dtype=torch.float32, device=device)
+        for name, tensor in tensors.items()
+        if trainable and (name.startswith(LAYERS) or not shared_ends)
+    }
+    if own:
+        torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
+    tensors = {name: own[name] if name in own else tensor.to(device, dtype) for name, tensor in tensors.items()}
     return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 
