@@ -418,7 +418,7 @@ RANGE = r"must be above 0 and at most 1 \(a fraction\), or a count such as 2.7B"
             "0.01 is 721 of 72,192 parameters, but .* keep 24,912; the smallest target that can be met is 0.3451$",
         ),
         ("0.345", "0.345 is 24,906 of 72,192 parameters.* the smallest target that can be met is 0.3451$"),
-        ("size=0.5", "target 'size=0.5': 'size' cannot be limited; did you mean '(params|latency|flops)'"),
+        ("size=0.5", "target 'size=0.5': 'size' cannot be limited; did you mean '((active_)?params|latency|flops)'"),
         ("kvcache=0.5", "target 'kvcache=0.5': 'kvcache' cannot be limited; did you mean 'kv_cache'"),
         ("params=0.5,0.4", "target 'params=0.5,0.4': '0.4' cannot be limited"),
         ("params=0.5,params=0.4", "target 'params=0.5,params=0.4': params is limited twice"),
