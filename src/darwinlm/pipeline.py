@@ -265,6 +265,11 @@ def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
             f"model {recipe.model!r}: its layers differ in size already, so that search.uniform=true cannot make them "
             "alike; leave it out, or begin with the dense model"
         )
+    if alike and recipe.search.uniform == "auto":
+        log.info(
+            "search: all layers get the same sizes, so that other engines than transformers run the result; "
+            "search.uniform=false lets them differ"
+        )
     return alike
 
 
