@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, SETTINGS, make_config, save_pruned
+from conftest import FAMILIES, SETTINGS, make_checkpoint, make_config, save_pruned
 from shapes import BOTH, MLP
 from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError
+from darwinlm.adapters.families import sites_needed
+from darwinlm.adapters.loading import load_dense
 from darwinlm.cli import _exit_code
+from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.export.targets import export_model
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
+from darwinlm.recipe import DatabaseRecipe
 from darwinlm.search.allocation import even_plans
 from darwinlm.settings import make_recipe
 
@@ -92,6 +96,27 @@ def test_what_has_no_native_form_is_refused(settings, shape, match, tmp_path):
     with pytest.raises(UserError, match=match):
         export_model(tmp_path, "hf-native")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_layer_with_linear_attention_keeps_its_mlp(calibration, tmp_path):
+    """Its attention stays, and no layer of transformers' own could do without; one that attends may go as a whole."""
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    folder = make_checkpoint("qwen3_5_text", tmp_path / "dense", num_hidden_layers=4, layer_types=kinds)
+    dense = load_dense(str(folder), "kv_group", torch.device("cpu"))
+    build_database(dense, calibration, DatabaseRecipe(levels=4), tmp_path / "database")
+    database = Database(tmp_path / "database", kept=sites_needed(dense.config, dense.sites))
+    space = database.space(dense.sites)
+    plans = even_plans(space, parameter_budget(0.75, space))
+    gone = {
+        site.layer
+        for plan in plans
+        for site, level in zip(space.sites, plan.levels, strict=True)
+        if site.units[level] == 0
+    }
+    assert gone == {3}
+    for plan in plans:
+        cut = {(site.kind, site.units[level]) for site, level in zip(space.sites, plan.levels, strict=True)}
+        assert len([one for one in cut if one[1]]) == 2
 
 
 @pytest.mark.parametrize("target", [0.95, 0.8, 0.7, 0.5])
