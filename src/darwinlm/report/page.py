@@ -33,7 +33,6 @@ _FIGURES: tuple[Callable[..., Any], ...] = (
         figures.evaluations_chart,
     ),
     *(figures.family_chart, figures.task_colour, figures.task_key),
-    mlp_unit,
 )
 _WATCH_SECONDS = 2.0
 
@@ -112,5 +111,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {function.__name__: function for function in _NUMBERS}
-    environment.globals |= {function.__name__: function for function in (*_FIGURES, numbers.kl, numbers.plain)}
+    functions = (*_FIGURES, numbers.kl, numbers.plain, mlp_unit)
+    environment.globals |= {function.__name__: function for function in functions}
     return environment
