@@ -12,6 +12,8 @@ them, attention stays whole, and KL to the dense model is measured on text that 
 - `REAP, refitted`: these, and the others refitted as ours are;
 - `ours, no refit`: one by one, always the one that moves the layer's output least once its tokens are sent elsewhere;
 - `ours`: these, and the others refitted;
+- `channels, magnitude`: no expert goes, and each loses the channels of the least product of norms of its three rows;
+- `channels, ours`: each loses the channels that the second-order method picks, and those left are refitted;
 - `ours, searched`: numbers of experts by layer, heads and all, from a short descent on ours, within the same budget.
 """
 
@@ -36,7 +38,8 @@ from darwinlm.adapters.loading import DenseModel, load_dense
 from darwinlm.calibration.grams import ExpertStatistics, walk_blocks
 from darwinlm.data import Corpus
 from darwinlm.database.build import build_database
-from darwinlm.database.experts import _refitted, removal_order
+from darwinlm.database.expert_channels import prune_expert_channels
+from darwinlm.database.experts import Routed, refit_experts, removal_order
 from darwinlm.database.store import Database
 from darwinlm.plan import Budget, parameter_budget
 from darwinlm.recipe import DatabaseRecipe, RecoveryRecipe, SearchRecipe
@@ -53,7 +56,10 @@ _SIZES = {
     "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": True,
     "output_router_logits": True, "router_aux_loss_coef": 0.1,
 }  # fmt: skip
-METHODS = ("random", "frequency", "REAP", "REAP, refitted", "ours, no refit", "ours", "ours, searched")
+METHODS = (
+    *("random", "frequency", "REAP", "REAP, refitted", "ours, no refit", "ours"),
+    *("channels, magnitude", "channels, ours", "ours, searched"),
+)
 
 
 def read_blocks() -> tuple[Tensor, Tensor]:
@@ -144,10 +150,32 @@ def cuts_of(
         kept = tuple(sorted(score_E.topk(count).indices.tolist()))
         weight = output_columns(site, experts.down_EDI, kept)
         if method in ("REAP, refitted", "ours"):
-            wanted_ND = experts.sum_of(x_ND, gates_NE)
-            left = experts.some(kept)
-            weight, _ = _refitted(left, x_ND, logits_NE[:, list(kept)], wanted_ND, weights_N, _DAMPING)
+            routed = Routed.of(experts, known, site.name)
+            weight, _ = refit_experts(experts.some(kept), routed, logits_NE[:, list(kept)], _DAMPING)
         found[site.name] = Cut(kept, experts.as_stored(weight))
+    return found
+
+
+@torch.no_grad()
+def channel_cuts(method: str, dense: DenseModel, walked: dict[str, ExpertStatistics], width: int) -> dict[str, Cut]:
+    """All experts of every layer with `width` channels each."""
+    found = {}
+    for site in dense.sites:
+        if not site.experts:
+            continue
+        experts = Experts.of(dense.config, site, dense.weights)
+        if method.endswith("magnitude"):
+            gate_EI, up_EI = experts.gate_up_EJD.norm(dim=2).chunk(2, dim=1)
+            score_EI = gate_EI * up_EI * experts.down_EDI.norm(dim=1)
+            channels_EK = score_EI.topk(width, dim=1).indices.sort(dim=1).values
+            weight_EDK = experts.narrowed(channels_EK).down_EDI
+        else:
+            (one,), _ = prune_expert_channels(
+                experts, walked[site.name], sizes=(width,), damping=_DAMPING, name=site.name
+            )
+            assert one.channels_EK is not None
+            channels_EK, weight_EDK = one.channels_EK, one.weight_OK
+        found[site.name] = Cut(tuple(range(width)), experts.as_stored(weight_EDK), channels=channels_EK)
     return found
 
 
@@ -181,6 +209,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         dense = trained(arguments.family, blocks_BT, arguments.steps, seed, place / "dense")
+        narrow = load_dense(str(place / "dense"), "kv_group", dense.device, expert_unit="channels")
         judge = DenseReference(dense.model, judged_BT)
         splits = {"calibration": text_BT.int(), "trial": blocks_BT[256:1024].int(), "score": score_BT.int()}
         corpus = Corpus(splits)
@@ -195,12 +224,19 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
             cuts: dict[str, Cut] = {}
             for method in METHODS:
                 if method == "ours, searched":
-                    size = build_model(dense.config, dense.sites, dense.weights, cuts).num_parameters()
+                    size = dense.parameters - (mixtures[0].num_units - count) * one
                     cuts, units = searched_cuts(dense, corpus, size, seed, place)
                     print(f"seed {seed}, {target}: {method}: units {units}", flush=True)
+                elif method.startswith("channels"):
+                    # The same number of parameters, as nearly as a channel of every expert allows.
+                    width = mixtures[0].columns_per_unit
+                    channel = 3 * dense.config.hidden_size * mixtures[0].num_units
+                    gone = (mixtures[0].num_units - count) * one / len(mixtures)
+                    cuts = channel_cuts(method, narrow, walked, width - round(gone / channel))
                 else:
                     cuts = cuts_of(method, dense, walked, count, seed)
-                model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
+                sites = (narrow if method.startswith("channels") else dense).sites
+                model = build_model(dense.config, sites, dense.weights, cuts, trainable=True)
                 parameters, before = model.num_parameters(), judge.compare(model).kl
                 with tempfile.TemporaryDirectory() as folder:
                     model, _ = recover(

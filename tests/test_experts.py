@@ -17,7 +17,7 @@ from darwinlm.adapters.families import FAMILIES, family_of, sites_needed
 from darwinlm.adapters.loading import load_dense
 from darwinlm.calibration.grams import ExpertStatistics, walk_blocks
 from darwinlm.database.build import build_database
-from darwinlm.database.experts import _refitted, prune_experts, removal_order
+from darwinlm.database.experts import Routed, prune_experts, refit_experts, removal_order
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
 from darwinlm.export.hf import load
@@ -182,7 +182,8 @@ def test_the_last_expert_is_refitted_as_least_squares_would(mixture, calibration
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(400, dense.config.hidden_size, generator=generator)
     wanted_ND = alone.channels(0, x_ND) @ torch.randn(64, 48, generator=generator)
-    down_EDI, error = _refitted(alone, x_ND, alone.logits(x_ND), wanted_ND, torch.ones(400), 1e-6)
+    routed = replace(Routed.of(alone, ExpertStatistics(x_ND, torch.ones(400)), "one"), wanted_ND=wanted_ND)
+    down_EDI, error = refit_experts(alone, routed, routed.logits_NE, 1e-6)
     expected_ID = torch.linalg.lstsq(alone.channels(0, x_ND).double(), wanted_ND.double()).solution
     torch.testing.assert_close(down_EDI[0].double(), expected_ID.T, atol=1e-3, rtol=1e-3)
     assert error < 1e-6

@@ -87,11 +87,13 @@ def plan_run(
     if len(targets) > 1 or set(targets[0]) != {"params"}:
         raise UserError(f"plan: target {recipe.target!r}: one number of parameters is expected, such as 0.5 or 2.7B")
     config = load_sizes(resolve(recipe.model))
-    sites = find_sites(config, recipe.database.granularity)
+    sites = find_sites(config, recipe.database.granularity, recipe.database.experts)
     size, shapes = targets[0]["params"], expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
     fixed = dense - sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
-    smallest = fixed + sum(count_parameters(site, shapes, range(site.routed)) for site in sites)
+    # Of mixtures as many experts as a token goes to, or some channels of each, stay.
+    least = [site.routed if site.of_experts else min(1, site.experts) for site in sites]
+    smallest = fixed + sum(count_parameters(site, shapes, range(n)) for site, n in zip(sites, least, strict=True))
     check_target("params", size, dense=dense, smallest=smallest)
     fraction = size if isinstance(size, float) else size / dense
     if gpu is None:
@@ -191,14 +193,15 @@ def _predict_step(
     item, exact = (2, rates.layer_fast) if machine.accelerator else (4, rates.layer_float32)
 
     # Database.
-    columns = [before * site.num_units * site.columns_per_unit for site in sites if not site.routed]
+    columns = [before * site.columns(site.num_units) for site in sites if not site.routed]
     mixtures = [site for site in sites if site.routed]
     rows = config.hidden_size
     gram = sum(d**2 for d in columns) * data.calibration_tokens
     # The inverse is in float64, at half the speed.
     solving = sum((8 / 3 + 2 / 3) * d**3 + 2.5 * rows * d**2 for d in columns)
     stored = sum(rows * d for d in columns) * (recipe.database.levels - 1) / 2 * 2
-    stored += before * sum(map(_down, mixtures)) * rows * (recipe.database.levels - 1) / 2 * 2
+    of_experts = before * sum(site.columns(site.num_units) for site in mixtures)
+    stored += of_experts * rows * (recipe.database.levels - 1) / 2 * 2
     solving += sum(_expert_work(site, rows, data.calibration_tokens, recipe.database.levels) for site in mixtures)
     database = (
         before * layers * data.calibration_tokens * exact
@@ -254,7 +257,7 @@ def _predict_step(
     whole += item * (fixed + before * in_sites) if before < 1 else 0.0
     candidate = left * in_sites
     # At every level experts are there as a whole: what they read is of no use to others.
-    outputs = sum(rows * d for d in columns) + 3 * before * rows * sum(map(_down, mixtures))
+    outputs = sum(rows * d for d in columns) + 3 * rows * of_experts
     levels = 2 * outputs * recipe.database.levels / 2
     width = max(columns, default=0.0)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
@@ -331,19 +334,19 @@ def _predict_step(
     return stages, stored
 
 
-def _down(site: Site) -> int:
-    """Columns of the output projections of all experts."""
-    return site.num_units * site.columns_per_unit
-
-
 def _expert_work(site: Site, rows: int, tokens: int, levels: int) -> float:
-    """Operations to prune a layer's experts: all of them on the sample, and at each level twice those that tokens go
-    to, their Gram matrices, and eigenvalues of these."""
-    experts, width = site.num_units, site.columns_per_unit
+    """Operations to prune a layer's experts: all of them on the sample, or each as a site of its own; and at each level
+    twice those that tokens go to, their Gram matrices, and eigenvalues of these."""
+    experts = site.experts or site.num_units
+    width = site.columns(site.num_units) // experts
     one = 6 * rows * width
-    sample = min(tokens, PRODUCTS // experts**2) * (experts * one + 2 * experts**2 * rows)
+    choosing = (
+        tokens * site.routed * (one + 2 * width**2) + experts * (10 / 3 * width**3 + 2.5 * rows * width**2)
+        if site.experts
+        else min(tokens, PRODUCTS // experts**2) * (experts * one + 2 * experts**2 * rows)
+    )
     refits = levels * tokens * site.routed * (2 * one + 4 * width**2 + 6 * width * rows)
-    return float(sample + refits + levels / 2 * experts * 25 * width**3)
+    return float(choosing + refits + levels / 2 * experts * 25 * width**3)
 
 
 def _with_overhead(stage: StageCost) -> StageCost:

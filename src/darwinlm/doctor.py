@@ -166,7 +166,7 @@ class _Patient:
             if site.layer in removed.get(site.kind, ()) and site.name not in needed:
                 found[site.name] = Cut(kept=(), output_weight=None)
                 continue
-            count = max(site.routed or 1, round(_SHARES[number % len(_SHARES)] * site.num_units))
+            count = max(site.routed if site.of_experts else 1, round(_SHARES[number % len(_SHARES)] * site.num_units))
             kept = tuple(sorted(torch.randperm(site.num_units, generator=generator)[:count].tolist()))
             found[site.name] = _cut(site, self.dense.weights, kept)
         return found

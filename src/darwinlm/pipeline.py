@@ -129,7 +129,10 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
 
 def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) -> Run:
     torch.manual_seed(recipe.seed)
-    dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
+    units = recipe.database
+    dense = load_dense(resolve(recipe.model), units.granularity, device, expert_unit=units.experts)
+    if units.experts == "channels" and not any(site.routed for site in dense.sites):
+        raise UserError(f"database.experts=channels: model {recipe.model!r} has no experts; leave it out")
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
     if recipe.recovery.cut_documents and is_hybrid(dense.config):
@@ -154,7 +157,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     for step in steps:
         if first is not None:
             source = str(steps[step.number - 2].folder / "model")
-            dense = load_dense(source, recipe.database.granularity, device, cut_from=first.dense)
+            dense = load_dense(source, units.granularity, device, first.dense, expert_unit=units.experts)
         here = Material(dense, _database(recipe, dense, corpus, step, run))
         first = first or here
         larger: Path | None = None
@@ -256,7 +259,7 @@ def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
     no plan can make alike."""
     if not recipe.wants_uniform(experts=any(site.routed for site in dense.sites)):
         return False
-    shapes = {(site.kind, site.size, site.num_units) for site in dense.sites}
+    shapes = {(site.kind, site.size, site.num_units, site.experts) for site in dense.sites}
     kinds = {(site.kind, site.size) for site in dense.sites}
     lacking = any(dense.config.skipped(layer) for layer in range(dense.config.num_hidden_layers))
     alike = len(shapes) == len(kinds) and not lacking

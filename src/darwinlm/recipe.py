@@ -103,6 +103,8 @@ class DatabaseRecipe(_Section):
 
     granularity: Literal["kv_group", "query_head"] = "kv_group"
     """What an attention unit is: a KV head with its query heads, or one query head (the paper's way)."""
+    experts: Literal["whole", "channels"] = "whole"
+    """What a mixture of experts loses: whole experts, or channels of every expert of a layer, as many of each."""
     levels: int = Field(10, ge=1, le=64)
     """Steps from a dense site to a removed one, even in parameters."""
     damping: float = Field(0.01, gt=0, le=10)
@@ -217,6 +219,9 @@ class RecoveryRecipe(_Section):
     """The share of KL(dense || model) in the loss; the rest is next-token loss."""
     temperature: float = Field(1.0, gt=0, le=100)
     """Of distillation."""
+    router_loss: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Of mixtures: what the load-balancing loss of the routers, which is added, is multiplied by. `auto`: the
+    checkpoint's `router_aux_loss_coef` if its `output_router_logits` is true, else 0."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of the dense model in distillation; `auto`: bfloat16 where the hardware is faster with it; `int8`: its layers'
     weights in 8 bits."""

@@ -58,8 +58,9 @@ def recover_plan(
         text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged, begin)
     validation_BT = corpus.marked["score"]
     model, done = recover(
-        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device, passed=passed
-    )
+        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device,
+        passed=passed, balance=dense.reference.balance,
+    )  # fmt: skip
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
         write_json(folder / "losses.json", history)

@@ -39,7 +39,7 @@ def models_of_run(run: Path) -> dict[str, Loader]:
 
 
 def _dense(run: Path, recipe: Recipe, device: torch.device) -> tuple[PrunedModel, Any]:
-    dense = load_dense(resolve(recipe.model), recipe.database.granularity, device)
+    dense = load_dense(resolve(recipe.model), recipe.database.granularity, device, expert_unit=recipe.database.experts)
     if dense.fingerprint != read_json(run / "manifest.json")["facts"]["model"]:
         raise UserError(f"{run}: {recipe.model!r} is another model now than the one that was pruned; bring it back")
     return dense.model.to(dense.dtype), dense.tokenizer

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from darwinlm.adapters.balance import balance_loss, watched_routers
 from darwinlm.adapters.heads import Head
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
@@ -30,6 +31,7 @@ def train_briefly(
     batch_size: int,
     aims_BTD: Tensor | None = None,
     portion: Portion | None = None,
+    balance: float = 0.0,
 ) -> bool:
     """Train the layers of `model` in place, once over `blocks_BT`, with AdamW at a constant rate.
 
@@ -46,6 +48,7 @@ def train_briefly(
         aims_BTD: the rows of the head that the dense model expects (`DenseReference.expected_rows`), on any device: the
             loss is KL(dense || model). By default it is next-token loss.
         portion: how many of them are computed at a time, gradients adding up; by default all that fit.
+        balance: what the loss that spreads tokens over experts is multiplied by; it is added.
 
     Returns:
         False if the training diverged (the model is then useless).
@@ -74,7 +77,7 @@ def train_briefly(
         rows_BTD = None
         if aims_BTD is not None:
             rows_BTD = aims_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
-        portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD))
+        portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD, balance))
         # A norm of all gradients depends on how a model's weights are scaled; AdamW's steps need no limit.
         if not torch.nn.utils.clip_grad_norm_(masters, math.inf if rate.relative else 1.0).isfinite():
             return False
@@ -94,6 +97,7 @@ def _gradients(
     masters: Sequence[Tensor],
     batch_BT: Tensor,
     rows_BTD: Tensor | None,
+    balance: float,
     size: int,
 ) -> None:
     """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time.
@@ -105,21 +109,26 @@ def _gradients(
         each.grad = None  # of an attempt that ran out of memory
     head = Head.of(model)
     for number, part_BT in enumerate(batch_BT.split(size)):
-        hidden_BTD = model.model(input_ids=part_BT, use_cache=False).last_hidden_state[:, :-1]
+        with watched_routers(model, wanted=balance > 0) as logits:
+            hidden_BTD = model.model(input_ids=part_BT, use_cache=False).last_hidden_state[:, :-1]
         hidden_ND = hidden_BTD.detach().flatten(0, 1)
         if rows_BTD is None:
             aims_ND = head.rows(part_BT[:, 1:].flatten(), hidden_ND)
         else:
             aims_ND = rows_BTD[number * size :][: len(part_BT)].flatten(0, 1)
         by_hidden_ND = (head.expected_rows(hidden_ND).float() - aims_ND.float()) / batch_BT[:, 1:].numel()
-        hidden_BTD.backward(by_hidden_ND.view(hidden_BTD.shape).to(hidden_BTD.dtype))
+        losses, gradients = [hidden_BTD], [by_hidden_ND.view(hidden_BTD.shape).to(hidden_BTD.dtype)]
+        if logits:
+            losses.append(balance * balance_loss(cast(PrunedConfig, model.config), logits))
+            gradients.append(torch.full_like(losses[-1], len(part_BT) / len(batch_BT)))
+        torch.autograd.backward(losses, gradients)
         pairs = zip(masters, parameters, strict=True)
         working = [pair for pair in pairs if pair[0] is not pair[1] and pair[1].grad is not None]
         for part in _parts([master for master, _ in working]):
             some = working[part]
-            gradients = [torch.empty_like(master) for master, _ in some]
-            torch._foreach_copy_(gradients, [cast(Tensor, parameter.grad) for _, parameter in some])
-            for (master, parameter), gradient in zip(some, gradients, strict=True):
+            copies = [torch.empty_like(master) for master, _ in some]
+            torch._foreach_copy_(copies, [cast(Tensor, parameter.grad) for _, parameter in some])
+            for (master, parameter), gradient in zip(some, copies, strict=True):
                 parameter.grad = None
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 

@@ -16,7 +16,7 @@ from darwinlm.plan import SiteKind
 
 _SIZES: Mapping[SiteKind, Sequence[str]] = {
     "attention": ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head"),
-    "mlp": ("intermediate_size", "num_experts", "num_local_experts"),
+    "mlp": ("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts"),
 }
 """Of a layer, in `per_layer_config`."""
 
@@ -28,8 +28,11 @@ class Cut:
     kept: tuple[int, ...]
     """Unit indices in the dense site, ascending; empty where the whole site is removed."""
     output_weight: Tensor | None
-    """(output rows, kept units * columns_per_unit), of experts (kept units, output rows, columns_per_unit); None where
+    """(output rows, kept units * columns_per_unit); of a mixture as the model has the tensor of all experts; None where
     the whole site is removed."""
+    channels: Tensor | None = None
+    """Where units are channels of experts, those that each keeps, ascending: (experts, kept units). None if in each
+    expert channel k is unit k."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """By tensor, what the weight of a norm over all heads is multiplied by: its mean is now that of the heads kept."""
 
@@ -41,8 +44,11 @@ def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, T
     assert cut.output_weight is not None
     left = {name: weights[name] for name in site.whole}
     rows: dict[str, list[Tensor]] = {}
-    for some in site.inputs:
-        rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor].device))
+    if site.experts:
+        left |= _cut_experts(site, weights, cut)
+    else:
+        for some in site.inputs:
+            rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor].device))
     left |= {name: weights[name].index_select(0, torch.cat(parts)) for name, parts in rows.items()}
     left |= {name: left[name] * factor for name, factor in cut.factors.items()}
     left[site.output_tensor] = cut.output_weight
@@ -53,7 +59,7 @@ def output_columns(site: Site, weight: Tensor, units: Sequence[int]) -> Tensor:
     """What the output projection `weight` of a site has for `units`, not refitted."""
     kept = torch.tensor(units, device=weight.device)
     if site.routed:
-        return weight.index_select(0, kept)
+        return weight.index_select(site.output_dim, kept)
     columns = kept[:, None] * site.columns_per_unit + torch.arange(site.columns_per_unit, device=weight.device)
     return weight.index_select(1, columns.flatten())
 
@@ -74,15 +80,21 @@ def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequ
         return 0
     count = sum(_numel(shapes[name]) for name in site.whole)
     for rows in site.inputs:
-        count += len(rows.kept(kept)) * rows.rows * _numel(shapes[rows.tensor][1:])
+        shape = shapes[rows.tensor]
+        count += len(rows.kept(kept)) * rows.rows * (_numel(shape) // shape[rows.dim])
     return count + _numel(shapes[site.output_tensor]) // site.num_units * len(kept)
 
 
-def active_parameters(site: Site, shapes: Mapping[str, Sequence[int]], experts: int) -> int:
-    """What a token meets of a layer that keeps so many experts: those that it goes to, and all of the rest."""
-    reached, module = min(experts, site.routed), site.output.rpartition(".")[0]
+def active_parameters(site: Site, shapes: Mapping[str, Sequence[int]], units: int) -> int:
+    """What a token meets of a mixture that keeps so many units: the experts that it goes to, and all of the rest."""
+    module = site.output.rpartition(".")[0]
+    if site.experts:
+        everything = count_parameters(site, shapes, range(units))
+        outside = sum(_numel(shapes[name]) for name in site.whole if not name.startswith(f"{module}."))
+        return outside + (everything - outside) // site.experts * site.routed
+    reached = min(units, site.routed)
     router = (_numel(shapes[rows.tensor][1:]) for rows in site.inputs if not rows.tensor.startswith(f"{module}."))
-    return count_parameters(site, shapes, range(reached)) + (experts - reached) * sum(router)
+    return count_parameters(site, shapes, range(reached)) + (units - reached) * sum(router)
 
 
 def kv_elements(site: Site, kept: Sequence[int], head_dim: int) -> int:
@@ -109,9 +121,10 @@ def pruned_config(config: PrunedConfig, sites: Sequence[Site], cuts: Mapping[str
     layers: dict[int | str, dict[str, Any]] = sizes_by_layer(config)
     for site in sites:
         if site.name in cuts:
-            sizes = layer_sizes(site, cuts[site.name].kept)
+            kept = cuts[site.name].kept
+            sizes = layer_sizes(site, kept)
             layer = layers.setdefault(site.layer, {})
-            for name in _SIZES[site.kind]:
+            for name in () if kept else _SIZES[site.kind]:
                 layer.pop(name, None)
             skip = [*layer.get("skip", []), *sizes.pop("skip", [])]
             layer |= sizes
@@ -243,6 +256,24 @@ def _cut_tensors(sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Map
     for site in cut:
         tensors |= cut_site(site, weights, cuts[site.name])
     return tensors
+
+
+def _cut_experts(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
+    """What is left of the input projections of experts that each keep some channels."""
+    device = weights[site.output_tensor].device
+    channels_EK = torch.tensor(cut.kept).expand(site.experts, -1) if cut.channels is None else cut.channels
+    channels_EK = channels_EK.to(device, torch.long)
+    rows: dict[str, list[Rows]] = {}
+    for some in site.inputs:
+        rows.setdefault(some.tensor, []).append(some)
+    left = {}
+    for name, parts in rows.items():
+        # In the order that they have in the tensor, be it one part after another or in turns.
+        index_EJ = torch.cat([some.start + some.step * channels_EK for some in parts], dim=1).sort(dim=1).values
+        others = [1] * (weights[name].dim() - 1)
+        others[parts[0].dim - 1] = -1
+        left[name] = weights[name].take_along_dim(index_EJ.view(site.experts, *others), dim=parts[0].dim)
+    return left
 
 
 @functools.lru_cache(maxsize=1024)

@@ -115,6 +115,22 @@ class Experts:
         rows = torch.tensor(kept, device=self.router_ED.device)
         return self._each(lambda tensor: tensor[rows])
 
+    def narrowed(self, channels_EK: Tensor) -> "Experts":
+        """The same experts with these channels alone."""
+        width = self.down_EDI.shape[2]
+        rows_EJ = (
+            torch.stack([2 * channels_EK, 2 * channels_EK + 1], dim=2).flatten(1)
+            if self.transposed
+            else torch.cat([channels_EK, channels_EK + width], dim=1)
+        )
+        bias_EJ = self.gate_up_bias_EJ
+        return replace(
+            self,
+            gate_up_EJD=self.gate_up_EJD.take_along_dim(rows_EJ[:, :, None], 1),
+            gate_up_bias_EJ=None if bias_EJ is None else bias_EJ.take_along_dim(rows_EJ, 1),
+            down_EDI=self.down_EDI.take_along_dim(channels_EK[:, None], 2),
+        )
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Experts":
         tensors: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)

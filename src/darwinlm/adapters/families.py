@@ -23,6 +23,7 @@ from darwinlm.errors import UserError
 from darwinlm.plan import SiteKind
 
 Granularity = Literal["kv_group", "query_head"]
+ExpertUnit = Literal["whole", "channels"]
 
 LAYERS = "model.layers."
 """What the names of all tensors in layers begin with."""
@@ -180,8 +181,8 @@ def is_hybrid(config: PrunedConfig) -> bool:
 
 
 def sites_needed(config: PrunedConfig, sites: Sequence["Site"]) -> set[str]:
-    """The sites that cannot be removed whole: experts, of which a token needs some; in hybrid models, whose caches tell
-    by attention how many tokens they hold, the first attention."""
+    """The sites that cannot be removed whole: mixtures, of whose experts a token needs some; in hybrid models, whose
+    caches tell by attention how many tokens they hold, the first attention."""
     attention = [site.name for site in sites if site.kind == "attention"]
     return set(attention[:1] if is_hybrid(config) else ()) | {site.name for site in sites if site.routed}
 
@@ -189,6 +190,11 @@ def sites_needed(config: PrunedConfig, sites: Sequence["Site"]) -> set[str]:
 def expert_setting(config: PrunedConfig) -> str:
     """The setting that says how many experts a layer has."""
     return next(name for name in ("num_local_experts", "num_experts") if name in vars(config))
+
+
+def expert_width_setting(config: PrunedConfig) -> str:
+    """The setting that says how many channels each expert of a layer has."""
+    return next(name for name in ("moe_intermediate_size", "intermediate_size") if name in vars(config))
 
 
 def experts_in(config: PrunedConfig, layer: int) -> int:
@@ -258,7 +264,10 @@ _KNOWN_CLASSES: dict[type, tuple[type, type]] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Rows of a tensor that are lost, `rows` at a time: they go with the last of the units that need them."""
+    """Rows of a tensor that are lost, `rows` at a time: they go with the last of the units that need them.
+
+    Of the tensors of all experts, which have a dimension for each of them first, rows along another dimension.
+    """
 
     tensor: str
     rows: int
@@ -268,6 +277,10 @@ class Rows:
     """By unit, which `rows` rows it needs, ascending; empty where each unit has its own."""
     norm: bool = False
     """Whether this is the weight of a norm over all these rows at once: where some go, it divides by another mean."""
+    dim: int = 0
+    """The dimension that they are along."""
+    step: int = 1
+    """How far from one to the next of these rows, where others lie between them."""
 
     def kept(self, units: Sequence[int]) -> list[int]:
         """Which groups of `rows` rows the units `units` need, ascending."""
@@ -295,13 +308,27 @@ class Site:
     kv_heads: tuple[int, ...] = ()
     """By unit, the KV head that it needs; empty in an MLP."""
     routed: int = 0
-    """Where units are experts, how many of them a token goes to; then at least so many stay. Else 0."""
+    """Of a mixture of experts, how many of them a token goes to. Else 0."""
+    experts: int = 0
+    """Of a mixture whose units are channels, how many experts there are; unit k is the one of rank k by importance in
+    each of them. 0 where a unit is an expert, of which at least `routed` stay, and where there are none."""
+    output_dim: int = 1
+    """The dimension of the output projection that units are along."""
     size: str = "intermediate_size"
     """The setting of a layer that says how many units its MLP has."""
 
     @property
+    def of_experts(self) -> bool:
+        """Whether a unit is an expert."""
+        return self.routed > 0 and self.experts == 0
+
+    def columns(self, units: int) -> int:
+        """Columns of the output projection, or of those of all experts, that so many units have."""
+        return units * self.columns_per_unit * max(1, self.experts)
+
+    @property
     def output_tensor(self) -> str:
-        """The name of the tensor that loses columns; of experts, each of which has columns of its own, whole slices."""
+        """The name of the tensor that loses columns, or experts."""
         return self.output if self.routed else f"{self.output}.weight"
 
     @property
@@ -310,7 +337,7 @@ class Site:
         return dict.fromkeys((*self.whole, *(rows.tensor for rows in self.inputs), self.output_tensor))
 
 
-def find_sites(config: PrunedConfig, granularity: Granularity) -> tuple[Site, ...]:
+def find_sites(config: PrunedConfig, granularity: Granularity, expert_unit: ExpertUnit = "whole") -> tuple[Site, ...]:
     """Every site of a model, attention before MLP, layer by layer; of one that is pruned already, those it still has.
 
     Raises:
@@ -325,7 +352,7 @@ def find_sites(config: PrunedConfig, granularity: Granularity) -> tuple[Site, ..
         if "attention" not in skipped and family.attention in names:
             found.append(_attention(config, layer, shapes, granularity))
         if "mlp" not in skipped and family.experts and f"{family.mlp}.{family.experts}" in names:
-            found.append(_experts(config, layer, shapes))
+            found.append((_experts if expert_unit == "whole" else _expert_channels)(config, layer, shapes))
         elif "mlp" not in skipped and family.mlp in names:
             found.append(_mlp(config, layer, shapes))
     return tuple(found)
@@ -446,7 +473,39 @@ def _experts(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, .
         num_units=experts,
         columns_per_unit=matrix[0 if family.experts_transposed else 1],
         routed=config.num_experts_per_tok,
+        output_dim=0,
         size=expert_setting(config),
+    )
+
+
+def _expert_channels(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> Site:
+    family, prefix = family_of(config), f"{LAYERS}{layer}."
+    output = f"{family.mlp}.{family.experts}.down_proj"
+    experts, *matrix = shapes[output]
+    width = matrix[0 if family.experts_transposed else 1]
+    inputs, whole = list[Rows](), list[str]()
+    for name, shape in shapes.items():
+        if name.startswith(f"{family.mlp}.{family.experts}.gate_up_proj"):
+            # Experts that lie the other way round have gate and up of a channel side by side.
+            dim = len(shape) - 1 if family.experts_transposed else 1
+            step = 2 if family.experts_transposed else 1
+            starts = (0, 1 if family.experts_transposed else width)
+            inputs += [Rows(tensor=prefix + name, rows=1, start=start, dim=dim, step=step) for start in starts]
+        elif name.startswith(f"{family.mlp}.") and name != output:
+            whole.append(name)
+    return Site(
+        name=f"layers.{layer}.mlp",
+        layer=layer,
+        kind="mlp",
+        output=prefix + output,
+        inputs=tuple(inputs),
+        whole=tuple(prefix + name for name in (*whole, *_norms(config, layer, shapes, "mlp"))),
+        num_units=width,
+        columns_per_unit=1,
+        routed=config.num_experts_per_tok,
+        experts=experts,
+        output_dim=1 if family.experts_transposed else 2,
+        size=expert_width_setting(config),
     )
 
 

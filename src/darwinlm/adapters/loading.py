@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from darwinlm.adapters.balance import asked_balance
 from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.config import load_config, load_settings, reason_of, text_type
 from darwinlm.adapters.cutting import (
@@ -32,6 +33,7 @@ from darwinlm.adapters.cutting import (
 from darwinlm.adapters.families import (
     HEAD,
     LAYERS,
+    ExpertUnit,
     Granularity,
     Site,
     dense_again,
@@ -66,6 +68,8 @@ class DenseModel:
     """Of the checkpoint; the pruned model is saved in it."""
     fingerprint: str
     """Of config and weights: two checkpoints that differ have different ones."""
+    balance: float = 0.0
+    """What the loss that spreads tokens over experts is multiplied by; 0 if the checkpoint does not ask for it."""
     sites_before: tuple[Site, ...] = ()
     """Of a model that is pruned already, those of the dense model that it came from; none of a dense one."""
     cut_from: "DenseModel | None" = None
@@ -189,7 +193,12 @@ def served_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def load_dense(
-    source: str, granularity: Granularity, device: torch.device, cut_from: DenseModel | None = None
+    source: str,
+    granularity: Granularity,
+    device: torch.device,
+    cut_from: DenseModel | None = None,
+    *,
+    expert_unit: ExpertUnit = "whole",
 ) -> DenseModel:
     """Load a checkpoint (safetensors only, no remote code).
 
@@ -198,12 +207,13 @@ def load_dense(
         granularity: what an attention unit is.
         device: where to work on it.
         cut_from: the model that it is compared with and learns from, if that is another.
+        expert_unit: what a unit of a mixture of experts is: an expert, or a channel of each.
 
     Raises:
         UserError: if it cannot be loaded, lacks weights, or its head computes something that is not supported.
         InvalidTensorError: naming the first weight that holds NaN or Inf.
     """
-    base_config, dense = open_dense(source, granularity, device)
+    base_config, dense = open_dense(source, granularity, device, expert_unit)
     settings = {
         key: value
         for key, value in base_config.to_dict().items()
@@ -217,7 +227,9 @@ def load_dense(
     return replace(dense, fingerprint=fingerprint, cut_from=cut_from)
 
 
-def open_dense(source: str, granularity: Granularity, device: torch.device) -> tuple[Any, DenseModel]:
+def open_dense(
+    source: str, granularity: Granularity, device: torch.device, expert_unit: ExpertUnit = "whole"
+) -> tuple[Any, DenseModel]:
     """The config of transformers and the dense model, its weights neither read nor compared. Raises UserError."""
     base_config = load_config(source)
     try:
@@ -234,7 +246,7 @@ def open_dense(source: str, granularity: Granularity, device: torch.device) -> t
     try:
         config = dense_config(base_config)
         shapes = expected_shapes(config)
-        sites = find_sites(config, granularity)
+        sites = find_sites(config, granularity, expert_unit)
     except UserError as error:
         raise UserError(f"model {source!r}: {error}") from None
     except Exception as error:
@@ -255,7 +267,8 @@ def open_dense(source: str, granularity: Granularity, device: torch.device) -> t
         device=device,
         dtype=base_config.dtype if isinstance(base_config.dtype, torch.dtype) else torch.float32,
         fingerprint="",
-        sites_before=find_sites(dense_again(config), granularity) if config.is_heterogeneous else (),
+        balance=asked_balance(base_config),
+        sites_before=find_sites(dense_again(config), granularity, expert_unit) if config.is_heterogeneous else (),
     )
     return base_config, dense
 
@@ -282,7 +295,7 @@ def _check_cuts(
     """Cut one site of each kind without its weights: transformers' layers of that size must have the same shapes."""
     for site in {site.kind: site for site in sites}.values():
         weights = {name: torch.empty(shapes[name], device="meta") for name in site.tensors}
-        kept = tuple(range(site.routed or 1))
+        kept = tuple(range(site.routed if site.of_experts else 1))
         cut = Cut(kept=kept, output_weight=output_columns(site, weights[site.output_tensor], kept))
         layer = empty_layer(pruned_config(config, sites, {site.name: cut}), site.layer).state_dict()
         for name, tensor in cut_site(site, weights, cut).items():

@@ -1,8 +1,9 @@
 """The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from darwinlm.adapters.experts import Experts
 from darwinlm.adapters.families import Site, dense_again
 from darwinlm.adapters.loading import DenseModel, expected_shapes
 from darwinlm.calibration.grams import ExpertStatistics, SiteStatistics, walk_blocks
+from darwinlm.database.expert_channels import prune_expert_channels
 from darwinlm.database.experts import prune_experts
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.solver import Snapshot, prune_site, removal_error
@@ -131,9 +133,9 @@ def _solve(
             if isinstance(statistics, ExpertStatistics):
                 weights = dense.checkpoint.read(site.tensors, dense.device, torch.float32)
                 experts = Experts.of(dense.config, site, weights)
-                snapshots, removal = prune_experts(
-                    experts, statistics, sizes=sizes, damping=recipe.damping, name=site.name
-                )
+                prune = prune_experts if site.of_experts else prune_expert_channels
+                with _naming_singular(site, recipe):
+                    snapshots, removal = prune(experts, statistics, sizes=sizes, damping=recipe.damping, name=site.name)
             else:
                 snapshots, removal = _solve_site(dense, site, statistics, recipe, sizes)
         writer.put(
@@ -205,6 +207,17 @@ class _Writer:
         return entry, time.perf_counter() - start
 
 
+@contextmanager
+def _naming_singular(site: Site, recipe: DatabaseRecipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise UserError(
+            f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
+            "raise it (0.01 is the default) or give more calibration text, in a new run"
+        ) from None
+
+
 def _solve_site(
     dense: DenseModel, site: Site, statistics: SiteStatistics, recipe: DatabaseRecipe, sizes: Sequence[int]
 ) -> tuple[list[Snapshot], float]:
@@ -215,7 +228,7 @@ def _solve_site(
         # A row that the norm all but removes must not blow up when this is undone.
         gain_O1 = statistics.gain_O.abs().clamp_min(_LEAST_GAIN * statistics.gain_O.abs().max())[:, None]
         weight_OI = weight_OI * gain_O1
-    try:
+    with _naming_singular(site, recipe):
         solved = prune_site(
             weight_OI,
             statistics.gram_II,
@@ -223,11 +236,6 @@ def _solve_site(
             sizes=sizes,
             damping=recipe.damping,
         )
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise UserError(
-            f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
-            "raise it (0.01 is the default) or give more calibration text, in a new run"
-        ) from None
     snapshots = [
         one if gain_O1 is None else replace(one, weight_OK=one.weight_OK / gain_O1.to(one.weight_OK.device))
         for one in solved

@@ -18,6 +18,7 @@ Dimension letters: N tokens, M tokens of the sample, E experts, D hidden size, I
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,12 +30,55 @@ from darwinlm.progress import log
 
 _SLICE = 4096
 """Tokens at a time, elsewhere."""
-_FEWEST_TOKENS = 32
+FEWEST_TOKENS = 32
 """An expert that gets fewer is not refitted: they say too little."""
 _JUDGED = 4
 """One of so many tokens is held back to choose the ridge by."""
 _RIDGES = (1.0, 10.0, 100.0)
 """Times the damping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A layer's experts on the calibration text."""
+
+    x_ND: Tensor
+    """What they read."""
+    logits_NE: Tensor
+    """The router's."""
+    gates_NE: Tensor
+    """What each expert's output is multiplied by; 0 for those that a token does not go to."""
+    wanted_ND: Tensor
+    """What they make of it together."""
+    weights_N: Tensor
+    """What the error of each token is multiplied by before it is squared."""
+
+    @classmethod
+    def of(cls, experts: Experts, statistics: ExpertStatistics, name: str) -> "Routed":
+        """Run the router and all experts; a warning names the experts of the site `name` that few tokens go to."""
+        device = experts.router_ED.device
+        x_ND = statistics.inputs_ND.to(device, torch.float32)
+        logits_NE = torch.cat([experts.logits(part_ND) for part_ND in x_ND.split(_SLICE)])
+        gates_NE = experts.gates(logits_NE)
+        rare = ((gates_NE > 0).sum(0) < FEWEST_TOKENS).nonzero()[:, 0].tolist()
+        if rare:
+            shown = ", ".join(map(str, rare[:8])) + (", …" if len(rare) > 8 else "")
+            log.warning(
+                "%s: %d of %d experts get fewer than %d of the %d calibration tokens (%s): give more, or more varied "
+                "text", name, len(rare), experts.count, FEWEST_TOKENS, len(x_ND), shown,
+            )  # fmt: skip
+        return cls(
+            x_ND=x_ND,
+            logits_NE=logits_NE,
+            gates_NE=gates_NE,
+            wanted_ND=_sum_of(experts, x_ND, gates_NE),
+            weights_N=1 / statistics.norms_N.to(device),
+        )
+
+    @property
+    def removal_error(self) -> float:
+        """The error of a layer without any of them."""
+        return float((self.wanted_ND * self.weights_N[:, None]).square().sum(1).mean())
 
 
 @torch.no_grad()
@@ -54,34 +98,23 @@ def prune_experts(
         One snapshot a size, with `weight_OK` of shape kept experts * D * I, or as the model has it; and the error of
         removing all.
     """
-    device = experts.router_ED.device
-    weights_N = 1 / statistics.norms_N.to(device)
-    x_ND = statistics.inputs_ND.to(device, torch.float32)
-    logits_NE = torch.cat([experts.logits(part_ND) for part_ND in x_ND.split(_SLICE)])
-    gates_NE = experts.gates(logits_NE)
-    tokens_E = (gates_NE > 0).sum(0)
-    rare = (tokens_E < _FEWEST_TOKENS).nonzero()[:, 0].tolist()
-    if rare:
-        shown = ", ".join(map(str, rare[:8])) + (", …" if len(rare) > 8 else "")
-        log.warning(
-            "%s: %d of %d experts get fewer than %d of the %d calibration tokens (%s): give more, or more varied text",
-            name, len(rare), experts.count, _FEWEST_TOKENS, len(x_ND), shown,
-        )  # fmt: skip
-    wanted_ND = _sum_of(experts, x_ND, gates_NE)
-    removal = float((wanted_ND * weights_N[:, None]).square().sum(1).mean())
-
-    sample = _sample(len(x_ND), experts.count)
+    routed = Routed.of(experts, statistics, name)
+    sample = _sample(len(routed.x_ND), experts.count)
     order = removal_order(
-        experts, x_ND[sample], logits_NE[sample], weights_N[sample], experts.count - min(sizes, default=experts.count)
+        experts,
+        routed.x_ND[sample],
+        routed.logits_NE[sample],
+        routed.weights_N[sample],
+        experts.count - min(sizes, default=experts.count),
     )
     snapshots = []
     for size in sizes:
         gone = set(order[: experts.count - size])
         kept = tuple(expert for expert in range(experts.count) if expert not in gone)
         left = experts.some(kept)
-        down_EDI, error = _refitted(left, x_ND, logits_NE[:, list(kept)], wanted_ND, weights_N, damping)
+        down_EDI, error = refit_experts(left, routed, routed.logits_NE[:, list(kept)], damping)
         snapshots.append(Snapshot(kept=kept, weight_OK=experts.as_stored(down_EDI), error=error))
-    return snapshots, removal
+    return snapshots, routed.removal_error
 
 
 def removal_order(experts: Experts, x_MD: Tensor, logits_ME: Tensor, weights_M: Tensor, count: int) -> list[int]:
@@ -152,16 +185,25 @@ def _sum_of(experts: Experts, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
     return torch.cat([experts.sum_of(part_ND, part_NE) for part_ND, part_NE in pairs])
 
 
-def _refitted(
-    experts: Experts, x_ND: Tensor, logits_NE: Tensor, wanted_ND: Tensor, weights_N: Tensor, damping: float
-) -> tuple[Tensor, float]:
-    """The output projections that bring the layer's output closest to `wanted_ND`, and its error then, a token."""
+def refit_experts(experts: Experts, routed: Routed, logits_NE: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Refit what is left of a layer's experts, one after another, to what the layer's output lacks.
+
+    Args:
+        experts: those that are left, or what is left of them.
+        routed: the whole layer on the calibration text.
+        logits_NE: the router's, of the experts that are left.
+        damping: the least ridge, of the mean of a Gram matrix's diagonal.
+
+    Returns:
+        Their output projections, E * D * I, and the mean over tokens of the squared error of the layer's output.
+    """
+    x_ND, wanted_ND, weights_N = routed.x_ND, routed.wanted_ND, routed.weights_N
     gates_NE = experts.gates(logits_NE)
     lacking_ND = (wanted_ND - _sum_of(experts, x_ND, gates_NE)) * weights_N[:, None]
     down_EDI = experts.down_EDI.clone()
     for expert in range(experts.count):
         rows = gates_NE[:, expert].nonzero()[:, 0]
-        if len(rows) < _FEWEST_TOKENS:
+        if len(rows) < FEWEST_TOKENS:
             continue
         channels_NI = experts.channels(expert, x_ND[rows]) * (gates_NE[rows, expert] * weights_N[rows])[:, None]
         change_DI = _ridge(channels_NI, lacking_ND[rows], damping)

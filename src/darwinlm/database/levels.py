@@ -21,9 +21,9 @@ def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int,
     multiple = 1
     if site.kind == "mlp":
         multiple = next(m for m in _MULTIPLES if units >= 4 * levels * m or m == 1)
-    multiple = multiple if site.routed else math.lcm(multiple, tensor_parallel)
-    least = site.routed or multiple
-    sizes = {units, 0} | ({least} if site.routed else set())
+    multiple = multiple if site.of_experts else math.lcm(multiple, tensor_parallel)
+    least = site.routed if site.of_experts else multiple
+    sizes = {units, 0} | ({least} if site.of_experts else set())
     for level in range(1, levels):
         sizes.add(min(units, max(least, round(units * (1 - level / levels) / multiple) * multiple)))
     return tuple(sorted(sizes, reverse=True))
@@ -32,7 +32,7 @@ def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int,
 def check_tensor_parallel(sites: Sequence[Site], tensor_parallel: int) -> None:
     """Refuse a number of devices that the units of a dense site cannot be shared out to. Raises UserError."""
     for site in sites:
-        if site.num_units % tensor_parallel and not site.routed:
+        if site.num_units % tensor_parallel and not site.of_experts:
             units = "KV heads" if site.kind == "attention" else "MLP channels"
             common = math.gcd(*(other.num_units for other in sites))
             possible = [str(number) for number in range(1, common + 1) if common % number == 0]

@@ -47,6 +47,8 @@ class Snapshot:
     """The output projection's surviving columns, refitted: float32."""
     error: float
     """tr(dW G dW^T), without the damping."""
+    channels_EK: Tensor | None = None
+    """Where units are channels of experts, those that each keeps, ascending."""
 
 
 @torch.no_grad()

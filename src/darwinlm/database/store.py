@@ -123,7 +123,8 @@ class Database:
         """
         tensors = {f"shares.{name}": shares_G.float().contiguous() for name, shares_G in shares.items()}
         for level, snapshot in enumerate(snapshots, 1):
-            tensors[f"{level}.kept"] = torch.tensor(snapshot.kept, dtype=torch.int32)
+            kept_K = torch.tensor(snapshot.kept) if snapshot.channels_EK is None else snapshot.channels_EK
+            tensors[f"{level}.kept"] = kept_K.to("cpu", torch.int32).contiguous()
             tensors[f"{level}.output"] = snapshot.weight_OK.to("cpu", dtype).contiguous()
         content = save(tensors)
         write_bytes(self._file(site.name), content)
@@ -136,7 +137,7 @@ class Database:
             "parameters": [count_parameters(site, shapes, units) for units in kept],
             "kv_elements": [kv_elements(site, units, head_dim) for units in kept],
             "errors": [0.0, *(snapshot.error for snapshot in snapshots), removal_error],
-            **({"experts": True} if site.routed else {}),
+            **({"experts": True} if site.of_experts else {}),
         }
 
     def enter(self, entries: Mapping[str, Any], *, write: bool) -> None:
@@ -231,13 +232,17 @@ class Database:
                     raise OSError(OTHER_CHECKSUM)
                 self._verified.add(site.name)
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                kept = tensors.get_tensor(f"{level}.kept").tolist()
+                stored = tensors.get_tensor(f"{level}.kept")
+                if site.experts:
+                    width = range(stored.shape[1])
+                    return Cut(tuple(width), tensors.get_tensor(f"{level}.output"), channels=stored)
+                kept = stored.tolist()
                 factors = {
                     rows.tensor: mean_factor(rows, kept, tensors.get_tensor(f"shares.{rows.tensor}").tolist())
                     for rows in site.inputs
                     if rows.norm
                 }
-                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output"), factors)
+                return Cut(tuple(kept), tensors.get_tensor(f"{level}.output"), factors=factors)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); run the same command again, and this site is built anew"

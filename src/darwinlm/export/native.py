@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from darwinlm.adapters.families import LAYERS, dense_again, expert_setting, family_of, has_attention
+from darwinlm.adapters.families import (
+    LAYERS,
+    dense_again,
+    expert_setting,
+    expert_width_setting,
+    family_of,
+    has_attention,
+)
 from darwinlm.adapters.loading import some_layers
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
@@ -102,7 +109,10 @@ def _common_sizes(config: PrunedConfig, kept: list[int]) -> dict[str, int]:
                 f"{_words(index, shape)}), which transformers' own models cannot have; {others}"
                 "prune with --set search.uniform=true"
             )
-        found |= {expert_setting(config): shape.experts} if shape.experts else {"intermediate_size": shape.width}
+        if shape.experts:
+            found |= {expert_setting(config): shape.experts, expert_width_setting(config): shape.width}
+        else:
+            found["intermediate_size"] = shape.width
     return found
 
 

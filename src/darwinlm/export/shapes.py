@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darwinlm.adapters.families import experts_in, family_of, is_hybrid
+from darwinlm.adapters.families import expert_width_setting, experts_in, family_of, is_hybrid
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
 
@@ -26,7 +26,7 @@ def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
     for index in range(config.num_hidden_layers):
         layer, skipped, experts = config.layer(index), config.skipped(index), experts_in(config, index)
         attends = "attention" not in skipped
-        width = (getattr(layer, "moe_intermediate_size", None) if experts else None) or layer.intermediate_size
+        width = getattr(layer, expert_width_setting(config) if experts else "intermediate_size")
         shapes.append(
             LayerShape(
                 heads=layer.num_attention_heads if attends else 0,

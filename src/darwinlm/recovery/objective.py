@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from darwinlm.adapters.balance import balance_loss, watched_routers
 from darwinlm.adapters.heads import shape_logits
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
@@ -21,7 +22,14 @@ class Objective(nn.Module):
     accepts_loss_kwargs = True
     """The Trainer hands over how many predictions an optimiser step has in all, on all ranks."""
 
-    def __init__(self, model: PrunedModel, teacher: PrunedModel | None, share: float, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: PrunedModel,
+        teacher: PrunedModel | None,
+        share: float,
+        temperature: float = 1.0,
+        balance: float = 0.0,
+    ) -> None:
         """Wrap `model`.
 
         Args:
@@ -29,11 +37,13 @@ class Objective(nn.Module):
             teacher: the dense model; needed where `share` is above 0, unless its predictions come with the text.
             share: of KL(teacher || model) in the loss; the rest is next-token loss.
             temperature: that both models' logits are divided by in KL, which is multiplied by its square.
+            balance: what the loss that spreads tokens over experts (`balance_loss`) is multiplied by; it is added.
         """
         super().__init__()
         self.model = model
         self._share = share
         self._temperature = temperature
+        self._balance = balance
         # In a tuple: its weights are not this module's.
         self._teacher = (teacher,)
 
@@ -67,7 +77,8 @@ class Objective(nn.Module):
             top_log_p: B * T * (K + 1), their log-probabilities at the temperature.
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        hidden_ND = self.model.model(**inputs).last_hidden_state.flatten(0, 1)
+        with watched_routers(self.model, wanted=self._balance > 0) as logits:
+            hidden_ND = self.model.model(**inputs).last_hidden_state.flatten(0, 1)
         # A block's last position has no next token.
         targets_N = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         (teacher,) = self._teacher
@@ -94,6 +105,9 @@ class Objective(nn.Module):
         predictions = (targets_N != -100).sum()
         count = predictions.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         loss = self.mix(sums[0], sums[1]) / count
+        if logits:
+            # By its share of the optimiser step's predictions, as the rest of the loss.
+            loss = loss + self._balance * balance_loss(self.model.config, logits) * predictions / count
         return {"loss": loss, "sums": torch.cat([sums.detach(), predictions.to(sums.dtype)[None]])}
 
     def _sums(

@@ -83,6 +83,7 @@ def recover(
     folder: Path,
     device: torch.device,
     passed: int = 0,
+    balance: float = 0.0,
 ) -> tuple[PrunedModel, Training]:
     """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
 
@@ -100,6 +101,7 @@ def recover(
             where it is damaged. They stay until `remove_checkpoints`.
         device: this rank's.
         passed: how many blocks of the order to pass over, if `text` is a tensor: an earlier training has had them.
+        balance: what `recovery.router_loss=auto` stands for.
 
     Returns:
         The trained model, whole on every rank, and what happened.
@@ -130,7 +132,8 @@ def recover(
     adapted = _with_lora(model, recipe.lora_rank) if recipe.lora_rank > 0 else None
     if recipe.activations == "recompute":
         model.activation_checkpointing_enable({"use_reentrant": False})
-    objective = Objective(model.train(), model_taught, recipe.distillation, recipe.temperature)
+    weight = balance if recipe.router_loss == "auto" else recipe.router_loss
+    objective = Objective(model.train(), model_taught, recipe.distillation, recipe.temperature, weight)
     if sharded:
         shard(objective, model_taught, device, dtype)
     with task("recovery (steps)", steps) as progress:

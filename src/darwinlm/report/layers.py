@@ -64,8 +64,12 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
             columns = config.head_dim if kind == "attention" else 1
             kept, full = (some.get(output, (0, 0))[1] // columns for some in (shapes, dense))
             experts = f"{LAYERS}{number}.{family.mlp}.{family.experts}.down_proj"
-            if is_mixture := kind == "mlp" and experts in dense:
-                kept, full = (some.get(experts, (0,))[0] for some in (shapes, dense))
+            unit = "channels"
+            if kind == "mlp" and experts in dense:
+                # What was removed of it: experts, or channels of each.
+                sizes = [_experts_of(config, some.get(experts, (0, 0, 0))) for some in (shapes, dense)]
+                unit = "experts" if sizes[0][0] < sizes[1][0] or sizes[0][1] == sizes[1][1] else "channels"
+                kept, full = (size[unit == "channels"] for size in sizes)
             layer[kind] = {
                 "kept": kept,
                 "dense": full,
@@ -74,7 +78,7 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
                 "dense_parameters": _count(dense, prefixes),
             }
             if kind == "mlp":
-                layer[kind]["unit"] = "experts" if is_mixture else "channels"
+                layer[kind]["unit"] = unit
         layers.append(layer)
     return {
         "layers": layers,
@@ -82,6 +86,11 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
         "parameters": _count(shapes, ""),
         "dense_parameters": _count(dense, ""),
     }
+
+
+def _experts_of(config: PrunedConfig, down: Sequence[int]) -> tuple[int, int]:
+    """How many experts a layer has, and channels each of them, by the shape of their output projections."""
+    return down[0], down[1 if family_of(config).experts_transposed else 2]
 
 
 def mlp_unit(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -95,9 +95,11 @@ def measure_sensitivity(
 def _place_of_columns(dense: DenseModel, space: Space, tokens: int) -> torch.device:
     """Where the columns of all levels are: on the device, or where it has no room for them, on the CPU."""
     dtype = fast_dtype(dense.device)
-    widened = sum(site.num_units * site.columns_per_unit for site in dense.sites)
+    widened = sum(site.columns(site.num_units) for site in dense.sites)
+    # Of experts the input projections of every level too.
     columns = sum(
-        site.columns_per_unit * sum(levels.units) for site, levels in zip(dense.sites, space.sites, strict=True)
+        site.columns(sum(levels.units)) * (3 if site.routed else 1)
+        for site, levels in zip(dense.sites, space.sites, strict=True)
     )
     size = (columns + widened) * dense.config.hidden_size * dtype.itemsize + kept_bytes(
         dense.config, tokens, tokens, dtype

@@ -129,6 +129,7 @@ class TrialScorer:
             batch_size=recipe.batch_size,
             aims_BTD=aims_BTD,
             portion=self._portion,
+            balance=dense.reference.balance,
         ):
             return Score(DIVERGED)
         return _score(judge.compare(model, tokens, head=dense.head))
