@@ -206,6 +206,29 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_goes_to(family,
         assert limit.cost(levels) == active
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("unit", ["whole", "channels"])
+def test_mixtures_are_timed_beside_the_layers_without_experts(family, unit, mixture, calibration, tmp_path):
+    source = mixture(family).source
+    dense = load_dense(source, "kv_group", CPU, expert_unit=unit)
+    build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3, experts=unit), tmp_path)
+    database = Database(tmp_path, kept=sites_needed(dense.config, dense.sites))
+    space = database.space(dense.sites)
+    workload = WorkloadRecipe(prompt_tokens=8, new_tokens=2)
+    limit = resource_limits(dense, space, ["latency"], workload, tmp_path / "latency.json")["latency"]
+    table = json.loads((tmp_path / "latency.json").read_text())
+    for form, routed in (("mlp", False), ("experts", True)):
+        sizes = {
+            n
+            for site, levels in zip(dense.sites, space.sites, strict=True)
+            if site.kind == "mlp" and bool(site.routed) is routed
+            for n in levels.units
+        } - {0}
+        assert set(table.get(form, ())) == set(map(str, sizes))
+        assert not sizes or all(ns >= 0 for ns in table[form].values())
+    assert limit.dense > limit.fixed > 0
+
+
 def test_rare_experts_are_named_and_left_as_they_are(mixture, calibration, tmp_path, caplog):
     dense = mixture("mixtral")
     site, statistics = statistics_of(dense, calibration, tmp_path)

@@ -30,11 +30,11 @@ class Cut:
     output_weight: Tensor | None
     """(output rows, kept units * columns_per_unit); of a mixture as the model has the tensor of all experts; None where
     the whole site is removed."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """By tensor, what the weight of a norm over all heads is multiplied by: its mean is now that of the heads kept."""
     channels: Tensor | None = None
     """Where units are channels of experts, those that each keeps, ascending: (experts, kept units). None if in each
     expert channel k is unit k."""
-    factors: Mapping[str, float] = field(default_factory=dict)
-    """By tensor, what the weight of a norm over all heads is multiplied by: its mean is now that of the heads kept."""
 
 
 def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from darwinlm.adapters.families import LAYERS, Site, dense_again, sites_needed, 
 from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.files import read_json, write_json
-from darwinlm.plan import Limit, SiteKind, SiteLevels, Space, parameter_limit
+from darwinlm.plan import Limit, SiteLevels, Space, parameter_limit
 from darwinlm.progress import task
 from darwinlm.recipe import WorkloadRecipe
 from darwinlm.timing import time_request
@@ -22,7 +22,6 @@ from darwinlm.timing import time_request
 _TIMED_TOKENS = 16
 """New tokens that are timed; each takes about as long as the next."""
 _REPEATS = 5
-_KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
 
 
 def resource_limits(
@@ -108,32 +107,36 @@ def _latency(dense: DenseModel, space: Space, workload: WorkloadRecipe, file: Pa
     # The same numbers on every rank, whoever measured them. Other timings would make another budget.
     remedy = f"delete {file.parent} and run the same command again: latencies are measured and the search runs anew"
     table = dist.gather(read_json(file, remedy) if dist.rank() == 0 else {})[0]
-    costs = tuple(tuple(table[site.kind].get(str(units), 0) for units in site.units) for site in space.sites)
+    costs = tuple(
+        tuple(table[_form(site)].get(str(units), 0) for units in levels.units)
+        for site, levels in zip(dense.sites, space.sites, strict=True)
+    )
     return Limit(name="latency", unit="ns", fixed=table["fixed"], costs=costs, maximum=0)
 
 
 def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> dict[str, Any]:
-    """Nanoseconds of one request by kind of site and units kept, and what is left without any site.
+    """Nanoseconds of one request by form of site and units kept, and what is left without any site.
 
-    A stack of all layers with one kind of site at one size (the other kind removed) is timed, prompt and new tokens,
-    against the stack with neither; a single layer would stay in the cache and look faster than it is. All stacks are
+    Forms are attention, MLPs and mixtures of experts. A stack of all layers with the sites of one form at one size (the
+    others removed) is timed, prompt and new tokens, against the stack with none; a single layer would stay in the cache
+    and look faster than it is. A site that no plan removes is at its smallest size in all other stacks. All stacks are
     timed in turns and the median counts, so that a slow moment of the machine hurts no size alone.
 
     Returns:
-        `{"fixed": ns, "attention": {"3": ns, ...}, "mlp": {"1536": ns, ...}}`
+        `{"fixed": ns, "attention": {"3": ns, ...}, "mlp": {"1536": ns, ...}, "experts": {...}}`
     """
     dtype = served_dtype(dense.dtype, dense.device)
     weights = {name: tensor.to(dtype) for name, tensor in dense.weights.items()}
-    sizes = {
-        kind: sorted({n for site in space.sites if site.kind == kind for n in site.units} - {0}) for kind in _KINDS
+    sizes: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for site, levels in zip(dense.sites, space.sites, strict=True):
+        sizes[_form(site)] = sorted({*sizes.get(_form(site), ()), *levels.units} - {0})
+    smallest = {form: some[0] for form, some in sizes.items() if some}
+    stacks = {("none", 0): _stack(dense, weights, smallest)}
+    stacks |= {
+        (form, size): _stack(dense, weights, smallest | {form: size}, form)
+        for form, some in sizes.items()
+        for size in some
     }
-    stacks: dict[tuple[str, int], PrunedModel] = {("none", 0): _stack(dense, weights)}
-    for kind in _KINDS:
-        # In a model that is pruned already, it alone may have all sizes.
-        largest = max(
-            (site for site in dense.sites if site.kind == kind), key=lambda site: site.num_units, default=None
-        )
-        stacks |= {(kind, size): _stack(dense, weights, largest, size) for size in sizes[kind]}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in stacks}
     timed = min(_TIMED_TOKENS, workload.new_tokens)
     with task("latencies (timings)", len(stacks) * (_REPEATS + 1)) as progress:
@@ -148,39 +151,46 @@ def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe)
     seconds = {key: statistics.median(values) for key, values in times.items()}
     fixed = seconds["none", 0]
     table: dict[str, Any] = {"fixed": round(1e9 * fixed)}
-    for kind in _KINDS:
-        layers = max(1, len(_layers_with(dense, kind)))
-        table[kind] = {str(size): max(0, round(1e9 * (seconds[kind, size] - fixed) / layers)) for size in sizes[kind]}
+    for form, some in sizes.items():
+        layers = max(1, len(_layers_with(dense, form)))
+        table[form] = {str(size): max(0, round(1e9 * (seconds[form, size] - fixed) / layers)) for size in some}
     return table
 
 
-def _layers_with(dense: DenseModel, kind: SiteKind) -> list[int]:
+def _form(site: Site) -> str:
+    return "experts" if site.routed else site.kind
+
+
+def _layers_with(dense: DenseModel, form: str) -> list[int]:
     """The layers that had such a site before anything was pruned; in hybrid models not all have attention."""
-    return sorted({site.layer for site in dense.sites_before or dense.sites if site.kind == kind})
+    return sorted({site.layer for site in dense.sites_before or dense.sites if _form(site) == form})
 
 
-def _stack(dense: DenseModel, weights: Mapping[str, Tensor], site: Site | None = None, units: int = 0) -> PrunedModel:
-    """All layers with a copy of the first `units` units of `site` and nothing else; without it, without any part."""
+def _stack(
+    dense: DenseModel, weights: Mapping[str, Tensor], sizes: Mapping[str, int], timed: str | None = None
+) -> PrunedModel:
+    """All layers with as many units of the form `timed` as `sizes` says, and of others where no plan removes them.
+
+    All sites of a form are copies of the first units of the largest.
+    """
     config = dense_again(dense.config)
-    kept = tuple(range(units))
-    # Without it hybrid models cannot use their caches: it is in every stack.
     needed = sites_needed(dense.config, dense.sites)
-    layers: dict[int | str, dict[str, Any]] = {}
-    for layer in range(config.num_hidden_layers):
-        there = [kind for kind in _KINDS if layer in _layers_with(dense, kind)]
-        own = site is not None and site.kind in there
-        layers[layer] = layer_sizes(site, kept) if site is not None and own else {}
-        layers[layer]["skip"] = [
-            kind for kind in there if (site is None or kind != site.kind) and f"layers.{layer}.{kind}" not in needed
-        ]
-    config.per_layer_config = layers
-    in_sites = {name for one in (*dense.sites, *dense.sites_before) if one.name not in needed for name in one.tensors}
+    layers: dict[int | str, dict[str, Any]] = {layer: {"skip": []} for layer in range(config.num_hidden_layers)}
+    in_sites = {name for site in (*dense.sites, *dense.sites_before) for name in site.tensors}
     tensors = {name: tensor for name, tensor in weights.items() if name not in in_sites}
-    if site is not None:
+    for form, units in sizes.items():
+        # In a model that is pruned already, it alone may have all sizes.
+        site = max((one for one in dense.sites if _form(one) == form), key=lambda one: one.num_units)
+        kept = tuple(range(units))
         output = output_columns(site, weights[site.output_tensor], kept)
         left, old = cut_site(site, weights, Cut(kept, output)), f"{LAYERS}{site.layer}."
-        for layer in _layers_with(dense, site.kind):
+        for layer in _layers_with(dense, form):
+            if form != timed and f"layers.{layer}.{site.kind}" not in needed:
+                layers[layer]["skip"].append(site.kind)
+                continue
+            layers[layer] |= layer_sizes(site, kept)
             # Each layer with memory of its own, as in the model.
             new = f"{LAYERS}{layer}."
             tensors |= {name.replace(old, new, 1): tensor.clone() for name, tensor in left.items()}
+    config.per_layer_config = layers
     return assemble(config, tensors, trainable=False)
