@@ -42,10 +42,10 @@ def test_loss_and_gradients_are_those_of_transformers(family, tmp_path):
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3)
 
-    # A trial, two blocks of three at a time.
+    # A trial.
     model.zero_grad()
     parameters = list(model.model.layers.parameters())
-    _gradients(model, parameters, parameters, BLOCKS, None, 0.5, 3)
+    _gradients(model, parameters, parameters, BLOCKS, None, 0.5, None, 3)
     for name, parameter in model.model.layers.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, expected[f"model.layers.{name}"], atol=1e-5, rtol=1e-3)

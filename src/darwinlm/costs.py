@@ -267,7 +267,7 @@ def _predict_step(
     chunk = 3 * 4 * config.vocab_size * chunk_tokens(config.vocab_size, place)
     trained_for = search.trial_tokens if search.generations else search.trial_tokens[-1:]
     # Trials compute activations again where they do not fit; sensitivities cannot.
-    trials = whole + TRIAL_BYTES * candidate + search.batch_size * layer
+    trials = whole + TRIAL_BYTES[search.optimizer] * candidate + search.batch_size * layer
     if machine.accelerator:
         if base + chunk + trials > machine.memory:
             trials -= whole - item * fixed

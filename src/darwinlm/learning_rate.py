@@ -63,8 +63,10 @@ def parameter_groups(
 
 def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
     """The root mean square of each tensor, on all ranks if it is sharded; a device is waited for once."""
-    if tensors and all(type(tensor.data) is Tensor and tensor.dtype == torch.float32 for tensor in tensors):
-        norms: list[float] = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])).tolist()
+    if tensors and all(type(tensor.data) is Tensor for tensor in tensors):
+        norms: list[float] = torch.stack(
+            torch._foreach_norm([tensor.detach() for tensor in tensors], dtype=torch.float32)
+        ).tolist()
         return [norm / math.sqrt(tensor.numel()) for norm, tensor in zip(norms, tensors, strict=True)]
     totals = [tensor.detach().float().square().sum() for tensor in tensors]
     whole = [total.full_tensor() if isinstance(total, DTensor) else total for total in totals]

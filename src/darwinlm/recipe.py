@@ -144,12 +144,22 @@ class SearchRecipe(_Section):
     learning_rate: Rate = "auto"
     """Of trials. `auto`: in units of each weight tensor's root mean square, and searched for on the plan that the
     evolution begins with, by KL on trial text that no trial trains on; where none helps, nothing is trained."""
+    trial_optimizer: Literal["auto", "sign", "adamw"] = "auto"
+    """Of trials. `sign`: every weight moves by the sign of its gradient, in the backward pass, in 3 bytes a parameter;
+    `adamw`: as published, in 18. `auto`: `sign` where `learning_rate` is `auto`."""
     trial_loss: Literal["next-token", "distillation"] = "distillation"
     """What trials train on; `distillation` is KL(dense || candidate)."""
     batch_size: int = Field(1, ge=1)
     """Blocks in one optimiser step of a trial."""
     forecast_candidates: int = Field(0, ge=0)
     """After the search, train so many plans on the whole trial split, and say how well each step's score ranks them."""
+
+    @property
+    def optimizer(self) -> Literal["sign", "adamw"]:
+        """Of trials."""
+        if self.trial_optimizer == "auto":
+            return "sign" if self.learning_rate == "auto" else "adamw"
+        return self.trial_optimizer
 
     @model_validator(mode="after")
     def _steps_agree(self) -> "SearchRecipe":

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,35 +15,38 @@ from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.learning_rate import LearningRate, parameter_groups
+from darwinlm.sign_sgd import TOGETHER, SignSGD
 
 _SHARE = 0.5
 """Of what is free, what activations may take before they are computed again instead."""
 _Tensors = tuple[Tensor, ...]
-_TOGETHER = 2**24
-"""Numbers in tensors that are worked on together."""
+Optimizer = Literal["sign", "adamw"]
 
 
 def train_briefly(
     model: PrunedModel,
     blocks_BT: Tensor,
     *,
+    optimizer: Optimizer = "adamw",
     rate: LearningRate,
     batch_size: int,
     aims_BTD: Tensor | None = None,
     portion: Portion | None = None,
     balance: float = 0.0,
 ) -> bool:
-    """Train the layers of `model` in place, once over `blocks_BT`, with AdamW at a constant rate.
+    """Train the layers of `model` in place, once over `blocks_BT`, at a constant rate.
 
-    Weights are float32: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move. Where the hardware is
-    faster in bfloat16, a working copy of them in that does the computing. Embeddings and head stay as they are: they
-    are the same in all candidates. Where memory is short, each layer's activations are computed again for its gradient.
+    It computes in bfloat16 where the hardware is faster with it, else in float32. `SignSGD` trains those very weights.
+    AdamW trains float32 weights beside them: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move.
+    Embeddings and head stay as they are: they are the same in all candidates. Where memory is short, each layer's
+    activations are computed again for its gradient.
 
     Args:
-        model: its layers float32 and its own; afterwards in the dtype that it was trained in, rounded from the float32
-            weights. The rest may be shared with other models and in any dtype.
+        model: its layers are its own, float32 for AdamW; afterwards in the dtype that it was trained in. The rest may
+            be shared with other models and in any dtype.
         blocks_BT: token ids, blocks * tokens, on any device.
-        rate: AdamW's, without weight decay. Unless it is relative, gradients are clipped to a norm of 1.
+        optimizer: `sign` or `adamw`.
+        rate: the optimiser's, without weight decay. AdamW clips gradients to a norm of 1 unless it is relative.
         batch_size: blocks in one optimiser step.
         aims_BTD: the rows of the head that the dense model expects (`DenseReference.expected_rows`), on any device: the
             loss is KL(dense || model). By default it is next-token loss.
@@ -58,7 +61,7 @@ def train_briefly(
     parameters = list(model.model.layers.parameters())
     dtype = fast_dtype(model.device)
     masters = parameters
-    if dtype != torch.float32:
+    if dtype != torch.float32 and optimizer == "adamw":
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
         working = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
         torch._foreach_copy_(working, [parameter.data for parameter in parameters])
@@ -71,24 +74,27 @@ def train_briefly(
     recompute = kept > _SHARE * free_memory(model.device)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = Adam(masters, rate)
+    signs = SignSGD(parameters, rate) if optimizer == "sign" else None
+    adam = Adam(masters, rate) if optimizer == "adamw" else None
     for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
         batch_BT = batch_BT.to(model.device, torch.long)
         rows_BTD = None
         if aims_BTD is not None:
             rows_BTD = aims_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
-        portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD, balance))
+        portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD, balance, signs))
+        if adam is None:
+            continue
         # A norm of all gradients depends on how a model's weights are scaled; AdamW's steps need no limit.
         if not torch.nn.utils.clip_grad_norm_(masters, math.inf if rate.relative else 1.0).isfinite():
             return False
-        optimizer.step()
+        adam.step()
         if masters is not parameters:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, masters)
     if recompute:
         model.activation_checkpointing_disable()
     model.eval()
-    return True
+    return signs is None or signs.close()
 
 
 def _gradients(
@@ -98,17 +104,23 @@ def _gradients(
     batch_BT: Tensor,
     rows_BTD: Tensor | None,
     balance: float,
+    signs: SignSGD | None,
     size: int,
 ) -> None:
-    """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time.
+    """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time; with `signs`,
+    take its step instead.
 
     `rows_BTD` is what the predictions, all but each block's last, should expect of the head's rows; by default those of
     the next tokens.
     """
     for each in (*parameters, *masters):
         each.grad = None  # of an attempt that ran out of memory
-    head = Head.of(model)
-    for number, part_BT in enumerate(batch_BT.split(size)):
+    head, parts = Head.of(model), batch_BT.split(size)
+    if signs is not None:
+        signs.begin()
+    for number, part_BT in enumerate(parts):
+        if signs is not None:
+            signs.backward_is(last=number == len(parts) - 1)
         with watched_routers(model, wanted=balance > 0) as logits:
             hidden_BTD = model.model(input_ids=part_BT, use_cache=False).last_hidden_state[:, :-1]
         hidden_ND = hidden_BTD.detach().flatten(0, 1)
@@ -131,6 +143,8 @@ def _gradients(
             for (master, parameter), gradient in zip(some, copies, strict=True):
                 parameter.grad = None
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    if signs is not None:
+        signs.end()
 
 
 class Adam:
@@ -184,7 +198,7 @@ def _parts(tensors: Sequence[Tensor]) -> list[slice]:
         return []
     ends, together = [0], 0
     for number, tensor in enumerate(tensors):
-        if together and together + tensor.numel() > _TOGETHER:
+        if together and together + tensor.numel() > TOGETHER:
             ends.append(number)
             together = 0
         together += tensor.numel()

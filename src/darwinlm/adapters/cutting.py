@@ -149,6 +149,7 @@ def build_model(
     *,
     trainable: bool = False,
     shared_ends: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PrunedModel:
     """A model cut physically out of the dense `weights`, on the device of their embeddings.
 
@@ -157,20 +158,21 @@ def build_model(
         sites: all sites of that model.
         weights: its state dict.
         cuts: by site name; a site without an entry stays as it is.
-        trainable: copy every tensor, in float32, so that training leaves `weights` alone. Without it, all are in their
-            dtype, and those that are not cut are shared.
+        trainable: copy every tensor, so that training leaves `weights` alone. Without it, all are in their dtype, and
+            those that are not cut are shared.
         shared_ends: of a trainable model too, share embeddings, last norm and head.
+        dtype: of the copies.
     """
-    device, dtype = weights[EMBEDDINGS].device, weights[EMBEDDINGS].dtype
+    device, given = weights[EMBEDDINGS].device, weights[EMBEDDINGS].dtype
     tensors = _cut_tensors(sites, weights, cuts)
     own = {
-        name: torch.empty_like(tensor, dtype=torch.float32, device=device)
+        name: torch.empty_like(tensor, dtype=dtype, device=device)
         for name, tensor in tensors.items()
         if trainable and (name.startswith(LAYERS) or not shared_ends)
     }
     if own:
         torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
-    tensors = {name: own[name] if name in own else tensor.to(device, dtype) for name, tensor in tensors.items()}
+    tensors = {name: own[name] if name in own else tensor.to(device, given) for name, tensor in tensors.items()}
     return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 

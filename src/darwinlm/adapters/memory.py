@@ -44,8 +44,9 @@ class Portion:
         return result
 
 
-TRIAL_BYTES = 18
-"""For each parameter that a trial trains: float32 weight, two moments, gradient, and a bfloat16 copy that computes."""
+TRIAL_BYTES = {"sign": 3, "adamw": 18}
+"""By optimiser, for each parameter that a trial trains: its bfloat16 weight, and with AdamW a float32 one, a gradient
+and two moments. With `sign` gradients exist for some tensors at a time."""
 SPARE = 1.25
 """By how much more than what is counted must be free before something is put on a device that can be elsewhere."""
 

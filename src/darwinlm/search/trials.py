@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from darwinlm import dist
@@ -45,6 +46,7 @@ class TrialScorer:
         self._portion = Portion(recipe.batch_size, "search")
         self._taught_BTD: Tensor | None = None
         self._rates: dict[int, float] = {}
+        self._optimizer = recipe.optimizer
 
     def score(self, plan: Plan, step: int, parent: Plan) -> Score:
         """The plan before and after the trial of `step`; what it has in common with `parent` is not computed again."""
@@ -113,18 +115,22 @@ class TrialScorer:
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
         aims_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
         trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
-        if TRIAL_BYTES * trained > free_memory(dense.device):
+        needed = TRIAL_BYTES[self._optimizer] * trained
+        if needed > free_memory(dense.device):
             self._database.free()
         cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
-        if TRIAL_BYTES * trained > free_memory(dense.device):
+        if needed > free_memory(dense.device):
             self._database.free()
             dense.park()
-        model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True)
+        dtype = fast_dtype(dense.device)
+        own = torch.float32 if self._optimizer == "adamw" and rate is not None else dtype
+        model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True, dtype=own)
         if rate is None:
-            model.to(fast_dtype(dense.device))
+            model.to(dtype)
         elif not train_briefly(
             model,
             blocks_BT,
+            optimizer=self._optimizer,
             rate=rate,
             batch_size=recipe.batch_size,
             aims_BTD=aims_BTD,

@@ -1,0 +1,115 @@
+"""Training in the memory of the weights: each moves by the sign of its gradient while gradients are still computed.
+
+Trials are a few steps. The first step of AdamW is the learning rate times the sign of each gradient, since its moments
+have nothing to average yet; and over the first few, moments were found to help nothing (docs/lab-log.md). Without them
+(signSGD, Bernstein et al., 2018, arXiv 1802.04434) no step needs more than one gradient at a time: each is applied and
+forgotten as soon as the backward pass has it.
+
+Weights are in the dtype that computes. In bfloat16 most steps are less than half of the distance to the next number, so
+they are rounded stochastically (Gupta et al., 2015, arXiv 1502.02551): up or down by chance, and right on average.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from darwinlm.learning_rate import LearningRate, parameter_groups
+
+TOGETHER = 2**24
+"""Numbers in gradients that are applied together: what that takes besides stays small."""
+_LOWER_HALF = 2**16
+"""A bfloat16 is the upper half of a float32."""
+
+
+class SignSGD:
+    """Steps of `rate * g / (|g| + eps)`, taken in the backward pass; as long as it exists, gradients are used up.
+
+    At a relative rate each tensor has a unit of its own, and `eps` is that of `parameter_groups`: what has hardly a
+    gradient hardly moves.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], rate: LearningRate) -> None:
+        """Begin to train `parameters`, float32 or bfloat16."""
+        groups = parameter_groups(parameters, rate)
+        self._rates = {tensor: (-group["lr"], group.get("eps", 1e-8)) for group in groups for tensor in group["params"]}
+        self._pending: list[Tensor] = []
+        device = parameters[0].device
+        self._sum = torch.zeros((), device=device)
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._last = True
+        self._moved = False
+        self._hooks = [tensor.register_post_accumulate_grad_hook(self._take) for tensor in parameters]
+
+    def begin(self) -> None:
+        """Begin a step, perhaps again after one that ran out of memory. Raises MemoryError if that one had moved
+        weights already: it cannot be taken back."""
+        if self._moved:
+            raise MemoryError("out of memory in the middle of a step")
+        self._pending = []
+
+    def backward_is(self, *, last: bool) -> None:
+        """Say whether the backward pass that follows is the last of its step: until then, gradients add up."""
+        self._last = last
+
+    def end(self) -> None:
+        """End a step: apply what is left."""
+        self._apply()
+        self._moved = False
+
+    def close(self) -> bool:
+        """Take no more steps. Returns whether all gradients were finite."""
+        for hook in self._hooks:
+            hook.remove()
+        return bool(self._sum.isfinite())
+
+    def _take(self, tensor: Tensor) -> None:
+        if not self._last:
+            return
+        if tensor not in self._rates:  # all zeros, at a relative rate
+            tensor.grad = None
+            return
+        self._pending.append(tensor)
+        if sum(one.numel() for one in self._pending) >= TOGETHER:
+            self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        pieces = []
+        for tensor in self._pending:
+            rate, eps = self._rates[tensor]
+            flat = cast(Tensor, tensor.grad).flatten()
+            pairs = zip(tensor.data.view(-1).split(TOGETHER), flat.split(TOGETHER), strict=True)
+            pieces += [(weight, gradient, rate, eps) for weight, gradient in pairs]
+            tensor.grad = None
+        self._moved |= bool(pieces)
+        self._pending = []
+        while pieces:
+            count, numbers = 1, pieces[0][0].numel()
+            while count < len(pieces) and numbers + pieces[count][0].numel() <= TOGETHER:
+                numbers += pieces[count][0].numel()
+                count += 1
+            self._move(pieces[:count])
+            pieces = pieces[count:]
+
+    def _move(self, pieces: Sequence[tuple[Tensor, Tensor, float, float]]) -> None:
+        weights, gradients, rates, least = map(list, zip(*pieces, strict=True))
+        lengths = [len(weight) for weight in weights]
+        moves = torch.cat(gradients).float()
+        self._sum += moves.sum()
+        each = list(moves.split(lengths))
+        sizes = torch._foreach_abs(each)
+        torch._foreach_add_(sizes, least)
+        torch._foreach_div_(each, sizes)
+        torch._foreach_mul_(each, rates)
+        if weights[0].dtype == torch.float32:
+            torch._foreach_add_(weights, each)
+            return
+        del sizes
+        moved = torch.cat(weights).float().add_(moves)
+        chance = torch.randint(
+            _LOWER_HALF, moved.shape, dtype=torch.int32, device=moved.device, generator=self._generator
+        )
+        moved.view(torch.int32).add_(chance).bitwise_and_(-_LOWER_HALF)
+        torch._foreach_copy_(weights, list(moved.split(lengths)))
