@@ -74,7 +74,7 @@ def test_in_bfloat16_steps_are_right_on_average():
     weight = torch.nn.Parameter(torch.full((200_000,), 1.0, dtype=torch.bfloat16))
     nearest = (weight.detach().float() - 2.0**-10).bfloat16()
     assert torch.equal(nearest, weight.detach())
-    signs = SignSGD([weight], LearningRate(2.0**-10))
+    signs = SignSGD([weight], LearningRate(2.0**-10), weight.device)
     signs.begin()
     (weight.float() * torch.tensor([1.0, -1.0]).repeat(100_000)).sum().backward()
     signs.end()

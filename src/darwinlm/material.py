@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.cutting import build_model, copy_trained
+from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.database.store import Database
@@ -31,8 +31,7 @@ class Material:
     def cut(self, plan: Plan) -> PrunedModel:
         """`plan`, not trained."""
         dense = self.dense
-        cuts = self.database.cuts(dense.sites, plan.levels, dense.device)
-        return build_model(dense.config, dense.sites, dense.weights, cuts)
+        return dense.cut(self.database.cuts(dense.sites, plan.levels, dense.layers_device))
 
     def result(self, recipe: Recipe, plan: Plan, folder: Path) -> PrunedModel:
         """What a step leaves: `plan`, recovered (in `folder/recovery`) if that is wanted."""

@@ -30,17 +30,22 @@ class SignSGD:
     gradient hardly moves.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], rate: LearningRate) -> None:
-        """Begin to train `parameters`, float32 or bfloat16."""
+    def __init__(
+        self, parameters: Sequence[Tensor], rate: LearningRate, device: torch.device, *, streamed: bool = False
+    ) -> None:
+        """Begin to train `parameters`, float32 or bfloat16, whose gradients are on `device`; if they are `streamed`,
+        those are given to `learn`."""
         groups = parameter_groups(parameters, rate)
         self._rates = {tensor: (-group["lr"], group.get("eps", 1e-8)) for group in groups for tensor in group["params"]}
-        self._pending: list[Tensor] = []
-        device = parameters[0].device
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        """Parameters, and where their gradients are: they themselves, or their copies on the device."""
         self._sum = torch.zeros((), device=device)
         self._generator = torch.Generator(device).manual_seed(0)
         self._last = True
         self._moved = False
-        self._hooks = [tensor.register_post_accumulate_grad_hook(self._take) for tensor in parameters]
+        self._hooks = [
+            tensor.register_post_accumulate_grad_hook(self._take) for tensor in ([] if streamed else parameters)
+        ]
 
     def begin(self) -> None:
         """Begin a step, perhaps again after one that ran out of memory. Raises MemoryError if that one had moved
@@ -64,21 +69,37 @@ class SignSGD:
             hook.remove()
         return bool(self._sum.isfinite())
 
+    @torch.no_grad()
+    def learn(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        """Move `parameters`, which are elsewhere, by the gradients of their `copies` on the device."""
+        for parameter, copied in zip(parameters, copies, strict=True):
+            if copied.grad is None:
+                continue
+            if parameter.grad is not None:
+                copied.grad += parameter.grad.to(copied.device)
+            parameter.grad = None if self._last else copied.grad.to(parameter.device)
+            if self._last and parameter in self._rates:
+                self._pending.append((parameter, copied))
+        moved = self._pending
+        self._apply()
+        for parameter, copied in moved:
+            parameter.copy_(copied)
+
     def _take(self, tensor: Tensor) -> None:
         if not self._last:
             return
         if tensor not in self._rates:  # all zeros, at a relative rate
             tensor.grad = None
             return
-        self._pending.append(tensor)
-        if sum(one.numel() for one in self._pending) >= TOGETHER:
+        self._pending.append((tensor, tensor))
+        if sum(one.numel() for one, _ in self._pending) >= TOGETHER:
             self._apply()
 
     @torch.no_grad()
     def _apply(self) -> None:
         pieces = []
-        for tensor in self._pending:
-            rate, eps = self._rates[tensor]
+        for parameter, tensor in self._pending:
+            rate, eps = self._rates[parameter]
             flat = cast(Tensor, tensor.grad).flatten()
             pairs = zip(tensor.data.view(-1).split(TOGETHER), flat.split(TOGETHER), strict=True)
             pieces += [(weight, gradient, rate, eps) for weight, gradient in pairs]

@@ -14,6 +14,7 @@ from darwinlm.adapters.heads import Head
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.adapters.streaming import is_streamed, learn_with
 from darwinlm.learning_rate import LearningRate, parameter_groups
 from darwinlm.sign_sgd import TOGETHER, SignSGD
 
@@ -71,10 +72,15 @@ def train_briefly(
     portion = portion or Portion(batch_size, "trial")
     tokens = min(portion.size, len(blocks_BT)) * blocks_BT.shape[1]
     kept = kept_bytes(cast(PrunedConfig, model.config), tokens, blocks_BT.shape[1], dtype)
-    recompute = kept > _SHARE * free_memory(model.device)
+    streamed = is_streamed(model)
+    recompute = not streamed and kept > _SHARE * free_memory(model.device)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    signs = SignSGD(parameters, rate) if optimizer == "sign" else None
+    signs = SignSGD(parameters, rate, model.device, streamed=streamed) if optimizer == "sign" else None
+    if streamed:
+        if signs is None:
+            raise ValueError("layers that are streamed are trained by `sign` alone")
+        learn_with(model, signs.learn)
     adam = Adam(masters, rate) if optimizer == "adamw" else None
     for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
         batch_BT = batch_BT.to(model.device, torch.long)
@@ -93,6 +99,8 @@ def train_briefly(
                 torch._foreach_copy_(parameters, masters)
     if recompute:
         model.activation_checkpointing_disable()
+    if streamed:
+        learn_with(model, None)
     model.eval()
     return signs is None or signs.close()
 

@@ -150,6 +150,7 @@ def build_model(
     trainable: bool = False,
     shared_ends: bool = False,
     dtype: torch.dtype = torch.float32,
+    layers_on: torch.device | None = None,
 ) -> PrunedModel:
     """A model cut physically out of the dense `weights`, on the device of their embeddings.
 
@@ -162,33 +163,40 @@ def build_model(
             those that are not cut are shared.
         shared_ends: of a trainable model too, share embeddings, last norm and head.
         dtype: of the copies.
+        layers_on: where the layers are to be; by default where the embeddings are.
     """
     device, given = weights[EMBEDDINGS].device, weights[EMBEDDINGS].dtype
+
+    def place(name: str) -> torch.device:
+        return layers_on if layers_on is not None and name.startswith(LAYERS) else device
+
     tensors = _cut_tensors(sites, weights, cuts)
     own = {
-        name: torch.empty_like(tensor, dtype=dtype, device=device)
+        name: torch.empty_like(tensor, dtype=dtype, device=place(name))
         for name, tensor in tensors.items()
         if trainable and (name.startswith(LAYERS) or not shared_ends)
     }
     if own:
         torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
-    tensors = {name: own[name] if name in own else tensor.to(device, given) for name, tensor in tensors.items()}
+    tensors = {name: own[name] if name in own else tensor.to(place(name), given) for name, tensor in tensors.items()}
     return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 
 def build_layer(
-    config: PrunedConfig, layer: int, sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Mapping[str, Cut]
+    config: PrunedConfig,
+    layer: int,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    cuts: Mapping[str, Cut],
+    device: torch.device,
 ) -> nn.Module:
-    """One layer of what `build_model` gives, its tensors shared with the dense `weights`; `sites` are the layer's."""
+    """One layer of what `build_model` gives, on `device`; `sites` are the layer's, what is there already is shared."""
     prefix, embeddings = f"{LAYERS}{layer}.", weights[EMBEDDINGS]
     own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     return fill_layer(
         pruned_config(config, sites, cuts),
         layer,
-        {
-            name: tensor.to(embeddings.device, embeddings.dtype)
-            for name, tensor in _cut_tensors(sites, own, cuts).items()
-        },
+        {name: tensor.to(device, embeddings.dtype) for name, tensor in _cut_tensors(sites, own, cuts).items()},
     )
 
 

@@ -21,6 +21,7 @@ from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.adapters.config import load_config, load_settings, reason_of, text_type
 from darwinlm.adapters.cutting import (
     Cut,
+    build_model,
     count_parameters,
     cut_site,
     empty_model,
@@ -43,6 +44,7 @@ from darwinlm.adapters.families import (
 )
 from darwinlm.adapters.heads import Head
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.adapters.streaming import stream_layers
 from darwinlm.errors import UserError
 from darwinlm.files import digest
 from darwinlm.progress import log
@@ -68,6 +70,8 @@ class DenseModel:
     """Of the checkpoint; the pruned model is saved in it."""
     fingerprint: str
     """Of config and weights: two checkpoints that differ have different ones."""
+    offload: bool = False
+    """Whether layers, this model's and those cut from it, stay in the CPU's memory and pass through the device."""
     balance: float = 0.0
     """What the loss that spreads tokens over experts is multiplied by; 0 if the checkpoint does not ask for it."""
     sites_before: tuple[Site, ...] = ()
@@ -83,19 +87,22 @@ class DenseModel:
     @property
     def model(self) -> PrunedModel:
         """The whole model on the device, in `compute_dtype`; read when first asked for."""
-        self.ends.to(self.device)
+        if not self.offload:
+            self.ends.to(self.device)
         return self.ends
 
     @cached_property
     def ends(self) -> PrunedModel:
         """`model` for those that need its embeddings, last norm and head: its layers may be parked elsewhere."""
-        return self.whole(self.device, self.compute_dtype)
+        whole = self.whole(self.layers_device, self.compute_dtype)
+        return stream_layers(whole, self.device) if self.offload else whole
 
     def park(self) -> None:
         """Leave the layers, the reference's too, in the CPU's memory until `model` is asked for again: the device's is
         for something else."""
         for dense in (self, self.reference):
-            dense.ends.model.layers.to("cpu")
+            if not dense.offload:
+                dense.ends.model.layers.to("cpu")
 
     def whole(self, device: torch.device, dtype: torch.dtype) -> PrunedModel:
         """The whole model, read anew."""
@@ -105,6 +112,26 @@ class DenseModel:
         """Forget `model`, the reference's too, so that its memory is free; it is read again when next asked for."""
         for dense in (self, self.reference):
             dense.__dict__.pop("ends", None)
+
+    @property
+    def layers_device(self) -> torch.device:
+        """Where the layers of `model` are."""
+        return torch.device("cpu") if self.offload else self.device
+
+    def cut(
+        self,
+        cuts: Mapping[str, Cut],
+        *,
+        trainable: bool = False,
+        shared_ends: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> PrunedModel:
+        """`build_model` of this model, its layers where this model's are; `cuts` are there already."""
+        model = build_model(
+            self.config, self.sites, self.weights, cuts, trainable=trainable, shared_ends=shared_ends, dtype=dtype,
+            layers_on=self.layers_device,
+        )  # fmt: skip
+        return stream_layers(model, self.device) if self.offload else model
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -52,13 +52,16 @@ def leave(model: PrunedModel, states_BTD: Tensor) -> Tensor:
 @contextmanager
 def _layers_replaced(model: PrunedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
     layers = model.base_model.layers
+    own = [vars(layer).get("forward") for layer in layers]  # of layers that are streamed
     for layer in layers:
         layer.forward = forward
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, before in zip(layers, own, strict=True):
             del layer.forward
+            if before is not None:
+                layer.forward = before
 
 
 def carried(given: list[Given], device: torch.device) -> list[Given]:

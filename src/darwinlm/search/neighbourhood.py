@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from darwinlm.adapters.cutting import Cut, build_layer
 from darwinlm.adapters.loading import DenseModel
+from darwinlm.adapters.streaming import stream
 from darwinlm.adapters.walking import Given, enter, leave
 from darwinlm.plan import Plan
 from darwinlm.scoring import DenseReference, Fidelity
@@ -84,4 +85,8 @@ class Neighbourhood:
         indices = self._sites_of.get(layer, [])
         sites = [self._dense.sites[i] for i in indices]
         cuts = {self._dense.sites[i].name: self._cut(i, levels[i]) for i in indices if levels[i] > 0}
-        return build_layer(self._dense.config, layer, sites, self._weights, cuts).to(self._dtype)
+        dense = self._dense
+        module = build_layer(dense.config, layer, sites, self._weights, cuts, dense.layers_device).to(self._dtype)
+        if dense.offload:
+            stream(module, dense.device)
+        return module

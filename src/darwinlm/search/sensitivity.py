@@ -22,6 +22,7 @@ from darwinlm.adapters.families import Site, family_of
 from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.adapters.memory import SPARE, free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.streaming import stream_layers
 from darwinlm.plan import Plan, Space
 from darwinlm.scoring import DenseReference
 from darwinlm.search.descent import Sensitivity
@@ -104,7 +105,8 @@ def _place_of_columns(dense: DenseModel, space: Space, tokens: int) -> torch.dev
     size = (columns + widened) * dense.config.hidden_size * dtype.itemsize + kept_bytes(
         dense.config, tokens, tokens, dtype
     )
-    return dense.device if SPARE * size < free_memory(dense.device) else torch.device("cpu")
+    room = not dense.offload and SPARE * size < free_memory(dense.device)
+    return dense.device if room else torch.device("cpu")
 
 
 class _WidenedSite:
@@ -124,17 +126,17 @@ class _WidenedSite:
         """The level that removes the site, if there is one."""
         self.dtype = fast_dtype(dense.device)
         dense_OI = dense.weights[f"{self.site.output}.weight"].to(self.dtype)
-        columns, weights = [torch.arange(dense_OI.shape[1], device=dense.device)], [dense_OI]
+        columns, weights = [torch.arange(dense_OI.shape[1], device=dense_OI.device)], [dense_OI]
         for level in range(1, self.last):
             found = cut(index, level)
             assert found.output_weight is not None
-            columns.append(_columns(self.site, found.kept).to(dense.device))
+            columns.append(_columns(self.site, found.kept).to(dense_OI.device))
             weights.append(found.output_weight.to(self.dtype))
         self.weight_OI = torch.zeros_like(dense_OI)
         if self.base < self.last:
             self.weight_OI[:, columns[self.base]] = weights[self.base]
         self.bias_O = dense.weights.get(f"{self.site.output}.bias")
-        self.columns_K, self.weights_OK = torch.cat(columns), torch.cat(weights, dim=1).to(place)
+        self.columns_K, self.weights_OK = torch.cat(columns).to(dense.device), torch.cat(weights, dim=1).to(place)
         self.widths = [len(one) for one in columns]
         self._inputs_NI: Tensor | None = None
         self._norm: nn.Module | None = None
@@ -161,7 +163,8 @@ class _WidenedSite:
             self._inputs_NI = inputs[0].detach()[0]
 
         def after(_: nn.Module, __: object, outputs: Tensor) -> None:
-            outputs.register_hook(self._project if norm is None else self._project_normed)
+            if outputs.requires_grad:  # in the backward pass, where layers are streamed
+                outputs.register_hook(self._project if norm is None else self._project_normed)
 
         module.register_forward_pre_hook(before)
         (norm or module).register_forward_hook(after)
@@ -176,7 +179,8 @@ class _WidenedSite:
         for level, part in enumerate(products_NK.split(self.widths, dim=1)):
             changes_NL[:length, level] = part.sum(1, dtype=torch.float32)
         if self.bias_O is not None:
-            changes_NL[:length, : self.last] += (gradient_NO.float() @ self.bias_O.float())[:, None]
+            bias_O = self.bias_O.to(gradient_NO.device, torch.float32)
+            changes_NL[:length, : self.last] += (gradient_NO.float() @ bias_O)[:, None]
         self.changes_WL = _by_window(changes_NL, self.base)
 
     @torch.no_grad()
@@ -191,7 +195,7 @@ class _WidenedSite:
         ):
             output_NO = self._inputs_NI.index_select(1, columns_K) @ weight_OK.to(gradient_NO.device).T
             if self.bias_O is not None:
-                output_NO += self.bias_O.to(output_NO.dtype)
+                output_NO += self.bias_O.to(output_NO)
             # Not by calling the norm: its hooks are for the model's own pass.
             changes_NL[:length, level] = (gradient_NO.float() * self._norm.forward(output_NO).float()).sum(1)
         self.changes_WL = _by_window(changes_NL, self.base)
@@ -227,7 +231,9 @@ class _ExpertSite:
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             self._inputs_ND = inputs[0].detach()[0]
-            (output if isinstance(output, Tensor) else output[0]).register_hook(self._project)
+            output = output if isinstance(output, Tensor) else output[0]
+            if output.requires_grad:
+                output.register_hook(self._project)
 
         block.register_forward_hook(after)
 
@@ -258,8 +264,10 @@ def _widened_model(dense: DenseModel, sites: Sequence[_WidenedSite | _ExpertSite
             weights |= site.tensors()
         elif site.base_cut is not None:
             cuts[site.site.name] = site.base_cut
-    model = build_model(dense.config, dense.sites, weights, cuts)
+    model = build_model(dense.config, dense.sites, weights, cuts, layers_on=dense.layers_device)
     model.to(fast_dtype(dense.device))
+    if dense.offload:
+        stream_layers(model, dense.device)
     family = family_of(dense.config)
     for site in sites:
         if isinstance(site, _ExpertSite):

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import build_model
 from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.data import Corpus
 from darwinlm.database.store import Database
@@ -82,7 +81,7 @@ def descend(
             base = Plan(levels=tuple(rounds[-1]["levels"])) if rounds else start
             sensitivity = measure_sensitivity(
                 dense,
-                lambda index, level: database.cut(dense.sites[index], level, dense.device),
+                lambda index, level: database.cut(dense.sites[index], level, dense.layers_device),
                 space,
                 base,
                 text_BT.roll(-window * len(rounds), dims=0)[:window],
@@ -147,8 +146,7 @@ class _Judge:
 
     def _kls(self, reference: DenseReference, plan: Plan) -> list[float]:
         dense = self._dense
-        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
-        model = build_model(dense.config, dense.sites, dense.weights, cuts)
+        model = dense.cut(self._database.cuts(dense.sites, plan.levels, dense.layers_device))
         model.to(fast_dtype(dense.device))
         found = reference.compare(model, head=dense.head).kl_by_block
         return [_finite(kl) for kl in found]

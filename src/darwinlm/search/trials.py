@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, build_model
+from darwinlm.adapters.cutting import Cut
 from darwinlm.adapters.loading import DenseModel, fast_dtype
 from darwinlm.adapters.memory import TRIAL_BYTES, Portion, free_memory
 from darwinlm.data import Corpus
@@ -118,13 +118,13 @@ class TrialScorer:
         needed = TRIAL_BYTES[self._optimizer] * trained
         if needed > free_memory(dense.device):
             self._database.free()
-        cuts = self._database.cuts(dense.sites, plan.levels, dense.device)
+        cuts = self._database.cuts(dense.sites, plan.levels, dense.layers_device)
         if needed > free_memory(dense.device):
             self._database.free()
             dense.park()
         dtype = fast_dtype(dense.device)
         own = torch.float32 if self._optimizer == "adamw" and rate is not None else dtype
-        model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True, shared_ends=True, dtype=own)
+        model = dense.cut(cuts, trainable=True, shared_ends=True, dtype=own)
         if rate is None:
             model.to(dtype)
         elif not train_briefly(
@@ -147,7 +147,7 @@ class TrialScorer:
         return self._taught_BTD[: len(blocks_BT)]
 
     def _cut(self, index: int, level: int) -> Cut:
-        return self._database.cut(self._dense.sites[index], level, self._dense.device)
+        return self._database.cut(self._dense.sites[index], level, self._dense.layers_device)
 
 
 def best_rate(score: Callable[[float], Score], untrained: Score, start: float) -> tuple[float, dict[float, Score]]:

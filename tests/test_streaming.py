@@ -1,0 +1,161 @@
+"""Layers that pass through the device one at a time: the same numbers, and no two of them there at once."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCABULARY, make_checkpoint
+
+from darwinlm import training
+from darwinlm.adapters import streaming
+from darwinlm.adapters.families import sites_needed
+from darwinlm.adapters.loading import load_dense
+from darwinlm.adapters.memory import Portion
+from darwinlm.data import Corpus
+from darwinlm.database.build import build_database
+from darwinlm.database.store import Database
+from darwinlm.learning_rate import LearningRate
+from darwinlm.plan import Plan, parameter_budget
+from darwinlm.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.scoring import DenseReference
+from darwinlm.search import sensitivity
+from darwinlm.search.neighbourhood import Neighbourhood
+from darwinlm.search.sensitivity import measure_sensitivity
+from darwinlm.search.stage import search_plan
+from darwinlm.training import train_briefly
+
+CPU = torch.device("cpu")
+FAMILIES = ["qwen3", "gemma2", "qwen3_5_text", "qwen2_moe"]
+
+
+def text(seed, blocks=8):
+    return torch.randint(0, VOCABULARY, (blocks, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+
+
+CORPUS = Corpus({"trial": text(1), "score": text(2)})
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A model on its device, the same with layers that pass through it, and their database."""
+    known = {}
+
+    def get(family):
+        if family not in known:
+            folder = tmp_path_factory.mktemp(family)
+            dense = load_dense(str(make_checkpoint(family, folder / "dense")), "kv_group", CPU)
+            build_database(dense, text(0), DatabaseRecipe(levels=4, batch_size=4), folder / "database")
+            database = Database(folder / "database", kept=sites_needed(dense.config, dense.sites))
+            known[family] = dense, replace(dense, offload=True), database
+        return known[family]
+
+    return get
+
+
+def middle(database, dense):
+    return Plan(levels=tuple(len(site.units) // 2 for site in database.space(dense.sites).sites))
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """How many layers were on the device at once, at most."""
+    alive, most = weakref.WeakSet(), [0]
+    own = streaming._Streamed.copies
+
+    def counted(streamed):
+        found = own(streamed)
+        alive.update(list(found.values())[:1])  # of a layer without any part there are none
+        most[0] = max(most[0], len(alive))
+        return found
+
+    monkeypatch.setattr(streaming._Streamed, "copies", counted)
+    return most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_are_the_same(family, both, copies):
+    dense, streamed, database = both(family)
+    plan = middle(database, dense)
+    reference = DenseReference(dense.model, text(2))
+    again = DenseReference(streamed.model, text(2))
+    torch.testing.assert_close(again._hidden_BTD, reference._hidden_BTD, rtol=0, atol=0)
+    models = [one.cut(database.cuts(dense.sites, plan.levels, CPU)) for one in (dense, streamed)]
+    assert streaming.is_streamed(models[1]) and not streaming.is_streamed(models[0])
+    assert reference.compare(models[0]).kl == again.compare(models[1]).kl
+    near = [
+        Neighbourhood(one, reference, lambda i, level: database.cut(dense.sites[i], level, CPU), plan)
+        for one in (dense, streamed)
+    ]
+    other = [0, *plan.levels[1:]]
+    assert near[0].compare(other).kl == near[1].compare(other).kl
+    assert copies[0] == 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trial_is_the_same(family, batch, both, copies, monkeypatch):
+    monkeypatch.setattr(training, "fast_dtype", lambda device: torch.float32)
+    dense, streamed, database = both(family)
+    cuts = database.cuts(dense.sites, middle(database, dense).levels, CPU)
+    settings = {"optimizer": "sign", "rate": LearningRate(2.0**-8, relative=True), "batch_size": batch}
+    models = [one.cut(cuts, trainable=True, shared_ends=True) for one in (dense, streamed)]
+    start = {name: tensor.detach().clone() for name, tensor in models[0].named_parameters()}
+    for model in models:
+        assert train_briefly(model, text(1)[:4], **settings, portion=Portion(2, "search"))
+    assert copies[0] == 1
+    moved = 0
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
+        moved += int(not torch.equal(one, start[name]))
+    assert moved > 10
+    assert all(tensor.grad is None for tensor in models[1].parameters())
+    assert all(
+        torch.equal(tensor, again)
+        for tensor, again in zip(dense.weights.values(), streamed.weights.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sensitivities_are_the_same(family, both, copies, monkeypatch):
+    monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
+    dense, streamed, database = both(family)
+
+    def found(one):
+        return measure_sensitivity(
+            one, lambda i, level: database.cut(dense.sites[i], level, CPU), database.space(dense.sites),
+            middle(database, dense), text(1)[:2], seed=0,
+        )  # fmt: skip
+
+    expected, got = found(dense), found(streamed)
+    for one, other in ((expected.first, got.first), (expected.second, got.second)):
+        for row, again in zip(one, other, strict=True):
+            assert again == pytest.approx(row, rel=1e-4, abs=1e-7)
+    assert any(abs(one) > 1e-4 for row in got.first for one in row)
+    assert copies[0] == 1
+
+
+def test_a_search_finds_the_same_plan(both, copies, tmp_path):
+    dense, streamed, database = both("qwen3")
+    budget = parameter_budget(0.7, database.space(dense.sites))
+    recipe = SearchRecipe(
+        descent_rounds=1,
+        sensitivity_tokens=48,
+        generations=2,
+        offspring=3,
+        trial_tokens=(24, 48),
+        score_tokens=(48, 96),
+    )
+    plans = [
+        search_plan(one, database, CORPUS, budget, recipe, 0, tmp_path / name)
+        for name, one in (("whole", dense), ("streamed", streamed))
+    ]
+    assert plans[0] == plans[1]
+    assert copies[0] == 1
+
+
+def test_adamw_is_refused(both):
+    _, streamed, database = both("qwen3")
+    model = streamed.cut({}, trainable=True)
+    with pytest.raises(ValueError, match="sign"):
+        train_briefly(model, text(1)[:1], rate=LearningRate(1e-3), batch_size=1)
