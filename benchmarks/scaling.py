@@ -34,6 +34,7 @@ CASES = {
 OURS = {
     "search.descent_rounds": 4, "search.sensitivity_tokens": 65_536, "search.generations": 8, "search.offspring": 8,
     "search.survivors": [2, 1], "search.trial_tokens": [16_384, 65_536], "search.score_tokens": [8_192, 16_384],
+    "search.learning_rate": "auto", "search.trial_loss": "distillation",
     "recovery.refit_tokens": 262_144, "recovery.distillation": 0.5, "database.granularity": "kv_group",
 }  # fmt: skip
 """In place of the paper's search: descent by sensitivities and a short evolution; refit and distillation."""

@@ -123,12 +123,14 @@ def test_what_is_not_done_costs_nothing(checkpoint, tmp_path):
     model = checkpoint("llama")
     whole = stages(costs_of(model))
     assert stages(costs_of(model, search__uniform=True))["search"].seconds < 0.5 * whole["search"].seconds
-    untried = {"search__trial_tokens": [0, 0]}
-    assert stages(costs_of(model, **untried))["search"].memory < whole["search"].memory
+    untried, adamw = {"search__trial_tokens": [0, 0]}, {"search__trial_optimizer": "adamw"}
+    trained = stages(costs_of(model, **adamw))["search"]
+    assert trained.memory > whole["search"].memory
+    assert stages(costs_of(model, **untried, **adamw))["search"].memory < trained.memory
     # Generation 0 trains its plans too.
-    first = stages(costs_of(model, search__generations=0))
-    assert first["search"].memory == pytest.approx(whole["search"].memory)
-    assert first["search"].memory > stages(costs_of(model, search__generations=0, **untried))["search"].memory
+    first = stages(costs_of(model, search__generations=0, **adamw))
+    assert first["search"].memory == pytest.approx(trained.memory)
+    assert first["search"].memory > stages(costs_of(model, search__generations=0, **untried, **adamw))["search"].memory
     left = stages(costs_of(model, recovery__tokens=0))
     assert left["recovery"].memory < whole["recovery"].memory
     assert stages(costs_of(model, recovery__tokens=0, recovery__refit_tokens=0))["recovery"].seconds == 0

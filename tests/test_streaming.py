@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_checkpoint
+from conftest import SETTINGS, VOCABULARY, make_checkpoint
+from rich.console import Console
+from safetensors.torch import load_file
 
-from darwinlm import training
+from darwinlm import UserError, training
 from darwinlm.adapters import streaming
 from darwinlm.adapters.families import sites_needed
 from darwinlm.adapters.loading import load_dense
@@ -16,8 +18,10 @@ from darwinlm.data import Corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.learning_rate import LearningRate
+from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
 from darwinlm.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.report.summary import show
 from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
 from darwinlm.search.neighbourhood import Neighbourhood
@@ -29,11 +33,11 @@ CPU = torch.device("cpu")
 FAMILIES = ["qwen3", "gemma2", "qwen3_5_text", "qwen2_moe"]
 
 
-def text(seed, blocks=8):
+def blocks_of(seed, blocks=8):
     return torch.randint(0, VOCABULARY, (blocks, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": text(1), "score": text(2)})
+CORPUS = Corpus({"trial": blocks_of(1), "score": blocks_of(2)})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def both(tmp_path_factory):
         if family not in known:
             folder = tmp_path_factory.mktemp(family)
             dense = load_dense(str(make_checkpoint(family, folder / "dense")), "kv_group", CPU)
-            build_database(dense, text(0), DatabaseRecipe(levels=4, batch_size=4), folder / "database")
+            build_database(dense, blocks_of(0), DatabaseRecipe(levels=4, batch_size=4), folder / "database")
             database = Database(folder / "database", kept=sites_needed(dense.config, dense.sites))
             known[family] = dense, replace(dense, offload=True), database
         return known[family]
@@ -77,8 +81,8 @@ def copies(monkeypatch):
 def test_predictions_are_the_same(family, both, copies):
     dense, streamed, database = both(family)
     plan = middle(database, dense)
-    reference = DenseReference(dense.model, text(2))
-    again = DenseReference(streamed.model, text(2))
+    reference = DenseReference(dense.model, blocks_of(2))
+    again = DenseReference(streamed.model, blocks_of(2))
     torch.testing.assert_close(again._hidden_BTD, reference._hidden_BTD, rtol=0, atol=0)
     models = [one.cut(database.cuts(dense.sites, plan.levels, CPU)) for one in (dense, streamed)]
     assert streaming.is_streamed(models[1]) and not streaming.is_streamed(models[0])
@@ -102,7 +106,7 @@ def test_a_trial_is_the_same(family, batch, both, copies, monkeypatch):
     models = [one.cut(cuts, trainable=True, shared_ends=True) for one in (dense, streamed)]
     start = {name: tensor.detach().clone() for name, tensor in models[0].named_parameters()}
     for model in models:
-        assert train_briefly(model, text(1)[:4], **settings, portion=Portion(2, "search"))
+        assert train_briefly(model, blocks_of(1)[:4], **settings, portion=Portion(2, "search"))
     assert copies[0] == 1
     moved = 0
     for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
@@ -124,7 +128,7 @@ def test_sensitivities_are_the_same(family, both, copies, monkeypatch):
     def found(one):
         return measure_sensitivity(
             one, lambda i, level: database.cut(dense.sites[i], level, CPU), database.space(dense.sites),
-            middle(database, dense), text(1)[:2], seed=0,
+            middle(database, dense), blocks_of(1)[:2], seed=0,
         )  # fmt: skip
 
     expected, got = found(dense), found(streamed)
@@ -154,8 +158,35 @@ def test_a_search_finds_the_same_plan(both, copies, tmp_path):
     assert copies[0] == 1
 
 
+def test_a_run_ends_at_the_same_model(both, text, tmp_path):
+    dense, _, _ = both("gemma2")
+    settings = {**SETTINGS, "data.source": str(text), "recovery.refit_tokens": 64}
+    runs = [
+        prune(dense.source, target=0.8, out=tmp_path / place, settings=settings | {"search.offload": place})
+        for place in ("device", "cpu")
+    ]
+    whole, streamed = (load_file(run.path / "model" / "model.safetensors") for run in runs)
+    assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
+    for one, other in zip(*(run.metrics["rows"] for run in runs), strict=True):
+        assert other["kl"] == pytest.approx(one["kl"], rel=1e-5) and other["perplexity"] == one["perplexity"]
+        assert one["decode_tokens_per_second"] > 0 and other["decode_tokens_per_second"] is None
+    page = (runs[1].path / "report" / "index.html").read_text()
+    assert "Not measured: the layers were in the CPU" in page
+    assert "| not measured | not measured |" in (runs[1].path / "model" / "README.md").read_text()
+    show(runs[1].metrics, Console())
+
+
+def test_what_does_not_go_together_is_refused(both, text, tmp_path):
+    dense, _, _ = both("qwen3")
+    settings = {**SETTINGS, "data.source": str(text), "search.offload": "cpu"}
+    with pytest.raises(UserError, match=r"search\.offload=cpu needs search\.trial_optimizer=sign"):
+        prune(dense.source, target=0.8, out=tmp_path / "a", settings=settings | {"search.learning_rate": 1e-4})
+    with pytest.raises(UserError, match=r"latency needs the model's layers on the device"):
+        prune(dense.source, target="latency=0.8", out=tmp_path / "b", settings=settings)
+
+
 def test_adamw_is_refused(both):
-    _, streamed, database = both("qwen3")
+    _, streamed, _ = both("qwen3")
     model = streamed.cut({}, trainable=True)
     with pytest.raises(ValueError, match="sign"):
-        train_briefly(model, text(1)[:1], rate=LearningRate(1e-3), batch_size=1)
+        train_briefly(model, blocks_of(1)[:1], rate=LearningRate(1e-3), batch_size=1)

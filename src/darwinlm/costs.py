@@ -38,6 +38,10 @@ _EXPERT_BYTES = 4 * (2 * PRODUCTS + OUTPUTS)
 """Products of the outputs of all experts for a sample of tokens, and those that a removal moves once more."""
 _LIBRARIES = 650_000_000
 """Bytes of memory before any model is loaded."""
+_LINK = 1e10
+"""Bytes a second from the CPU's memory to a device's."""
+_TEMPORARY = 24 * 2**24
+"""Bytes that a step of `SignSGD` takes besides gradients."""
 _JUDGED_PLANS = 4.75
 """In a round of the descent, for how many plans all of the score text is read: eight begin, most are soon given up."""
 _GRADIENT_PASSES = 1.7
@@ -63,6 +67,8 @@ class Costs:
     target_parameters: int
     smallest_parameters: int
     stages: tuple[StageCost, ...]
+    host_memory: float
+    """Bytes of the CPU's memory that layers take which pass through the devices, by all processes; 0 if none do."""
     disk: float
     """Bytes, at the end and while checkpoints are there."""
     advice: tuple[str, ...]
@@ -133,7 +139,7 @@ def predict(
     fixed = dense - in_sites
     left = max(0.0, (fraction * dense - fixed) / in_sites)
     stages: list[StageCost] = []
-    stored, models = 0.0, 0.0
+    stored, models, host = 0.0, 0.0, 0.0
     for number in range(1, recipe.steps + 1):
         step = _Step(
             before=left ** ((number - 1) / recipe.steps),
@@ -142,7 +148,8 @@ def predict(
             last=number == recipe.steps,
         )
         prefix = "" if step.last else f"step {number}: "
-        found, columns = _predict_step(config, sites, recipe, machine, rates, step)
+        found, columns, waiting = _predict_step(config, sites, recipe, machine, rates, step)
+        host = max(host, waiting)
         stages += [_with_overhead(replace(stage, name=prefix + stage.name)) for stage in found]
         stored += columns
         models += 4 * (fixed + step.left * in_sites)
@@ -155,6 +162,7 @@ def predict(
         target_parameters=round(fraction * dense),
         smallest_parameters=fixed,
         stages=tuple(stages),
+        host_memory=_SLACK * machine.devices * host,
         disk=stored + models + checkpoint + predictions + 4 * fraction * dense,
         advice=tuple(_advice(tuple(stages), machine, recipe)),
     )
@@ -175,8 +183,9 @@ class _Step:
 
 def _predict_step(
     config: PrunedConfig, sites: tuple[Site, ...], recipe: Recipe, machine: Machine, rates: Rates, step: _Step
-) -> tuple[list[StageCost], float]:
-    """The stages of a step, without their overhead, and the bytes of its database."""
+) -> tuple[list[StageCost], float, float]:
+    """The stages of a step, without their overhead, the bytes of its database, and those in the CPU's memory of layers
+    that pass through the device."""
     shapes, again = expected_shapes(config), expected_shapes(dense_again(config))
     dense = sum(prod(shape) for shape in shapes.values())
     in_sites = sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
@@ -210,7 +219,15 @@ def _predict_step(
     ) / devices
 
     # Search. `small` and `trained`: a token through the layers of a candidate.
+    per_block = kept_bytes(config, data.sequence_length, data.sequence_length, torch.bfloat16)
+    offload = search.offloads(item * dense, per_block, machine.memory, accelerator=machine.accelerator)
     small, trained = left * layers * rates.layer_fast, left * layers * rates.layer_training
+    recovering = small, trained
+    scored_together, trained_together = 4096, search.batch_size * data.sequence_length
+    if offload:
+        # Each layer once for its scores; for training twice, and back.
+        small += 2 * left * in_sites / (_LINK * scored_together)
+        trained += 6 * left * in_sites / (_LINK * trained_together)
     sensitivities = search.sensitivity_tokens * (
         before * layers * rates.layer_training * _GRADIENT_PASSES + 3 * rates.head_float32
     )
@@ -238,7 +255,8 @@ def _predict_step(
     shared_out = (descending if search.descent_rounds else 0.0) + beginning + search.generations * generation
     searching = 2 * reference + shared_out / devices
 
-    # Recovery.
+    # Recovery, whose layers do not pass through a device.
+    small, trained = recovering
     teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
     before_training = 0.0
     if recovery.teacher_top_k:
@@ -261,21 +279,32 @@ def _predict_step(
     levels = 2 * outputs * recipe.database.levels / 2
     width = max(columns, default=0.0)
     activations = data.calibration_tokens / devices * rows * (2 if machine.accelerator else 4)
-    per_block = kept_bytes(config, data.sequence_length, data.sequence_length, torch.bfloat16)
     layer = per_block / config.num_hidden_layers
     place = torch.device("cuda" if machine.accelerator else "cpu")
     chunk = 3 * 4 * config.vocab_size * chunk_tokens(config.vocab_size, place)
     trained_for = search.trial_tokens if search.generations else search.trial_tokens[-1:]
+    # What every layer of a parent reads is kept, for all of the score text.
+    states = max(search.score_tokens) * rows * (config.num_hidden_layers + 1) * (2 if machine.accelerator else 4)
+    chunk += states
     # Trials compute activations again where they do not fit; sensitivities cannot.
     trials = whole + TRIAL_BYTES[search.optimizer] * candidate + search.batch_size * layer
     if machine.accelerator:
         if base + chunk + trials > machine.memory:
             trials -= whole - item * fixed
         descent = whole + 2 * outputs + per_block
-        if base + whole + SPARE * (levels + 2 * outputs + per_block) < machine.memory:
+        if _SLACK * (base + whole + SPARE * (levels + 2 * outputs + per_block)) < machine.memory:
             descent += levels
     else:
         descent = whole + levels + 2 * before * in_sites + whole / 2 + per_block
+    host = 0.0
+    if offload:
+        # The ends; a layer with its gradients, of the dense model or of all levels; what its layers read.
+        one = 2 * in_sites / config.num_hidden_layers
+        reads = max(trained_together, data.sequence_length) * rows * 2 * (config.num_hidden_layers + 1)
+        passing = item * fixed + 2 * one + _TEMPORARY + reads + search.batch_size * layer
+        host = item * dense + 2 * candidate + levels
+        whole = trials = passing
+        descent = passing + (levels + 2 * outputs) / config.num_hidden_layers
     sharded = devices if recovery.sharding == "fsdp" else 1
     blocks = recovery.micro_batch_size or max(1, recovery.batch_size // devices)
     kept = blocks * (
@@ -288,6 +317,8 @@ def _predict_step(
         teacher_bytes = 2 * dense - (in_sites if recovery.teacher_dtype == "int8" else 0)
     predicting = base + (teacher_bytes if recovery.teacher_top_k else 0)
     teacher_bytes = 0 if recovery.teacher_top_k else teacher_bytes
+    # Weights, gradients and two moments; with LoRA the weights, and their copies that compute.
+    trained_bytes = 6 if recovery.lora_rank else 16
     logits = 1024 * config.vocab_size * 4 * (4 if recovery.temperature == 1 else 5)
     stages = [
         StageCost(
@@ -305,8 +336,10 @@ def _predict_step(
         StageCost(
             name="recovery", seconds=training,
             memory=max(predicting, base + max(
-                whole + (4 * (fixed + candidate) if recovery.refit_tokens else 0),
-                (16 * (fixed + candidate) + teacher_bytes) / sharded + kept + logits if recovery.tokens else 0,
+                whole + (4 * (fixed + candidate) / (config.num_hidden_layers if offload else 1))
+                if recovery.refit_tokens else 0.0,
+                (trained_bytes * (fixed + candidate) + teacher_bytes) / sharded + kept + logits
+                if recovery.tokens else 0.0,
             )),
         ),
     ]  # fmt: skip
@@ -322,16 +355,24 @@ def _predict_step(
         held_out += (wanted.repeats + 1) * sum(
             share * request + wanted.decode_tokens * rates.head_alone for share in models
         )
+        if offload:
+            held_out -= (wanted.repeats + 1) * sum(
+                share * request + wanted.decode_tokens * rates.head_alone for share in models
+            )
+            passes = sum(models) * data.held_out_tokens / scored_together + _SAMPLE_TOKENS * (1 + left)
+            held_out += 2 * in_sites / _LINK * passes
         # What the dense model and the last one write.
         held_out += _SAMPLE_TOKENS * ((1 + left) * layers * rates.layer_alone + 2 * rates.head_alone)
         others = item * (fixed + candidate)
-        if machine.accelerator:
+        if offload:
+            memory = base + whole
+        elif machine.accelerator:
             # One at a time where there is no room for all.
             memory = base + whole + (3 * others if base + whole + 4 * others < machine.memory else others)
         else:
             memory = base + whole + 3 * others + 2 * dense
         stages.append(StageCost(name="evaluation", seconds=held_out, memory=memory))
-    return stages, stored
+    return stages, stored, host
 
 
 def _expert_work(site: Site, rows: int, tokens: int, levels: int) -> float:
@@ -371,7 +412,11 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
             found.append("recovery.teacher_dtype=int8")
         if recovery.lora_rank == 0:
             found.append("recovery.lora_rank=64")
-    if "search" in full:
+    if "search" in full and recipe.search.optimizer == "adamw" and any(recipe.search.trial_tokens):
+        found.append("search.trial_optimizer=sign")
+    elif "search" in full and recipe.search.offload != "cpu":
+        found.append("search.offload=cpu")
+    elif "search" in full:
         none = ",".join("0" for _ in recipe.search.trial_tokens)
         untried = f"search.trial_tokens=[{none}] (no trials), " if any(recipe.search.trial_tokens) else ""
         found.append(f"{untried}a lower data.sequence_length, or a device with more memory")

@@ -11,7 +11,15 @@ from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.memory import free_memory
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import Corpus
-from darwinlm.evaluation.measure import SAMPLE_PROMPT, as_served, measure, request_seconds, visiting, write_sample
+from darwinlm.evaluation.measure import (
+    SAMPLE_PROMPT,
+    as_served,
+    measure,
+    parked,
+    request_seconds,
+    visiting,
+    write_sample,
+)
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
 from darwinlm.export.targets import export_model
@@ -42,16 +50,18 @@ def evaluate_and_export(
         models = {"dense": first.dense.model}
         # Where there is no room for all, the others wait elsewhere for their turns.
         wait = torch.device("cpu")
-        if 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(dense.device):
+        if not dense.offload and 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(
+            dense.device
+        ):
             wait = dense.device
         uniform = uniform_plan(first.space, budgets[1])
         if uniform is not None:
-            models["uniform"] = first.cut(uniform).to(wait)
+            models["uniform"] = parked(first.cut(uniform), wait)
         if here is not first:
             models[f"{STEP}{recipe.steps - 1}"] = dense.model
-        models["found"] = here.cut(plan).to(wait)
+        models["found"] = parked(here.cut(plan), wait)
         if recipe.recovery.wanted:
-            models["recovered"] = here.result(recipe, plan, size.folder).to(wait)
+            models["recovered"] = parked(here.result(recipe, plan, size.folder), wait)
         last = models[next(reversed(models))]
         if not evaluated:
             with run.stage(f"{size.prefix}evaluation", measured_file):

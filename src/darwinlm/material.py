@@ -9,6 +9,7 @@ from torch import Tensor
 from darwinlm.adapters.cutting import copy_trained
 from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.streaming import stream_layers
 from darwinlm.database.store import Database
 from darwinlm.files import read_tensors
 from darwinlm.plan import Plan, Space
@@ -38,7 +39,8 @@ class Material:
         cut = self.cut(plan)
         if not recipe.recovery.wanted:
             return cut
-        return copy_trained(cut, read_tensors(folder / "recovery" / "weights.safetensors"))
+        model = copy_trained(cut, read_tensors(folder / "recovery" / "weights.safetensors"))
+        return stream_layers(model, self.dense.device) if self.dense.offload else model
 
 
 def stored_weights(model: PrunedModel, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import torch
 import darwinlm
 from darwinlm import dist
 from darwinlm.adapters.families import is_hybrid, sites_needed
-from darwinlm.adapters.loading import DenseModel, choose_device, load_dense
+from darwinlm.adapters.loading import DenseModel, choose_device, fast_dtype, load_dense
+from darwinlm.adapters.memory import free_memory, kept_bytes
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.database.build import build_database
@@ -134,6 +135,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     if units.experts == "channels" and not any(site.routed for site in dense.sites):
         raise UserError(f"database.experts=channels: model {recipe.model!r} has no experts; leave it out")
     _check_length(recipe, dense)
+    dense = replace(dense, offload=_offloads(recipe, dense))
     check_targets(recipe.export.targets, dense)
     if recipe.recovery.cut_documents and is_hybrid(dense.config):
         raise UserError(
@@ -149,7 +151,8 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
             check_target("params", size.target["params"], dense=dense.parameters, smallest=dense.fixed_parameters)
     if not (out / "report" / "metrics.json").exists():
         dtype = dense.compute_dtype
-        check_room(dtype.itemsize * dense.parameters, device, f"model {recipe.model!r} in {str(dtype).split('.')[1]}")
+        what = f"model {recipe.model!r} in {str(dtype).split('.')[1]}"
+        check_room(dtype.itemsize * dense.parameters, dense.layers_device, what)
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
 
@@ -158,6 +161,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
         if first is not None:
             source = str(steps[step.number - 2].folder / "model")
             dense = load_dense(source, units.granularity, device, first.dense, expert_unit=units.experts)
+            dense = replace(dense, offload=first.dense.offload)
         here = Material(dense, _database(recipe, dense, corpus, step, run))
         first = first or here
         larger: Path | None = None
@@ -252,6 +256,19 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
     longest, context = recipe.data.sequence_length, dense.config.max_position_embeddings
     if longest > context:
         raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
+
+
+def _offloads(recipe: Recipe, dense: DenseModel) -> bool:
+    """Whether layers are to pass through the device."""
+    size, accelerator = dense.compute_dtype.itemsize * dense.parameters, dense.device.type == "cuda"
+    length = recipe.data.sequence_length
+    kept = kept_bytes(dense.config, length, length, fast_dtype(dense.device))
+    if passes := recipe.search.offloads(size, kept, free_memory(dense.device), accelerator=accelerator):
+        log.info(
+            "search: layers stay in the CPU's memory and pass through %s one at a time (search.offload=%s)",
+            *(dense.device, recipe.search.offload),
+        )
+    return passes
 
 
 def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:

@@ -147,6 +147,10 @@ class SearchRecipe(_Section):
     trial_optimizer: Literal["auto", "sign", "adamw"] = "auto"
     """Of trials. `sign`: every weight moves by the sign of its gradient, in the backward pass, in 3 bytes a parameter;
     `adamw`: as published, in 18. `auto`: `sign` where `learning_rate` is `auto`."""
+    offload: Literal["auto", "device", "cpu"] = "auto"
+    """Where the layers of the model and of candidates are: on the device, or in the CPU's memory, from where they pass
+    through it one at a time. `auto`: there if twice the model, and what its layers keep of a block for their gradients,
+    do not fit a GPU's memory, unless trials use `adamw`."""
     trial_loss: Literal["next-token", "distillation"] = "distillation"
     """What trials train on; `distillation` is KL(dense || candidate)."""
     batch_size: int = Field(1, ge=1)
@@ -161,6 +165,15 @@ class SearchRecipe(_Section):
             return "sign" if self.learning_rate == "auto" else "adamw"
         return self.trial_optimizer
 
+    def offloads(self, size: float, kept: float, room: float, *, accelerator: bool) -> bool:
+        """Whether layers are to pass through a device with `room` bytes free, of which the model takes `size`, and what
+        its layers keep of a block for their gradients `kept`."""
+        if self.offload != "auto":
+            return self.offload == "cpu"
+        trained = any(self.trial_tokens) and self.optimizer == "adamw"
+        needed = 2 * size + (kept if self.descent_rounds else 0)
+        return accelerator and not trained and needed > room
+
     @model_validator(mode="after")
     def _steps_agree(self) -> "SearchRecipe":
         if not len(self.survivors) == len(self.trial_tokens) == len(self.score_tokens) > 0:
@@ -174,6 +187,10 @@ class SearchRecipe(_Section):
             raise ValueError(
                 f"search.survivors={list(self.survivors)} keeps more than search.offspring={self.offspring}; "
                 "lower the first or raise the second"
+            )
+        if self.offload == "cpu" and self.optimizer == "adamw" and any(self.trial_tokens):
+            raise ValueError(
+                "search.offload=cpu needs search.trial_optimizer=sign: AdamW's moments do not pass through the device"
             )
         if min(self.trial_tokens) < 0 or min(self.score_tokens) < 1:
             raise ValueError("search.trial_tokens must be at least 0 and search.score_tokens at least 1")

@@ -87,8 +87,7 @@ def _starting_model(
         if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
             if refitted.exists():
                 log.warning("%s: it is refitted anew", fault)
-            cuts_here = database.cuts(dense.sites, plan.levels, dense.device)
-            model = build_model(dense.config, dense.sites, dense.weights, cuts_here, trainable=True)
+            model = dense.cut(database.cuts(dense.sites, plan.levels, dense.layers_device), trainable=True)
             fitted_BT, judged_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
             refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
             save_weights(refitted, stored_weights(model, torch.float32))

@@ -209,10 +209,11 @@ def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) 
 
 
 def copy_trained(model: PrunedModel, tensors: Mapping[str, Tensor]) -> PrunedModel:
-    """A model like `model`, its device and dtype too, with other `tensors`; a tied head need not be in them."""
+    """A model like `model`, its devices and dtype too, with other `tensors`; a tied head need not be in them."""
+    places = {name: tensor.device for name, tensor in model.state_dict().items()}
     return assemble(
         copy.deepcopy(cast(PrunedConfig, model.config)),
-        {name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items()},
+        {name: tensor.to(places[name], model.dtype) for name, tensor in tensors.items()},
         trainable=False,
     )
 

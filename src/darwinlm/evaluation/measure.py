@@ -12,6 +12,7 @@ from torch import Tensor
 from darwinlm.adapters.families import has_attention
 from darwinlm.adapters.loading import served_dtype
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.streaming import is_streamed
 from darwinlm.progress import task
 from darwinlm.recipe import EvaluationRecipe, WorkloadRecipe
 from darwinlm.scoring import DenseReference
@@ -27,7 +28,8 @@ def measure(
     recipe: EvaluationRecipe,
     dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """One row a model: parameters, held-out perplexity and KL to the dense model, KV-cache bytes, speed.
+    """One row a model: parameters, held-out perplexity and KL to the dense model, KV-cache bytes, speed
+    (None where layers are streamed).
 
     Args:
         models: by name, in the dtype that they are judged in; `dense` must be among them, and where it is, all are
@@ -56,6 +58,9 @@ def measure(
             )
             progress.advance(note=name)
     del reference
+    if any(map(is_streamed, models.values())):
+        # How fast layers pass through the device says nothing about the model.
+        return [row | {"prefill_tokens_per_second": None, "decode_tokens_per_second": None} for row in rows]
     for row, speed in zip(rows, speeds(as_served(models, dtype), recipe).values(), strict=True):
         row |= speed
     return rows
@@ -65,11 +70,16 @@ def measure(
 def visiting(model: PrunedModel, device: torch.device) -> Iterator[None]:
     """Have `model` on `device` for as long as it is used, and then where it was before."""
     home = model.device
-    model.to(device)
+    parked(model, device)
     try:
         yield
     finally:
-        model.to(home)
+        parked(model, home)
+
+
+def parked(model: PrunedModel, device: torch.device) -> PrunedModel:
+    """`model` on `device`; one whose layers are streamed stays as it is."""
+    return model if is_streamed(model) else model.to(device)
 
 
 def as_served(models: Mapping[str, PrunedModel], dtype: torch.dtype) -> dict[str, PrunedModel]:

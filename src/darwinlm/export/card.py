@@ -47,8 +47,8 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
     for row in metrics["rows"]:
         lines.append(
             f"| {row['name']} | {row['parameters']:,} | {row['perplexity']:.2f} | {row['kl']:.4f} | "
-            f"{row['kv_cache_bytes_per_token']:,} | {row['prefill_tokens_per_second']:.0f} | "
-            f"{row['decode_tokens_per_second']:.1f} |"
+            f"{row['kv_cache_bytes_per_token']:,} | {_speed(row['prefill_tokens_per_second'])} | "
+            f"{_speed(row['decode_tokens_per_second'])} |"
         )
     held_out = f"{recipe.data.held_out_tokens:,} held-out tokens in blocks of {recipe.data.sequence_length}"
     text = recipe.model_copy(update={"model": base, "data": _shareable(recipe)}).to_yaml().rstrip()
@@ -79,6 +79,10 @@ def without_code(card: str) -> str:
 def _plain(text: str) -> str:
     """Text that Markdown and HTML show as it is, on one line: names come from whoever made a model or a data set."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~:])", r"\\\1", html.escape(printable(text)))
+
+
+def _speed(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f}"
 
 
 def _dtype(environment: Mapping[str, Any]) -> str:

@@ -114,10 +114,12 @@ def _correct(
     """
     projection = layer.get_submodule(family.output(kind))
     assert isinstance(projection, nn.Linear)
-    columns, rows, device = projection.in_features, projection.out_features, projection.weight.device
+    # Of layers that are streamed, weights are elsewhere.
+    columns, rows, device = projection.in_features, projection.out_features, states[0].device
     gain_D = torch.ones(rows, device=device)
     if family.norm_after(kind):
-        gain_D = layer.get_submodule(family.norm_after(kind))(gain_D)
+        norm = layer.get_submodule(family.norm_after(kind))
+        gain_D = copy.deepcopy(norm).to(device)(gain_D)
         gain_D = torch.where(gain_D.abs() < _LEAST_GAIN * gain_D.abs().max(), torch.inf, gain_D)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = projection.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
@@ -137,4 +139,6 @@ def _correct(
     factor_KK = torch.linalg.cholesky(gram_KK.double())
     change_DK = torch.cholesky_solve(lacking_DK.double().T, factor_KK).T.float()
     # Not in place: an uncut site shares its tensors with the dense model.
-    projection.weight = nn.Parameter(projection.weight + change_DK, requires_grad=projection.weight.requires_grad)
+    projection.weight = nn.Parameter(
+        projection.weight + change_DK.to(projection.weight.device), requires_grad=projection.weight.requires_grad
+    )

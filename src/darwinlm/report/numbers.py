@@ -26,8 +26,10 @@ def kl(nats: float | None) -> str:
     return f"{nats:.3f}" if abs(nats) >= 0.1 or nats == 0 else f"{nats:.5f}"
 
 
-def plain(value: float) -> str:
+def plain(value: float | None) -> str:
     """1,953 and 41.1"""
+    if value is None:
+        return "\N{EN DASH}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from darwinlm.costs import Costs
 from darwinlm.progress import printable
 from darwinlm.rates import Machine
+from darwinlm.report.numbers import plain
 
 _TITLES = {
     "name": "model",
@@ -38,8 +39,8 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
             f"{row['perplexity']:.2f}",
             f"{row['kl']:.4f}",
             f"{row['kv_cache_bytes_per_token']:,}",
-            f"{row['prefill_tokens_per_second']:.0f}",
-            f"{row['decode_tokens_per_second']:.1f}",
+            plain(row["prefill_tokens_per_second"]),
+            plain(row["decode_tokens_per_second"]),
         )
     console.print(table)
     for limit in metrics.get("limits", []):
@@ -70,6 +71,11 @@ def show_costs(costs: Costs, machine: Machine, console: Console) -> None:
         highlight=False,
     )
     console.print(table)
+    if costs.host_memory:
+        console.print(
+            f"CPU memory: {costs.host_memory / 1e9:.0f} GB of layers that pass through the device (search.offload)",
+            highlight=False,
+        )
     console.print(f"disk: {costs.disk / 1e9:.1f} GB", highlight=False)
     for setting in costs.advice:
         console.print(f"to make it fit: {setting}", highlight=False)
