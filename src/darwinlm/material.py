@@ -39,7 +39,8 @@ class Material:
         cut = self.cut(plan)
         if not recipe.recovery.wanted:
             return cut
-        model = copy_trained(cut, read_tensors(folder / "recovery" / "weights.safetensors"))
+        trained = read_tensors(folder / "recovery" / "weights.safetensors")
+        model = copy_trained(cut, trained, self.dense.layers_device)
         return stream_layers(model, self.dense.device) if self.dense.offload else model
 
 

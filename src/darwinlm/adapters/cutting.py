@@ -208,12 +208,18 @@ def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) 
     return module.requires_grad_(False).eval()
 
 
-def copy_trained(model: PrunedModel, tensors: Mapping[str, Tensor]) -> PrunedModel:
-    """A model like `model`, its devices and dtype too, with other `tensors`; a tied head need not be in them."""
-    places = {name: tensor.device for name, tensor in model.state_dict().items()}
+def copy_trained(
+    model: PrunedModel, tensors: Mapping[str, Tensor], layers_on: torch.device | None = None
+) -> PrunedModel:
+    """A model like `model`, its device and dtype too, with other `tensors`; a tied head need not be in them. Its layers
+    are on `layers_on`, if that is another device."""
+
+    def place(name: str) -> torch.device:
+        return layers_on if layers_on is not None and name.startswith(LAYERS) else model.device
+
     return assemble(
         copy.deepcopy(cast(PrunedConfig, model.config)),
-        {name: tensor.to(places[name], model.dtype) for name, tensor in tensors.items()},
+        {name: tensor.to(place(name), model.dtype) for name, tensor in tensors.items()},
         trainable=False,
     )
 
