@@ -1,5 +1,7 @@
 """Layers that pass through the device one at a time: the same numbers, and no two of them there at once."""
 
+import copy
+import gc
 import weakref
 from dataclasses import replace
 
@@ -183,6 +185,29 @@ def test_what_does_not_go_together_is_refused(both, text, tmp_path):
         prune(dense.source, target=0.8, out=tmp_path / "a", settings=settings | {"search.learning_rate": 1e-4})
     with pytest.raises(UserError, match=r"latency needs the model's layers on the device"):
         prune(dense.source, target="latency=0.8", out=tmp_path / "b", settings=settings)
+
+
+def test_a_candidate_is_gone_once_it_is_not_needed(both):
+    _, streamed, database = both("qwen3")
+    cuts = database.cuts(streamed.sites, middle(database, streamed).levels, CPU)
+    model = streamed.cut(cuts, trainable=True, shared_ends=True)
+    gc.disable()
+    try:
+        assert train_briefly(model, blocks_of(1)[:1], optimizer="sign", rate=LearningRate(1e-3), batch_size=1)
+        left = weakref.ref(model.model.layers[1].mlp.up_proj.weight)
+        del model
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copied_layer_computes_by_itself(both):
+    """As refit does: in another dtype, and not with the weights of the layer that it was copied from."""
+    _, streamed, _ = both("qwen3")
+    layer = streamed.model.model.layers[0]
+    copied = copy.deepcopy(layer).double()
+    assert copied.forward.layer is copied and layer.forward.layer is layer
+    assert {one.dtype for one in copied.forward.copies().values()} == {torch.float64}
 
 
 def test_adamw_is_refused(both):

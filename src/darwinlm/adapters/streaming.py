@@ -5,6 +5,7 @@ computed once more from what it read, and its gradients are there for as long as
 checkpointing, only what each layer reads is kept.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,10 +54,21 @@ class _Streamed:
     """The `forward` of a streamed layer."""
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
-        self.layer, self.device = layer, device
+        # A cycle would keep the weights of a candidate until Python looks for such.
+        self._layer, self.device = weakref.ref(layer), device
         self.learn: Learn | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         """Has a gradient where what the layer reads has none, as in the first layer."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Streamed":
+        return _Streamed(memo[id(self.layer)], self.device)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer's own."""
@@ -75,11 +87,12 @@ class _Streamed:
 
     def run(self, copies: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The layer's own `forward`, with other parameters."""
-        del self.layer.forward
+        layer = self.layer
+        del layer.forward
         try:
-            found: Tensor = torch.func.functional_call(self.layer, dict(copies), args, kwargs)
+            found: Tensor = torch.func.functional_call(layer, dict(copies), args, kwargs)
         finally:
-            self.layer.forward = self
+            layer.forward = self
         return found
 
 
