@@ -208,6 +208,8 @@ def test_levels_are_those_of_an_mlp_and_never_none(mixture):
     site = next(site for site in dense.sites if site.experts)
     assert level_sizes(site, 4) == (16, 12, 8, 4, 0)
     assert site.name in sites_needed(dense.config, dense.sites)
+    wide = replace(site, num_units=768)
+    assert all(size % 8 == 0 for levels in (5, 25, 48) for size in level_sizes(wide, levels))
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])

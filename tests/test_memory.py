@@ -41,7 +41,8 @@ CPU_ALLOCATOR = (
     ],
 )
 def test_each_lack_of_memory_is_one_line(error, message):
-    remedy = "run the same command on a larger machine, or lower search.batch_size or data.sequence_length in a new"
+    lower = "set search.offload=cpu, lower search.batch_size or data.sequence_length"
+    remedy = f"run the same command on a larger machine, or {lower} in a new"
     with pytest.raises(UserError, match=f"^0.8: search: {message}.*; {remedy}"), naming_memory_faults("0.8: search"):
         raise error
 

@@ -165,6 +165,17 @@ def test_a_step_half_taken_cannot_be_taken_back(halved, monkeypatch):
         train_briefly(model, BLOCKS, **SIGN)
 
 
+def test_a_forecast_trains_too():
+    with pytest.raises(ValueError, match=r"search\.offload=cpu needs search\.trial_optimizer=sign"):
+        SearchRecipe(trial_tokens=(0, 0), learning_rate=1e-4, offload="cpu", forecast_candidates=3)
+    assert not SearchRecipe(learning_rate=1e-4).offloads(10, 0, 1, accelerator=True)
+    assert SearchRecipe().offloads(10, 0, 19, accelerator=True)
+    assert not SearchRecipe().offloads(10, 0, 21, accelerator=True)
+    assert SearchRecipe().offloads(10, 2, 21, accelerator=True) and not SearchRecipe().offloads(
+        9, 9, 1, accelerator=False
+    )
+
+
 def test_a_gradient_without_a_value_is_told(halved, monkeypatch):
     in_dtype(monkeypatch, torch.bfloat16)
     _, get = halved

@@ -187,6 +187,14 @@ def test_what_does_not_go_together_is_refused(both, text, tmp_path):
         prune(dense.source, target="latency=0.8", out=tmp_path / "b", settings=settings)
 
 
+def test_a_checkpoint_that_balances_its_experts_is_refused(text, tmp_path):
+    """Routers are seen where layers are computed for their gradients, not where the loss is."""
+    folder = make_checkpoint("mixtral", tmp_path / "dense", output_router_logits=True)
+    settings = {**SETTINGS, "data.source": str(text), "search.offload": "cpu"}
+    with pytest.raises(UserError, match=r"cannot add the load-balancing loss .* output_router_logits to false"):
+        prune(folder, target=0.8, out=tmp_path / "run", settings=settings)
+
+
 def test_a_candidate_is_gone_once_it_is_not_needed(both):
     _, streamed, database = both("qwen3")
     cuts = database.cuts(streamed.sites, middle(database, streamed).levels, CPU)

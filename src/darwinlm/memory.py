@@ -22,7 +22,7 @@ _FILES = {
 _REMEDIES = {
     "corpus": "lower data.sequence_length",
     "database": "lower database.batch_size, set database.offload=disk",
-    "search": "lower search.batch_size or data.sequence_length",
+    "search": "set search.offload=cpu, lower search.batch_size or data.sequence_length",
     "recovery": "lower recovery.micro_batch_size, set recovery.activations=recompute",
     "evaluation": "lower evaluation.prefill_tokens",
 }

@@ -39,6 +39,7 @@ from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
 from darwinlm.settings import change_recipe, differences, load_recipe
+from darwinlm.target import parse_target, split_targets
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,6 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     if units.experts == "channels" and not any(site.routed for site in dense.sites):
         raise UserError(f"database.experts=channels: model {recipe.model!r} has no experts; leave it out")
     _check_length(recipe, dense)
-    dense = replace(dense, offload=_offloads(recipe, dense))
     check_targets(recipe.export.targets, dense)
     if recipe.recovery.cut_documents and is_hybrid(dense.config):
         raise UserError(
@@ -145,6 +145,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
     check_recovery(recipe.recovery)
     uniform = _wants_uniform(recipe, dense)
+    dense = replace(dense, offload=_offloads(recipe, dense, uniform))
     steps = run_steps(recipe, out)
     for size in steps[-1].sizes:
         if "params" in size.target:
@@ -152,7 +153,8 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     if not (out / "report" / "metrics.json").exists():
         dtype = dense.compute_dtype
         what = f"model {recipe.model!r} in {str(dtype).split('.')[1]}"
-        check_room(dtype.itemsize * dense.parameters, dense.layers_device, what)
+        # Beside a model whose layers pass through the device there is a candidate.
+        check_room((2 if dense.offload else 1) * dtype.itemsize * dense.parameters, dense.layers_device, what)
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
 
@@ -258,17 +260,44 @@ def _check_length(recipe: Recipe, dense: DenseModel) -> None:
         raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
 
 
-def _offloads(recipe: Recipe, dense: DenseModel) -> bool:
-    """Whether layers are to pass through the device."""
+def _offloads(recipe: Recipe, dense: DenseModel, uniform: bool) -> bool:
+    """Whether layers are to pass through the device, the same on all ranks; says what does not. Raises UserError."""
+    search = recipe.search.model_copy(update={"descent_rounds": 0}) if uniform else recipe.search
     size, accelerator = dense.compute_dtype.itemsize * dense.parameters, dense.device.type == "cuda"
     length = recipe.data.sequence_length
     kept = kept_bytes(dense.config, length, length, fast_dtype(dense.device))
-    if passes := recipe.search.offloads(size, kept, free_memory(dense.device), accelerator=accelerator):
-        log.info(
-            "search: layers stay in the CPU's memory and pass through %s one at a time (search.offload=%s)",
-            *(dense.device, recipe.search.offload),
+    passes = search.offloads(size, kept, free_memory(dense.device), accelerator=accelerator)
+    passes = dist.gather(passes)[0]
+    if not passes:
+        return False
+    if any("latency" in parse_target(target) for target in split_targets(recipe.target)):
+        raise UserError(
+            "a target with latency needs the model's layers on the device, where they are timed; set "
+            "search.offload=device, or limit flops instead"
         )
-    return passes
+    if dense.balance > 0 and search.trains:
+        if search.offload == "cpu":
+            raise UserError(
+                "search.offload=cpu: trials cannot add the load-balancing loss that the checkpoint asks for; set "
+                "output_router_logits to false in its config.json"
+            )
+        return False
+    log.info(
+        "search: layers stay in the CPU's memory and pass through %s one at a time (search.offload=%s)",
+        *(dense.device, search.offload),
+    )
+    if recipe.data.source == "self" and accelerator:
+        log.warning(
+            "data.source=self has the model write the text, all of it passing through for each token: give text"
+        )
+    recovery = recipe.recovery
+    if accelerator and recovery.tokens > 0 and recovery.sharding == "none" and recovery.lora_rank == 0:
+        log.warning(
+            "recovery does not pass layers through: it takes 16 bytes a parameter on %s; see darwinlm plan, or set "
+            "recovery.lora_rank, recovery.sharding=fsdp or recovery.tokens=0",
+            dense.device,
+        )
+    return True
 
 
 def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:

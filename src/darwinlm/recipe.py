@@ -165,12 +165,17 @@ class SearchRecipe(_Section):
             return "sign" if self.learning_rate == "auto" else "adamw"
         return self.trial_optimizer
 
+    @property
+    def trains(self) -> bool:
+        """Whether any candidate is trained."""
+        return any(self.trial_tokens) or self.forecast_candidates > 0
+
     def offloads(self, size: float, kept: float, room: float, *, accelerator: bool) -> bool:
         """Whether layers are to pass through a device with `room` bytes free, of which the model takes `size`, and what
         its layers keep of a block for their gradients `kept`."""
         if self.offload != "auto":
             return self.offload == "cpu"
-        trained = any(self.trial_tokens) and self.optimizer == "adamw"
+        trained = self.trains and self.optimizer == "adamw"
         needed = 2 * size + (kept if self.descent_rounds else 0)
         return accelerator and not trained and needed > room
 
@@ -188,7 +193,7 @@ class SearchRecipe(_Section):
                 f"search.survivors={list(self.survivors)} keeps more than search.offspring={self.offspring}; "
                 "lower the first or raise the second"
             )
-        if self.offload == "cpu" and self.optimizer == "adamw" and any(self.trial_tokens):
+        if self.offload == "cpu" and self.optimizer == "adamw" and self.trains:
             raise ValueError(
                 "search.offload=cpu needs search.trial_optimizer=sign: AdamW's moments do not pass through the device"
             )

@@ -45,7 +45,7 @@ def recover_plan(
     share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
     wanted = recipe.recovery.model_copy(update={"tokens": share})
     # What is sharded need not fit on one device.
-    place = torch.device("cpu") if is_sharded(wanted) else dense.device
+    place = torch.device("cpu") if is_sharded(wanted) or wanted.tokens == 0 else dense.device
     model = _starting_model(here, corpus, plan, wanted.refit_tokens, place, folder)
     # The teacher has a dtype of its own, and memory is for the training now.
     dense.release()
@@ -78,8 +78,8 @@ def _starting_model(
     """`plan`, refitted if that is wanted, trainable, on `place`. What it was made from ends with this function: nothing
     of it stays in memory while the model is trained."""
     dense, database = here.dense, here.database
-    cuts = database.cuts(dense.sites, plan.levels, place)
     if refit_tokens == 0:
+        cuts = database.cuts(dense.sites, plan.levels, place)
         weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
         return build_model(dense.config, dense.sites, weights, cuts, trainable=True)
     refitted = folder / "refit"
@@ -92,6 +92,7 @@ def _starting_model(
             refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
             save_weights(refitted, stored_weights(model, torch.float32))
     tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
+    cuts = database.cuts(dense.sites, plan.levels, torch.device("cpu"))
     return assemble(pruned_config(dense.config, dense.sites, cuts), tensors, trainable=True)
 
 

@@ -3,7 +3,7 @@
 Trials are a few steps. The first step of AdamW is the learning rate times the sign of each gradient, since its moments
 have nothing to average yet; and over the first few, moments were found to help nothing (docs/lab-log.md). Without them
 (signSGD, Bernstein et al., 2018, arXiv 1802.04434) no step needs more than one gradient at a time: each is applied and
-forgotten as soon as the backward pass has it.
+forgotten as soon as the backward pass has it. (Of a batch that is computed in parts they add up, and all exist.)
 
 Weights are in the dtype that computes. In bfloat16 most steps are less than half of the distance to the next number, so
 they are rounded stochastically (Gupta et al., 2015, arXiv 1502.02551): up or down by chance, and right on average.
@@ -104,7 +104,6 @@ class SignSGD:
             pairs = zip(tensor.data.view(-1).split(TOGETHER), flat.split(TOGETHER), strict=True)
             pieces += [(weight, gradient, rate, eps) for weight, gradient in pairs]
             tensor.grad = None
-        self._moved |= bool(pieces)
         self._pending = []
         while pieces:
             count, numbers = 1, pieces[0][0].numel()
@@ -125,6 +124,7 @@ class SignSGD:
         torch._foreach_div_(each, sizes)
         torch._foreach_mul_(each, rates)
         if weights[0].dtype == torch.float32:
+            self._moved = True
             torch._foreach_add_(weights, each)
             return
         del sizes
@@ -133,4 +133,5 @@ class SignSGD:
             _LOWER_HALF, moved.shape, dtype=torch.int32, device=moved.device, generator=self._generator
         )
         moved.view(torch.int32).add_(chance).bitwise_and_(-_LOWER_HALF)
+        self._moved = True
         torch._foreach_copy_(weights, list(moved.split(lengths)))

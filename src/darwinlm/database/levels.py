@@ -22,6 +22,8 @@ def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int,
     if site.kind == "mlp":
         multiple = next(m for m in _MULTIPLES if units >= 4 * levels * m or m == 1)
     multiple = multiple if site.of_experts else math.lcm(multiple, tensor_parallel)
+    if site.experts and units >= 8 * levels:
+        multiple = math.lcm(multiple, 8)  # PyTorch's grouped products of bfloat16 want rows of 16 bytes
     least = site.routed if site.of_experts else multiple
     sizes = {units, 0} | ({least} if site.of_experts else set())
     for level in range(1, levels):

@@ -16,6 +16,7 @@ from darwinlm.adapters.config import OLD_TYPE, load_config
 from darwinlm.adapters.families import auto_map, causal_lm
 from darwinlm.adapters.loading import DenseModel, choose_device
 from darwinlm.adapters.modeling_darwinlm import PRUNED, PrunedModel
+from darwinlm.adapters.streaming import is_streamed, stream_layers
 from darwinlm.errors import UserError
 from darwinlm.export.proof import LATIN, TEXT
 from darwinlm.files import new_folder, write_json
@@ -162,7 +163,10 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
 
 @torch.no_grad()
 def _largest_difference(model: PrunedModel, folder: Path) -> float:
-    written = load(folder, dtype=model.dtype, device=str(model.device))
+    streamed = is_streamed(model)
+    written = load(folder, dtype=model.dtype, device="cpu" if streamed else str(model.device))
+    if streamed:
+        stream_layers(written, model.device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (1, _PROOF_TOKENS), generator=generator).to(model.device)
     training = model.training

@@ -16,7 +16,7 @@ from darwinlm.scoring import DenseReference, Fidelity
 class Neighbourhood:
     """What a base plan and those near it have in common.
 
-    The base plan's hidden states before every layer are kept (tokens * hidden * layers, float32), so a plan that
+    The base plan's hidden states before every layer are kept (tokens * hidden * layers, in `dtype`), so a plan that
     differs from it first in layer l costs the layers from l on, and builds only those that differ.
     """
 

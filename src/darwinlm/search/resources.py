@@ -13,7 +13,6 @@ from darwinlm.adapters.cutting import Cut, active_parameters, assemble, cut_site
 from darwinlm.adapters.families import LAYERS, Site, dense_again, sites_needed, window_of
 from darwinlm.adapters.loading import DenseModel, served_dtype
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.errors import UserError
 from darwinlm.files import read_json, write_json
 from darwinlm.plan import Limit, SiteLevels, Space, parameter_limit
 from darwinlm.progress import task
@@ -103,11 +102,6 @@ def _memory(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
 
 
 def _latency(dense: DenseModel, space: Space, workload: WorkloadRecipe, file: Path) -> Limit:
-    if dense.offload:
-        raise UserError(
-            "a target with latency needs the model's layers on the device, where they are timed; set "
-            "search.offload=device, or limit flops instead"
-        )
     if dist.rank() == 0 and not file.exists():
         write_json(file, measure_latencies(dense, space, workload), sealed=True)
     # The same numbers on every rank, whoever measured them. Other timings would make another budget.

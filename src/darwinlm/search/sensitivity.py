@@ -10,6 +10,7 @@ Dimension letters: N tokens of a block, W windows of a block, O output rows, I i
 together, L levels.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -124,7 +125,9 @@ class _WidenedSite:
         self.site, self.base = dense.sites[index], base.levels[index]
         self.last = sum(units > 0 for units in space.sites[index].units)
         """The level that removes the site, if there is one."""
-        self.dtype = fast_dtype(dense.device)
+        self.dtype, self.device = fast_dtype(dense.device), dense.device
+        self.offload = dense.offload
+        """Then what it reads is computed again for each backward pass."""
         dense_OI = dense.weights[f"{self.site.output}.weight"].to(self.dtype)
         columns, weights = [torch.arange(dense_OI.shape[1], device=dense_OI.device)], [dense_OI]
         for level in range(1, self.last):
@@ -157,10 +160,12 @@ class _WidenedSite:
         Where a `norm` follows, what counts is behind it: it does not see how large its input is, and so removing that
         would look free.
         """
-        self._norm = norm
+        # A copy: the model's own may be elsewhere by then, and would hold this, which holds it.
+        self._norm = None if norm is None else copy.deepcopy(norm).to(self.device)
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._inputs_NI = inputs[0].detach()[0]
+            if torch.is_grad_enabled():
+                self._inputs_NI = inputs[0].detach()[0]
 
         def after(_: nn.Module, __: object, outputs: Tensor) -> None:
             if outputs.requires_grad:  # in the backward pass, where layers are streamed
@@ -181,7 +186,12 @@ class _WidenedSite:
         if self.bias_O is not None:
             bias_O = self.bias_O.to(gradient_NO.device, torch.float32)
             changes_NL[:length, : self.last] += (gradient_NO.float() @ bias_O)[:, None]
+        self._found(changes_NL)
+
+    def _found(self, changes_NL: Tensor) -> None:
         self.changes_WL = _by_window(changes_NL, self.base)
+        if self.offload:
+            self._inputs_NI = None
 
     @torch.no_grad()
     def _project_normed(self, gradient_1NO: Tensor) -> None:
@@ -196,9 +206,8 @@ class _WidenedSite:
             output_NO = self._inputs_NI.index_select(1, columns_K) @ weight_OK.to(gradient_NO.device).T
             if self.bias_O is not None:
                 output_NO += self.bias_O.to(output_NO)
-            # Not by calling the norm: its hooks are for the model's own pass.
-            changes_NL[:length, level] = (gradient_NO.float() * self._norm.forward(output_NO).float()).sum(1)
-        self.changes_WL = _by_window(changes_NL, self.base)
+            changes_NL[:length, level] = (gradient_NO.float() * self._norm(output_NO).float()).sum(1)
+        self._found(changes_NL)
 
 
 class _ExpertSite:

@@ -121,6 +121,7 @@ class TrialScorer:
         cuts = self._database.cuts(dense.sites, plan.levels, dense.layers_device)
         if needed > free_memory(dense.device):
             self._database.free()
+            self._near = None  # it holds layers of the dense model
             dense.park()
         dtype = fast_dtype(dense.device)
         own = torch.float32 if self._optimizer == "adamw" and rate is not None else dtype
