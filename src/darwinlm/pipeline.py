@@ -270,11 +270,6 @@ def _offloads(recipe: Recipe, dense: DenseModel, uniform: bool) -> bool:
     passes = dist.gather(passes)[0]
     if not passes:
         return False
-    if any("latency" in parse_target(target) for target in split_targets(recipe.target)):
-        raise UserError(
-            "a target with latency needs the model's layers on the device, where they are timed; set "
-            "search.offload=device, or limit flops instead"
-        )
     if dense.balance > 0 and search.trains:
         if search.offload == "cpu":
             raise UserError(
@@ -282,6 +277,11 @@ def _offloads(recipe: Recipe, dense: DenseModel, uniform: bool) -> bool:
                 "output_router_logits to false in its config.json"
             )
         return False
+    if any("latency" in parse_target(target) for target in split_targets(recipe.target)):
+        raise UserError(
+            "a target with latency needs the model's layers on the device, where they are timed; set "
+            "search.offload=device, or limit flops instead"
+        )
     log.info(
         "search: layers stay in the CPU's memory and pass through %s one at a time (search.offload=%s)",
         *(dense.device, search.offload),
