@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +209,28 @@ def test_a_candidate_is_gone_once_it_is_not_needed(both):
         assert left() is None
     finally:
         gc.enable()
+
+
+def test_layers_are_read_from_their_files_and_never_held(tmp_path):
+    """In the checkpoint's dtype, though they compute in another; ends are copies, and nothing reads a wrong number."""
+    dense = load_dense(str(make_checkpoint("qwen3", tmp_path, torch.bfloat16)), "kv_group", CPU)
+    streamed = replace(dense, offload=True)
+    expected, found = (one.model(blocks_of(0).long()).logits for one in (dense, streamed))
+    assert found.dtype == torch.float32 and torch.equal(expected, found)
+    for name, tensor in streamed.weights.items():
+        in_layers = name.startswith("model.layers.")
+        assert tensor.dtype == (torch.bfloat16 if in_layers else torch.float32), name
+        if sys.platform == "linux":
+            assert mapped_file(tensor).endswith(".safetensors") == in_layers, name
+
+
+def mapped_file(tensor):
+    """The file whose mapping a tensor is in; empty for memory of the heap."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return " ".join(line.split()[5:])
+    raise AssertionError("no mapping holds it")
 
 
 def test_a_copied_layer_computes_by_itself(both):

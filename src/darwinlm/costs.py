@@ -68,7 +68,8 @@ class Costs:
     smallest_parameters: int
     stages: tuple[StageCost, ...]
     host_memory: float
-    """Bytes of the CPU's memory that layers take which pass through the devices, by all processes; 0 if none do."""
+    """Bytes of the CPU's memory that layers take which pass through the devices; 0 if none do. Each process has
+    candidates of its own; the dense model's files are cached once."""
     disk: float
     """Bytes, at the end and while checkpoints are there."""
     advice: tuple[str, ...]
@@ -162,7 +163,7 @@ def predict(
         target_parameters=round(fraction * dense),
         smallest_parameters=fixed,
         stages=tuple(stages),
-        host_memory=_SLACK * machine.devices * host,
+        host_memory=_SLACK * machine.devices * host + (2 * dense if host else 0),
         disk=stored + models + checkpoint + predictions + 4 * fraction * dense,
         advice=tuple(_advice(tuple(stages), machine, recipe)),
     )
@@ -302,7 +303,7 @@ def _predict_step(
         one = 2 * in_sites / config.num_hidden_layers
         reads = max(trained_together, data.sequence_length) * rows * 2 * (config.num_hidden_layers + 1)
         passing = item * fixed + 2 * one + _TEMPORARY + reads + search.batch_size * layer
-        host = item * dense + 2 * candidate + levels
+        host = 2 * candidate + levels
         whole = trials = passing
         descent = passing + (levels + 2 * outputs) / config.num_hidden_layers
     sharded = devices if recovery.sharding == "fsdp" else 1

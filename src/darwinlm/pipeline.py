@@ -153,8 +153,8 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     if not (out / "report" / "metrics.json").exists():
         dtype = dense.compute_dtype
         what = f"model {recipe.model!r} in {str(dtype).split('.')[1]}"
-        # Beside a model whose layers pass through the device there is a candidate.
-        check_room((2 if dense.offload else 1) * dtype.itemsize * dense.parameters, dense.layers_device, what)
+        # Layers that pass through the device are read from their files; a candidate takes less than so much.
+        check_room(dtype.itemsize * dense.parameters, dense.layers_device, what)
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
 

@@ -140,8 +140,18 @@ class Checkpoint:
                     "checkpoint it was made from"
                 )
 
+    def map(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, mapped from their files: all processes of a machine share what is read of them, and the
+        system drops it where memory is short. Experts that are stored one by one are copied. Raises UserError."""
+        return self._read(names, torch.device("cpu"), None, copied=False)
+
     def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Tensors by name, on `device`, in `dtype` or the one they are stored in. Raises UserError."""
+        """Copies of tensors by name, on `device`, in `dtype` or the one they are stored in. Raises UserError."""
+        return self._read(names, device, dtype, copied=True)
+
+    def _read(
+        self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None, *, copied: bool
+    ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         by_file: dict[Path, list[tuple[str, int, int, str]]] = {}
         for name in names:
@@ -160,8 +170,8 @@ class Checkpoint:
                         if name in found:
                             found[name][number, row : row + len(tensor)] = tensor
                         else:
-                            # A copy: the file's mapping must not outlive this block.
-                            found[name] = tensor.to(device, dtype, copy=True)
+                            # What is not copied keeps all of the file mapped.
+                            found[name] = tensor.to(device, dtype, copy=copied)
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
         return found

@@ -71,7 +71,8 @@ class DenseModel:
     fingerprint: str
     """Of config and weights: two checkpoints that differ have different ones."""
     offload: bool = False
-    """Whether layers, this model's and those cut from it, stay in the CPU's memory and pass through the device."""
+    """Whether layers pass through the device one at a time: this model's from its files, and those cut from it from the
+    CPU's memory."""
     balance: float = 0.0
     """What the loss that spreads tokens over experts is multiplied by; 0 if the checkpoint does not ask for it."""
     sites_before: tuple[Site, ...] = ()
@@ -94,8 +95,13 @@ class DenseModel:
     @cached_property
     def ends(self) -> PrunedModel:
         """`model` for those that need its embeddings, last norm and head: its layers may be parked elsewhere."""
-        whole = self.whole(self.layers_device, self.compute_dtype)
-        return stream_layers(whole, self.device) if self.offload else whole
+        if not self.offload:
+            return self.whole(self.device, self.compute_dtype)
+        layers = [name for name in self.shapes if name.startswith(LAYERS)]
+        others = [name for name in self.shapes if not name.startswith(LAYERS)]
+        tensors = self.checkpoint.read(others, self.device, self.compute_dtype)
+        tensors |= self.checkpoint.map(layers)
+        return stream_layers(fill(empty_model(self.config), tensors), self.device, self.compute_dtype)
 
     def park(self) -> None:
         """Leave the layers, the reference's too, in the CPU's memory until `model` is asked for again: the device's is

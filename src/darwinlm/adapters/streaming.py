@@ -18,8 +18,13 @@ Learn = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 """What is done with the parameters of a layer and their copies on the device, which have their gradients."""
 
 
-def stream_layers(model: PrunedModel, device: torch.device) -> PrunedModel:
+def stream_layers(model: PrunedModel, device: torch.device, dtype: torch.dtype | None = None) -> PrunedModel:
     """Have the layers of `model`, which are in the CPU's memory, compute on `device`; move all else there.
+
+    Args:
+        model: its layers may be mapped from files, and are not written to.
+        device: where layers compute.
+        dtype: that they compute in; the one they are stored in by default.
 
     Returns:
         The same model.
@@ -30,13 +35,13 @@ def stream_layers(model: PrunedModel, device: torch.device) -> PrunedModel:
             module.to(device)
     model.lm_head.to(device)
     for layer in layers:
-        stream(layer, device)
+        stream(layer, device, dtype)
     return model
 
 
-def stream(layer: nn.Module, device: torch.device) -> None:
-    """Have a layer in the CPU's memory compute on `device`."""
-    layer.forward = _Streamed(layer, device)
+def stream(layer: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Have a layer in the CPU's memory compute on `device`, in `dtype` or the one it is stored in."""
+    layer.forward = _Streamed(layer, device, dtype)
 
 
 def is_streamed(model: PrunedModel) -> bool:
@@ -53,15 +58,15 @@ def learn_with(model: PrunedModel, learn: Learn | None) -> None:
 class _Streamed:
     """The `forward` of a streamed layer."""
 
-    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+    def __init__(self, layer: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         # A cycle would keep the weights of a candidate until Python looks for such.
-        self._layer, self.device = weakref.ref(layer), device
+        self._layer, self.device, self.dtype = weakref.ref(layer), device, dtype
         self.learn: Learn | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         """Has a gradient where what the layer reads has none, as in the first layer."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Streamed":
-        return _Streamed(memo[id(self.layer)], self.device)
+        return _Streamed(memo[id(self.layer)], self.device, None)  # a copy may be given another dtype
 
     @property
     def layer(self) -> nn.Module:
@@ -80,7 +85,9 @@ class _Streamed:
     def copies(self) -> dict[str, Tensor]:
         """Parameters and buffers on the device, those with gradients as leaves."""
         copies = {
-            name: one.detach().to(self.device, copy=True, non_blocking=True).requires_grad_(one.requires_grad)
+            name: one.detach()
+            .to(self.device, self.dtype or one.dtype, copy=True, non_blocking=True)
+            .requires_grad_(one.requires_grad)
             for name, one in self.layer.named_parameters()
         }
         return copies | {name: one.to(self.device, non_blocking=True) for name, one in self.layer.named_buffers()}
