@@ -177,13 +177,37 @@ def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(extra, run, 
     assert files_of(out) == after
 
 
-def test_two_ranks_that_shard_the_training_write_a_model_that_transformers_loads(run, checkpoint, tmp_path):
+LOST_RANK = """
+import os, signal, sys
+from darwinlm.cli import main
+from darwinlm.recovery.trainer import RecoveryTrainer
+steps = []
+step = RecoveryTrainer.training_step
+def killed(*arguments):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+RecoveryTrainer.training_step = killed
+main()
+"""
+
+
+def test_two_ranks_that_shard_the_training_outlive_a_kill_and_write_a_model_that_transformers_loads(
+    run, checkpoint, tmp_path
+):
     finished, settings = run
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
-    command += ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
     for key, value in {**settings, "recovery.sharding": "fsdp"}.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "lost.py").write_text(LOST_RANK)
+    lost = subprocess.run([*launcher, str(tmp_path / "lost.py"), *command], capture_output=True, text=True)
+    assert "Signal 9 (SIGKILL)" in lost.stderr, lost.stderr
+    # The launcher, which has a traceback of its own, may end rank 0 before that sees that rank 1 is gone.
+    ours = [line for line in lost.stderr.splitlines() if "another rank has stopped" in line or "interrupted;" in line]
+    assert len(ours) <= 1 and "[rank0]: Traceback" not in lost.stderr, lost.stderr
+    done = subprocess.run([*launcher, "-m", "darwinlm", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
     plans = [json.loads((path / "model" / "plan.json").read_text()) for path in (tmp_path / "run", finished.path)]

@@ -255,7 +255,11 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
-    sys.exit(_exit_code(sys.argv[1:]))
+    try:
+        code = _exit_code(sys.argv[1:])
+    except KeyboardInterrupt:  # a signal while an error is being told, as when torchrun ends all ranks
+        code = _INTERRUPTED
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:

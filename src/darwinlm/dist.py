@@ -4,6 +4,7 @@ Without torchrun every function here is the single-process case: rank 0 of 1, su
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,10 +14,14 @@ import torch
 import torch.distributed as process_group
 from torch import Tensor
 
+from darwinlm.errors import UserError
+
 _Value = TypeVar("_Value")
 # One rank may write text or search for days while the others wait for it.
 _PATIENCE = timedelta(days=30)
 _ASKING = timedelta(seconds=5)
+_LOST = re.compile(r"connection (closed|reset|refused)|remote (worker|process)|broken pipe|\bgloo\b|\bnccl\b", re.I)
+"""What errors say, whose classes differ between backends, if another rank cannot be reached any more."""
 
 
 def start() -> None:
@@ -87,6 +92,20 @@ def main_first() -> Iterator[None]:
     yield
     if rank() == 0:
         barrier()
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn the loss of another rank into one line: a UserError in place of what the backend raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, process_group.DistError) or _LOST.search(str(error))):
+            raise
+        raise UserError(
+            f"rank {rank()}: another rank has stopped or cannot be reached; its own message says why. Progress is "
+            "saved: start the same command again to resume"
+        ) from error
 
 
 def stop() -> None:

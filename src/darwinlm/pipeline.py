@@ -125,7 +125,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         if dist.rank() == 0 and (out / "manifest.json").exists():
             lock.take()
         dist.barrier()
-        with naming_memory_faults("loading the model"):
+        with naming_memory_faults("loading the model"), dist.naming_lost_ranks():
             return _run_stages(recipe, device, out, lock)
 
 
