@@ -1,16 +1,25 @@
 """What the paper's three cases and a 70B would cost, as `darwinlm plan` predicts it from their shapes.
 
-python benchmarks/scaling.py --gpu h100 --gpus 8
+    python benchmarks/scaling.py --gpu h100 --gpus 8
+    python benchmarks/scaling.py --trace --gpu-memory 80
+
+With `--trace` the search itself runs on tensors without content, and its peaks are counted (`live_bytes.py`).
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from live_bytes import trace
+
+from darwinlm.adapters.config import load_sizes
 from darwinlm.costs import plan_run
 from darwinlm.rates import GPUS
+from darwinlm.recipe import Recipe
 from darwinlm.settings import load_recipe
+from darwinlm.target import parse_target
 
 CASES = {
     "Llama-2-7B": ("llama2_7b_2.7b", "2.7B", {
@@ -44,17 +53,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--trace", action="store_true", help="count the bytes of a search in place of predicting them")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="with --trace, of the device, in GB")
     arguments = parser.parse_args()
+    if arguments.trace:
+        print("| case | stage | device (GB) | CPU memory (GB) |\n|---|---|---|---|")
+        for name, search, recipe in cases(arguments.cases):
+            target = parse_target(recipe.target)["params"]
+            for peak in trace(load_sizes(recipe.model), recipe, target, arguments.gpu_memory * 1e9):
+                numbers = f"{peak.device / 1e9:.1f} | {peak.host / 1e9:.1f}"
+                print(f"| {name} to {recipe.target}, {search} | {peak.stage} | {numbers} |", flush=True)
+        return
     print(f"{arguments.gpus} x {arguments.gpu}: hours and, in brackets, GB on each device")
     print("| case | database | search | recovery, 10B tokens | disk (GB) |\n|---|---|---|---|---|")
-    for name, (recipe, target, config) in CASES.items():
+    for name, search, recipe in cases(arguments.cases):
+        _, costs = plan_run(recipe, arguments.gpus, arguments.gpu)
+        cells = [f"{stage.seconds / 3600:.1f} ({stage.memory / 1e9:.0f})" for stage in costs.stages[:3]]
+        print(f"| {name} to {recipe.target}, {search} | {' | '.join(cells)} | {costs.disk / 1e9:.0f} |")
+
+
+def cases(names: list[str]) -> Iterator[tuple[str, str, Recipe]]:
+    """Name, search and recipe; the model's folder is there until the next one."""
+    for name in names:
+        recipe, target, config = CASES[name]
         for search, settings in (("the paper's", {}), ("ours", OURS)):
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **config}))
-                asked = load_recipe(recipe, {"model": folder, "target": target, **settings})
-                _, costs = plan_run(asked, arguments.gpus, arguments.gpu)
-            cells = [f"{stage.seconds / 3600:.1f} ({stage.memory / 1e9:.0f})" for stage in costs.stages[:3]]
-            print(f"| {name} to {target}, {search} | {' | '.join(cells)} | {costs.disk / 1e9:.0f} |")
+                yield name, search, load_recipe(recipe, {"model": folder, "target": target, **settings})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,295 @@
+"""Peak memory of the search of models that this machine cannot hold, counted tensor by tensor.
+
+    python benchmarks/scaling.py --trace --gpu-memory 80
+
+The code of the stages itself runs, on fake tensors: they have shapes, dtypes and devices but no content. Every storage
+is counted from its creation until it is freed, on a pretended accelerator and in the CPU's memory. What a run decides
+by content is decided here without it: level sizes are those of a plan of equal layers, learning rates are given, and a
+database of the right shapes stands in for the files. The result is a lower bound for the memory of a real run: the
+allocator's fragments, libraries and kernels' work space come on top (`darwinlm plan` adds 15% and 0.65 GB for them).
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import darwinlm.adapters.loading as loading
+import darwinlm.search.neighbourhood as neighbourhood
+import darwinlm.search.sensitivity as sensitivity
+import darwinlm.search.trials as trials
+import darwinlm.training as training
+from darwinlm.adapters.cutting import Cut, count_parameters
+from darwinlm.adapters.families import LAYERS, Site, find_sites
+from darwinlm.adapters.heads import Head
+from darwinlm.adapters.loading import DenseModel, expected_shapes
+from darwinlm.adapters.memory import kept_bytes
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig
+from darwinlm.data import Corpus
+from darwinlm.database.levels import level_sizes
+from darwinlm.plan import Space, parameter_budget
+from darwinlm.recipe import Recipe
+from darwinlm.scoring import DenseReference
+from darwinlm.search.allocation import uniform_plan
+from darwinlm.search.sensitivity import measure_sensitivity
+from darwinlm.search.trials import TrialScorer
+
+GPU = "pretended"
+_LIBRARIES = 650_000_000
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that lives, by type of device, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # any number: fake tensors have none
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def restart(self) -> None:
+        """Forget the peak of what came before."""
+        self.peak = Counter(self.now)
+
+    def _count(self, tensor: Tensor) -> None:
+        storage, device = tensor.untyped_storage(), tensor.device.type
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now[device] += size
+        self.peak[device] = max(self.peak[device], self.now[device])
+        weakref.finalize(storage, self._forget, key, device, size)
+
+    def _forget(self, key: int, device: str, size: int) -> None:
+        self._seen.discard(key)
+        self.now[device] -= size
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention kernel keeps for its gradient: inputs, output, and a number a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    found: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Checkpoint:
+    """Gives tensors of the right shapes."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def read(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: torch.empty(self._shapes[name], device=device, dtype=dtype) for name in names}
+
+    def map(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return self.read(names, torch.device("cpu"), torch.bfloat16)
+
+
+class _Database:
+    """Gives cuts of the right shapes; it keeps none, as where memory is short."""
+
+    def __init__(self, config: PrunedConfig, sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels: int):
+        self._rows = config.hidden_size
+        self._space = _space(sites, shapes, levels)
+
+    def space(self, sites: Sequence[Site]) -> Space:
+        return self._space
+
+    def free(self) -> None:
+        """Nothing is kept."""
+
+    def cut(self, site: Site, level: int, device: torch.device) -> Cut:
+        (levels,) = (one for one in self._space.sites if one.name == site.name)
+        units = levels.units[level]
+        columns = site.columns(units)
+        weight = torch.empty(self._rows, columns, device=device, dtype=torch.bfloat16) if units else None
+        return Cut(kept=tuple(range(units)), output_weight=weight)
+
+    def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
+        return {site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that a stage had at once."""
+
+    stage: str
+    device: int
+    host: int
+    """In the CPU's memory; the dense model's layers, which are mapped from files, are not counted."""
+
+
+class _Dense(DenseModel):
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """As on a GPU."""
+        return self.dtype
+
+
+def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: float) -> Iterator[Peak]:
+    """The peaks of the stages of a search on a device of `memory` bytes, as they are found.
+
+    Args:
+        config: of the dense model.
+        recipe: of the run.
+        target: the size, a fraction or a number of parameters.
+        memory: of the device, in bytes.
+    """
+    device = _pretended_device()
+    sites, shapes = find_sites(config, recipe.database.granularity), expected_shapes(config)
+    dense = _Dense(
+        source="", checkpoint=_Checkpoint(shapes), config=config, sites=sites, tokenizer=None,  # type: ignore[arg-type]
+        generation_config=None, device=device, dtype=torch.bfloat16, fingerprint="",  # type: ignore[arg-type]
+    )  # fmt: skip
+    length, search = recipe.data.sequence_length, recipe.search
+    kept = kept_bytes(config, length, length, torch.bfloat16)
+    offload = search.offloads(2 * dense.parameters, kept, memory - _LIBRARIES, accelerator=True)
+    dense = replace(dense, offload=offload)
+    database: Any = _Database(config, sites, shapes, recipe.database.levels)
+    space = database.space(sites)
+    plan = uniform_plan(space, parameter_budget(target, space))
+    assert plan is not None
+
+    def blocks(tokens: int) -> Tensor:
+        return torch.zeros(max(1, tokens // length), length, dtype=torch.int32)
+
+    # Steps of a trial follow one another, and two of them show whether anything stays; of scores all tokens are kept.
+    trial_tokens = min(max(search.trial_tokens), 2 * search.batch_size * length)
+    score_tokens = max(search.score_tokens)
+    search = search.model_copy(
+        update={"trial_tokens": (trial_tokens,), "score_tokens": (score_tokens,), "survivors": (1,)}
+    )
+    corpus = Corpus({"trial": blocks(2 * trial_tokens), "score": blocks(score_tokens)})
+    live = LiveBytes()
+    with FakeTensorMode(allow_non_fake_inputs=True), live, _as_on_a_gpu(live, memory - _LIBRARIES):
+
+        def peak(stage: str) -> Peak:
+            found = Peak(stage, live.peak[GPU], live.peak["cpu"] - _mapped(dense))
+            live.restart()
+            return found
+
+        DenseReference(dense.model, corpus.blocks["score"])
+        yield peak("scores of the dense model")
+        if search.descent_rounds:
+            # Blocks follow one another, and two of them show whether anything stays.
+            measure_sensitivity(
+                dense, lambda index, level: database.cut(sites[index], level, dense.layers_device), space, plan,
+                blocks(2 * length), seed=0,
+            )  # fmt: skip
+            yield peak("sensitivities")
+        scorer = TrialScorer(dense, database, corpus, search)
+        scorer.take_rates([{"tokens": trial_tokens, "rate": 2.0**-11}])
+        scorer.score(plan, 0, plan)
+        yield peak("candidates: score, trial, score")
+        del scorer
+
+
+def _mapped(dense: DenseModel) -> int:
+    if not dense.offload:
+        return 0
+    return sum(2 * torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith(LAYERS))
+
+
+def _space(sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels: int) -> Space:
+    from darwinlm.plan import SiteLevels
+
+    found = []
+    for site in sites:
+        units = level_sizes(site, levels)
+        parameters = tuple(count_parameters(site, shapes, range(kept)) for kept in units)
+        nothing = (0.0,) * len(units)
+        found.append(
+            SiteLevels(
+                name=site.name, layer=site.layer, kind=site.kind, units=units, parameters=parameters,
+                kv_elements=(0,) * len(units), errors=nothing,
+            )
+        )  # fmt: skip
+    every = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return Space(sites=tuple(found), fixed_parameters=every - sum(site.parameters[0] for site in found))
+
+
+def _pretended_device() -> torch.device:
+    if torch._C._get_privateuse1_backend_name() != GPU:
+        _setup_privateuseone_for_python_backend(GPU)
+    return torch.device(GPU, 0)
+
+
+@contextmanager
+def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
+    """Have code that asks what device there is get a GPU's answers."""
+
+    def free(device: torch.device) -> float:
+        return memory - live.now[GPU] if device.type == GPU else 1e15
+
+    class Generator:
+        def __init__(self, device: object = None) -> None: ...
+
+        def manual_seed(self, seed: int) -> None:
+            """No generator: there is no number to draw."""
+
+    def apply(module: torch.nn.Module, convert: Any, recurse: bool = True) -> torch.nn.Module:
+        """`Module._apply` without swapping tensors, which fake ones with other owners cannot bear."""
+        for child in module.children():
+            child._apply(convert)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    found = convert(parameter.data)
+                if found.device != parameter.device or found.dtype != parameter.dtype:
+                    module._parameters[name] = torch.nn.Parameter(found, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = convert(buffer)
+        return module
+
+    own = torch.tensor
+
+    def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        """`torch.tensor`, which passes by the modes."""
+        return own(data, dtype=dtype).to(device)
+
+    places = (loading, neighbourhood, sensitivity, training, trials)
+    with ExitStack() as stack:
+        for place in places:
+            if hasattr(place, "fast_dtype"):
+                stack.enter_context(patch.object(place, "fast_dtype", lambda device: torch.bfloat16))
+            if hasattr(place, "free_memory"):
+                stack.enter_context(patch.object(place, "free_memory", free))
+        stack.enter_context(patch.object(Head, "float", lambda head: replace(head, wide=True)))
+        stack.enter_context(patch.object(torch, "Generator", Generator))
+        stack.enter_context(patch.object(torch, "tensor", tensor))
+        stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))
+        stack.enter_context(patch.object(torch.nn.Module, "_apply", apply))
+        yield
