@@ -609,8 +609,7 @@ def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_p
 RANKS_RECIPE, STOP = RecoveryRecipe(tokens=24 * 4 * 30, batch_size=4, learning_rate=1e-3, checkpoint_steps=10), 15
 RANKS_JOBS = {
     f"{sharding}-{stop or 'whole'}": (RANKS_RECIPE.model_copy(update={"sharding": sharding}), stop)
-    for sharding in ("none", "fsdp")
-    for stop in (STOP, 0)
+    for sharding, stop in (("none", STOP), ("none", 0), ("fsdp", STOP), ("fsdp", 0), ("fsdp_offload", 0))
 } | {"predictions": (RANKS_RECIPE.model_copy(update={"teacher_top_k": 1}), 0)}
 """Trainings of two ranks, all in one pair of processes, and the step that each stops at."""
 
@@ -731,7 +730,7 @@ def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(checkpo
     two = json.loads(ended.stdout.splitlines()[-1])
     one = train_in_float32(dense, database, RANKS_RECIPE, tmp_path / "one")
     assert len(one["losses"]) == 30
-    same = [two["predictions"]]
+    same = [two["predictions"], two["fsdp_offload-whole"]]
     for sharding in ("none", "fsdp"):
         stopped = f"{sharding}-{STOP}"
         assert two[stopped]["share"] == pytest.approx(0.5 if sharding == "fsdp" else 1, abs=0.02)

@@ -260,8 +260,9 @@ class RecoveryRecipe(_Section):
     teacher_top_k: int = Field(0, ge=0)
     """Write the dense model's so many likeliest next tokens, for the trial and the score split, to disk, and train
     without the model; all other tokens count as one. 0: it predicts at every step."""
-    sharding: Literal["none", "fsdp"] = "none"
-    """With several processes: each holds the whole model, or (FSDP2) a part of weights, gradients and optimiser."""
+    sharding: Literal["none", "fsdp", "fsdp_offload"] = "none"
+    """Each of several processes holds the whole model (`none`), or a part of weights, gradients and optimizer state
+    (FSDP2): on its device, or with `fsdp_offload` in the CPU's memory, where the optimizer steps too."""
     evaluations: int = Field(2, ge=0)
     """How often the loss is measured on the score split, evenly spread, besides before the first step; the weights that
     did best are the result."""
@@ -272,9 +273,9 @@ class RecoveryRecipe(_Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> "RecoveryRecipe":
-        if self.sharding == "fsdp" and self.lora_rank > 0:
+        if self.sharding != "none" and self.lora_rank > 0:
             raise ValueError("recovery.lora_rank and recovery.sharding=fsdp do not go together; leave one of them out")
-        if self.sharding == "fsdp" and self.teacher_dtype == "int8":
+        if self.sharding != "none" and self.teacher_dtype == "int8":
             raise ValueError(
                 "recovery.teacher_dtype=int8 and recovery.sharding=fsdp do not go together: the dense model is sharded "
                 "too; leave one of them out"

@@ -46,7 +46,7 @@ def recover_plan(
     wanted = recipe.recovery.model_copy(update={"tokens": share})
     # What is sharded need not fit on one device.
     place = torch.device("cpu") if is_sharded(wanted) or wanted.tokens == 0 else dense.device
-    model = _starting_model(here, corpus, plan, wanted.refit_tokens, place, folder)
+    model = _starting_model(here, corpus, plan, wanted, place, folder)
     # The teacher has a dtype of its own, and memory is for the training now.
     dense.release()
     here.database.free()
@@ -73,12 +73,15 @@ def recover_plan(
 
 
 def _starting_model(
-    here: Material, corpus: Corpus, plan: Plan, refit_tokens: int, place: torch.device, folder: Path
+    here: Material, corpus: Corpus, plan: Plan, recipe: RecoveryRecipe, place: torch.device, folder: Path
 ) -> PrunedModel:
     """`plan`, refitted if that is wanted, trainable, on `place`. What it was made from ends with this function: nothing
-    of it stays in memory while the model is trained."""
-    dense, database = here.dense, here.database
-    if refit_tokens == 0:
+    of it stays in memory while the model is trained.
+
+    One that is to be sharded is made by rank 0 and mapped from its file by all: a machine holds it once.
+    """
+    dense, database, refit_tokens = here.dense, here.database, recipe.refit_tokens
+    if refit_tokens == 0 and not is_sharded(recipe):
         cuts = database.cuts(dense.sites, plan.levels, place)
         weights = dense.checkpoint.read(dense.shapes, place, torch.float32)
         return build_model(dense.config, dense.sites, weights, cuts, trainable=True)
@@ -88,8 +91,9 @@ def _starting_model(
             if refitted.exists():
                 log.warning("%s: it is refitted anew", fault)
             model = dense.cut(database.cuts(dense.sites, plan.levels, dense.layers_device), trainable=True)
-            fitted_BT, judged_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
-            refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
+            if refit_tokens > 0:
+                fitted_BT, judged_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
+                refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
             save_weights(refitted, stored_weights(model, torch.float32))
     tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
     cuts = database.cuts(dense.sites, plan.levels, torch.device("cpu"))
@@ -103,7 +107,7 @@ def _teacher(
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype, int8 = known.get(recipe.teacher_dtype, fast_dtype(dense.device)), recipe.teacher_dtype == "int8"
     if recipe.teacher_top_k == 0:
-        return load_teacher(dense.reference, dtype, place, int8=int8)
+        return load_teacher(dense.reference, dtype, place, int8=int8, mapped=is_sharded(recipe))
 
     @cache
     def load() -> PrunedModel:

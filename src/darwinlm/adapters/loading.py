@@ -114,6 +114,11 @@ class DenseModel:
         """The whole model, read anew."""
         return fill(empty_model(self.config), self.checkpoint.read(self.shapes, device, dtype))
 
+    def mapped(self, dtype: torch.dtype) -> PrunedModel:
+        """The whole model in the CPU's memory, mapped from its files where they are in `dtype`; not to be written."""
+        tensors = {name: tensor.to(dtype) for name, tensor in self.checkpoint.map(self.shapes).items()}
+        return fill(empty_model(self.config), tensors)
+
     def release(self) -> None:
         """Forget `model`, the reference's too, so that its memory is free; it is read again when next asked for."""
         for dense in (self, self.reference):

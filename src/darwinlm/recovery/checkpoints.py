@@ -8,7 +8,7 @@ eight devices can go on on one.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,10 @@ def save_checkpoint(
         trainer_state: the Trainer's, as JSON.
         text: where a stream of text goes on, as JSON.
     """
-    weights = dict(_gathered(trained(model)))
+    weights = dict(gathered(trained(model)))
     saved = optimizer.state_dict()
     moments = dict(
-        _gathered({f"{i}.{name}": value for i, each in saved["state"].items() for name, value in each.items()})
+        gathered({f"{i}.{name}": value for i, each in saved["state"].items() for name, value in each.items()})
     )
     if dist.rank() > 0:
         return
@@ -128,7 +128,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[s
 
 def save_best(folder: Path, model: nn.Module) -> None:
     """Keep the trained parameters of `model` as the best so far; all ranks call it, rank 0 writes."""
-    weights = dict(_gathered(trained(model)))
+    weights = dict(gathered(trained(model)))
     if dist.rank() == 0:
         save_weights(folder / _BEST, weights)
 
@@ -163,7 +163,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
 
 
-def _gathered(tensors: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def gathered(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """On rank 0 all `tensors` in CPU memory; elsewhere none, but every rank takes part."""
     for name, tensor in tensors.items():
         full = whole(tensor.detach())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from darwinlm import dist
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
@@ -19,10 +19,12 @@ from darwinlm.recovery.objective import Objective
 
 def is_sharded(recipe: RecoveryRecipe) -> bool:
     """Whether the model and its teacher are to be sharded: one process has nobody to share with."""
-    return recipe.sharding == "fsdp" and dist.world_size() > 1
+    return recipe.sharding != "none" and dist.world_size() > 1
 
 
-def shard(objective: Objective, teacher: PrunedModel | None, device: torch.device, dtype: torch.dtype) -> None:
+def shard(
+    objective: Objective, teacher: PrunedModel | None, device: torch.device, dtype: torch.dtype, *, offload: bool
+) -> None:
     """Shard the model of `objective`, and the layers of `teacher`, in place.
 
     Args:
@@ -31,12 +33,16 @@ def shard(objective: Objective, teacher: PrunedModel | None, device: torch.devic
         teacher: the same object as the objective's; what is not in its layers stays whole.
         device: this rank's; layers are moved there one by one.
         dtype: to compute in; gradients are added up in float32.
+        offload: keep this rank's share of weights, gradients and optimiser state in the CPU's memory, where the
+            optimiser steps too.
     """
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in objective.model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
+    ends = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    fully_shard(objective, mesh=mesh, mp_policy=ends, offload_policy=place)
     if teacher is not None:
         for layer in teacher.model.layers:
             # Each is a root of its own, and a root would keep its weights gathered.

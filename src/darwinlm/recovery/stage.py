@@ -1,32 +1,33 @@
 """The recovery stage: training of the found model with the Hugging Face Trainer, resumed where it stopped."""
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from darwinlm import dist
-from darwinlm.adapters.cutting import copy_trained
+from darwinlm.adapters.cutting import assemble
 from darwinlm.adapters.loading import fast_dtype
 from darwinlm.adapters.memory import Portion
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.data import TextStream
 from darwinlm.errors import UserError
 from darwinlm.learning_rate import LearningRate, root_mean_squares
 from darwinlm.progress import log, task
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.checkpoints import (
+    gathered,
     load_best,
     load_weights,
     newest_intact,
     step_of,
-    whole,
 )
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.samples import make_samples
@@ -104,7 +105,7 @@ def recover(
         balance: what `recovery.router_loss=auto` stands for.
 
     Returns:
-        The trained model, whole on every rank, and what happened.
+        The trained model, and what happened. A sharded one is whole on rank 0, on the CPU, and stays sharded elsewhere.
 
     Raises:
         UserError: if the loss stops being finite, or a setting cannot be met here.
@@ -135,7 +136,7 @@ def recover(
     weight = balance if recipe.router_loss == "auto" else recipe.router_loss
     objective = Objective(model.train(), model_taught, recipe.distillation, recipe.temperature, weight)
     if sharded:
-        shard(objective, model_taught, device, dtype)
+        shard(objective, model_taught, device, dtype, offload=recipe.sharding == "fsdp_offload")
     with task("recovery (steps)", steps) as progress:
         trainer = RecoveryTrainer(
             model=objective,
@@ -174,8 +175,11 @@ def recover(
     if adapted is not None:
         adapted.merge_and_unload()
     if sharded:
-        # FSDP has made the modules its own; a plain model of the same tensors is built.
-        model = copy_trained(model, {name: whole(tensor.detach()) for name, tensor in model.named_parameters()})
+        # FSDP has made the modules its own; a plain model of the same tensors is built, on one rank and tensor by
+        # tensor: no device needs to hold all of it.
+        tensors = dict(gathered(dict(model.named_parameters())))
+        if tensors:
+            model = assemble(copy.deepcopy(cast(PrunedConfig, model.config)), tensors, trainable=False)
     model.requires_grad_(False).eval()
     return model, Training(losses_of(trainer.state), evaluations, taken)
 

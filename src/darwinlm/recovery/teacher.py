@@ -25,7 +25,9 @@ _PIECE_BLOCKS = 32
 _CHUNK_TOKENS = 1024
 
 
-def load_teacher(dense: DenseModel, dtype: torch.dtype, place: torch.device, *, int8: bool) -> PrunedModel:
+def load_teacher(
+    dense: DenseModel, dtype: torch.dtype, place: torch.device, *, int8: bool, mapped: bool = False
+) -> PrunedModel:
     """The dense model on `place`, to predict and not to train.
 
     Args:
@@ -33,7 +35,10 @@ def load_teacher(dense: DenseModel, dtype: torch.dtype, place: torch.device, *, 
         dtype: that it computes in.
         place: its device.
         int8: hold the layers' projections in 8 bits with a scale for each row; the rest stays in `dtype`.
+        mapped: map what the checkpoint has in `dtype` from its files; `place` is the CPU then.
     """
+    if mapped:
+        return dense.mapped(dtype)
     if not int8:
         return dense.whole(place, dtype)
     # Layer by layer, so that the device never holds all of them in `dtype`.
