@@ -288,6 +288,8 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
             if hasattr(place, "free_memory"):
                 stack.enter_context(patch.object(place, "free_memory", free))
         stack.enter_context(patch.object(Head, "float", lambda head: replace(head, wide=True)))
+        # Modes and recomputed activations belong to the thread that calls.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(patch.object(torch, "tensor", tensor))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))

@@ -68,8 +68,8 @@ class Costs:
     smallest_parameters: int
     stages: tuple[StageCost, ...]
     host_memory: float
-    """Bytes of the CPU's memory that layers take which pass through the devices; 0 if none do. Each process has
-    candidates of its own; the dense model's files are cached once."""
+    """Bytes of the CPU's memory for layers that pass through the devices (each process has candidates of its own; the
+    dense model's files are cached once) or for sharded training that is offloaded; 0 if there are none."""
     disk: float
     """Bytes, at the end and while checkpoints are there."""
     advice: tuple[str, ...]
@@ -303,10 +303,10 @@ def _predict_step(
         one = 2 * in_sites / config.num_hidden_layers
         reads = max(trained_together, data.sequence_length) * rows * 2 * (config.num_hidden_layers + 1)
         passing = item * fixed + 2 * one + _TEMPORARY + reads + search.batch_size * layer
-        host = 2 * candidate + levels
+        host = 2 * candidate + (levels if search.descent_rounds else 0)
         whole = trials = passing
         descent = passing + (levels + 2 * outputs) / config.num_hidden_layers
-    sharded = devices if recovery.sharding == "fsdp" else 1
+    sharded = devices if recovery.sharding != "none" else 1
     blocks = recovery.micro_batch_size or max(1, recovery.batch_size // devices)
     kept = blocks * (
         left * per_block
@@ -321,6 +321,13 @@ def _predict_step(
     # Weights, gradients and two moments; with LoRA the weights, and their copies that compute.
     trained_bytes = 6 if recovery.lora_rank else 16
     logits = 1024 * config.vocab_size * 4 * (4 if recovery.temperature == 1 else 5)
+    training_bytes = (trained_bytes * (fixed + candidate) + teacher_bytes) / sharded + kept + logits
+    if sharded > 1:
+        # Gathered: embeddings and head with their gradients, the teacher's, and two layers in turn.
+        training_bytes += 8 * fixed + (2 * fixed if teacher_bytes else 0) + 4 * in_sites / config.num_hidden_layers
+    if sharded > 1 and recovery.sharding == "fsdp_offload":
+        training_bytes -= trained_bytes * (fixed + candidate) / sharded
+        host = max(host, trained_bytes * (fixed + candidate) / sharded)
     stages = [
         StageCost(
             name="database", seconds=database,
@@ -339,8 +346,7 @@ def _predict_step(
             memory=max(predicting, base + max(
                 whole + (4 * (fixed + candidate) / (config.num_hidden_layers if offload else 1))
                 if recovery.refit_tokens else 0.0,
-                (trained_bytes * (fixed + candidate) + teacher_bytes) / sharded + kept + logits
-                if recovery.tokens else 0.0,
+                training_bytes if recovery.tokens else 0.0,
             )),
         ),
     ]  # fmt: skip
@@ -405,6 +411,8 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
             found.append("recovery.activations=recompute")
         if recovery.sharding == "none" and machine.devices > 1:
             found.append("recovery.sharding=fsdp")
+        if recovery.sharding == "fsdp" and machine.devices > 1:
+            found.append("recovery.sharding=fsdp_offload")
         if (recovery.micro_batch_size or recovery.batch_size // machine.devices) > 1:
             found.append("recovery.micro_batch_size=1")
         if recovery.distillation > 0 and recovery.teacher_top_k == 0 and recovery.text == "trial":
