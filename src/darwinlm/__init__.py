@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from darwinlm.export.hf import load
     from darwinlm.pipeline import Run, prune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Recipe", "Run", "UserError", "__version__", "load", "load_recipe", "prune"]
 
 _LAZY = {"load": "darwinlm.export.hf", "prune": "darwinlm.pipeline", "Run": "darwinlm.pipeline"}

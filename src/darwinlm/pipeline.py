@@ -34,7 +34,7 @@ from darwinlm.recipe import Recipe, Target
 from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
 from darwinlm.recovery.stage import check_recovery
 from darwinlm.report.page import write_report
-from darwinlm.run_directory import RunDirectory, Size, Step, run_steps
+from darwinlm.run_directory import VERSION, RunDirectory, Size, Step, run_steps
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
@@ -331,7 +331,7 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple
         corpus = _read_text(recipe, dense)
     if dist.rank() == 0:
         lock.take()
-    run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, "darwinlm": darwinlm.__version__})
+    run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, VERSION: darwinlm.__version__})
     if dist.rank() == 0:
         _verify(run, recipe)
     if not run.done("corpus"):

@@ -28,6 +28,8 @@ from darwinlm.target import parse_target, split_targets
 FORMAT = 1
 LOCK = "lock"
 """The file in a run directory that says which process works on it."""
+VERSION = "darwinlm"
+"""The fact that says which version of this package began the run; another version may continue it."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,27 @@ class RunDirectory:
             ) from None
         if changed:
             raise UserError(
-                f"--out {path} is a run of another recipe ({'; '.join(changed)}); name a new folder or go back to it"
+                f"--out {path} is a run of another recipe ({'; '.join(changed)}); name a new folder or go back to it, "
+                f"as with --recipe {path / 'recipe.yaml'}"
             )
 
     @classmethod
     def open(cls, path: Path, recipe: Recipe, facts: Mapping[str, Any]) -> "RunDirectory":
-        """Continue the run in `path`, or start one. `facts` are what must not change (model, data, versions)."""
+        """Continue the run in `path`, or start one. `facts` are what must not change, except for `VERSION`."""
         cls.check(path, recipe)
         if (path / "manifest.json").exists():
             manifest = read_json(path / "manifest.json")
             for key, value in facts.items():
-                if manifest["facts"].get(key) != value:
+                before = manifest["facts"].get(key)
+                if before == value:
+                    continue
+                if key != VERSION:
                     raise UserError(
-                        f"--out {path}: {key} was {manifest['facts'].get(key)!r} when this run began and is {value!r} "
-                        "now; name a new folder, or bring it back"
+                        f"--out {path}: {key} was {before!r} when this run began and is {value!r} now; name a new "
+                        "folder, or bring it back"
                     )
+                # The files of the stages have formats of their own, and are refused where they are too old.
+                log.info("%s was begun by darwinlm %s and is continued by %s", path, before, value)
         else:
             manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
             write_json(path / "manifest.json", manifest, sealed=True)
