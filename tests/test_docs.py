@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, references are complete, commands parse, examples run."""
 
 import importlib.util
+import inspect
 import re
 import shlex
 import shutil
@@ -11,12 +12,14 @@ import typer
 import yaml
 from conftest import SETTINGS
 
+import darwinlm
 from darwinlm.cli import app
 from darwinlm.settings import known_keys
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
+REFERENCE = (DOCS / "api-reference.md").read_text()
 COMMANDS = typer.main.get_command(app).commands
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -90,6 +93,36 @@ def test_every_command_and_every_setting_is_explained():
         for field, text in fields.items():
             section = kind == "Recipe" and f"\n## {field}\n" in settings
             assert text or section or not kind.endswith("Recipe"), f"{kind}.{field} has no docstring"
+
+
+def public_names():
+    """What `darwinlm` exports, and the methods of its classes that are on the page."""
+    shown = {name.strip() for names in re.findall(r"members: \[(.*)\]", REFERENCE) for name in names.split(",")}
+    for name in set(darwinlm.__all__) - {"__version__"}:
+        value = getattr(darwinlm, name)
+        yield name, value
+        if inspect.isclass(value):
+            yield from ((f"{name}.{key}", part) for key, part in vars(value).items() if key in shown)
+
+
+def test_the_api_reference_has_every_public_name_once():
+    names = re.findall(r"^::: darwinlm\.(\w+)$", REFERENCE, flags=re.M)
+    assert sorted(names) == sorted(set(darwinlm.__all__) - {"__version__"})
+
+
+def test_public_names_say_what_they_take_return_and_raise():
+    checked = dict(public_names())
+    assert {"prune", "load", "load_recipe", "Run.load", "Run.model_path", "Recipe.to_yaml"} <= checked.keys()
+    for name, value in checked.items():
+        text = inspect.getdoc(value) or ""
+        assert text, name
+        if not inspect.isfunction(value):
+            continue
+        sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?: .*\n?|\n)+)", text, flags=re.M))
+        parameters = set(inspect.signature(value).parameters) - {"self"}
+        assert set(re.findall(r"^    (\w+): ", sections.get("Args", ""), flags=re.M)) == parameters, name
+        assert sections.get("Returns", "").strip(), name
+        assert name == "Recipe.to_yaml" or "UserError: " in sections["Raises"], name
 
 
 def command_lines(page):

@@ -47,6 +47,7 @@ class Run:
     """A finished run."""
 
     path: Path
+    """The run directory."""
     metrics: Mapping[str, Any]
     """What `report/metrics.json` holds."""
 
@@ -56,7 +57,14 @@ class Run:
         return self.path / "model"
 
     def load(self) -> PrunedModel:
-        """The pruned model."""
+        """The pruned model.
+
+        Returns:
+            What `darwinlm.load` gives for `model_path`.
+
+        Raises:
+            UserError: if its files are damaged or missing.
+        """
         return load(self.model_path)
 
 
@@ -76,6 +84,9 @@ def prune(
         out: the run directory: new, empty, or an earlier run.
         recipe: the name of a built-in recipe, or a YAML file.
         settings: changes to the recipe, `{"search.offspring": 8}`.
+
+    Returns:
+        The finished run.
 
     Raises:
         UserError: with one line that says what is wrong and what to do.

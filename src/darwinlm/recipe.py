@@ -424,5 +424,9 @@ class Recipe(_Section):
         return self
 
     def to_yaml(self) -> str:
-        """Every setting, defaults filled in, in the order of this file."""
+        """Every setting, defaults filled in, in the order of this file.
+
+        Returns:
+            YAML, which `load_recipe` reads.
+        """
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))

@@ -18,6 +18,13 @@ _MOST_BYTES = 2**20
 def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
     """Read a recipe by name (`quick`, `paper`) or file, then apply `overrides` ({"search.offspring": 8}).
 
+    Args:
+        recipe: the name of a built-in recipe, or a YAML file.
+        overrides: settings by their names with dots, as `--set` takes them; `model` and `target` if the file has none.
+
+    Returns:
+        The recipe, checked, with every default filled in.
+
     Raises:
         UserError: naming the key, what is allowed, and for an unknown key the nearest known one.
     """

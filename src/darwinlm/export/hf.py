@@ -139,6 +139,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str =
         dtype: of the weights; by default the one they are stored in.
         device: where to put them.
 
+    Returns:
+        The model, a transformers model in evaluation mode.
+
     Raises:
         UserError: if the folder holds no model of ours, or not the whole of it.
     """
