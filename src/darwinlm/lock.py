@@ -6,10 +6,10 @@ is, and by its modification time, which the owner renews, whether it still lives
 """
 
 import errno
-import fcntl
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -22,6 +22,9 @@ from darwinlm.errors import UserError
 from darwinlm.files import naming_disk_faults
 from darwinlm.progress import log
 from darwinlm.run_directory import LOCK
+
+if sys.platform != "win32":
+    import fcntl
 
 _BEAT_SECONDS = 30.0
 _SILENT_SECONDS = 600.0
@@ -69,10 +72,12 @@ class RunLock:
         """Take the lock, and make the run directory if it is not there; nothing happens where it is held already.
 
         Raises:
-            UserError: if another process has it, with its number, machine and age, and what to do.
+            UserError: if another process has it, with its number, machine and age, and what to do; on Windows.
         """
         if self._descriptor is not None:
             return
+        if sys.platform == "win32":
+            raise UserError(f"{self._run}: DarwinLM cannot write runs on Windows; use Linux, macOS or WSL")
         with naming_disk_faults(self._file):
             self._run.mkdir(parents=True, exist_ok=True)
             descriptor = self._open()

@@ -2,7 +2,6 @@
 
 import errno
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,9 @@ import psutil
 import torch
 
 from darwinlm.errors import UserError
+
+if sys.platform != "win32":
+    import resource
 
 _CONTROL_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _FILES = {
@@ -32,9 +34,10 @@ _TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate 
 def available_memory() -> int:
     """Bytes that this process can still take: of the machine, a control group or its own limit, whichever is least."""
     available: int = psutil.virtual_memory().available
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        available = min(available, limit - psutil.Process().memory_info().vms)
+    if sys.platform != "win32":
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            available = min(available, limit - psutil.Process().memory_info().vms)
     left = [_left_in(group, version) for group, version in _control_groups()]
     return max(0, min([available, *(size for size in left if size is not None)]))
 
@@ -128,5 +131,7 @@ def peak_memory_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,36 @@
+"""Where Python has neither `fcntl` nor `resource`, the package is imported and models are loaded; runs are refused."""
+
+import subprocess
+import sys
+
+# Other packages are imported before: they may take another platform at its word.
+WINDOWS = """
+import sys
+from pathlib import Path
+
+import psutil, torch, transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+sys.modules |= {"fcntl": None, "resource": None}
+sys.platform = "win32"
+
+import darwinlm
+from darwinlm.lock import RunLock
+from darwinlm.memory import available_memory
+
+assert available_memory() > 0
+assert darwinlm.load(sys.argv[1]).num_parameters() > 0
+try:
+    RunLock(Path(sys.argv[2])).take()
+except darwinlm.UserError as error:
+    print(error)
+"""
+
+
+def test_models_are_loaded_and_runs_refused_in_one_line(run, tmp_path):
+    finished, _ = run
+    command = [sys.executable, "-c", WINDOWS, str(finished.model_path), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'run'}: DarwinLM cannot write runs on Windows; use Linux, macOS or WSL\n"
+    assert not (tmp_path / "run").exists()
