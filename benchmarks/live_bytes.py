@@ -18,11 +18,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import darwinlm.adapters.loading as loading
 import darwinlm.search.neighbourhood as neighbourhood
@@ -44,7 +44,8 @@ from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import TrialScorer
 
-GPU = "pretended"
+GPU = "meta"
+"""The pretended accelerator: all code that tells devices apart works with it."""
 _LIBRARIES = 650_000_000
 
 
@@ -71,6 +72,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = Counter(self.now)
 
     def _count(self, tensor: Tensor) -> None:
+        if torch.device("meta") == torch.utils._device.CURRENT_DEVICE:
+            return  # of a model that is empty yet
         storage, device = tensor.untyped_storage(), tensor.device.type
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
@@ -167,7 +170,8 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
         target: the size, a fraction or a number of parameters.
         memory: of the device, in bytes.
     """
-    device = _pretended_device()
+    device = torch.device(GPU)
+    torch._functorch.config.fake_tensor_allow_meta = True
     sites, shapes = find_sites(config, recipe.database.granularity), expected_shapes(config)
     dense = _Dense(
         source="", checkpoint=_Checkpoint(shapes), config=config, sites=sites, tokenizer=None,  # type: ignore[arg-type]
@@ -240,12 +244,6 @@ def _space(sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels:
     return Space(sites=tuple(found), fixed_parameters=every - sum(site.parameters[0] for site in found))
 
 
-def _pretended_device() -> torch.device:
-    if torch._C._get_privateuse1_backend_name() != GPU:
-        _setup_privateuseone_for_python_backend(GPU)
-    return torch.device(GPU, 0)
-
-
 @contextmanager
 def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
     """Have code that asks what device there is get a GPU's answers."""
@@ -288,8 +286,6 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
             if hasattr(place, "free_memory"):
                 stack.enter_context(patch.object(place, "free_memory", free))
         stack.enter_context(patch.object(Head, "float", lambda head: replace(head, wide=True)))
-        # Modes and recomputed activations belong to the thread that calls.
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(patch.object(torch, "tensor", tensor))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))
