@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import darwinlm.adapters.cutting as cutting
+import darwinlm.adapters.families as families
 import darwinlm.adapters.loading as loading
 import darwinlm.search.neighbourhood as neighbourhood
 import darwinlm.search.sensitivity as sensitivity
@@ -56,6 +58,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.empty = False
+        """Whether a model without weights is built, which is on the meta device too and takes nothing."""
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,10 +76,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = Counter(self.now)
 
     def _count(self, tensor: Tensor) -> None:
-        if torch.device("meta") == torch.utils._device.CURRENT_DEVICE:
-            return  # of a model that is empty yet
         storage, device = tensor.untyped_storage(), tensor.device.type
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, 0 if self.empty else storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
@@ -278,6 +280,16 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
         """`torch.tensor`, which passes by the modes."""
         return own(data, dtype=dtype).to(device)
 
+    def nothing(build: Any) -> Any:
+        def empty(*arguments: Any) -> Any:
+            live.empty = True
+            try:
+                return build(*arguments)
+            finally:
+                live.empty = False
+
+        return empty
+
     places = (loading, neighbourhood, sensitivity, training, trials)
     with ExitStack() as stack:
         for place in places:
@@ -285,6 +297,10 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
                 stack.enter_context(patch.object(place, "fast_dtype", lambda device: torch.bfloat16))
             if hasattr(place, "free_memory"):
                 stack.enter_context(patch.object(place, "free_memory", free))
+        for place in (cutting, loading, families):
+            for name in ("empty_model", "empty_layer"):
+                if hasattr(place, name):
+                    stack.enter_context(patch.object(place, name, nothing(getattr(place, name))))
         stack.enter_context(patch.object(Head, "float", lambda head: replace(head, wide=True)))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(patch.object(torch, "tensor", tensor))
