@@ -5,6 +5,7 @@
     python benchmarks/search.py ranking --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py rates --data FOLDER --evaluation FILE --seeds 0
     python benchmarks/search.py ends --data FOLDER --evaluation FILE --seeds 0 1 2 --seconds 600
+    python benchmarks/search.py optimizers --data FOLDER --evaluation FILE --seeds 0
     python benchmarks/search.py trial
 
 All but the last take `--model FOLDER` (benchmarks/second_model.py makes one) and `--set KEY=VALUE` (of `quick`).
@@ -20,7 +21,8 @@ each generation. `ranking`: how well do scores without a trial, and after one wi
 plans as a longer recovery does? `rates`: what is the KL of the plan that a descent finds before and after a trial, at
 the rate `auto` and others? `ends`: after a descent, the same seconds spent on more rounds, on generations with trials
 or on generations without, all recovered equally; and on generations as they were before learning rates were relative,
-recovered as it was then. With `--keep FOLDER` databases stay there, as
+recovered as it was then. `optimizers`: do trials by the sign of gradients in bfloat16 rank candidates as those by AdamW
+with float32 weights do, and does an evolution end at the same plan? With `--keep FOLDER` databases stay there, as
 `FOLDER/seed-N/database`, and are used again; `rates` and `ends` keep their descents there too.
 """
 
@@ -313,6 +315,43 @@ def compare_ends(arguments: argparse.Namespace) -> None:
     summarise(rows, arguments.recovery_tokens)
 
 
+def compare_optimizers(arguments: argparse.Namespace) -> None:
+    """The same plans near what a descent finds, and the same short evolution, with either optimiser of trials."""
+    for seed in arguments.seeds:
+        with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
+            space = database.space(dense.sites)
+            if arguments.keep:
+                folder = arguments.keep / f"seed-{seed}" / f"search-{arguments.target}"
+            best, sensitivity = descend(
+                dense, database, corpus, budget, recipe.search, sparing_plans(space, budget), seed,
+                folder / "descent.json",
+            )  # fmt: skip
+            plans = Evolution(space, budget, PAPER, [best], seed).relatives(arguments.plans)
+            scores: dict[str, list[float]] = {"not trained": []}
+            found: dict[str, Plan] = {}
+            for optimizer in ("adamw", "sign"):
+                settings = recipe.search.model_copy(
+                    update={"trial_optimizer": optimizer, "generations": arguments.generations}
+                )
+                scorer = TrialScorer(dense, database, corpus, settings)
+                scorer.find_rates(best)
+                last = len(settings.trial_tokens) - 1
+                trained = [scorer.score(plan, last, best) for plan in plans]
+                scores[optimizer] = [score.kl for score in trained]
+                scores["not trained"] = [score.kl if score.untrained is None else score.untrained for score in trained]
+                search = Evolution(space, budget, settings, [best], seed, sensitivity.costs())
+                found[optimizer] = evolve(search, scorer, math.inf)
+            for name, other in (("adamw", "sign"), ("not trained", "adamw"), ("not trained", "sign")):
+                alike = spearman(scores[name], scores[other])
+                print(f"seed {seed}: {name}, {other}: Spearman {alike.rho:.2f} ({alike.low:.2f} to {alike.high:.2f})")
+            for optimizer, plan in found.items():
+                kl = _row(dense, database, corpus, plan, judge, RecoveryRecipe(tokens=0), seed)[0]
+                moved = sum(one != other for one, other in zip(plan.levels, best.levels, strict=True))
+                print(f"seed {seed}: {optimizer}: KL {kl:.4f}, {moved} sites differ from the descent's", flush=True)
+            apart = sum(one != other for one, other in zip(*(plan.levels for plan in found.values()), strict=True))
+            print(f"seed {seed}: the two plans differ in {apart} of {len(space.sites)} sites", flush=True)
+
+
 def compare_rates(arguments: argparse.Namespace) -> None:
     """What a trial does to the plan that a descent finds, by its learning rate; all rates train on the same text."""
     for seed in arguments.seeds:
@@ -465,6 +504,9 @@ def main() -> None:
     selection.add_argument("--methods", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     ranking = commands.add_parser("ranking", help="cheap scores against a longer recovery")
     ranking.add_argument("--plans", type=int, default=8)
+    optimizers = commands.add_parser("optimizers", help="trials by signs against trials by AdamW")
+    optimizers.add_argument("--plans", type=int, default=12)
+    optimizers.add_argument("--generations", type=int, default=2)
     rates = commands.add_parser("rates", help="what trials do to one plan, by their learning rate")
     rates.add_argument("--rates", nargs="+", default=["auto", "1e-5", "1e-4"])
     rates.add_argument("--trial-loss", choices=("next-token", "distillation"), default="distillation")
@@ -472,7 +514,7 @@ def main() -> None:
     ends.add_argument("--seconds", type=float, default=600, help="of each way")
     for command in (selection, ranking):
         command.add_argument("--learning-rate", default="auto", help="of trials")
-    for command in (comparison, selection, ranking, rates, ends):
+    for command in (comparison, selection, ranking, optimizers, rates, ends):
         command.add_argument("--model", default="smollm2")
         command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, such as data.…")
         command.add_argument("--data", required=True, help="text for calibration, trials and scores")
@@ -484,7 +526,7 @@ def main() -> None:
     trial = commands.add_parser("trial", help="seconds for a candidate")
     trial.add_argument("--repeats", type=int, default=5)
     trial.add_argument("--device", default="cpu")
-    for command in (comparison, selection, ranking, rates, ends, trial):
+    for command in (comparison, selection, ranking, optimizers, rates, ends, trial):
         command.add_argument("--target", default="0.6", help="fraction of parameters")
     arguments = parser.parse_args()
     print(
@@ -502,6 +544,7 @@ def main() -> None:
         "compare": compare,
         "selection": compare_selections,
         "ranking": compare_rankings,
+        "optimizers": compare_optimizers,
         "rates": compare_rates,
         "ends": compare_ends,
         "trial": time_trials,
