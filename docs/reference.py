@@ -1,6 +1,6 @@
-"""Writes docs/cli.md and docs/recipe.md from the commands and the recipe themselves; `python docs/reference.py`.
+"""Generate docs/cli.md and docs/recipe.md from the commands and the recipe: `python docs/reference.py`.
 
-A test compares the two files with what this gives.
+A test compares the two files with the output of this script.
 """
 
 import ast
@@ -21,11 +21,12 @@ _COMMANDS = """
 
 <!-- Written by docs/reference.py: change the code, not this page. -->
 
-`darwinlm --help` and `darwinlm COMMAND --help` say the same. `MODEL` is a folder in Hugging Face format, a Hub id, or
-`smollm2`; `RUN` is a run directory ([file formats](formats.md)). What `--set` can change: [recipes](recipe.md).
+`darwinlm --help` and `darwinlm COMMAND --help` print the same text. `MODEL` is a folder in Hugging Face format, a Hub
+model id, or `smollm2`; `RUN` is a run directory ([file formats](formats.md)). Settings of `--set`:
+[recipes](recipe.md).
 
-Exit codes: 0 done; 1 our fault (of `doctor`: a check failed); 2 a mistake in what was asked, in one line; 130
-interrupted, the same command goes on.
+Exit codes: 0 success; 1 internal error (`doctor`: a check failed); 2 user error, reported in one line; 130 interrupted,
+run the same command again to resume.
 """
 
 _RECIPES = """
@@ -33,10 +34,10 @@ _RECIPES = """
 
 <!-- Written by docs/reference.py: change the code, not this page. -->
 
-A recipe is a YAML file with any of these settings; `--recipe FILE` reads it, and `--set section.name=value` changes one
-(a list is written `--set 'search.survivors=[2,1]'`). What is not set has the default below. `recipe.yaml` in a run
-directory has every setting that the run was made with. An unknown setting, or a combination that cannot work, is
-refused before a model is loaded.
+A recipe is a YAML file with any of these settings. `--recipe FILE` reads it, and `--set section.name=value` overrides
+one setting (write lists as `--set 'search.survivors=[2,1]'`). Settings that are not given have the default below.
+`recipe.yaml` in a run directory contains all settings of that run. Unknown settings and invalid combinations are
+rejected before a model is loaded.
 
 ## Built-in recipes
 
@@ -46,7 +47,7 @@ refused before a model is loaded.
 
 
 def command_pages() -> str:
-    """The page of all commands, in the order in which a user meets them."""
+    """Return the page of all commands, in the order in which they are usually needed."""
     lines = [_COMMANDS.strip()]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():
@@ -62,7 +63,7 @@ def command_pages() -> str:
 
 
 def recipe_page() -> str:
-    """The page of all settings, with what is under each field in recipe.py."""
+    """Return the page of all settings, with the docstring of each field in recipe.py."""
     schema = Recipe.model_json_schema()
     lines = [
         _RECIPES.strip(),
@@ -82,7 +83,7 @@ def recipe_page() -> str:
 
 
 def field_docs() -> dict[str, dict[str, str]]:
-    """By class of recipe.py and by field: the text under it."""
+    """Return the field docstrings of recipe.py by class and field name."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(recipe)).body:
         if isinstance(node, ast.ClassDef):

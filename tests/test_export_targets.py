@@ -79,7 +79,7 @@ def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, ca
         ({"export": {"targets": ["vllm"]}, "database": {"granularity": "query_head"}}, "only transformers can run"),
         (
             {"export": {"targets": ["hf-native"]}, "search": {"uniform": False}},
-            r"needs layers of one size; leave out search\.uniform=false",
+            r"needs the same sizes in all layers; remove search\.uniform=false",
         ),
         ({"export": {"targets": ["openvino"]}}, r"export\.targets\.0 = 'openvino'"),
         ({"export": {"targets": "gguf"}}, "a list is expected"),

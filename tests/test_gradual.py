@@ -246,7 +246,7 @@ def test_the_steps_of_a_training_read_on_where_the_one_before_stopped(tmp_path):
             {"steps": 2, "target": "0.8,0.6"},
             "steps=2 with target '0.8,0.6': the sizes of a family come from one database",
         ),
-        ({"steps": 2, "target": "params=0.5,latency=0.5"}, "steps=2 with a limit on latency"),
+        ({"steps": 2, "target": "params=0.5,latency=0.5"}, "steps=2 with a latency limit"),
     ],
 )
 def test_steps_that_cannot_be_are_refused(settings, message):

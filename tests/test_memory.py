@@ -217,4 +217,4 @@ def test_a_lack_of_memory_outside_of_the_stages_gives_one_line(monkeypatch, tmp_
 
     monkeypatch.setattr("darwinlm.settings.load_recipe", fail)
     assert _exit_code(["prune", "model", "--target", "0.8", "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.startswith("error: the memory of this process does not suffice; free some")
+    assert capsys.readouterr().err.startswith("error: out of memory; free some")

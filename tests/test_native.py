@@ -197,5 +197,5 @@ def test_uniform_sizes_take_whole_kv_groups():
     assert make_recipe(given).search.uniform
     with pytest.raises(UserError, match=r"search.uniform=true with database.granularity=query_head"):
         make_recipe(given | {"database": {"granularity": "query_head"}})
-    with pytest.raises(UserError, match=r"search.uniform = 3: auto, true or false is expected"):
+    with pytest.raises(UserError, match=r"search.uniform = 3: must be auto, true or false"):
         make_recipe(given | {"search": {"uniform": 3}})

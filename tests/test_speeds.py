@@ -243,8 +243,8 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batches", "0"], "--batches '0': write whole numbers from 1 on with commas between, such as 1,4"),
-        (["--lengths", "8;16"], "--lengths '8;16': write whole numbers"),
+        (["--batches", "0"], "--batches '0': expected whole numbers >= 1 separated by commas, such as 1,4"),
+        (["--lengths", "8;16"], "--lengths '8;16': expected whole numbers"),
         (["--vllm", sys.executable], "this Python has no vLLM"),
         (["--vllm", "no-such-python"], "--vllm no-such-python: it cannot be run: No such file or directory"),
         (["--lengths", "8,120"], "--lengths 120 and 32 new tokens are more than the 128 it knows"),

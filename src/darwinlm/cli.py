@@ -1,4 +1,4 @@
-"""The command line: parse, call, and turn every failure into one line and an exit code."""
+"""Command line: parse the arguments, call the library, and turn failures into one line and an exit code."""
 
 import os
 import signal
@@ -20,26 +20,28 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Prune a Hugging Face language model to the size you ask for.",
+    help="Prune a Hugging Face language model to a given size.",
 )
 
 _INTERRUPTED = 130
-"""The exit code after Ctrl-C or SIGTERM."""
-_KEPT = "interrupted; what was done is kept, the same command goes on from there"
+"""Exit code after Ctrl-C or SIGTERM."""
+_KEPT = "Interrupted; progress is saved. Run the same command again to resume."
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Plain log lines in place of progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Plain log lines instead of progress bars.")]
 Setting = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; repeatable.")
 ]
 
 Steps = Annotated[
-    int | None, typer.Option(help="Prune and recover so many times on the way to the target, for deep cuts.")
+    int | None,
+    typer.Option(help="Number of rounds of pruning and recovery on the way to the target; for large reductions."),
 ]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         from darwinlm import __version__
@@ -52,8 +54,8 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The run directory.")] = Path("demo-run"),
-    data: Annotated[str, typer.Option(help="As for `prune`.")] = "self",
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("demo-run"),
+    data: Annotated[str, typer.Option(help="Source of the text, as for `prune`.")] = "self",
     settings: Setting = None,
     quiet: Quiet = False,
 ) -> None:
@@ -63,21 +65,21 @@ def demo(
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="A local folder, a Hub model id, or smollm2.")],
+    model: Annotated[str, typer.Argument(help="Local folder, Hub model id, or smollm2.")],
     target: Annotated[
         str, typer.Option(help="Parameters to keep (0.5 or 2.7B), limits (params=0.5,latency=0.6), or sizes (0.8,0.6).")
     ],
-    out: Annotated[Path, typer.Option(help="The run directory: new, or an earlier run to go on with.")],
-    recipe: Annotated[str, typer.Option(help="A YAML file, or one of quick, paper, demo.")] = "quick",
+    out: Annotated[Path, typer.Option(help="Run directory: new, or an earlier run to resume.")],
+    recipe: Annotated[str, typer.Option(help="YAML file, or one of quick, paper, demo.")] = "quick",
     data: Annotated[
         str | None,
-        typer.Option(help="A Hub data set id, a text, JSON, CSV or Parquet file or folder, or self."),
+        typer.Option(help="Hub dataset id, a text, JSON, CSV or Parquet file or folder, or self."),
     ] = None,
     steps: Steps = None,
     settings: Setting = None,
     quiet: Quiet = False,
 ) -> None:
-    """Prune MODEL to the target size; the same command goes on after an interruption."""
+    """Prune MODEL to the target size; run the same command again to resume."""
     overrides: dict[str, Any] = {"model": model, "target": target}
     if steps is not None:
         overrides["steps"] = steps
@@ -88,16 +90,18 @@ def prune(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="As for `prune`; its config is enough.")],
-    target: Annotated[str, typer.Option(help="Parameters to keep: 0.5, or 2.7B.")],
-    recipe: Annotated[str, typer.Option(help="As for `prune`.")] = "quick",
+    model: Annotated[str, typer.Argument(help="Model, as for `prune`; only its config is needed.")],
+    target: Annotated[str, typer.Option(help="Parameters to keep: 0.5 or 2.7B.")],
+    recipe: Annotated[str, typer.Option(help="Recipe, as for `prune`.")] = "quick",
     steps: Steps = None,
     settings: Setting = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many there will be.")] = 1,
-    gpu: Annotated[str | None, typer.Option(help="h100, h200, a100, l40s or rtx4090; by default this machine.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of each, if it is another size: 40GB.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="h100, h200, a100, l40s or rtx4090; default: this machine.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory per GPU, if it differs from the default: 40GB.")
+    ] = None,
 ) -> None:
-    """Say what a run would cost before it starts: parameters, time and memory by stage, disk."""
+    """Estimate the cost of a run before it starts: parameters, disk space, and time and memory of each stage."""
     _silence_libraries()
 
     from rich.console import Console
@@ -114,10 +118,10 @@ def plan(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Argument(help="As for `prune`.")],
+    model: Annotated[str, typer.Argument(help="Model, as for `prune`.")],
     quiet: Quiet = False,
 ) -> None:
-    """Check on a few layers of MODEL that it is cut, run, trained, saved and exported rightly, before any long work."""
+    """Check on a few layers of MODEL that pruning, running, training, saving and exporting it work correctly."""
     from darwinlm.progress import set_up
 
     set_up(quiet=quiet)
@@ -134,11 +138,11 @@ def doctor(
 
 @app.command()
 def recover(
-    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
     settings: Setting = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the model that RUN has found once more, with other settings (--set recovery.tokens=1B), or go on."""
+    """Train the pruned model of RUN again with other settings (--set recovery.tokens=1B), or resume its training."""
     overrides = _overrides(settings)
     _start(quiet)
 
@@ -149,21 +153,23 @@ def recover(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, or a pruned model's folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, or the folder of a pruned model.")
+    ],
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp and all that is built on it), vllm, hf-native (layers of one size), mlx or onnx; "
-            "or hf: the folder itself again, with the modelling file of this version."
+            help="gguf (llama.cpp and tools built on it), vllm, hf-native (uniform layers), mlx or onnx; or hf: the "
+            "same folder with this version's modelling file."
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="The file or folder to write; by default beside the model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File or folder to write; default: next to the model.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="gguf: f32, f16, bf16, q8_0, q4_k_m, q5_k_m, q6_k; by default the model's.")
+        str | None, typer.Option(help="gguf: f32, f16, bf16, q8_0, q4_k_m, q5_k_m, q6_k; default: the model's dtype.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="vllm: devices that share out each layer.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="vllm: tensor-parallel size.")] = 1,
 ) -> None:
-    """Write a pruned model for another engine, and compare its logits there with the model's."""
+    """Export a pruned model for another engine, and compare its logits there with the original logits."""
     from darwinlm.export.targets import export_model
 
     _silence_libraries()
@@ -173,26 +179,26 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Write it again as the run goes on, until it ends.")] = False,
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Update the report until the run ends.")] = False,
 ) -> None:
-    """Write RUN/report/index.html: what was cut where, how the search went, how good and how fast the result is."""
+    """Write RUN/report/index.html: layer sizes, the course of the search, quality and speed of the result."""
     from darwinlm.report.page import watch_report, write_report
 
     page = run / "report" / "index.html"
     if watch:
-        print(f"following the run in {page}; Ctrl-C stops this, not the run", file=sys.stderr)
+        print(f"watching the run, report in {page}; Ctrl-C stops watching, not the run", file=sys.stderr)
         watch_report(run)
     else:
         write_report(run)
-    print(f"the report: {page}")
+    print(f"report: {page}")
 
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model's folder, or a Hub model id.")],
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model folder, or a Hub model id.")],
 ) -> None:
-    """Show the size of every layer, against the dense model; of a model, from its config alone."""
+    """Show the size of every layer compared with the dense model; for a model, from its config only."""
     from darwinlm.report.layers import inspect, show_layers
 
     for entry in inspect(source):
@@ -202,28 +208,31 @@ def inspect(
 @app.command()
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, a model's folder, or a Hub id.")
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A finished run, a model folder, or a Hub model id.")
     ],
-    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks with commas between, or paper.")] = "",
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, separated by commas, or paper.")] = "",
     tasks_dir: Annotated[
-        Path | None, typer.Option(help="A folder of JSONL files, each a task, for machines without the Hub.")
+        Path | None, typer.Option(help="Folder of JSONL files, one per task, for machines without access to the Hub.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items of each task.")] = None,
     speed: Annotated[
-        bool, typer.Option("--speed", help="Time prompts and new tokens, in transformers, llama.cpp and vLLM.")
+        bool, typer.Option("--speed", help="Measure prefill and decode speed in transformers, llama.cpp and vLLM.")
     ] = False,
-    batches: Annotated[str, typer.Option(help="For --speed: requests at the same time.")] = "1,4",
-    lengths: Annotated[str, typer.Option(help="For --speed: tokens of a prompt.")] = "128,512",
+    batches: Annotated[str, typer.Option(help="For --speed: batch sizes.")] = "1,4",
+    lengths: Annotated[str, typer.Option(help="For --speed: prompt lengths in tokens.")] = "128,512",
     vllm: Annotated[
         str | None,
-        typer.Option(metavar="PYTHON", help="For --speed: the Python of vLLM's environment, if it is not this one."),
+        typer.Option(
+            metavar="PYTHON", help="For --speed: Python interpreter of vLLM's environment, if it is not this one."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run zero-shot tasks with the dense and the pruned model of a run, on the same items; time them; or one model."""
+    """Evaluate the dense and the pruned model of a run, or a single model, on zero-shot tasks; optionally measure
+    speed."""
     import os
 
-    # lm-eval's many bars; ours shows how far it has come.
+    # Hide lm-eval's progress bars; ours shows the progress.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from darwinlm.progress import set_up
 
@@ -246,40 +255,40 @@ def evaluate(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """`1,4` as numbers. Raises UserError."""
+    """Parse comma-separated whole numbers such as `1,4`. Raises UserError."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and 0 < int(word) <= 2**20 for word in words):
-        raise UserError(f"{option} {text!r}: write whole numbers from 1 on with commas between, such as 1,4")
+        raise UserError(f"{option} {text!r}: expected whole numbers >= 1 separated by commas, such as 1,4")
     return [int(word) for word in words]
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
+    """Run the command line and exit: 0 success, 1 internal error, 2 user error, 130 interrupted."""
     try:
         code = _exit_code(sys.argv[1:])
-    except KeyboardInterrupt:  # a signal while an error is being told, as when torchrun ends all ranks
+    except KeyboardInterrupt:  # a signal while an error is reported, as when torchrun ends all ranks
         code = _INTERRUPTED
     sys.exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job that a shell without job control sent away
+        if signal.getsignal(number) != signal.SIG_IGN:  # Ignored in background jobs of a shell without job control.
             signal.signal(number, _interrupt)
     try:
         result = app(arguments, prog_name="darwinlm", standalone_mode=False)
     except UserError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:  # older versions of typer let it through; newer ones return 130
+    except KeyboardInterrupt:  # Older versions of typer raise it; newer ones return 130.
         result = _INTERRUPTED
     except ImportError as error:
-        if error.name != "transformers":  # which our modelling file does not work with
+        if error.name != "transformers":  # Only the modelling file's version check is a user error.
             raise
         return _fail(str(error))
-    except MemoryError:  # outside of the stages, which name themselves
-        return _fail("the memory of this process does not suffice; free some, or raise its limit (ulimit -v)")
+    except MemoryError:  # Stages report their own.
+        return _fail("out of memory; free some, or raise the limit (ulimit -v)")
     except Exception as error:
-        # A usage error; its class is click's or, in newer versions, typer's own copy of it, which has no public name.
+        # A usage error. Its class is click's or, in newer versions of typer, a private copy without a public name.
         if hasattr(error, "format_message"):
             context = getattr(error, "ctx", None)
             return _fail(f"{error.format_message()} (see {context.command_path if context else 'darwinlm'} --help)")
@@ -301,13 +310,14 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
 
 
 def _start(quiet: bool) -> None:
-    """What comes before long work."""
+    """Set up ranks, progress output and library logging before long work."""
     from darwinlm import dist
     from darwinlm.progress import set_up
 
     dist.start()
     if dist.rank() > 0:
-        # They keep no state, and often wait for rank 0 where Python does not come to look at signals.
+        # Other ranks keep no state, and often wait for rank 0 in native code that does not return to Python's signal
+        # handlers.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
     set_up(quiet=quiet, silent=dist.rank() > 0)
@@ -315,7 +325,7 @@ def _start(quiet: bool) -> None:
 
 
 def _finish(run: "Run") -> None:
-    """Leave the other ranks, and show what came of it."""
+    """Leave the process group and print the results."""
     from darwinlm import dist
     from darwinlm.report.summary import show
 
@@ -325,19 +335,20 @@ def _finish(run: "Run") -> None:
         return
     console = _console()
     show(run.metrics, console)
-    console.print(f"the pruned model: {run.model_path}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"the report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"pruned model: {run.model_path}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report: {run.path / 'report' / 'index.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _console() -> "Console":
     from rich.console import Console
 
-    # Not a terminal: as wide as it needs to be, so that a log holds whole rows.
+    # Outside a terminal, use a fixed width so that logs contain whole rows.
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _silence_libraries() -> None:
-    """Their advice is about code that the user did not write; errors still come through."""
+    """Silence warnings and progress bars of libraries, which concern code that the user did not write; errors still
+    show."""
     import datasets
     import transformers
 
@@ -354,14 +365,14 @@ def _overrides(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End with what was done so far in order; told so once more, at once."""
+    """Raise KeyboardInterrupt so that progress is saved; a second signal exits at once."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _leave)
     raise KeyboardInterrupt
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    # Nothing on the disk is ever half-written, so nothing needs to be put in order.
+    # Files are always written completely or not at all, so no cleanup is needed.
     os.write(2, f"\n{_KEPT}\n".encode())
     os._exit(_INTERRUPTED)
 
@@ -369,7 +380,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def _fail(message: str) -> int:
     from darwinlm.progress import printable
 
-    if "WORLD_SIZE" in os.environ:  # else a mistake is told without loading PyTorch
+    if "WORLD_SIZE" in os.environ:  # Without ranks, report the error without importing PyTorch.
         from darwinlm import dist
 
         if not dist.first_to_say(message):
