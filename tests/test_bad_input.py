@@ -453,29 +453,29 @@ def test_the_smallest_target_that_is_named_is_accepted(smallest, dense):
 # ---- the data
 
 SPLITS = (
-    r"the splits need 160 \(held_out 32, score 32, calibration 64, trial 32\) and share no document; give more text"
+    r"the splits need 160 \(held_out 32, score 32, calibration 64, trial 32\) and share no document; provide more text"
 )
 DATA = {
-    "empty.txt": (b"", f"holds 0 tokens, but {SPLITS}"),
-    "blank.txt": (b" \n ", f"holds 0 tokens, but {SPLITS}"),
-    "empty.jsonl": (b"", f"holds 0 tokens, but {SPLITS}"),
-    "short.txt": (b"hello world", f"holds 12 tokens, but {SPLITS}"),
-    "table.xml": (b"a,b", r"unknown kind of file; known are \.txt, .*\.jsonl, .*\.parquet \(.* also as \.gz, .*\)$"),
-    "table.csv": (b"a,b\n1,2\n", r"line 2: there is no 'text' \(it has 'a', 'b'\); set data.text_field"),
-    "none": (b"a,b", "unknown kind of file; known are"),
+    "empty.txt": (b"", f"has 0 tokens, but {SPLITS}"),
+    "blank.txt": (b" \n ", f"has 0 tokens, but {SPLITS}"),
+    "empty.jsonl": (b"", f"has 0 tokens, but {SPLITS}"),
+    "short.txt": (b"hello world", f"has 12 tokens, but {SPLITS}"),
+    "table.xml": (b"a,b", r"unsupported file type; supported are \.txt, .*\.parquet \(.* also as \.gz, .*\)$"),
+    "table.csv": (b"a,b\n1,2\n", r"line 2: no field 'text' \(found 'a', 'b'\); set data.text_field"),
+    "none": (b"a,b", "unsupported file type; supported are"),
     "binary.txt": (b"abc\xff\xfe", r"is not UTF-8 text \(byte 3\); convert it"),
     "binary.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8 text; convert it"),
-    "broken.jsonl": (b'{"text": "a"}\n\n{"text":\n', "line 3: not JSON; one object a line is expected"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text":\n', "line 3: not JSON; expected one object per line"),
     "deep.jsonl": (b"[" * 100_000, "line 1: not JSON"),
-    "array.json": (b'[{"text": "a"}, ["b"]]', "record 2: one object in the list is expected, this is a list"),
-    "array.jsonl": (b'[{"text": "a"}]', "line 1: one object a line is expected, this is a list"),
+    "array.json": (b'[{"text": "a"}, ["b"]]', "record 2: expected one object in the list, found list"),
+    "array.jsonl": (b'[{"text": "a"}]', "line 1: expected one object per line, found list"),
     "deep.json": (b"[" * 100_000, "not JSON"),
     "other-key.jsonl": (
         b'{"text": "a"}\n{"body": "a", "n": 1}\n{"n": 2}',
-        r"line 2: there is no 'text' \(it has 'body', 'n'\); set d",
+        r"line 2: no field 'text' \(found 'body', 'n'\); set d",
     ),
-    "no-key.jsonl": (b"{}", r"line 1: there is no 'text' \(it has nothing\); set data.text_field"),
-    "number.jsonl": (b'{"text": 3}', "line 1: 'text' holds no text but int; set data.text_field"),
+    "no-key.jsonl": (b"{}", r"line 1: no field 'text' \(found nothing\); set data.text_field"),
+    "number.jsonl": (b'{"text": 3}', "line 1: 'text' is not text but int; set data.text_field"),
     "broken.parquet": (b"PAR1xxxxxxxxPAR1", "cannot be read as a Parquet file: "),
     "empty.parquet": (b"", "cannot be read as a Parquet file: .*0 bytes"),
 }
@@ -491,8 +491,8 @@ def test_data_that_is_not_what_it_should_be(name, refused, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["a"], "id": [1]}, r"there is no 'text' \(it has 'body', 'id'\); set data.text_field"),
-        ({"text": [1, 2]}, "'text' holds no text but int; set data.text_field"),
+        ({"body": ["a"], "id": [1]}, r"no field 'text' \(found 'body', 'id'\); set data.text_field"),
+        ({"text": [1, 2]}, "'text' is not text but int; set data.text_field"),
     ],
 )
 def test_a_table_without_text(columns, message, refused, tmp_path):
@@ -512,7 +512,7 @@ def test_a_table_damaged_inside(refused, tmp_path):
 def test_a_folder_without_text(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(
-        "data '.*empty': the folder holds no file of a known kind; known are .txt, .text, .md", data=tmp_path / "empty"
+        "data '.*empty': the folder contains no supported file; supported are .txt, .text, .md", data=tmp_path / "empty"
     )
 
 
@@ -524,7 +524,7 @@ def test_data_that_is_nowhere(data, refused):
 @pytest.mark.parametrize("data", ["owner/nothing", "word " * 100])
 def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
     refused(
-        "' is no local file, and as a Hub data set it cannot be read: .*; check the name, or give a local", data=data
+        "' is not a local file, and loading it as a Hub dataset failed: .*; check the name, or give a local", data=data
     )
 
 
@@ -779,7 +779,7 @@ def test_a_rank_that_cannot_ask_the_others_says_it(missing, monkeypatch):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert dist.first_to_say("x")
+    assert dist.should_report("x")
 
 
 def test_the_version_is_shown(capsys):

@@ -103,9 +103,9 @@ def test_the_command_prints_a_table(checkpoint, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu", "tpu"], "plan: --gpu 'tpu' is not known; known are h100"),
+        (["--gpu", "tpu"], "plan: unknown --gpu 'tpu'; choose one of h100"),
         (["--gpu", "h100", "--gpu-memory", "lots"], "plan: --gpu-memory 'lots': write it as 80GB"),
-        (["--set", "target=latency=0.5"], "one number of parameters is expected, such as 0.5 or 2.7B"),
+        (["--set", "target=latency=0.5"], "expected one number of parameters, such as 0.5 or 2.7B"),
         (["--set", "target=0.01"], "target 0.01"),
     ],
 )

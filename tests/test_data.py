@@ -111,7 +111,7 @@ def test_no_document_reaches_into_two_splits():
     assert blocks["score"].flatten().tolist() == list(range(40, 56))
     assert blocks["calibration"].flatten().tolist() == list(range(60, 76))
     assert blocks["trial"].flatten().tolist() == list(range(80, 96))
-    with pytest.raises(UserError, match="holds 90 tokens, but the splits need 80"):
+    with pytest.raises(UserError, match="has 90 tokens, but the splits need 80"):
         pack(map(list, documents[:5]), asked)
 
 
@@ -152,7 +152,7 @@ def test_long_documents_are_used_in_proportion(mixed):
 
 def test_a_repeated_document_counts_once(tmp_path):
     source = write_lines(tmp_path / "repeated.jsonl", [words(0, 9), f"  {words(0, 9)}\n", words(0, 9), words(9, 18)])
-    with pytest.raises(UserError, match=r"holds 20 tokens, but the splits need 256 \(held_out 64, score 64, cali"):
+    with pytest.raises(UserError, match=r"has 20 tokens, but the splits need 256 \(held_out 64, score 64, cali"):
         read_corpus(recipe(source), Words(), seed=0)
 
 
@@ -180,7 +180,7 @@ def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
     found = {file.suffix: list(find_documents(str(file), "text", seed=0)) for file in tmp_path.iterdir()}
     assert found == {".txt": ["ab"], ".jsonl": ["a", "", "?", "b"], ".parquet": ["a", "", "b"]}
     # ab, a, ? and b with an end each: `a` and `b` of the second file are repeats.
-    with pytest.raises(UserError, match="holds 9 tokens"):
+    with pytest.raises(UserError, match="has 9 tokens"):
         read_corpus(recipe(str(tmp_path)), make_tokenizer(), seed=0)
 
 
@@ -228,7 +228,7 @@ def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_
     assert [next(beginning) for _ in range(3)] == ["0", "1", "2"]
     beginning.close()
     assert caplog.messages[1].endswith("1 of 4 records have no 'text': passed over")
-    refused = r"l\.jsonl', line 2: there is no 'text' \(it has 'id'\); set data\.text_field"
+    refused = r"l\.jsonl', line 2: no field 'text' \(found 'id'\); set data\.text_field"
     with pytest.raises(UserError, match=refused):
         list(write([{"text": "a"}, {"id": 1}, {"id": 2}]))
     # Long before the end of a file that will not do.
@@ -242,16 +242,16 @@ def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_
     [
         ("l.jsonl.gz", b"no gzip", "cannot be read"),
         ("l.jsonl.gz", gzip.compress(b'{"text": "abc"}' * 99, mtime=0)[:-20], "cannot be read|not JSON"),
-        ("l.json", b'[{"text": "a"}, 3]', "record 2: one object in the list is expected, this is a int"),
-        ("l.json", b'[{"text": "a"}', r"not JSON \(.*\); a list of objects is expected"),
+        ("l.json", b'[{"text": "a"}, 3]', "record 2: expected one object in the list, found int"),
+        ("l.json", b'[{"text": "a"}', r"not JSON \(.*\); expected a list of objects"),
         (
             "l.json.gz",
             gzip.compress(b'[{"text": "a"}', mtime=0),
-            r"l\.json\.gz': not JSON \(.*\); a list of objects is expected",
+            r"l\.json\.gz': not JSON \(.*\); expected a list of objects",
         ),
-        ("t.csv", b"body,id\nx,1\n", r"line 2: there is no 'text' \(it has 'body', 'id'\); set data\.text_field"),
-        ("t.parquet.gz", b"", "unknown kind of file"),
-        ("l.gz", b"", "unknown kind of file"),
+        ("t.csv", b"body,id\nx,1\n", r"line 2: no field 'text' \(found 'body', 'id'\); set data\.text_field"),
+        ("t.parquet.gz", b"", "unsupported file type"),
+        ("l.gz", b"", "unsupported file type"),
     ],
 )
 def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
@@ -352,11 +352,11 @@ def test_local_files_are_read_whole(tmp_path):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([ConnectionError("no route\nto host")], "no local file, and as a Hub data set it cannot be read: no route to"),
-        ([{"text": words(0, 3)}, TimeoutError()], "cannot be read: TimeoutError; check the name, or give a local file"),
-        ([{"body": "a", "id": 1}], r"there is no 'text' \(it has 'body', 'id'\); set data.text_field"),
-        ([{"text": 3}], "'text' holds no text but int; set data.text_field"),
-        ([{"text": words(0, 3)}], "'owner/name' holds 4 tokens, but the splits need 256"),
+        ([ConnectionError("no route\nto host")], "not a local file, .* as a Hub dataset failed: no route to"),
+        ([{"text": words(0, 3)}, TimeoutError()], "dataset failed: TimeoutError; check the name, or give a"),
+        ([{"body": "a", "id": 1}], r"no field 'text' \(found 'body', 'id'\); set data.text_field"),
+        ([{"text": 3}], "'text' is not text but int; set data.text_field"),
+        ([{"text": words(0, 3)}], "'owner/name' has 4 tokens, but the splits need 256"),
     ],
 )
 def test_a_hub_that_fails_gives_one_line(records, message, hub):
@@ -515,7 +515,7 @@ def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
     stream = TextStream(asked, make_tokenizer(), 0, frozenset())
     assert len(streamed(stream, 3)[0]) == 3
     everything = frozenset(data._fingerprint(piece.text) for piece in data._cut("word " * 100, asked, None))
-    with pytest.raises(UserError, match=r"holds less than a block of 32 tokens beside what judges; give more text"):
+    with pytest.raises(UserError, match=r"has less than a block of 32 tokens beyond the evaluation"):
         next(TextStream(asked, make_tokenizer(), 0, everything).blocks())
 
 
@@ -590,14 +590,14 @@ def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, 
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
-        ([{"role": "user"}], CHATML, "line 1: a chat is a list of messages with 'role' and 'content', both text"),
-        (["hello"], CHATML, "line 1: a chat is a list of messages with 'role' and 'content', both text"),
-        (chats(1)[0], None, "holds chats, but the model's tokenizer has no chat template; give text instead"),
-        (chats(1)[0], "{{ raise_exception('no') }}", "holds a chat that the model's chat template refuses: no"),
+        ([{"role": "user"}], CHATML, "line 1: a chat must be a list of messages with text 'role' and 'content'"),
+        (["hello"], CHATML, "line 1: a chat must be a list of messages with text 'role' and 'content'"),
+        (chats(1)[0], None, "contains chats, but the model's tokenizer has no chat template; provide plain text"),
+        (chats(1)[0], "{{ raise_exception('no') }}", "contains a chat that the model's chat template rejects: no"),
         (
             chats(1)[0],
             "{{ messages | length }}{{ messages[0].content }}",
-            "writes a message in another way when others",
+            "renders a message differently when others",
         ),
     ],
 )

@@ -303,7 +303,7 @@ def test_large_models_are_checked_on_a_few_layers_of_every_kind(checkpoint, monk
     monkeypatch.setattr("darwinlm.doctor._LAYER_PARAMETERS", 1)
     examination = examine(str(checkpoint("qwen2")))
     assert examination.passed
-    assert examination.reduced[0] == "2 of 3 layers (0, 2); the weights of the others were not read"
+    assert examination.reduced[0] == "2 of 3 layers (0, 2); the weights of the others are not read"
 
 
 def test_some_layers_of_a_checkpoint_are_those_of_the_whole(checkpoint):
@@ -323,4 +323,4 @@ def test_a_long_window_is_made_short_so_that_it_is_reached(tmp_path, monkeypatch
     assert load_config(folder).sliding_window == 100
     examination = examine(folder)
     assert examination.passed
-    assert "the sliding window of 100 tokens to 32" in examination.reduced
+    assert "sliding window of 100 tokens reduced to 32" in examination.reduced

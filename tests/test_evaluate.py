@@ -197,7 +197,7 @@ def test_items_keep_their_order_over_parts_and_filters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name the tasks"),
+        ([], "no tasks given"),
         (["--tasks-dir", "TASKS", "--tasks", "third"], "no third.jsonl in --tasks-dir, which holds first"),
         (["--tasks", "piqa"], "zero-shot tasks need lm-eval; run: pip install"),
         (["--tasks-dir", "TASKS"], "zero-shot tasks need lm-eval; run: pip install"),

@@ -64,7 +64,7 @@ def test_a_living_process_is_named_and_one_killed_by_sigkill_is_succeeded(tmp_pa
 AWAY = {"host": "elsewhere", "boot": "another", "pid": 77}
 TIMELY, SILENT = 30, 3_600
 CASES = {
-    # What the file says of its owner, seconds since its last sign of life, whether the kernel has locks: what is said.
+    # What the file says of its owner, seconds since its last heartbeat, whether the kernel has locks: what is said.
     "dead, the kernel says so": ({}, TIMELY, True, None),
     "living, no kernel locks": ({}, TIMELY, False, rf"in use by process {os.getpid()} on"),
     "living and silent, no kernel locks": ({}, SILENT, False, rf"in use by process {os.getpid()} on"),
@@ -75,10 +75,10 @@ CASES = {
         AWAY,
         TIMELY,
         True,
-        r"in use by process 77 on elsewhere, for 2 h 5 min, last sign of life 30 s ago; wait for it or stop it there; "
+        r"in use by process 77 on elsewhere, for 2 h 5 min, last heartbeat 30 s ago; wait for it or stop it there; "
         r"if that machine is gone, delete .+/lock$",
     ),
-    "elsewhere, its clock ahead": (AWAY, -300, True, "last sign of life 0 s ago"),
+    "elsewhere, its clock ahead": (AWAY, -300, True, "last heartbeat 0 s ago"),
     "elsewhere, alive, no kernel locks": (AWAY, TIMELY, False, "process 77 on elsewhere"),
     "elsewhere, silent": (AWAY, SILENT, True, None),
     "elsewhere, silent, no kernel locks": (AWAY, SILENT, False, None),

@@ -33,11 +33,11 @@ CPU_ALLOCATOR = (
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.OutOfMemoryError(GPU), r"the GPU's memory does not suffice \(Tried to allocate 2.50 GiB\)"),
-        (RuntimeError(CPU_ALLOCATOR), r"the memory does not suffice \(tried to allocate 4000000000000 bytes\)"),
-        (MemoryError(), r"the memory does not suffice \(MemoryError\)"),
-        (OSError(12, "Cannot allocate memory"), r"the memory does not suffice \(OSError\)"),
-        (Exception("Error while deserializing header: I/O error: x (os error 12)"), "the memory does not suffice"),
+        (torch.OutOfMemoryError(GPU), r"GPU out of memory \(Tried to allocate 2.50 GiB\)"),
+        (RuntimeError(CPU_ALLOCATOR), r"out of memory \(tried to allocate 4000000000000 bytes\)"),
+        (MemoryError(), r"out of memory \(MemoryError\)"),
+        (OSError(12, "Cannot allocate memory"), r"out of memory \(OSError\)"),
+        (Exception("Error while deserializing header: I/O error: x (os error 12)"), "out of memory"),
     ],
 )
 def test_each_lack_of_memory_is_one_line(error, message):
@@ -49,7 +49,7 @@ def test_each_lack_of_memory_is_one_line(error, message):
 
 def test_what_the_libraries_really_raise_is_recognised():
     for allocate in (lambda: torch.empty(2**50), lambda: numpy.empty(2**50), lambda: bytearray(2**60)):
-        with pytest.raises(UserError, match=r"the memory does not suffice"), naming_memory_faults("database"):
+        with pytest.raises(UserError, match=r"out of memory"), naming_memory_faults("database"):
             allocate()
 
 
@@ -127,7 +127,7 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, ch
     arguments = {"target": TARGET, "out": tmp_path / "run", "settings": {**SETTINGS, "data.source": str(text)}}
     with monkeypatch.context() as patched:
         patched.setattr(f"darwinlm.{name[stage]}", fail)
-        with pytest.raises(UserError, match=f"^{stage}: the GPU's memory does not suffice .*; run the same command on"):
+        with pytest.raises(UserError, match=f"^{stage}: GPU out of memory .*; run the same command on"):
             prune(checkpoint("qwen3"), **arguments)
     prune(checkpoint("qwen3"), **arguments)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -17,7 +17,7 @@ _LAZY = {"load": "darwinlm.export.hf", "prune": "darwinlm.pipeline", "Run": "dar
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for: `darwinlm --help` must not wait for it."""
+    """Import names that need torch on first access, so that `darwinlm --help` starts quickly."""
     if name in _LAZY:
         import importlib
 

@@ -1,4 +1,4 @@
-"""`python -m darwinlm`."""
+"""Entry point of `python -m darwinlm`."""
 
 from darwinlm.cli import main
 

@@ -383,7 +383,7 @@ def _fail(message: str) -> int:
     if "WORLD_SIZE" in os.environ:  # Without ranks, report the error without importing PyTorch.
         from darwinlm import dist
 
-        if not dist.first_to_say(message):
+        if not dist.should_report(message):
             return 2
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2

@@ -1,7 +1,7 @@
-"""What a run will cost, from shapes alone: seconds and memory by stage, disk, and what to change if it does not fit.
+"""Predicted cost of a run, from shapes only: seconds and memory per stage, disk space, and advice if it does not fit.
 
-Work is counted in tokens through a layer and through the head, forwards or with their gradients, and in matrix
-products of the database; `rates` says what such a token costs. How far predictions were off: docs/lab-log.md.
+Work is counted in tokens through a layer and through the head, forward or with gradients, and in matrix products of the
+database; `rates` gives the cost of each. For the accuracy of past predictions see docs/lab-log.md.
 """
 
 from dataclasses import dataclass, replace
@@ -25,80 +25,80 @@ from darwinlm.recipe import Recipe
 from darwinlm.target import parse_target, split_targets
 
 _SOLVER_UTILISATION = 0.45
-"""Of the speed of large matrix products, what the solver reaches."""
+"""Fraction of the speed of large matrix products that the solver reaches."""
 _OVERHEAD = 1.25
-"""What database, search and recovery take beyond their layers and heads: optimiser, reading and writing, Python."""
+"""Overhead factor of database, search and recovery beyond layers and head: optimizer, I/O, Python."""
 _SAMPLE_TOKENS = 40
-"""That evaluation has the dense and the last model write."""
+"""Tokens that the dense and the last model each generate during evaluation."""
 _SLACK = 1.15
-"""What memory takes beyond tensors: buffers, fragments."""
+"""Memory overhead factor beyond tensors: buffers, fragmentation."""
 _DISK = 3e8
-"""Bytes a second, flushed."""
+"""Disk bandwidth in bytes per second, flushed."""
 _EXPERT_BYTES = 4 * (2 * PRODUCTS + OUTPUTS)
-"""Products of the outputs of all experts for a sample of tokens, and those that a removal moves once more."""
+"""Bytes for the products of all experts' outputs on a sample of tokens, and for those changed by a removal."""
 _LIBRARIES = 650_000_000
-"""Bytes of memory before any model is loaded."""
+"""Bytes of memory in use before any model is loaded."""
 _LINK = 1e10
-"""Bytes a second from the CPU's memory to a device's."""
+"""Bandwidth from CPU memory to a device, in bytes per second."""
 _TEMPORARY = 24 * 2**24
-"""Bytes that a step of `SignSGD` takes besides gradients."""
-_JUDGED_PLANS = 4.75
-"""In a round of the descent, for how many plans all of the score text is read: eight begin, most are soon given up."""
+"""Bytes that a step of `SignSGD` needs in addition to gradients."""
+_EVALUATED_PLANS = 4.75
+"""Plan evaluations on the whole score text per descent round: eight plans start, most are stopped early."""
 _GRADIENT_PASSES = 1.7
-"""What measuring sensitivities costs, in forward and backward passes of training: two backward passes, none for
-weights, and the columns of all levels beside the dense ones."""
+"""Cost of measuring sensitivities, relative to a forward and backward pass of training: two backward passes without
+weight gradients, and the columns of all levels in addition to the dense ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """Predicted."""
+    """Predicted cost of one stage."""
 
     name: str
     seconds: float
     memory: float
-    """Peak, bytes, on each device."""
+    """Peak memory in bytes, on each device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Of a whole run."""
+    """Predicted cost of a whole run."""
 
     dense_parameters: int
     target_parameters: int
     smallest_parameters: int
     stages: tuple[StageCost, ...]
     host_memory: float
-    """Bytes of the CPU's memory for layers that pass through the devices (each process has candidates of its own; the
-    dense model's files are cached once) or for sharded training that is offloaded; 0 if there are none."""
+    """CPU memory in bytes for layers that are streamed through the devices; 0 if none are. Each process has its own
+    candidates; the dense model's files are cached once."""
     disk: float
-    """Bytes, at the end and while checkpoints are there."""
+    """Disk space in bytes at the end, including checkpoints."""
     advice: tuple[str, ...]
-    """Settings to change where the memory does not suffice."""
+    """Settings to change if there is not enough memory."""
 
 
 def plan_run(
     recipe: Recipe, gpus: int = 1, gpu: str | None = None, gpu_memory: str | None = None
 ) -> tuple[Machine, Costs]:
-    """What a run of `recipe` would cost, from the model's config alone.
+    """Estimate the cost of a run of `recipe`, from the model's config only.
 
     Args:
-        recipe: with a target in parameters.
-        gpus: how many devices there will be.
-        gpu: which, of `GPUS`; by default this machine is measured for some seconds.
-        gpu_memory: of each of them, `40GB`.
+        recipe: recipe whose target is a number of parameters.
+        gpus: number of devices.
+        gpu: device name, a key of `GPUS`; by default this machine is measured for some seconds.
+        gpu_memory: memory per device, such as `40GB`.
 
     Raises:
-        UserError: if the target is no number of parameters or cannot be reached, or the device is not known.
+        UserError: if the target is not a number of parameters or cannot be reached, or the device is unknown.
     """
     targets = [parse_target(target) for target in split_targets(recipe.target)]
     if len(targets) > 1 or set(targets[0]) != {"params"}:
-        raise UserError(f"plan: target {recipe.target!r}: one number of parameters is expected, such as 0.5 or 2.7B")
+        raise UserError(f"plan: target {recipe.target!r}: expected one number of parameters, such as 0.5 or 2.7B")
     config = load_sizes(resolve(recipe.model))
     sites = find_sites(config, recipe.database.granularity, recipe.database.experts)
     size, shapes = targets[0]["params"], expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
     fixed = dense - sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
-    # Of mixtures as many experts as a token goes to, or some channels of each, stay.
+    # A mixture keeps at least as many experts as each token is routed to, or some channels of each expert.
     least = [site.routed if site.of_experts else min(1, site.experts) for site in sites]
     smallest = fixed + sum(count_parameters(site, shapes, range(n)) for site, n in zip(sites, least, strict=True))
     check_target("params", size, dense=dense, smallest=smallest)
@@ -112,27 +112,27 @@ def plan_run(
         machine = Machine(name=f"{gpus} x {gpu}", devices=gpus, memory=there.memory, accelerator=True)
         rates = rates_of(dense_again(config), there, recipe.data.sequence_length)
     else:
-        raise UserError(f"plan: --gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
+        raise UserError(f"plan: unknown --gpu {gpu!r}; choose one of {', '.join(GPUS)}")
     if gpu_memory is not None:
         try:
             machine = replace(machine, memory=float(parse_target(f"memory={gpu_memory}")["memory"]))
         except ValueError:
-            raise UserError(f"plan: --gpu-memory {gpu_memory!r}: write it as 80GB") from None
+            raise UserError(f"plan: --gpu-memory {gpu_memory!r} is not a size; write it as 80GB") from None
     return machine, predict(config, sites, recipe, fraction, machine, rates)
 
 
 def predict(
     config: PrunedConfig, sites: tuple[Site, ...], recipe: Recipe, fraction: float, machine: Machine, rates: Rates
 ) -> Costs:
-    """The costs of a run.
+    """Predict the cost of a run.
 
     Args:
-        config: of the model, dense or pruned already.
-        sites: its sites.
-        recipe: what is asked.
-        fraction: of the model's parameters that are to be left.
-        machine: where.
-        rates: of one of its devices, for layers that were never pruned.
+        config: config of the model, dense or already pruned.
+        sites: the model's sites.
+        recipe: settings of the run.
+        fraction: fraction of the model's parameters to keep.
+        machine: machine to run on.
+        rates: rates of one of its devices, for layers that were never pruned.
     """
     shapes = expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
@@ -154,7 +154,7 @@ def predict(
         stages += [_with_overhead(replace(stage, name=prefix + stage.name)) for stage in found]
         stored += columns
         models += 4 * (fixed + step.left * in_sites)
-    # Of weights and the two moments of AdamW; two are kept.
+    # Weights and the two moments of AdamW; two checkpoints are kept.
     checkpoint = 2 * 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
     read = recipe.data.trial_tokens + recipe.data.score_tokens
     predictions = 8 * recipe.recovery.teacher_top_k * read if recipe.recovery.distillation else 0
@@ -171,27 +171,27 @@ def predict(
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """Of a gradual run; the only one of any other."""
+    """One step of a gradual run, or the only step of any other run."""
 
     before: float
-    """The share of what the layers of the dense model hold that is still there when it begins."""
+    """Fraction of the dense model's layer parameters present at the beginning of the step."""
     left: float
-    """When it ends."""
+    """Fraction of the dense model's layer parameters present at the end of the step."""
     tokens: int
-    """Of recovery."""
+    """Recovery tokens of this step."""
     last: bool
 
 
 def _predict_step(
     config: PrunedConfig, sites: tuple[Site, ...], recipe: Recipe, machine: Machine, rates: Rates, step: _Step
 ) -> tuple[list[StageCost], float, float]:
-    """The stages of a step, without their overhead, the bytes of its database, and those in the CPU's memory of layers
-    that pass through the device."""
+    """Return a step's stages without overhead, the bytes of its database, and the bytes of CPU memory for streamed
+    layers."""
     shapes, again = expected_shapes(config), expected_shapes(dense_again(config))
     dense = sum(prod(shape) for shape in shapes.values())
     in_sites = sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
     fixed, before, left = dense - in_sites, step.before, step.left
-    # In layers that were never pruned, which is what rates are of.
+    # Number of equivalent unpruned layers, to which the rates refer.
     layers = config.num_hidden_layers * in_sites / (sum(map(prod, again.values())) - fixed)
     devices = machine.devices
     data, search, recovery = recipe.data, recipe.search, recipe.recovery
@@ -199,15 +199,14 @@ def _predict_step(
     if uniform:
         search = search.model_copy(update={"descent_rounds": 0, "generations": 0})
 
-    # The dense model is held and run in the checkpoint's dtype on an accelerator, else in float32.
+    # On an accelerator the dense model is kept and run in the checkpoint's dtype, elsewhere in float32.
     item, exact = (2, rates.layer_fast) if machine.accelerator else (4, rates.layer_float32)
 
-    # Database.
     columns = [before * site.columns(site.num_units) for site in sites if not site.routed]
     mixtures = [site for site in sites if site.routed]
     rows = config.hidden_size
     gram = sum(d**2 for d in columns) * data.calibration_tokens
-    # The inverse is in float64, at half the speed.
+    # The inverse is computed in float64, at half the speed.
     solving = sum((8 / 3 + 2 / 3) * d**3 + 2.5 * rows * d**2 for d in columns)
     stored = sum(rows * d for d in columns) * (recipe.database.levels - 1) / 2 * 2
     of_experts = before * sum(site.columns(site.num_units) for site in mixtures)
@@ -219,44 +218,44 @@ def _predict_step(
         + stored / _DISK
     ) / devices
 
-    # Search. `small` and `trained`: a token through the layers of a candidate.
+    # Search. `small` and `trained`: seconds per token through the layers of a candidate.
     per_block = kept_bytes(config, data.sequence_length, data.sequence_length, torch.bfloat16)
     offload = search.offloads(item * dense, per_block, machine.memory, accelerator=machine.accelerator)
     small, trained = left * layers * rates.layer_fast, left * layers * rates.layer_training
     recovering = small, trained
     scored_together, trained_together = 4096, search.batch_size * data.sequence_length
     if offload:
-        # Each layer once for its scores; for training twice, and back.
+        # Each layer is copied once per scoring pass; for training, twice and back.
         small += 2 * left * in_sites / (_LINK * scored_together)
         trained += 6 * left * in_sites / (_LINK * trained_together)
     sensitivities = search.sensitivity_tokens * (
         before * layers * rates.layer_training * _GRADIENT_PASSES + 3 * rates.head_float32
     )
-    judging = _JUDGED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
+    judging = _EVALUATED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
     candidates = [search.offspring, *search.survivors[:-1]]
-    # A candidate is scored after its trial, and before it but for the layers that it has in common with its parent.
+    # A candidate is scored after its trial; the score before the trial skips the layers shared with its parent.
     scored = small + 2 * rates.head_float32
     tried = [
         trial * (trained + rates.head_training) + score * (scored + (scored - small / 2 if trial > 0 else 0))
         for trial, score in zip(search.trial_tokens, search.score_tokens, strict=True)
     ]
     generation = sum(count * seconds for count, seconds in zip(candidates, tried, strict=True))
-    # Generation 0: even sizes, the least error and the descent's plan; or plans of equal layers, about one a level.
+    # Generation 0: the uniform, least-error and descent plans; or uniform-size plans, about one per level.
     starts = 3 if search.descent_rounds else 2
     if uniform:
         starts = min(search.offspring, recipe.database.levels)
     beginning = starts * tried[-1] + (judging if uniform else 0.0)
     if search.learning_rate == "auto":
-        # Mostly three rates for each number of tokens.
+        # Usually three learning rates are tried for each number of tokens.
         for tokens in {trial for trial in search.trial_tokens if trial > 0}:
             beginning += 3 * (tokens * (trained + rates.head_training) + max(search.score_tokens) * scored)
     reference = data.score_tokens * layers * exact
-    # Where it begins is judged like a round.
+    # The starting plan is evaluated like a round.
     descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * judging
     shared_out = (descending if search.descent_rounds else 0.0) + beginning + search.generations * generation
     searching = 2 * reference + shared_out / devices
 
-    # Recovery, whose layers do not pass through a device.
+    # Recovery, which does not stream layers.
     small, trained = recovering
     teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
     before_training = 0.0
@@ -266,16 +265,16 @@ def _predict_step(
     evaluated = (recovery.evaluations + 1) * data.score_tokens * (small + teacher + rates.head_float32)
     refit = recovery.refit_tokens * (exact + left * rates.layer_float32) * layers
     if recovery.refit_tokens:
-        # What judges it: the dense model once, the pruned one before and after.
+        # Evaluation of the refit: the dense model once, the pruned model before and after.
         refit += data.score_tokens * (layers * (exact + 2 * left * rates.layer_float32) + 4 * rates.head_float32)
     refit += recovery.refit_tokens * 2 * left / before * sum(d**2 + rows * d for d in columns) * rates.product
     training = step.tokens * token / devices + (before_training + evaluated if step.tokens else 0) + refit
 
     base, whole = _LIBRARIES, float(item * dense)
-    # Later steps hold the model that they cut beside the dense one.
+    # Later steps keep the model that they prune in addition to the dense one.
     whole += item * (fixed + before * in_sites) if before < 1 else 0.0
     candidate = left * in_sites
-    # At every level experts are there as a whole: what they read is of no use to others.
+    # Experts are stored whole at every level: their inputs are not shared with other sites.
     outputs = sum(rows * d for d in columns) + 3 * rows * of_experts
     levels = 2 * outputs * recipe.database.levels / 2
     width = max(columns, default=0.0)
@@ -284,10 +283,10 @@ def _predict_step(
     place = torch.device("cuda" if machine.accelerator else "cpu")
     chunk = 3 * 4 * config.vocab_size * chunk_tokens(config.vocab_size, place)
     trained_for = search.trial_tokens if search.generations else search.trial_tokens[-1:]
-    # What every layer of a parent reads is kept, for all of the score text.
+    # The inputs of all layers of a parent are kept, for all of the score text.
     states = max(search.score_tokens) * rows * (config.num_hidden_layers + 1) * (2 if machine.accelerator else 4)
     chunk += states
-    # Trials compute activations again where they do not fit; sensitivities cannot.
+    # Trials recompute activations that do not fit; sensitivities cannot.
     trials = whole + TRIAL_BYTES[search.optimizer] * candidate + search.batch_size * layer
     if machine.accelerator:
         if base + chunk + trials > machine.memory:
@@ -299,7 +298,7 @@ def _predict_step(
         descent = whole + levels + 2 * before * in_sites + whole / 2 + per_block
     host = 0.0
     if offload:
-        # The ends; a layer with its gradients, of the dense model or of all levels; what its layers read.
+        # Embeddings and head; one layer with its gradients, dense or at all levels; the layers' inputs.
         one = 2 * in_sites / config.num_hidden_layers
         reads = max(trained_together, data.sequence_length) * rows * 2 * (config.num_hidden_layers + 1)
         passing = item * fixed + 2 * one + _TEMPORARY + reads + search.batch_size * layer
@@ -318,7 +317,7 @@ def _predict_step(
         teacher_bytes = 2 * dense - (in_sites if recovery.teacher_dtype == "int8" else 0)
     predicting = base + (teacher_bytes if recovery.teacher_top_k else 0)
     teacher_bytes = 0 if recovery.teacher_top_k else teacher_bytes
-    # Weights, gradients and two moments; with LoRA the weights, and their copies that compute.
+    # Weights, gradients and two moments; with LoRA the weights and their copies in the compute dtype.
     trained_bytes = 6 if recovery.lora_rank else 16
     logits = 1024 * config.vocab_size * 4 * (4 if recovery.temperature == 1 else 5)
     training_bytes = (trained_bytes * (fixed + candidate) + teacher_bytes) / sharded + kept + logits
@@ -351,8 +350,8 @@ def _predict_step(
         ),
     ]  # fmt: skip
     if step.last:
-        # The dense model, the uniform plan, what this step cuts, the plan found, and recovered; then a few requests in
-        # the model's own dtype.
+        # The dense model, the uniform plan, the model pruned in this step, the plan found, and the recovered model;
+        # then a few requests in the model's own dtype.
         models = [1.0, left, *([before] if before < 1 else []), left, *([left] if recovery.wanted else [])]
         held_out = data.held_out_tokens * (
             layers * exact + sum(share * layers * exact + 2 * rates.head_float32 for share in models)
@@ -368,13 +367,13 @@ def _predict_step(
             )
             passes = sum(models) * data.held_out_tokens / scored_together + _SAMPLE_TOKENS * (1 + left)
             held_out += 2 * in_sites / _LINK * passes
-        # What the dense model and the last one write.
+        # Sample text generated by the dense and the last model.
         held_out += _SAMPLE_TOKENS * ((1 + left) * layers * rates.layer_alone + 2 * rates.head_alone)
         others = item * (fixed + candidate)
         if offload:
             memory = base + whole
         elif machine.accelerator:
-            # One at a time where there is no room for all.
+            # Models are moved to the device one at a time if they do not all fit.
             memory = base + whole + (3 * others if base + whole + 4 * others < machine.memory else others)
         else:
             memory = base + whole + 3 * others + 2 * dense
@@ -383,8 +382,8 @@ def _predict_step(
 
 
 def _expert_work(site: Site, rows: int, tokens: int, levels: int) -> float:
-    """Operations to prune a layer's experts: all of them on the sample, or each as a site of its own; and at each level
-    twice those that tokens go to, their Gram matrices, and eigenvalues of these."""
+    """Operations to prune a layer's experts: all of them on the sample, or each as a site of its own; plus, at each
+    level, twice the forward passes of routed tokens, their Gram matrices and the eigenvalues of these."""
     experts = site.experts or site.num_units
     width = site.columns(site.num_units) // experts
     one = 6 * rows * width
@@ -403,7 +402,7 @@ def _with_overhead(stage: StageCost) -> StageCost:
 
 
 def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> list[str]:
-    """What to change for the stages that do not fit, the cheapest first."""
+    """Return the settings to change for stages that do not fit, the cheapest first."""
     full = {stage.name.split(": ")[-1] for stage in stages if stage.memory > machine.memory}
     recovery, found = recipe.recovery, []
     if "recovery" in full:

@@ -1,4 +1,4 @@
-"""Text to token blocks: documents from anywhere, packed into disjoint named splits."""
+"""Text to token blocks: documents from any source, packed into disjoint named splits."""
 
 import hashlib
 import random
@@ -18,44 +18,45 @@ from darwinlm.files import read_tensors, write_bytes
 from darwinlm.recipe import DataRecipe
 
 SPLITS = ("held_out", "score", "calibration", "trial")
-"""In filling order. `held_out` judges at the end and is read by nothing else."""
+"""Splits in the order in which they are filled. `held_out` is used only for the final evaluation."""
 
 _FINGERPRINT_BYTES = 16
 _BEGINS = 2**30
-"""The bit that marks the first token of a piece."""
+"""Bit that marks the first token of a piece."""
 _JUDGED = "judged"
 _MOST_CHARACTERS = 512 * 2**20
 _HUB_CHARACTERS_PER_TOKEN = 12
-"""Of a shuffled stream no more is read than this for each token needed; text has 3 to 5 of them."""
+"""Characters read from a shuffled stream per token needed; text has 3 to 5 characters per token."""
 
 
 class Piece(NamedTuple):
-    """Text that is tokenised as a whole."""
+    """Text that is tokenized as a whole."""
 
     text: str
     ends: bool
     """Whether its document ends here."""
-    said: tuple[tuple[int, int], ...] | None = None
-    """Of a chat: where in `text` the assistant speaks, first and behind the last character."""
+    assistant_spans: tuple[tuple[int, int], ...] | None = None
+    """Character spans [start, end) of the assistant's turns in `text`; None if the piece is not a chat."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token blocks of every split; no token of the text is in two of them."""
+    """Token blocks of every split; splits share no text."""
 
     marked: Mapping[str, Tensor]
-    """By split name: int32, blocks * sequence_length. The first token of a piece of text is `id + 2**30`; one that is
-    read but not to be learnt is the complement (`~`, negative) of what it would be."""
+    """Marked token ids by split name: int32, (blocks, sequence_length). The first token of a piece of text is stored as
+    `id + 2**30`; a token without training loss is stored as the bitwise complement (`~`, negative)."""
     judged: frozenset[bytes] = frozenset()
-    """Fingerprints of the pieces of text in the splits that judge, `held_out` and `score`."""
+    """Fingerprints of the pieces of text in the evaluation splits, `held_out` and `score`."""
 
     @cached_property
     def blocks(self) -> Mapping[str, Tensor]:
-        """The token ids of every split."""
+        """Token ids of every split."""
         return {split: unmark(marked_BT)[0] for split, marked_BT in self.marked.items()}
 
     def tokens(self, split: str, count: int) -> Tensor:
-        """The first blocks of `split` that hold `count` tokens; of a single block only as much as that (2 or more)."""
+        """Return the first blocks of `split` that hold `count` tokens; a single block is cut to `count` tokens (at
+        least 2)."""
         blocks_BT = self.blocks[split]
         length = blocks_BT.shape[1]
         if count >= length:
@@ -64,15 +65,16 @@ class Corpus:
 
 
 def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids, and labels for training: the same, but -100 where a token is not to be learnt."""
+    """Return token ids, and labels for training: the same ids, or -100 for tokens without loss."""
     ids = torch.where(marked < 0, ~marked, marked) & (_BEGINS - 1)
     return ids, ids.masked_fill(marked < 0, -100)
 
 
 def positions(marked: Tensor) -> Tensor:
-    """Of every token in its piece of text, counted from the piece's first token or, if that is earlier, the block's.
+    """Return the position of every token in its piece of text, counted from the later of the piece's and the block's
+    start.
 
-    Pieces are whole documents, or the parts of one that is longer than two blocks; these are not beside each other.
+    Pieces are whole documents, or parts of a document longer than two blocks; such parts are not adjacent.
     """
     begins = (torch.where(marked < 0, ~marked, marked) & _BEGINS) != 0
     index = torch.arange(marked.shape[-1], device=marked.device).expand_as(marked)
@@ -80,23 +82,23 @@ def positions(marked: Tensor) -> Tensor:
 
 
 def needed_blocks(recipe: DataRecipe) -> dict[str, int]:
-    """How many blocks each split gets."""
+    """Return the number of blocks of each split."""
     return {split: recipe.blocks(getattr(recipe, f"{split}_tokens")) for split in SPLITS}
 
 
 def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
-    """Read `recipe.source`, tokenise and pack it.
+    """Read, tokenize and pack `recipe.source`.
 
-    Documents longer than two blocks are taken apart first and everything is shuffled, so that each token of the source
-    is as likely to be used as any other, whether its document is short or long. Repeated documents count once.
+    Documents longer than two blocks are split first and all pieces are shuffled, so that each token of the source is
+    equally likely to be used, whether its document is short or long. Duplicate documents are used once.
 
     Raises:
-        UserError: if the source is missing, unreadable or has too little text (with how much is there and needed).
+        UserError: if the source is missing, unreadable or too short; the message gives the available and needed tokens.
     """
     documents, most = find_documents(recipe.source, recipe.text_field, seed), _MOST_CHARACTERS
     taken: list[bytes] = []
     if local_path(recipe.source) is None:
-        # A split ends with a whole piece, and what of that does not fit is lost.
+        # A split ends with a whole piece; the part that does not fit is discarded.
         tokens = (sum(needed_blocks(recipe).values()) + len(SPLITS)) * recipe.sequence_length
         most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
     pieces = _pieces(documents, recipe, tokenizer, most, seed)
@@ -112,18 +114,18 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
 
 
 def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
-    """Concatenate tokenised documents (ids, marked as in `Corpus`) into the blocks of each split.
+    """Concatenate tokenized documents (ids, marked as in `Corpus`) into the blocks of each split.
 
-    No document reaches into two splits.
+    No document is used in two splits.
 
     Raises:
-        UserError: if they are too few, with how many tokens there are and how many are needed.
+        UserError: if there are too few tokens; the message gives the available and needed tokens.
     """
     return _pack(documents, recipe)[0]
 
 
 def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, int]:
-    """The corpus, and how many documents the splits that judge have taken."""
+    """Return the corpus, and the number of documents used by the evaluation splits."""
     needed, length = needed_blocks(recipe), recipe.sequence_length
     filled: dict[str, Tensor] = {}
     total, judging, splits = 0, 0, iter(SPLITS)
@@ -142,20 +144,20 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
             split = following
     parts = ", ".join(f"{name} {count * length:,}" for name, count in needed.items())
     raise UserError(
-        f"data {recipe.source!r} holds {total:,} tokens, but the splits need {sum(needed.values()) * length:,} "
-        f"({parts}) and share no document; give more text or lower data.*_tokens"
+        f"data {recipe.source!r} has {total:,} tokens, but the splits need {sum(needed.values()) * length:,} "
+        f"({parts}) and share no document; provide more text or lower data.*_tokens"
     )
 
 
 def save_corpus(corpus: Corpus, file: Path) -> None:
-    """Keep the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
+    """Write the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
     tensors = {split: marked_BT.contiguous() for split, marked_BT in corpus.marked.items()}
     judged = torch.frombuffer(bytearray(b"".join(sorted(corpus.judged))), dtype=torch.uint8) if corpus.judged else None
     write_bytes(file, save(tensors | ({} if judged is None else {_JUDGED: judged})))
 
 
 def load_corpus(file: Path) -> Corpus:
-    """Read what `save_corpus` wrote. Raises UserError."""
+    """Read the file written by `save_corpus`. Raises UserError if it is missing or damaged."""
     tensors = read_tensors(file)
     judged = bytes(tensors.pop(_JUDGED, torch.empty(0, dtype=torch.uint8)).tolist())
     starts = range(0, len(judged), _FINGERPRINT_BYTES)
@@ -163,9 +165,9 @@ def load_corpus(file: Path) -> Corpus:
 
 
 class TextStream:
-    """Blocks from a source that is read as it is needed, again from its beginning when it ends.
+    """Blocks streamed from a source, which is read again from its beginning when it ends.
 
-    Documents come in the source's own order. What the splits that judge hold is left out.
+    Documents come in the order of the source. Text of the evaluation splits is skipped.
     """
 
     def __init__(
@@ -176,17 +178,17 @@ class TextStream:
         judged: frozenset[bytes],
         begin: Mapping[str, Any] | None = None,
     ) -> None:
-        """`begin` is a state that `blocks` has given: where the first blocks are to be had from."""
+        """Create the stream; `begin` is a state yielded by `blocks`, from which the first blocks continue."""
         self._recipe, self._tokenizer, self._seed, self._judged = recipe, tokenizer, seed, judged
         self._begin = begin
 
     def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-        """Yield each block (int32, tokens, marked as in `Corpus`) with the state that the next ones can be had from.
+        """Yield each block (int32, (sequence_length,), marked as in `Corpus`) with the state to continue after it.
 
-        A state is plain data but for `tokens`, a tensor or a list of token ids.
+        A state is plain data except for `tokens`, a tensor or a list of token ids.
 
         Raises:
-            UserError: if the source cannot be read, or there is nothing but what judges.
+            UserError: if the source cannot be read, or holds less than a block beyond the evaluation splits.
         """
         length, state = self._recipe.sequence_length, state or self._begin
         begin = None if state is None else state["place"]
@@ -201,13 +203,13 @@ class TextStream:
                     yield block_T, {"place": place, "tokens": left_N}
             if empty and begin is None:
                 raise UserError(
-                    f"data {self._recipe.source!r} holds less than a block of {length} tokens beside what judges; give "
-                    "more text, or set recovery.text=trial"
+                    f"data {self._recipe.source!r} has less than a block of {length} tokens beyond the "
+                    "evaluation splits; provide more text, or set recovery.text=trial"
                 )
             begin = None
 
     def _tokens(self, place: Any) -> Iterator[tuple[list[int], Any]]:
-        """Tokens of some documents, and the place behind them; from `place` to the end of the source."""
+        """Yield the tokens of some documents and the position after them, from `place` to the end of the source."""
         for documents, behind in documents_from(self._recipe, self._seed, place):
             pieces = [
                 piece
@@ -222,7 +224,7 @@ class TextStream:
 def _pieces(
     documents: Iterable[str | Chat], recipe: DataRecipe, tokenizer: Any, most: int, seed: int
 ) -> Iterator[Piece]:
-    """Shuffled pieces of documents without repeats; documents are read until they hold `most` characters together."""
+    """Return shuffled pieces of unique documents, reading until they hold `most` characters in total."""
     pieces, seen, read = list[Piece](), set[bytes](), 0
     for document in documents:
         cut = list(_cut(document, recipe, tokenizer))
@@ -240,7 +242,7 @@ def _pieces(
 
 
 def _cut(document: str | Chat, recipe: DataRecipe, tokenizer: Any) -> Iterator[Piece]:
-    """Pieces of at most so many characters as two blocks hold or so; a chat is one piece."""
+    """Yield pieces of at most about two blocks of characters; a chat is one piece."""
     if not isinstance(document, str):
         yield _render(document, recipe, tokenizer)
         return
@@ -255,32 +257,35 @@ def _cut(document: str | Chat, recipe: DataRecipe, tokenizer: Any) -> Iterator[P
 
 
 def _render(chat: Chat, recipe: DataRecipe, tokenizer: Any) -> Piece:
-    """The chat as the model's template writes it, and what of that the assistant says. Raises UserError."""
+    """Render a chat with the model's template and find the assistant's turns. Raises UserError."""
     where = f"data {recipe.source!r}"
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{where} holds chats, but the model's tokenizer has no chat template; give text instead")
+        raise UserError(
+            f"{where} contains chats, but the model's tokenizer has no chat template; provide plain text instead"
+        )
 
     def text(messages: Chat, opened: bool = False) -> str:
         rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
         return rendered
 
     try:
-        whole, said = text(chat), []
+        whole, spans = text(chat), []
         for number, message in enumerate(chat):
             if message["role"] == "assistant":
                 before, after = text(chat[:number], opened=True), text(chat[: number + 1])
                 if not (whole.startswith(after) and after.startswith(before)):
                     raise UserError(
-                        f"{where} holds chats, and the model's chat template writes a message in another way when "
-                        "others follow, so that the assistant's words cannot be told apart; give text instead"
+                        f"{where} contains chats, and the model's chat template renders a message differently "
+                        "when others follow, so the assistant's turns cannot be located; provide plain text "
+                        "instead"
                     )
-                said.append((len(before), len(after)))
+                spans.append((len(before), len(after)))
     except UserError:
         raise
-    except Exception as error:  # templates are programs, and refuse chats in many ways
+    except Exception as error:  # Templates are programs and reject chats with many kinds of errors.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where} holds a chat that the model's chat template refuses: {reason}") from None
-    return Piece(whole, True, tuple(said))
+        raise UserError(f"{where} contains a chat that the model's chat template rejects: {reason}") from None
+    return Piece(whole, True, tuple(spans))
 
 
 def _fingerprint(text: str) -> bytes:
@@ -288,21 +293,22 @@ def _fingerprint(text: str) -> bytes:
 
 
 def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
-    """The token ids of each piece, marked as in `Corpus`; behind a text's last piece comes the end-of-text token."""
+    """Return the token ids of each piece, marked as in `Corpus`; the end-of-text token follows the last piece of a
+    text."""
     end = tokenizer.eos_token_id
-    plain = [piece for piece in pieces if piece.said is None]
+    plain = [piece for piece in pieces if piece.assistant_spans is None]
     tokenised = iter(tokenizer([piece.text for piece in plain])["input_ids"] if plain else [])
     marked = []
     for piece in pieces:
-        if piece.said is None:
+        if piece.assistant_spans is None:
             ids = next(tokenised)
             marked.append([*ids, end] if piece.ends and end is not None else ids)
         else:
-            # The template has written what is special about beginning and end.
+            # The template has already written the special tokens.
             encoded = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
             marked.append(
                 [
-                    token if any(first <= start < behind for first, behind in piece.said) else ~token
+                    token if any(first <= start < behind for first, behind in piece.assistant_spans) else ~token
                     for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
                 ]
             )
@@ -310,5 +316,5 @@ def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
 
 
 def _begun(ids: list[int]) -> list[int]:
-    """`ids` of a piece, marked but for that, with the mark of its beginning."""
+    """Mark the beginning of a piece in its otherwise marked `ids`."""
     return [ids[0] ^ _BEGINS, *ids[1:]] if ids else ids

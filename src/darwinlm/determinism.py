@@ -1,4 +1,4 @@
-"""Kernels that give the same bits every time, where a run is asked to come to the same bytes."""
+"""Deterministic kernels, for bit-identical results."""
 
 import os
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ import torch
 from darwinlm.errors import UserError
 
 _WORKSPACES = (":4096:8", ":16:8")
-"""Settings of cuBLAS with which it adds in one order, on one stream or several."""
+"""cuBLAS workspace settings with a deterministic order of additions, on one or several streams."""
 
 
 @contextmanager
 def same_bits(wanted: bool) -> Iterator[None]:
-    """In the block PyTorch uses deterministic algorithms alone, if that is `wanted`.
+    """Use only deterministic PyTorch algorithms in the block, if `wanted`.
 
-    Matrix products in float32 are not rounded to TF32, cuDNN does not choose kernels by timing them, and attention does
-    not use cuDNN; PyTorch's flash and memory-efficient attention add in one order when they are told to.
+    Float32 matrix products are not rounded to TF32, cuDNN does not choose kernels by benchmarking, and attention does
+    not use cuDNN; PyTorch's flash and memory-efficient attention have deterministic modes.
 
-    cuBLAS reads its setting when a process first uses a GPU: a Python program should come here before that.
+    cuBLAS reads its setting when a process first uses a GPU, so Python programs should enter this block before that.
 
     Raises:
         UserError: if an operation has no deterministic algorithm on this device.
@@ -42,7 +42,9 @@ def same_bits(wanted: bool) -> Iterator[None]:
         if "does not have a deterministic implementation" not in str(error):
             raise
         operation = str(error).split()[0]
-        raise UserError(f"deterministic=true: {operation} cannot be had so on this device; leave it out") from error
+        raise UserError(
+            f"deterministic=true: {operation} has no deterministic implementation on this device; remove the setting"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         torch.set_float32_matmul_precision(precision)

@@ -1,6 +1,6 @@
-"""Ranks: the one file that knows whether other processes work on the same run (`torchrun -m darwinlm …`).
+"""Ranks: the only module that knows about distributed processes (`torchrun -m darwinlm …`).
 
-Without torchrun every function here is the single-process case: rank 0 of 1, sums that are already whole.
+Without torchrun every function handles the single-process case: rank 0 of 1, reductions that return their input.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor
 from darwinlm.errors import UserError
 
 _Value = TypeVar("_Value")
-# One rank may write text or search for days while the others wait for it.
+# One rank may generate text or search for days while the others wait.
 _PATIENCE = timedelta(days=30)
 _ASKING = timedelta(seconds=5)
 _LOST = re.compile(r"connection (closed|reset|refused)|remote (worker|process)|broken pipe|\bgloo\b|\bnccl\b", re.I)
@@ -25,37 +25,37 @@ _LOST = re.compile(r"connection (closed|reset|refused)|remote (worker|process)|b
 
 
 def start() -> None:
-    """Join the group that torchrun has prepared; nothing happens without one, or when called again."""
+    """Join the process group of torchrun; does nothing without one, or when called again."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not process_group.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         process_group.init_process_group(backend, timeout=_PATIENCE)
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return the rank of this process."""
     return process_group.get_rank() if process_group.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work on the run."""
+    """Return the number of processes."""
     return process_group.get_world_size() if process_group.is_initialized() else 1
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This rank's accelerator, by its number on this machine."""
+    """Return this rank's accelerator, by its local rank."""
     if device == torch.device("cuda") and process_group.is_initialized():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 
 def sum_to(tensor: Tensor, owner: int) -> None:
-    """Add up `tensor` over all ranks into that of rank `owner`, in place; elsewhere its content is lost."""
+    """Sum `tensor` over all ranks into rank `owner`, in place; on other ranks its content is undefined afterwards."""
     if world_size() > 1:
         process_group.reduce(tensor, owner)
 
 
 def gather(value: _Value) -> list[_Value]:
-    """The values of all ranks, by rank, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -63,14 +63,14 @@ def gather(value: _Value) -> list[_Value]:
     return values
 
 
-def first_to_say(message: str) -> bool:
-    """Whether no other rank has said this; true where there is nobody to ask. A rank need not have joined for it."""
+def should_report(message: str) -> bool:
+    """Return True on the first rank that reports `message`, or if ranks cannot communicate; needs no process group."""
     environment = os.environ
     if int(environment.get("WORLD_SIZE", "1")) == 1 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     key = f"darwinlm/{environment.get('TORCHELASTIC_RESTART_COUNT')}/{message}"
     try:
-        # Torchrun's own, which outlives the ranks.
+        # Torchrun's own store outlives the ranks.
         address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         store = process_group.TCPStore(address, port, is_master=False, timeout=_ASKING)  # type: ignore[attr-defined]
         return bool(store.add(key, 1) == 1)
@@ -79,14 +79,14 @@ def first_to_say(message: str) -> bool:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     if world_size() > 1:
         process_group.barrier()
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block, then the others do."""
+    """Run the block on rank 0 first, then on the other ranks."""
     if rank() > 0:
         barrier()
     yield
@@ -109,7 +109,7 @@ def naming_lost_ranks() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Wait for all ranks and leave the group."""
+    """Wait for all ranks and leave the process group."""
     if process_group.is_initialized():
         barrier()
         process_group.destroy_process_group()

@@ -1,8 +1,8 @@
-"""`darwinlm doctor`: whether a model can be pruned rightly, shown on a few of its own layers before any long work.
+"""`darwinlm doctor`: check on a few layers of a model that it can be pruned correctly, before any long work.
 
-Everything is compared with a second way to the same numbers: transformers' own model, a dense model whose removed units
-are zeros, a pass without a cache, the model before it was saved. Units are cut at random: what a cut does to the
-quality of a model is no matter here.
+All results are compared with a second way to compute them: transformers' own model, a dense model whose removed units
+are zeroed, a pass without KV cache, the model before saving. Units are removed at random, because the quality of the
+pruned model does not matter here.
 """
 
 import tempfile
@@ -49,34 +49,34 @@ from darwinlm.progress import task
 from darwinlm.report.checks import Check, Examination
 
 _LAYERS, _LAYER_PARAMETERS = 8, 100_000_000
-"""As many layers are taken as are no more and have no more; two at least."""
+"""Limits on the number of checked layers and on their parameters; at least two layers are checked."""
 _BLOCKS, _TOKENS, _NEW_TOKENS = 2, 64, 8
 _WINDOW = 32
 _SHARES = (0.5, 0.75, 0.25)
-"""Of the units of sites that follow one another, what is kept: sizes differ within a layer and between layers."""
+"""Fractions of units kept at consecutive sites, so that sizes differ within a layer and between layers."""
 _LOGITS, _GRADIENTS, _SAVED, _EXPORTED = 1e-4, 1e-3, 1e-6, 1e-3
-"""Float32 sums in another order; gradients have larger sums; what was saved is the same; engines compute otherwise."""
+"""Tolerances: float32 sums in another order; gradients with larger sums; identical after saving; other engines."""
 _ONE_SIZE = ("hf-native",)
-"""The targets that take a model only if its layers are all of one size."""
+"""Targets that only take models with uniform layer sizes."""
 _LAYER_COPIES, _OTHER_COPIES = 5, 3
-"""In float32 at the same time, of the layers: weights, masked weights, a cut model, two sets of gradients; of what is
-outside of them: the model, what was written of it, and what was read of that."""
+"""Float32 copies held at the same time. Layers: weights, masked weights, a pruned model, two sets of gradients. Other
+tensors: the model, the saved model and the loaded model."""
 
 
 def examine(source: str) -> Examination:
-    """Check that a model is pruned, run, trained, saved and exported as it should be.
+    """Check that a model is pruned, run, trained, saved and exported correctly.
 
     Args:
-        source: a local folder, a Hub id, or `smollm2`.
+        source: local folder, Hub model id, or `smollm2`.
 
     Raises:
-        UserError: if the model cannot be read, its family is not known, or the memory does not suffice.
+        UserError: if the model cannot be read, its family is not supported, or there is not enough memory.
     """
     with naming_memory_faults("doctor"):
         base_config, whole = open_dense(resolve(source), "kv_group", choose_device("auto"))
-        patient, reduced = _Patient.of(base_config, whole)
+        test_model, reduced = _TestModel.of(base_config, whole)
         with tempfile.TemporaryDirectory(prefix="darwinlm-doctor-") as scratch:
-            planned = list(_checks(patient, Path(scratch)))
+            planned = list(_checks(test_model, Path(scratch)))
             done = []
             with task("doctor", len(planned)) as progress:
                 for check in planned:
@@ -87,32 +87,32 @@ def examine(source: str) -> Examination:
 
 
 class _SkipError(Exception):
-    """A check that does not apply, with the reason."""
+    """A check does not apply; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Patient:
-    """Some layers of the model, with all that comes before and after them."""
+class _TestModel:
+    """Some layers of the model, with everything before and after them."""
 
     base_config: Any
-    """Of transformers."""
+    """Config of transformers."""
     dense: DenseModel
     tokens_BT: Tensor
 
     @classmethod
-    def of(cls, base_config: Any, whole: DenseModel) -> tuple["_Patient", list[str]]:
-        """As many layers as are cheap, and what that leaves out. Raises UserError."""
+    def of(cls, base_config: Any, whole: DenseModel) -> tuple["_TestModel", list[str]]:
+        """Choose a few cheap layers; also return a description of what is left out. Raises UserError."""
         config, device, count = whole.config, whole.device, whole.config.num_hidden_layers
         layers = choose_layers(config)
         reduced = []
         if len(layers) < count:
             listed = ", ".join(map(str, layers))
-            reduced.append(f"{len(layers)} of {count} layers ({listed}); the weights of the others were not read")
+            reduced.append(f"{len(layers)} of {count} layers ({listed}); the weights of the others are not read")
         few = some_layers(base_config, layers)
         window = max((window_of(config, layer) or 0 for layer in layers), default=0)
         if window > _WINDOW:
             few.sliding_window = _WINDOW
-            reduced.append(f"the sliding window of {window:,} tokens to {_WINDOW}")
+            reduced.append(f"sliding window of {window:,} tokens reduced to {_WINDOW}")
         few_config = dense_config(few)
         for name, value in few_config.to_dict().items():
             if name.endswith(("dropout", "pdrop")):
@@ -131,7 +131,7 @@ class _Patient:
             device,
             f"checking {whole.source!r}",
         )
-        # Names what holds NaN or Inf.
+        # Raises an error that names tensors with NaN or Inf.
         dense.checkpoint.fingerprint(dense.shapes)
         generator = torch.Generator().manual_seed(0)
         tokens_BT = torch.randint(0, config.vocab_size, (_BLOCKS, length), generator=generator).to(device)
@@ -143,7 +143,7 @@ class _Patient:
 
     @property
     def last(self) -> int:
-        """The number of the last layer."""
+        """Index of the last layer."""
         return int(self.config.num_hidden_layers) - 1
 
     @cached_property
@@ -153,11 +153,11 @@ class _Patient:
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:
-        """The kinds of attention units that differ."""
+        """Kinds of attention units that differ in this model."""
         return ("kv_group", "query_head") if self.grouped else ("kv_group",)
 
     def cuts(self, granularity: Granularity, removed: Mapping[str, set[int]]) -> dict[str, Cut]:
-        """Random units of every site, none where a layer is `removed` (by kind of site)."""
+        """Keep random units of every site, and none in layers listed in `removed` (by kind of site)."""
         generator = torch.Generator().manual_seed(1)
         found = {}
         sites = find_sites(self.config, granularity)
@@ -172,14 +172,14 @@ class _Patient:
         return found
 
     def cut_model(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> PrunedModel:
-        """A smaller model."""
+        """Build a pruned model."""
         return build_model(self.config, find_sites(self.config, granularity), self.dense.weights, cuts)
 
     def masked_weights(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
-        """The dense weights, with zeros in the place of what `cuts` removes."""
+        """Return the dense weights, with zeros in place of the units removed by `cuts`."""
         weights = self.dense.weights
         for site in find_sites(self.config, granularity):
-            if site.routed:  # what its router does without some of them no weights can say: see `hide`
+            if site.routed:  # Masking weights cannot express the routing without some experts; see `hide`.
                 continue
             name, bias, kept = site.output_tensor, f"{site.output}.bias", cuts[site.name].kept
             masked = torch.zeros_like(weights[name])
@@ -193,15 +193,15 @@ class _Patient:
         return weights
 
     def hide(self, model: Any, cuts: Mapping[str, Cut]) -> Any:
-        """`model`, its tokens sent past the experts that `cuts` removes."""
+        """Mask the experts removed by `cuts` in the router of `model`."""
         for site in self.dense.sites:
             if site.routed:
                 hide_experts(model, site, cuts[site.name].kept)
         return model
 
     def factors(self, granularity: Granularity, cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
-        """What `masked_weights` multiplies rows by, where a norm goes over all heads at once: with zeros in place of
-        some and the others larger, it divides by what is the mean of those kept."""
+        """Return row factors for `masked_weights` where one norm spans all heads: zeroed heads lower its mean square,
+        so the remaining rows are scaled up to match the norm over the kept heads only."""
         found: dict[str, Tensor] = {}
         for site in find_sites(self.config, granularity):
             for norm in site.inputs if cuts[site.name].kept else ():
@@ -218,14 +218,15 @@ class _Patient:
                 found[norm.tensor] = 1 / torch.full((), (count / len(left)) ** 0.5, device=self.dense.device)
         return found
 
-    def worn(self) -> Iterator[tuple[Granularity, dict[str, Cut]]]:
-        """Cuts of all kinds at once: no attention in the first layer, no MLP in the last, all others smaller."""
+    def pruned_variants(self) -> Iterator[tuple[Granularity, dict[str, Cut]]]:
+        """Yield all kinds of cuts at once: no attention in the first layer, no MLP in the last, all other sites
+        smaller."""
         for granularity in self.granularities:
             yield granularity, self.cuts(granularity, {"attention": {0}, "mlp": {self.last}})
 
 
 def choose_layers(config: PrunedConfig) -> list[int]:
-    """Evenly spread layers, the first and the last among them, and one of each kind of attention at least."""
+    """Return evenly spaced layers including the first and the last, and at least one of each attention type."""
     count = config.num_hidden_layers
     size = sum(prod(shape) for name, shape in expected_shapes(config).items() if name.startswith(f"{LAYERS}0."))
     wanted = min(count, _LAYERS, max(2, _LAYER_PARAMETERS // size))
@@ -236,76 +237,76 @@ def choose_layers(config: PrunedConfig) -> list[int]:
     return sorted(spread | {layer for kind, layer in kinds.items() if kind not in known})
 
 
-def _checks(patient: _Patient, scratch: Path) -> Iterator[Callable[[], Check]]:
-    """All checks, the ones that others rest on first."""
+def _checks(test_model: _TestModel, scratch: Path) -> Iterator[Callable[[], Check]]:
+    """Yield all checks, basic ones first."""
 
-    last = {patient.last}
+    last = {test_model.last}
     for name, tolerance, work in (
-        ("level 0 equals transformers' model", _LOGITS, partial(_level_0, patient)),
-        ("cut KV groups and channels equal masked ones", _LOGITS, partial(_masked, patient, "kv_group", {})),
-        ("cut query heads equal masked ones", _LOGITS, partial(_masked, patient, "query_head", {})),
-        ("layers without attention", _LOGITS, partial(_masked, patient, "kv_group", {"attention": {0} | last})),
-        ("layers without MLP", _LOGITS, partial(_masked, patient, "kv_group", {"mlp": {0} | last})),
-        ("a layer without both", _LOGITS, partial(_masked, patient, "kv_group", {"attention": {0}, "mlp": {0}})),
-        ("KV cache, token by token", _LOGITS, partial(_step_by_step, patient)),
-        ("KV cache in generate()", _LOGITS, partial(_generated, patient)),
-        ("gradients equal the masked model's", _GRADIENTS, partial(_gradients, patient)),
-        ("gradients with activations recomputed", _GRADIENTS, partial(_recomputed, patient)),
-        ("saved and loaded", _SAVED, partial(_reloaded, patient, scratch / "saved")),
+        ("level 0 equals transformers' model", _LOGITS, partial(_level_0, test_model)),
+        ("cut KV groups and channels equal masked ones", _LOGITS, partial(_masked, test_model, "kv_group", {})),
+        ("cut query heads equal masked ones", _LOGITS, partial(_masked, test_model, "query_head", {})),
+        ("layers without attention", _LOGITS, partial(_masked, test_model, "kv_group", {"attention": {0} | last})),
+        ("layers without MLP", _LOGITS, partial(_masked, test_model, "kv_group", {"mlp": {0} | last})),
+        ("a layer without both", _LOGITS, partial(_masked, test_model, "kv_group", {"attention": {0}, "mlp": {0}})),
+        ("KV cache, token by token", _LOGITS, partial(_step_by_step, test_model)),
+        ("KV cache in generate()", _LOGITS, partial(_generated, test_model)),
+        ("gradients equal the masked model's", _GRADIENTS, partial(_gradients, test_model)),
+        ("gradients with activations recomputed", _GRADIENTS, partial(_recomputed, test_model)),
+        ("saved and loaded", _SAVED, partial(_reloaded, test_model, scratch / "saved")),
     ):
         yield partial(_outcome, name, tolerance, work)
     for target in TARGETS:
-        exported = partial(_exported, patient, target, scratch / target)
+        exported = partial(_exported, test_model, target, scratch / target)
         yield partial(_outcome, f"export --to {target}", _EXPORTED, exported)
 
 
 def _outcome(name: str, tolerance: float, work: Callable[[], float | tuple[float, str]]) -> Check:
-    """Run `work`, which gives a difference, or that and a note; whatever it raises is this check's alone."""
+    """Run `work`, which returns a difference and optionally a note; exceptions only fail this check."""
     try:
         with naming_memory_faults(name):
             answer = work()
     except _SkipError as reason:
         return Check(name=name, result="skipped", note=str(reason))
     except Exception as error:
-        told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Check(name=name, result="failed", tolerance=tolerance, note=told)
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Check(name=name, result="failed", tolerance=tolerance, note=message)
     difference, note = answer if isinstance(answer, tuple) else (answer, "")
     result: Literal["passed", "failed"] = "passed" if difference <= tolerance else "failed"
     return Check(name=name, result=result, difference=difference, tolerance=tolerance, note=note)
 
 
 @torch.no_grad()
-def _level_0(patient: _Patient) -> float:
-    native = _native_model(patient, patient.dense.weights)
-    return _difference(native(patient.tokens_BT).logits, patient.dense.model(patient.tokens_BT).logits)
+def _level_0(test_model: _TestModel) -> float:
+    native = _native_model(test_model, test_model.dense.weights)
+    return _difference(native(test_model.tokens_BT).logits, test_model.dense.model(test_model.tokens_BT).logits)
 
 
-def _native_model(patient: _Patient, weights: Mapping[str, Tensor]) -> Any:
-    """Transformers' own model with these weights, made by its own loading."""
-    config, state = patient.base_config, dict(weights)
+def _native_model(test_model: _TestModel, weights: Mapping[str, Tensor]) -> Any:
+    """Load transformers' own model with these weights."""
+    config, state = test_model.base_config, dict(weights)
     kind: Any = causal_lm(config) if isinstance(config, PrunedConfig) else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     native = kind.from_pretrained(None, config=config, state_dict=state, dtype=next(iter(state.values())).dtype)
-    return native.to(patient.dense.device).eval()
+    return native.to(test_model.dense.device).eval()
 
 
 @torch.no_grad()
-def _masked(patient: _Patient, granularity: Granularity, removed: Mapping[str, set[int]]) -> float:
-    """A cut model against the dense one with zeros in the place of what was cut."""
-    if granularity not in patient.granularities:
+def _masked(test_model: _TestModel, granularity: Granularity, removed: Mapping[str, set[int]]) -> float:
+    """Compare a pruned model with the dense one whose removed units are zeroed."""
+    if granularity not in test_model.granularities:
         raise _SkipError("each KV head has one query head: the same as KV groups")
-    cuts = patient.cuts(granularity, removed)
-    weights = patient.masked_weights(granularity, cuts)
-    masked = patient.hide(build_model(patient.config, patient.dense.sites, weights, {}), cuts)
-    cut = patient.cut_model(granularity, cuts)
-    return _difference(masked(patient.tokens_BT).logits, cut(patient.tokens_BT).logits)
+    cuts = test_model.cuts(granularity, removed)
+    weights = test_model.masked_weights(granularity, cuts)
+    masked = test_model.hide(build_model(test_model.config, test_model.dense.sites, weights, {}), cuts)
+    cut = test_model.cut_model(granularity, cuts)
+    return _difference(masked(test_model.tokens_BT).logits, cut(test_model.tokens_BT).logits)
 
 
 @torch.no_grad()
-def _step_by_step(patient: _Patient) -> float:
-    """Half of the text at once, then one token after another."""
+def _step_by_step(test_model: _TestModel) -> float:
+    """Process half of the text at once, then token by token, and compare with a single pass."""
     differences = []
-    for granularity, cuts in patient.worn():
-        model, tokens_BT = patient.cut_model(granularity, cuts), patient.tokens_BT
+    for granularity, cuts in test_model.pruned_variants():
+        model, tokens_BT = test_model.cut_model(granularity, cuts), test_model.tokens_BT
         half = tokens_BT.shape[1] // 2
         output = model(tokens_BT[:, :half], use_cache=True)
         found = [output.logits]
@@ -317,11 +318,11 @@ def _step_by_step(patient: _Patient) -> float:
 
 
 @torch.no_grad()
-def _generated(patient: _Patient) -> float:
-    """The logits that greedy decoding saw, against those of all its text at once."""
+def _generated(test_model: _TestModel) -> float:
+    """Compare the logits of greedy decoding with those of one pass over the generated text."""
     differences = []
-    for granularity, cuts in patient.worn():
-        model, tokens_BT = patient.cut_model(granularity, cuts), patient.tokens_BT
+    for granularity, cuts in test_model.pruned_variants():
+        model, tokens_BT = test_model.cut_model(granularity, cuts), test_model.tokens_BT
         generate: Any = model.generate
         answer = generate(
             tokens_BT,
@@ -339,37 +340,37 @@ def _generated(patient: _Patient) -> float:
     return max(differences)
 
 
-def _gradients(patient: _Patient) -> float:
-    """Of every weight in the layers, against those of the model of transformers with zeros for what was cut."""
+def _gradients(test_model: _TestModel) -> float:
+    """Compare gradients of all layer weights with those of transformers' model whose removed units are zeroed."""
     differences = []
-    for granularity, cuts in patient.worn():
-        weights = patient.masked_weights(granularity, cuts)
-        native = patient.hide(_native_model(patient, weights), cuts)
-        whole = _gradients_of(native, patient.tokens_BT, allow_none=True)
-        for name, factor in patient.factors(granularity, cuts).items():
+    for granularity, cuts in test_model.pruned_variants():
+        weights = test_model.masked_weights(granularity, cuts)
+        native = test_model.hide(_native_model(test_model, weights), cuts)
+        whole = _gradients_of(native, test_model.tokens_BT, allow_none=True)
+        for name, factor in test_model.factors(granularity, cuts).items():
             whole[name] = whole[name] * factor
-        sites = find_sites(patient.config, granularity)
+        sites = find_sites(test_model.config, granularity)
         in_sites = {name for site in sites for name in site.tensors}
         expected = {name: gradient for name, gradient in whole.items() if name not in in_sites}
         for site in sites:
             expected |= cut_site(site, whole, _cut(site, whole, cuts[site.name].kept))
         del native, whole
-        found = _gradients_of(patient.cut_model(granularity, cuts), patient.tokens_BT)
+        found = _gradients_of(test_model.cut_model(granularity, cuts), test_model.tokens_BT)
         differences.append(_largest(expected, found))
     return max(differences)
 
 
-def _recomputed(patient: _Patient) -> float:
-    granularity, cuts = next(patient.worn())
-    model = patient.cut_model(granularity, cuts)
-    expected = _gradients_of(model, patient.tokens_BT)
+def _recomputed(test_model: _TestModel) -> float:
+    granularity, cuts = next(test_model.pruned_variants())
+    model = test_model.cut_model(granularity, cuts)
+    expected = _gradients_of(model, test_model.tokens_BT)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    found = _gradients_of(model, patient.tokens_BT)
+    found = _gradients_of(model, test_model.tokens_BT)
     return _largest(expected, found)
 
 
 def _gradients_of(model: Any, tokens_BT: Tensor, *, allow_none: bool = False) -> dict[str, Tensor]:
-    """Of the weights in the layers, by name. Raises ValueError if none reaches one of them."""
+    """Return the gradients of the layers' weights by name. Raises ValueError if one of them gets no gradient."""
     layers = {name: weight for name, weight in model.named_parameters() if name.startswith(LAYERS)}
     model.requires_grad_(False)
     for weight in layers.values():
@@ -387,36 +388,36 @@ def _gradients_of(model: Any, tokens_BT: Tensor, *, allow_none: bool = False) ->
 
 
 def _largest(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
-    """The largest difference between tensors of the same names, over the largest value of all."""
+    """Return the largest difference between tensors of the same names, relative to the largest value."""
     if expected.keys() != found.keys():
-        raise ValueError(f"{sorted(expected.keys() ^ found.keys())[0]} is in one of the models only")
+        raise ValueError(f"{sorted(expected.keys() ^ found.keys())[0]} is in only one of the models")
     scale = max(tensor.abs().max().item() for tensor in expected.values())
     return max((found[name] - tensor).abs().max().item() for name, tensor in expected.items()) / scale
 
 
 @torch.no_grad()
-def _reloaded(patient: _Patient, folder: Path) -> float:
+def _reloaded(test_model: _TestModel, folder: Path) -> float:
     differences = []
-    for granularity, cuts in patient.worn():
-        model, dtype = patient.cut_model(granularity, cuts), patient.dense.dtype
+    for granularity, cuts in test_model.pruned_variants():
+        model, dtype = test_model.cut_model(granularity, cuts), test_model.dense.dtype
         target = folder / granularity
         target.mkdir(parents=True)
         save_model(model, dtype, target)
         rounded: Any = model.to(dtype)
-        expected = rounded.float()(patient.tokens_BT).logits
-        written = load(target, dtype=torch.float32, device=str(patient.dense.device))
-        differences.append(_difference(expected, written(patient.tokens_BT).logits))
+        expected = rounded.float()(test_model.tokens_BT).logits
+        written = load(target, dtype=torch.float32, device=str(test_model.dense.device))
+        differences.append(_difference(expected, written(test_model.tokens_BT).logits))
     return max(differences)
 
 
-def _exported(patient: _Patient, target: str, folder: Path) -> tuple[float, str]:
-    """A cut model, written for an engine, against itself in transformers."""
-    cuts = _alike(patient) if target in _ONE_SIZE else next(patient.worn())[1]
-    model = patient.cut_model("kv_group", cuts)
-    export_hf(model, patient.dense, {}, "", folder / "model")
-    # Read again for the next check; the exports hold embeddings and head several times.
+def _exported(test_model: _TestModel, target: str, folder: Path) -> tuple[float, str]:
+    """Compare a pruned model in an engine with the same model in transformers."""
+    cuts = _alike(test_model) if target in _ONE_SIZE else next(test_model.pruned_variants())[1]
+    model = test_model.cut_model("kv_group", cuts)
+    export_hf(model, test_model.dense, {}, "", folder / "model")
+    # Weights are read again for the next check; exports hold embeddings and head several times.
     del model, cuts
-    patient.dense.release()
+    test_model.dense.release()
     try:
         done = export_model(folder, target, folder / "exported", "f32" if target == "gguf" else None)
     except ProofError:
@@ -428,18 +429,18 @@ def _exported(patient: _Patient, target: str, folder: Path) -> tuple[float, str]
     return done.proof.difference, "; ".join((f"in {done.proof.engine}", *done.notes))
 
 
-def _alike(patient: _Patient) -> dict[str, Cut]:
-    """Half of every site: layers of one size."""
+def _alike(test_model: _TestModel) -> dict[str, Cut]:
+    """Keep half of every site, for uniform layer sizes."""
     generator = torch.Generator().manual_seed(2)
     found = {}
-    for site in patient.dense.sites:
+    for site in test_model.dense.sites:
         kept = torch.randperm(site.num_units, generator=generator)[: max(1, site.num_units // 2)]
-        found[site.name] = _cut(site, patient.dense.weights, tuple(sorted(kept.tolist())))
+        found[site.name] = _cut(site, test_model.dense.weights, tuple(sorted(kept.tolist())))
     return found
 
 
 def _cut(site: Site, weights: Mapping[str, Tensor], kept: tuple[int, ...]) -> Cut:
-    """The units `kept`, their columns as they are."""
+    """Keep the units `kept` with their columns unchanged."""
     return Cut(kept=kept, output_weight=output_columns(site, weights[site.output_tensor], kept) if kept else None)
 
 

@@ -1,4 +1,4 @@
-"""Documents from anywhere: text files, JSON, CSV, Parquet, the Hub; plain text or chats."""
+"""Documents from text, JSON, CSV and Parquet files or the Hub; plain text or chats."""
 
 import csv
 import io
@@ -15,23 +15,24 @@ from darwinlm.progress import log
 from darwinlm.recipe import DataRecipe
 
 Chat = list[dict[str, str]]
-"""Messages with `role` and `content`."""
+"""A chat: messages with `role` and `content`."""
 
 _TEXT, _JSON = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json")
 _TABLES, _PARQUET = (".csv", ".tsv"), (".parquet",)
 _KNOWN = (*_TEXT, *_JSON, *_TABLES, *_PARQUET)
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-"""What text, JSON and tables can be compressed with."""
+"""Supported compression formats of text, JSON and tables."""
 _FEW = 100
-"""As many records without the field may begin a file in which most have it."""
+"""Number of records without the field after which a file is rejected, if they are the majority."""
 _MESSAGES = "messages"
 _STREAM_BATCH = 64
-"""Documents that a stream reads and tokenises together."""
+"""Documents that are read and tokenized together when streaming."""
 _Item = TypeVar("_Item")
 
 
 def documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple[list[str | Chat], Any]]:
-    """Batches of documents, each with the place behind it: a count for local text, a data set's own state else."""
+    """Yield batches of documents with the position after them: a count for local text, otherwise the dataset's own
+    state."""
     if local_path(recipe.source) is not None:
         documents = find_documents(recipe.source, recipe.text_field, seed)
         done = place or 0
@@ -51,9 +52,9 @@ def documents_from(recipe: DataRecipe, seed: int, place: Any) -> Iterator[tuple[
 
 
 def find_documents(source: str, text_field: str, seed: int) -> Iterator[str | Chat]:
-    """Yield the documents of a local file or folder, or of a Hub data set (`owner/name` or `owner/name:config`).
+    """Yield the documents of a local file or folder, or of a Hub dataset (`owner/name` or `owner/name:config`).
 
-    A record without `text` but with `messages` is a chat, and so is one whose `text_field` holds a list of messages.
+    A record is a chat if it has `messages` but no `text`, or if its `text_field` holds a list of messages.
     """
     path = local_path(source)
     if path is not None:
@@ -64,7 +65,7 @@ def find_documents(source: str, text_field: str, seed: int) -> Iterator[str | Ch
 
 
 def local_path(source: str) -> Path | None:
-    """Where `source` lies here; None if it does not."""
+    """Return `source` as a local path; None if it does not exist."""
     path = os.path.expanduser(source)
     return Path(path) if os.path.exists(path) else None
 
@@ -75,9 +76,9 @@ def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str | C
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _kind(file) is not None and file.is_file())
     if not files:
-        raise UserError(f"data {str(path)!r}: the folder holds no file of a known kind; known are {known}")
+        raise UserError(f"data {str(path)!r}: the folder contains no supported file; supported are {known}")
     if path.is_file() and _kind(path) is None:
-        raise UserError(f"data {str(path)!r}: unknown kind of file; known are {known}")
+        raise UserError(f"data {str(path)!r}: unsupported file type; supported are {known}")
     random.Random(seed).shuffle(files)
     for file in files:
         kind = _kind(file)
@@ -97,7 +98,7 @@ def _local_documents(path: Path, text_field: str, seed: int) -> Iterator[str | C
 
 
 def _kind(file: Path) -> str | None:
-    """The suffix that says what is in `file`, that of a compression aside; None if nothing known is."""
+    """Return the suffix of the content type of `file`, ignoring compression; None if it is not supported."""
     suffixes = file.suffixes
     if len(suffixes) > 1 and suffixes[-1] in _PACKED and suffixes[-2] not in _PARQUET:
         suffixes.pop()
@@ -105,7 +106,7 @@ def _kind(file: Path) -> str | None:
 
 
 def _opened(file: Path) -> BinaryIO:
-    """What is in `file`, unpacked."""
+    """Open `file`, decompressed."""
     if file.suffix not in _PACKED:
         return file.open("rb")
     import pyarrow
@@ -115,7 +116,7 @@ def _opened(file: Path) -> BinaryIO:
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The objects in `file`, one a line or all in one list, each with the words that say where it stands."""
+    """Yield the objects in `file`, one per line or all in one list, each with its location for error messages."""
     name = f"data {str(file)!r}"
     with _opened(file) as lines:
         if _kind(file) == ".json" and (content := _list_in(lines, name)) is not None:
@@ -131,18 +132,19 @@ def _json_records(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             except UnicodeDecodeError:
                 raise UserError(f"{where}: not UTF-8 text; convert it") from None
             except (ValueError, RecursionError):
-                raise UserError(f"{where}: not JSON; one object a line is expected") from None
-            yield where, _an_object(record, where, "a line")
+                raise UserError(f"{where}: not JSON; expected one object per line") from None
+            yield where, _an_object(record, where, "per line")
 
 
 def _an_object(record: Any, where: str, place: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: one object {place} is expected, this is a {type(record).__name__}")
+        raise UserError(f"{where}: expected one object {place}, found {type(record).__name__}")
     return record
 
 
 def _list_in(content: BinaryIO, name: str) -> list[Any] | None:
-    """The list that `content` is; None, with nothing read, if it is none. Raises UserError that begins with `name`."""
+    """Return `content` parsed as a list; None, with nothing read, if it is not a list. Raises UserError starting with
+    `name`."""
     start = cast(io.BufferedReader, content).peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
         return None
@@ -151,12 +153,12 @@ def _list_in(content: BinaryIO, name: str) -> list[Any] | None:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not JSON ({error}); a list of objects is expected") from None
+        raise UserError(f"{name}: not JSON ({error}); expected a list of objects") from None
     return cast(list[Any], found)
 
 
 def _table_records(file: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a table with a header, each with the words that say where it stands."""
+    """Yield the rows of a table with a header, each with its location for error messages."""
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(_opened(file), encoding="utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
@@ -164,14 +166,14 @@ def _table_records(file: Path, kind: str) -> Iterator[tuple[str, Mapping[str, An
             for row in rows:
                 yield f"data {str(file)!r}, line {rows.line_num}", row
         except csv.Error as error:
-            raise UserError(f"data {str(file)!r}, line {rows.line_num}: not a table of text: {error}") from None
+            raise UserError(f"data {str(file)!r}, line {rows.line_num}: not a valid table: {error}") from None
 
 
 def _texts_of(records: Iterable[tuple[str, Mapping[str, Any]]], text_field: str, file: Path) -> Iterator[str | Chat]:
-    """The documents of `records`; those without the field are passed over and counted.
+    """Yield the documents of `records`; records without the field are skipped and counted.
 
     Raises:
-        UserError: that names the first of them, where most have none.
+        UserError: if most records lack the field; the message gives the first of them.
     """
     found, without, first = 0, 0, None
     try:
@@ -190,12 +192,12 @@ def _texts_of(records: Iterable[tuple[str, Mapping[str, Any]]], text_field: str,
     finally:
         if 0 < without <= found:
             log.warning(
-                "data %r: %d of %d records have no %r: passed over", str(file), without, found + without, text_field
+                "data %r: %d of %d records have no %r: skipped", str(file), without, found + without, text_field
             )
 
 
 def _text_of(record: Mapping[str, Any], text_field: str, where: str) -> str | Chat:
-    """The document of `record`; a null is an empty one. Raises UserError that begins with `where`."""
+    """Return the document of `record`; null is an empty document. Raises UserError starting with `where`."""
     text_field = _field_of(record, text_field)
     text = record.get(text_field)
     if isinstance(text, str):
@@ -205,11 +207,11 @@ def _text_of(record: Mapping[str, Any], text_field: str, where: str) -> str | Ch
     if text is None:
         return ""
     if not isinstance(text, list):
-        raise UserError(f"{where}: {text_field!r} holds no text but {type(text).__name__}; set data.text_field")
+        raise UserError(f"{where}: {text_field!r} is not text but {type(text).__name__}; set data.text_field")
     for message in text:
         known = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not known:
-            raise UserError(f"{where}: a chat is a list of messages with 'role' and 'content', both text")
+            raise UserError(f"{where}: a chat must be a list of messages with text 'role' and 'content'")
     return [{key: _whole_characters(message[key]) for key in ("role", "content")} for message in text]
 
 
@@ -218,13 +220,13 @@ def _field_of(names: Container[str], text_field: str) -> str:
 
 
 def _whole_characters(text: str) -> str:
-    """JSON can hold halves of surrogate pairs (a cut emoji), which no tokenizer takes."""
+    """Replace unpaired surrogates, which JSON can contain (a truncated emoji) and tokenizers reject."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _lacks(text_field: str, names: Iterable[str], where: str) -> UserError:
     found = ", ".join(map(repr, names)) or "nothing"
-    return UserError(f"{where}: there is no {text_field!r} (it has {found}); set data.text_field")
+    return UserError(f"{where}: no field {text_field!r} (found {found}); set data.text_field")
 
 
 def _parquet_documents(file: Path, text_field: str) -> Iterator[str | Chat]:
@@ -263,16 +265,16 @@ def _naming_hub_faults(source: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # the Hub's client raises many kinds: connection, authorisation, configuration
+    except Exception as error:  # The Hub client raises many kinds of errors: connection, authorization, configuration.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"data {source!r} is no local file, and as a Hub data set it cannot be read: {reason}; check the name, or "
-            "give a local file"
+            f"data {source!r} is not a local file, and loading it as a Hub dataset failed: {reason}; check the "
+            "name, or give a local file"
         ) from None
 
 
 def in_batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
-    """`items`, so many at a time."""
+    """Yield `items` in lists of `size`."""
     batch: list[_Item] = []
     for item in items:
         batch.append(item)

@@ -1,13 +1,13 @@
-"""What is the user's to fix, as one clear line (what is wrong, where, what to do), and what engines refuse."""
+"""Exceptions: user errors (exit code 2) and engine failures."""
 
 
 class UserError(Exception):
-    """A mistake in the input. The command line prints its message alone and exits with code 2."""
+    """A user error. The command line prints only its message and exits with code 2."""
 
 
 class InvalidTensorError(UserError):
-    """A weight or an activation holds NaN or Inf; the message names the tensor or the site."""
+    """A weight or an activation contains NaN or Inf; the message names the tensor or the site."""
 
 
 class EngineError(Exception):
-    """An engine that runs exported models cannot do what it is asked; the message is its reason."""
+    """An engine that runs exported models failed or does not support a request; the message is the reason."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Atomic file writes, and checksums."""
 
 import errno
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from darwinlm.errors import UserError
 
-OTHER_CHECKSUM = "its checksum is another than when it was written"
+OTHER_CHECKSUM = "its checksum has changed"
 _CHECKSUMS = "checksums.json"
 
 _SEAL = "checksum"
@@ -27,11 +27,11 @@ _PLACE_FAULTS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
-"""What is wrong with a place to write to, and not with our code."""
+"""Errors of the output location, not of our code."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that a crash leaves the old file or the new one, never a part.
+    """Write `content` atomically: a crash leaves the old file or the new one, never a part.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.
@@ -51,15 +51,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """Open a new file in the place of whatever is there; what a link there points to is left alone."""
+    """Open a new file, replacing any existing one; if that is a link, its target is not touched."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
 def write_json(path: Path, payload: Mapping[str, Any], *, sealed: bool = False) -> None:
-    """Write `payload` as JSON, whole or not at all; equal payloads give equal bytes.
+    """Write `payload` as JSON atomically; equal payloads give equal bytes.
 
-    A `sealed` file ends with a checksum of what is before it, which `read_json` verifies.
+    A `sealed` file ends with a checksum of its content, which `read_json` verifies.
     """
     if sealed:
         payload = {**payload, _SEAL: checksum(_as_text(payload).encode())}
@@ -67,10 +67,10 @@ def write_json(path: Path, payload: Mapping[str, Any], *, sealed: bool = False) 
 
 
 def read_json(path: Path, remedy: str = _NEW_RUN) -> dict[str, Any]:
-    """Read a JSON object that this package wrote.
+    """Read a JSON object written by this package.
 
     Raises:
-        UserError: if it is missing or damaged, with `remedy`, which says what to do then.
+        UserError: if it is missing or damaged; the message ends with `remedy`, the action to take.
     """
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def read_json(path: Path, remedy: str = _NEW_RUN) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file that this package wrote. Raises UserError if it is missing or damaged."""
+    """Read a safetensors file written by this package. Raises UserError if it is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -93,12 +93,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checksum(content: bytes) -> str:
-    """Of a file's content; guards against damage, not against malice."""
+    """Return the checksum (BLAKE2b, 128 bits) of `content`; protects against damage, not against tampering."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def file_checksum(path: Path) -> str:
-    """`checksum` of a file of any size; about a second for a GB that is in the page cache. Raises OSError."""
+    """Return the `checksum` of a file of any size, in about a second per GB in the page cache. Raises OSError."""
     sums = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
@@ -107,16 +107,16 @@ def file_checksum(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Leave in `folder` the checksums of the files that are in it, for `find_fault`."""
+    """Write the checksums of all files in `folder` into it, for `find_fault`."""
     sums = {file.name: file_checksum(file) for file in sorted(folder.iterdir())}
     write_json(folder / _CHECKSUMS, sums, sealed=True)
 
 
 def find_fault(folder: Path) -> str | None:
-    """The first file in `folder` that is damaged or gone since `write_checksums`, and what is wrong with it.
+    """Describe the first file in `folder` that is damaged or missing since `write_checksums`; None if there is none.
 
     Raises:
-        UserError: if one is there and cannot be read.
+        UserError: if a file exists but cannot be read.
     """
     index = folder / _CHECKSUMS
     try:
@@ -135,7 +135,7 @@ def find_fault(folder: Path) -> str | None:
 
 
 def fault_of(folder: Path, name: str, expected: str) -> str | None:
-    """What is wrong with the file `name` in `folder`, which should have that checksum; None if nothing is."""
+    """Describe what is wrong with the file `name` in `folder`, given its expected checksum; None if nothing is."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "is outside its folder"
     try:
@@ -151,7 +151,7 @@ def _as_text(payload: Mapping[str, Any]) -> str:
 
 
 def damaged(path: Path, reason: object, remedy: str = _NEW_RUN) -> UserError:
-    """The error that `path` cannot be read, for that `reason`; `remedy` is what to do."""
+    """Return the error that `path` is damaged or missing, with its `reason`; `remedy` is the action to take."""
     if isinstance(reason, FileNotFoundError):
         return UserError(f"{path} is missing; {remedy}")
     return UserError(f"{path} is damaged ({reason}); {remedy}")
@@ -159,7 +159,7 @@ def damaged(path: Path, reason: object, remedy: str = _NEW_RUN) -> UserError:
 
 @contextmanager
 def naming_disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only folder and the like into one clear line that names `path`."""
+    """Turn disk errors, such as a full disk or a read-only folder, into a UserError that names `path`."""
     try:
         yield
     except UserError:
@@ -178,14 +178,14 @@ def naming_disk_faults(path: Path) -> Iterator[None]:
 def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    # safetensors reports disk faults in exceptions of its own, as text.
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
+    # safetensors reports disk errors only as text.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A draft file that takes the place of `path` when the block ends well, and is removed when it does not."""
+    """Yield a draft file that replaces `path` when the block succeeds, and is removed when it fails."""
     draft = path.with_name(path.name + ".draft")
     with naming_disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A draft folder that takes the place of `path` when the block ends well, and is removed when it does not."""
+    """Yield a draft folder that replaces `path` when the block succeeds, and is removed when it fails."""
     draft = path.with_name(path.name + ".draft")
     with naming_disk_faults(path):
         shutil.rmtree(draft, ignore_errors=True)
@@ -219,7 +219,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def digest(*parts: bytes | str) -> str:
-    """A short fingerprint of `parts`."""
+    """Return a short fingerprint of `parts`: 32 hex digits of SHA-256."""
     sha = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

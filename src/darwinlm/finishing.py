@@ -1,4 +1,4 @@
-"""The end of a run: what its models are measured to be, and the exports."""
+"""The end of a run: evaluation of its models, and exports."""
 
 import platform
 from collections.abc import Mapping
@@ -42,13 +42,13 @@ def evaluate_and_export(
     run: RunDirectory,
     size: Size,
 ) -> None:
-    """Measure the models of a size, write the last of them, and export it, as far as that is not done yet."""
+    """Evaluate the models of a size, write the last of them, and export it; finished parts are skipped."""
     out, dense = size.folder, here.dense
     measured_file = out / "evaluation" / "measured.json"
     evaluated = run.done(f"{size.prefix}evaluation")
     if not (evaluated and run.done(f"{size.prefix}export")):
         models = {"dense": first.dense.model}
-        # Where there is no room for all, the others wait elsewhere for their turns.
+        # If they do not all fit on the device, the other models wait on the CPU.
         wait = torch.device("cpu")
         if not dense.offload and 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(
             dense.device
@@ -89,7 +89,7 @@ def _measure(
     models: Mapping[str, PrunedModel],
     size: Size,
 ) -> dict[str, Any]:
-    """What `measured.json` holds; the last of `models` is the result."""
+    """Return the content of `measured.json`; the last of `models` is the result."""
     rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
     last = models[list(models)[-1]]
     sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
@@ -116,7 +116,7 @@ def _measure(
 
 
 def _environment(dense: DenseModel) -> dict[str, Any]:
-    """Hardware and versions, for every number that is reported."""
+    """Return the hardware and versions that the reported numbers depend on."""
     import transformers
 
     device = dense.device

@@ -1,4 +1,4 @@
-"""`darwinlm evaluate`: a run's models, or one model, on zero-shot tasks."""
+"""`darwinlm evaluate`: zero-shot tasks with the models of a run, or with one model."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,21 +20,23 @@ def evaluate(
     """Run zero-shot tasks with the dense and the pruned model of a run, or with one model.
 
     Args:
-        source: a finished run, a model's folder, or a Hub id.
-        tasks: names of lm-eval's, or `paper`; with `tasks_dir`, of its files (all of them by default).
-        tasks_dir: a folder of JSONL files (`evaluation.local_tasks`).
-        limit: the first so many items of each task.
+        source: finished run, model folder, or Hub model id.
+        tasks: names of lm-eval tasks, or `paper`; with `tasks_dir`, names of its files (default: all).
+        tasks_dir: folder of JSONL files (`evaluation.local_tasks`).
+        limit: use only the first `limit` items of each task.
 
     Returns:
-        What `report/tasks.json` holds of these tasks; of a run it is written there too, beside the tasks that were run
-        before, and the report is written anew.
+        The results of these tasks, as in `report/tasks.json`. For a run they are merged into that file, and the report
+        is updated.
 
     Raises:
-        UserError: if lm-eval is missing, a task or its data cannot be had, or `source` holds no model.
+        UserError: if lm-eval is missing, a task or its data is not available, or `source` contains no model.
     """
     local = local_tasks(Path(tasks_dir)) if tasks_dir is not None else {}
     if not tasks and not local:
-        raise UserError("name the tasks, --tasks piqa,arc_easy or --tasks paper, or a folder of them, --tasks-dir DIR")
+        raise UserError(
+            "no tasks given; use --tasks piqa,arc_easy, --tasks paper, or a folder of tasks, --tasks-dir DIR"
+        )
     run = Path(source) if (Path(source) / "manifest.json").is_file() else None
     loaders = models_of_run(run) if run is not None else {"model": partial(one_model, source)}
     chosen = choose_tasks(tasks, local)
@@ -43,7 +45,7 @@ def evaluate(
     answers = {}
     with task("evaluation (tasks)", len(loaders) * len(chosen)) as progress:
         for name, loader in loaders.items():
-            # One model at a time is in memory.
+            # Only one model is in memory at a time.
             answers[name] = run_tasks(*loader(), chosen, limit, lambda done: progress.advance(note=done))
     results = compare(answers, chosen, limit)
     if run is not None:
@@ -53,7 +55,7 @@ def evaluate(
 
 
 def _beside(file: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """`results` and what `file` holds of other tasks."""
+    """Merge `results` with the results of other tasks in `file`."""
     if not file.exists():
         return results
     new = {(one["task"], one["metric"]) for one in results["tasks"]}

@@ -1,9 +1,9 @@
-"""Learning rates relative to the weights that they move.
+"""Learning rates relative to the size of the weights.
 
 AdamW moves every weight by about the learning rate, whatever its size, so the same rate is a small step for one model
-and a ruinous one for another. In units of the root mean square of each tensor a rate says what share of itself a tensor
-may change by. As Adafactor's relative step size and LAMB's trust ratio do, this makes the training of a model the same
-if its projections are scaled down and the norms before them up.
+and destroys another. A relative rate is multiplied by the root mean square of each tensor. As with Adafactor's relative
+step size and LAMB's trust ratio, training does not change if a model's projections are scaled down and the norms before
+them up.
 """
 
 import math
@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 _EPS = 1e-8
-"""AdamW's, in nats a relative change. What has hardly a gradient, such as the rows of a head whose tokens do not occur,
-stays where it is: a step by the sign of noise would only do harm."""
+"""AdamW's epsilon, in nats per relative change. Tensors with almost no gradient, such as head rows of tokens that do
+not occur, stay unchanged: a step by the sign of noise would only do harm."""
 
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """A learning rate of AdamW."""
+    """AdamW learning rate."""
 
     value: float
     relative: bool = False
-    """In units of the root mean square of each tensor, as it is before the first step."""
+    """Whether the rate is in units of each tensor's root mean square before the first step."""
 
 
 def parameter_groups(
@@ -35,14 +35,14 @@ def parameter_groups(
     weight_decay: float = 0.0,
     sizes: Mapping[Tensor, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The groups of `torch.optim.AdamW` that train `parameters` at this rate: one a tensor if it is relative.
+    """Return `torch.optim.AdamW` parameter groups with this rate: one per tensor if the rate is relative.
 
     Args:
         parameters: sharded or not; all ranks call it with theirs.
-        rate: the same for all.
-        weight_decay: the share of itself that a weight loses in a step, by the rate.
-        sizes: of tensors whose unit is not their own root mean square. A tensor of zeros has no size, and stays as it
-            is at a relative rate.
+        rate: learning rate of all parameters.
+        weight_decay: fraction of a weight removed per step, times the rate.
+        sizes: unit of the rate for tensors where it is not their own root mean square. A tensor of zeros has no unit
+            and is not trained at a relative rate.
     """
     if not rate.relative:
         return [{"params": list(parameters), "lr": rate.value, "weight_decay": weight_decay}]
@@ -62,7 +62,7 @@ def parameter_groups(
 
 
 def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """The root mean square of each tensor, on all ranks if it is sharded; a device is waited for once."""
+    """Return the root mean square of each tensor, over all ranks if it is sharded, with one device synchronization."""
     if tensors and all(type(tensor.data) is Tensor for tensor in tensors):
         norms: list[float] = torch.stack(
             torch._foreach_norm([tensor.detach() for tensor in tensors], dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""The lock on a run directory: one process works on a run at a time, and a dead one stands in nobody's way.
+"""Lock of a run directory: one process at a time works on a run, and stale locks do not block it.
 
-The kernel holds it (`flock` on `RUN/lock`) and frees it however its owner ends, by SIGKILL too. Network file systems
-may have no such locks, or locks that are known on one machine alone; there, what the file says decides: who its owner
-is, and by its modification time, which the owner renews, whether it still lives.
+The kernel holds the lock (`flock` on `RUN/lock`) and frees it however its owner ends, including SIGKILL. Network file
+systems may have no such locks, or locks that are local to one machine; there the file itself decides, by the owner that
+it names and by its modification time, which the owner renews as a heartbeat.
 """
 
 import errno
@@ -28,26 +28,26 @@ if sys.platform != "win32":
 
 _BEAT_SECONDS = 30.0
 _SILENT_SECONDS = 600.0
-"""An owner on another machine that gave no sign of life for so long is taken to be dead."""
+"""Seconds without a heartbeat after which an owner on another machine is considered dead."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process that holds, or held, a lock."""
+    """Process that holds or held a lock."""
 
     pid: int
     host: str
     boot: str
-    """Of its kernel, new at every start of the machine; the same in all containers on it. Empty where unknown."""
+    """Boot id of its kernel: new at every boot, the same in all containers on a machine. Empty if unknown."""
     started: float
-    """Seconds from the start of the machine to that of the process: a process number is used again, this is not."""
+    """Seconds between the boot of the machine and the start of the process; tells apart processes with a reused pid."""
     since: float
-    """When it took the lock, in seconds since 1970."""
+    """Time when it took the lock, in seconds since 1970."""
 
 
 class RunLock:
-    """The right to write into a run directory, from `take` to the end of the block (or of the process)."""
+    """Exclusive right to write into a run directory, from `take` to the end of the block (or of the process)."""
 
     def __init__(self, run: Path) -> None:
         self._run, self._file = run, run / LOCK
@@ -69,10 +69,10 @@ class RunLock:
         self._descriptor = None
 
     def take(self) -> None:
-        """Take the lock, and make the run directory if it is not there; nothing happens where it is held already.
+        """Take the lock, creating the run directory if needed; does nothing if the lock is already held.
 
         Raises:
-            UserError: if another process has it, with its number, machine and age, and what to do; on Windows.
+            UserError: if another process holds it; the message gives its pid, machine, age, and what to do.
         """
         if self._descriptor is not None:
             return
@@ -96,7 +96,7 @@ class RunLock:
             try:
                 state = _flock(descriptor)
                 self._check(_read(descriptor), state, silent=time.time() - os.fstat(descriptor).st_mtime)
-                # Whoever gives a lock back deletes its file: one that was opened before that is nobody's lock.
+                # Releasing a lock deletes its file, so a file that was opened before that is not a valid lock.
                 if _is(descriptor, self._file):
                     return descriptor
             except BaseException:
@@ -105,7 +105,7 @@ class RunLock:
             os.close(descriptor)
 
     def _check(self, owner: Owner | None, state: Literal["ours", "theirs", "unknown"], silent: float) -> None:
-        """Refuse a lock whose owner lives; `silent` is how many seconds ago it last gave a sign of life."""
+        """Reject a lock whose owner is alive; `silent` is the number of seconds since its last heartbeat."""
         if owner is None:
             if state == "theirs":
                 raise UserError(f"--out {self._run} is in use by another process; wait for it or stop it")
@@ -117,15 +117,15 @@ class RunLock:
         elif near:
             alive = state == "unknown" and _lives(owner)
         elif owner.host == here.host and state == "ours":
-            alive = False  # this machine before it was started anew
+            alive = False  # The machine has been restarted since.
         else:
             alive = silent < _SILENT_SECONDS
         if not alive:
-            log.info("process %d on %s is gone: its lock on %s is taken over", owner.pid, owner.host, self._run)
+            log.info("removing the stale lock of process %d on %s on %s", owner.pid, owner.host, self._run)
             return
         sign, remedy = "", f"wait for it or stop it (kill {owner.pid})"
         if not near:
-            sign = f", last sign of life {_duration(silent)} ago"
+            sign = f", last heartbeat {_duration(silent)} ago"
             remedy = f"wait for it or stop it there; if that machine is gone, delete {self._file}"
         raise UserError(
             f"--out {self._run} is in use by process {owner.pid} on {owner.host}, for "
@@ -151,7 +151,7 @@ def _flock(descriptor: int) -> Literal["ours", "theirs", "unknown"]:
 
 
 def _read(descriptor: int) -> Owner | None:
-    """Who wrote the file; None where it says nothing of use, as while it is being written."""
+    """Read the owner from the file; None if it is incomplete or not valid."""
     try:
         content = json.loads(os.pread(descriptor, 4096, 0))
         return Owner(
@@ -186,7 +186,7 @@ def _boot() -> str:
 
 def _lives(owner: Owner) -> bool:
     try:
-        # Both times come from the machine's clock in whole seconds and move when that is set.
+        # Both times come from the machine's clock in whole seconds and shift when it is adjusted.
         return abs(_started(owner.pid) - owner.started) < 2
     except (psutil.NoSuchProcess, ValueError, OverflowError):
         return False

@@ -1,4 +1,4 @@
-"""What a step cuts plans out of: a model and its database."""
+"""The source of pruned models in a step: a model and its database."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +18,24 @@ from darwinlm.recipe import Recipe
 
 @dataclass(frozen=True)
 class Material:
-    """What a step cuts plans out of."""
+    """Model and database from which plans are cut."""
 
     dense: DenseModel
-    """The model that the run began with or, in later steps, what the step before has left."""
+    """The original model or, in later steps, the result of the step before."""
     database: Database
 
     @property
     def space(self) -> Space:
-        """The search space."""
+        """Search space of the database."""
         return self.database.space(self.dense.sites)
 
     def cut(self, plan: Plan) -> PrunedModel:
-        """`plan`, not trained."""
+        """Build the pruned model of `plan`, without training."""
         dense = self.dense
         return dense.cut(self.database.cuts(dense.sites, plan.levels, dense.layers_device))
 
     def result(self, recipe: Recipe, plan: Plan, folder: Path) -> PrunedModel:
-        """What a step leaves: `plan`, recovered (in `folder/recovery`) if that is wanted."""
+        """Build the result of a step: `plan`, with the weights of `folder/recovery` if recovery is enabled."""
         cut = self.cut(plan)
         if not recipe.recovery.wanted:
             return cut
@@ -45,7 +45,7 @@ class Material:
 
 
 def stored_weights(model: PrunedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as files hold them: in `dtype`, tied ones once."""
+    """Return the weights as stored in files: in `dtype`, tied ones once."""
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

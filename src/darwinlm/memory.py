@@ -1,4 +1,4 @@
-"""How much memory is left, and one clear line where it does not suffice."""
+"""Available memory, and out-of-memory errors as one clear line."""
 
 import errno
 import re
@@ -20,7 +20,7 @@ _FILES = {
     2: ("memory.max", "memory.current", "file", "shmem"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
 }
-"""By version of control groups: where the limit and what is taken stand, and in `memory.stat` what is cached."""
+"""By cgroup version: files with the limit and the usage, and the keys of `memory.stat` for caches."""
 _REMEDIES = {
     "corpus": "lower data.sequence_length",
     "database": "lower database.batch_size, set database.offload=disk",
@@ -32,7 +32,8 @@ _TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate 
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take: of the machine, a control group or its own limit, whichever is least."""
+    """Return the bytes that this process can still allocate: the minimum over the machine, its cgroups and its own
+    limit."""
     available: int = psutil.virtual_memory().available
     if sys.platform != "win32":
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -43,10 +44,10 @@ def available_memory() -> int:
 
 
 def _control_groups() -> Iterator[tuple[Path, int]]:
-    """The groups that this process is in, such as a batch system's job, and those above them; with their version."""
+    """Yield the cgroups of this process, such as a batch job's, and their parents, with the cgroup version."""
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
-    except OSError:  # not on Linux
+    except OSError:  # Not on Linux.
         return
     for line in lines:
         number, controllers, path = line.split(":", 2)
@@ -59,13 +60,13 @@ def _control_groups() -> Iterator[tuple[Path, int]]:
 
 
 def _left_in(group: Path, version: int) -> int | None:
-    """Bytes that are left of a control group's limit; None if it has none."""
+    """Return the free bytes of a cgroup's limit; None if it has none."""
     limit, taken, cached, shared = _FILES[version]
     try:
         most = (group / limit).read_text().strip()
         used = int((group / taken).read_text())
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # What is cached of files is given back as soon as somebody needs the room.
+        # The page cache is released as soon as memory is needed.
         free_again = int(parts[cached]) - int(parts[shared])
     except (OSError, ValueError, KeyError):
         return None
@@ -73,12 +74,12 @@ def _left_in(group: Path, version: int) -> int | None:
 
 
 def check_room(size: int, device: torch.device, what: str) -> None:
-    """Refuse what cannot fit, before the kernel ends the process without a word.
+    """Raise an error for what cannot fit, instead of being killed by the kernel without a message.
 
     Args:
-        size: the least number of bytes that is needed on `device`.
-        device: where.
-        what: takes so much.
+        size: minimum number of bytes needed on `device`.
+        device: device to check.
+        what: subject of the error message, which needs the memory.
 
     Raises:
         UserError: if less is free.
@@ -87,34 +88,34 @@ def check_room(size: int, device: torch.device, what: str) -> None:
     if size > free:
         where = f"on {device}" if device.type == "cuda" else "of memory"
         raise UserError(
-            f"{what} takes {size / 2**30:,.1f} GiB, but only {free / 2**30:,.1f} GiB {where} are free; "
-            "free some, or use a larger machine"
+            f"{what} takes {size / 2**30:,.1f} GiB, but only {free / 2**30:,.1f} GiB {where} are free; free "
+            "some, or use a larger machine"
         )
 
 
 @contextmanager
 def naming_memory_faults(stage: str) -> Iterator[None]:
-    """Turn a lack of memory on a device or of the machine, in `stage`, into one clear line."""
+    """Turn out-of-memory errors of a device or of the machine in `stage` into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
-            place = "the GPU's memory"
+            place = "GPU out of memory"
         elif isinstance(error, MemoryError) or _lacks_memory(error):
-            place = "the memory"
+            place = "out of memory"
         else:
             raise
         remedy = _REMEDIES.get(stage.split(": ")[-1])
         raise UserError(
-            f"{stage}: {place} does not suffice ({_reason(error)}); run the same command on a larger machine"
+            f"{stage}: {place} ({_reason(error)}); run the same command on a larger machine"
             + (f", or {remedy} in a new folder" if remedy else "")
         ) from error
 
 
 def _lacks_memory(error: Exception) -> bool:
-    # PyTorch, NumPy and safetensors each have exceptions of their own for it.
+    # PyTorch, NumPy and safetensors each raise their own exceptions.
     return getattr(error, "errno", None) == errno.ENOMEM or bool(_TEXTS.search(str(error)))
 
 
@@ -124,8 +125,8 @@ def _reason(error: Exception) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory this process has had so far, in bytes."""
-    # On Linux ru_maxrss begins with the peak of the process that started this one.
+    """Return the peak resident memory of this process so far, in bytes."""
+    # On Linux ru_maxrss starts with the peak of the parent process.
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
