@@ -128,7 +128,7 @@ def test_a_model_that_is_nowhere(model, refused):
 
 def test_blocks_longer_than_the_context(refused):
     refused(
-        r"data\.sequence_length=256 is more than the 128 positions that the model knows",
+        r"data\.sequence_length=256 exceeds the model's maximum of 128 positions",
         settings=["data.sequence_length=256", "data.score_tokens=256", "data.trial_tokens=512"],
     )
 
@@ -143,7 +143,7 @@ def test_a_tokenizer_of_another_model(refused, checkpoint, tmp_path):
             weights[name] = weights[name][:100].clone()
 
     weights_of(folder, shorten)
-    refused(r"its tokenizer gives the id \d+, but its embeddings hold 100 tokens", model=folder)
+    refused(r"its tokenizer produces the id \d+, but it has only 100 embeddings", model=folder)
 
 
 def config_of(folder, **changes):
@@ -394,7 +394,7 @@ def test_a_head_that_computes_what_is_not_known(refused, monkeypatch):
 
 # ---- the target
 
-NEITHER = r"is neither a fraction of the parameters \(0.5\) nor a count of them \(2.7B, 500M\)"
+NEITHER = r"is neither a fraction of the parameters \(0.5\) nor a number of them \(2.7B, 500M\)"
 RANGE = r"must be above 0 and at most 1 \(a fraction\), or a count such as 2.7B"
 
 
@@ -411,16 +411,16 @@ RANGE = r"must be above 0 and at most 1 \(a fraction\), or a count such as 2.7B"
         ("nan", f"target nan {RANGE}"),
         ("inf", f"target inf {RANGE}"),
         ("1e400", f"target 1e400 {RANGE}"),
-        ("2.7B", "target 2700000000 is 2,700,000,000 parameters, but the dense model has only 72,192; ask for fewer"),
-        ("72193", "target 72193 is 72,193 parameters, but the dense model has only 72,192; ask for fewer"),
+        ("2.7B", "target 2700000000 is 2,700,000,000 parameters, but the dense model has only 72,192; lower it"),
+        ("72193", "target 72193 is 72,193 parameters, but the dense model has only 72,192; lower it"),
         (
             "0.01",
-            "0.01 is 721 of 72,192 parameters, but .* keep 24,912; the smallest target that can be met is 0.3451$",
+            "0.01 is 721 of 72,192 parameters, but .* have 24,912; the smallest possible target is 0.3451$",
         ),
-        ("0.345", "0.345 is 24,906 of 72,192 parameters.* the smallest target that can be met is 0.3451$"),
-        ("size=0.5", "target 'size=0.5': 'size' cannot be limited; did you mean '((active_)?params|latency|flops)'"),
-        ("kvcache=0.5", "target 'kvcache=0.5': 'kvcache' cannot be limited; did you mean 'kv_cache'"),
-        ("params=0.5,0.4", "target 'params=0.5,0.4': '0.4' cannot be limited"),
+        ("0.345", "0.345 is 24,906 of 72,192 parameters.* the smallest possible target is 0.3451$"),
+        ("size=0.5", "target 'size=0.5': unknown resource 'size'; did you mean '((active_)?params|latency|flops)'"),
+        ("kvcache=0.5", "target 'kvcache=0.5': unknown resource 'kvcache'; did you mean 'kv_cache'"),
+        ("params=0.5,0.4", "target 'params=0.5,0.4': unknown resource '0.4'"),
         ("params=0.5,params=0.4", "target 'params=0.5,params=0.4': params is limited twice"),
         ("params=", f"target '' {NEITHER}"),
         ("latency=2B", "target 'latency=2B': latency takes a fraction .0.5. of the dense model's"),
@@ -431,7 +431,7 @@ RANGE = r"must be above 0 and at most 1 \(a fraction\), or a count such as 2.7B"
         ("0.8,abc", f"target 'abc' {NEITHER}"),
         ("0.8,", f"target '' {NEITHER}"),
         ("0.8,0.01", "target 0.01 is 721 of 72,192 parameters"),
-        ("2K", "target 2000 is 2,000 of 72,192 parameters.* the smallest target that can be met is 0.3451$"),
+        ("2K", "target 2000 is 2,000 of 72,192 parameters.* the smallest possible target is 0.3451$"),
     ],
 )
 def test_a_target_that_is_none_or_cannot_be_met(target, message, refused):
@@ -534,18 +534,18 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("search", "--set 'search': write key=value, for example --set search.offspring=8"),
+        ("search", "--set 'search': expected key=value, for example --set search.offspring=8"),
         ("=3", "--set '=3': write key=value"),
         ("seed=[1", r"--set 'seed=\[1': not valid YAML \(line 1: .*expected"),
         ("seed=2024-13-45", "--set 'seed=2024-13-45': not valid YAML .*month must be in"),
-        ("search.offsprin=3", "unknown key 'search.offsprin'; did you mean 'search.offspring'?"),
-        ("searchh.offspring=3", "unknown key 'searchh'; did you mean 'search'?"),
-        ("offspring=3", "unknown key 'offspring'; did you mean 'search.offspring'?"),
-        ("learning_rate=3", "unknown key 'learning_rate'; did you mean '(search|recovery).learning_rate'?"),
+        ("search.offsprin=3", "unknown setting 'search.offsprin'; did you mean 'search.offspring'?"),
+        ("searchh.offspring=3", "unknown setting 'searchh'; did you mean 'search'?"),
+        ("offspring=3", "unknown setting 'offspring'; did you mean 'search.offspring'?"),
+        ("learning_rate=3", "unknown setting 'learning_rate'; did you mean '(search|recovery).learning_rate'?"),
         ("seed.deep=1", "seed = {'deep': 1}: input should be a valid integer"),
         ("data.source.deep=1", "'data.source.deep' cannot be set: 'source' is a value, not a section"),
-        ("search=1", "search = 1: this is a section; set what is in it, such as search.offspring"),
-        ("search=", "search = None: this is a section; set what is in it"),
+        ("search=1", "search = 1: this is a section; set one of its settings, such as search.offspring"),
+        ("search=", "search = None: this is a section; set one of its settings"),
         ("model=", "model = None: input should be a valid string"),
         ("model=''", "model = '': string should have at least 1 character"),
         ("data.source=''", "data.source = '': string should have at least 1 character"),
@@ -564,7 +564,7 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
             "search.learning_rate = nan: must be auto or a number > 0 and <= 1",
         ),
         ("database.granularity=head", "database.granularity = 'head': input should be 'kv_group' or 'query_head'"),
-        ("search.survivors=1", r"search.survivors = 1: a list is expected, such as \[2, 1\]"),
+        ("search.survivors=1", r"search.survivors = 1: expected a list, such as \[2, 1\]"),
         ("search.survivors=[1]", r"search.survivors=\[1\], search.trial_tokens=.* must have the same length"),
         ("search.survivors=[2, 2]", r"search.survivors=\[2, 2\] must not increase and must end in 1"),
         (
@@ -622,8 +622,8 @@ def test_a_recipe_that_is_nowhere(recipe, refused):
         (b"- seed\n- 1", "expected settings as `key: value` lines, for example `target: 0.5`"),
         (b"just words", "expected settings as `key: value` lines"),
         (b"\xff\xfe", "cannot be read as UTF-8 text"),
-        (b"seeed: 1", "unknown key 'seeed'; did you mean 'seed'?"),
-        (b"search:\n  offsprng: 1", "unknown key 'search.offsprng'; did you mean 'search.offspring'?"),
+        (b"seeed: 1", "unknown setting 'seeed'; did you mean 'seed'?"),
+        (b"search:\n  offsprng: 1", "unknown setting 'search.offsprng'; did you mean 'search.offspring'?"),
         (b"search: [1]", "'search.generations' cannot be set: 'search' is a value, not a section"),
     ],
 )
@@ -648,7 +648,7 @@ def begin_run(out, model, text, **changes):
 
 
 def test_a_file_for_a_run_directory(refused, text):
-    refused("--out .*good.txt is a file; name a new folder or an earlier run", out=text)
+    refused("--out .*good.txt is a file; give a new folder or an earlier run", out=text)
 
 
 def test_a_name_of_two_lines_is_told_in_one(checkpoint, tmp_path, capsys):
@@ -659,7 +659,7 @@ def test_a_name_of_two_lines_is_told_in_one(checkpoint, tmp_path, capsys):
 
 
 def test_a_run_directory_under_a_file(refused, text):
-    refused("--out .*good.txt/deeper/run cannot be made: .*good.txt is a file", out=text / "deeper" / "run")
+    refused("--out .*good.txt/deeper/run cannot be created: .*good.txt is a file", out=text / "deeper" / "run")
 
 
 def test_a_run_directory_whose_name_is_too_long(refused, tmp_path):
@@ -670,17 +670,17 @@ def test_a_run_directory_whose_name_is_too_long(refused, tmp_path):
 def test_a_folder_that_holds_something_else(name, refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    refused("--out .* holds something that is not a DarwinLM run; name a new or an empty folder")
+    refused("--out .* contains something that is not a DarwinLM run; give a new or an empty folder")
 
 
 def test_a_run_of_another_recipe(refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text, target=0.5, seed=7)
-    refused(r"--out .* is a run of another recipe \(target: 0.5 -> 0.8; seed: 7 -> 0\); name a new folder or go back")
+    refused(r"--out .* is a run with another recipe \(target: 0.5 -> 0.8; seed: 7 -> 0\); give a new folder, or")
 
 
 def test_a_run_of_another_checkpoint_in_the_same_place(refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text)
-    refused("--out .*: model was 'another' when this run began and is '[0-9a-f]+' now; name a new folder, or bring it")
+    refused("--out .*: model was 'another' when this run started and is now '[0-9a-f]+'; give a new folder, or restore")
 
 
 def test_a_run_that_another_process_works_on(refused, checkpoint, text, tmp_path):
@@ -701,15 +701,15 @@ def test_a_new_run_that_another_process_has_just_begun(refused, tmp_path):
     [
         (lambda manifest: "{", r"manifest.json is damaged \(.*\); start the run again in a new folder"),
         (lambda manifest: "[]", r"manifest.json is damaged \(not a JSON object\); start the run again in a new folder"),
-        (lambda manifest: {"name": "some web page"}, "--out .* holds something that is not a DarwinLM run; name a new"),
+        (lambda manifest: {"name": "some web page"}, "--out .* contains something that is not a DarwinLM run; give a"),
         (
             lambda manifest: {**manifest, "format": 9},
             "is a run of format 9, this version reads format 1; name a new folder",
         ),
-        (lambda manifest: {"format": 1}, "manifest.json is damaged .*it lacks recipe, facts or stages"),
+        (lambda manifest: {"format": 1}, "manifest.json is damaged .*recipe, facts or stages are missing"),
         (
             lambda manifest: {**manifest, "recipe": {**manifest["recipe"], "colour": 1}},
-            r"a run whose recipe this version cannot read \(recipe: unknown key 'colour'.*\); name a new folder",
+            r"a run whose recipe this version cannot read \(recipe: unknown setting 'colour'.*\); give a new folder",
         ),
     ],
 )
@@ -820,14 +820,14 @@ API = {
     ),
     "an unknown setting": (
         api(settings={"search.offsprin": 1}),
-        r"^recipe: unknown key 'search.offsprin'; did you mean 'search.offspring'\?$",
+        r"^recipe: unknown setting 'search.offsprin'; did you mean 'search.offspring'\?$",
     ),
-    "a setting that is a number": (api(settings={3: 1}), "^recipe: 3 is no setting; write them as search.offspring$"),
-    "a setting without a name": (api(settings={"": 1}), "^recipe: unknown key ''; did you mean "),
-    "half a name": (api(settings={"search.": 1}), r"^recipe: unknown key 'search.'; did you mean 'search"),
+    "a setting that is a number": (api(settings={3: 1}), "^recipe: 3 is not a setting; write settings as"),
+    "a setting without a name": (api(settings={"": 1}), "^recipe: unknown setting ''; did you mean "),
+    "half a name": (api(settings={"search.": 1}), r"^recipe: unknown setting 'search.'; did you mean 'search"),
     "a section of words": (
         api(settings={"search": "fast"}),
-        "^recipe: search = 'fast': this is a section; set what is in it, such as search.offspring$",
+        "^recipe: search = 'fast': this is a section; set one of its settings, such as search.offspring$",
     ),
     "a list for a number": (
         api(settings={"search.offspring": [1]}),
@@ -836,7 +836,7 @@ API = {
     "an object": (api(settings={"seed": object()}), "^recipe: seed = <object .*: input should be a valid integer$"),
     "a file for a run": (
         lambda model, text, out: prune(model, target=0.8, out=text),
-        "^--out .*good.txt is a file; name",
+        "^--out .*good.txt is a file; give",
     ),
     "load: nowhere": (lambda model, text, out: load(out), r"^.*out holds no model \(config.json is missing\)$"),
     "load: a dense model": (lambda model, text, out: load(model), "holds no pruned model; load it with transformers$"),

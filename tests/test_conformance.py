@@ -93,7 +93,7 @@ def test_gradients_by_hidden_states_are_those_of_autograd(family, load):
     logits_NV = head.logits(hidden_ND)
     mean_ND = head.back(logits_NV.softmax(-1), logits_NV)
     torch.testing.assert_close(mean_ND - head.back(target_NV, logits_NV), by_kl_ND, atol=1e-4, rtol=1e-4)
-    found_ND = head.expected_rows(hidden_ND) - head.rows(ids_N, hidden_ND)
+    found_ND = head.mean_head_rows(hidden_ND) - head.rows(ids_N, hidden_ND)
     torch.testing.assert_close(found_ND, by_loss_ND, atol=1e-4, rtol=1e-4)
 
 

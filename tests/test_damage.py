@@ -21,11 +21,11 @@ from darwinlm.settings import load_recipe
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]
 MADE_AGAIN = {
     # The file, and what is said; {} is its path.
-    "corpus.safetensors": r"{} is \w+: it is made again \(corpus\)",
-    **dict.fromkeys(SITES, r"{} is damaged or missing: its site is built anew"),
-    "database/index.json": r"{} is \w+: the database is built anew",
-    "search/best_plan.json": r"{} is \w+: it is made again \(search\)",
-    "search/history.jsonl": r"{} is \w+: it is made again \(search\)",
+    "corpus.safetensors": r"{} is \w+: recreating it \(corpus\)",
+    **dict.fromkeys(SITES, r"{} is damaged or missing: rebuilding its site"),
+    "database/index.json": r"{} is \w+: rebuilding the database",
+    "search/best_plan.json": r"{} is \w+: recreating it \(search\)",
+    "search/history.jsonl": r"{} is \w+: recreating it \(search\)",
     **dict.fromkeys(
         [
             "model/README.md",
@@ -38,7 +38,7 @@ MADE_AGAIN = {
             "model/tokenizer.json",
             "model/tokenizer_config.json",
         ],
-        r"{} is \w+: it is made again \(export\)",
+        r"{} is \w+: recreating it \(export\)",
     ),
 }
 NOT_NEEDED = (
@@ -94,7 +94,7 @@ def test_a_damaged_file_that_nothing_reads_does_no_harm(name, damage, again):
     out, same_command = again
     damage(out / name)
     before = files_of(out)
-    assert all(line.startswith(f"the report stays as it was: {out / name} is damaged") for line in same_command())
+    assert all(line.startswith(f"report not updated: {out / name} is damaged") for line in same_command())
     assert files_of(out) == before
 
 
@@ -105,7 +105,7 @@ def test_trained_weights_are_made_again_when_they_are_needed(damage, again):
     damage(out / "recovery" / "weights.safetensors")
     shutil.rmtree(out / "model")
     said = same_command()
-    assert re.fullmatch(r".+weights.safetensors is \w+: it is made again \(recovery\)", said[-1])
+    assert re.fullmatch(r".+weights.safetensors is \w+: recreating it \(recovery\)", said[-1])
     assert files_of(out) == before
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_refit_is_made_again(damage, again, monkeypatch):
             same_command()
     damage(out / "recovery" / "refit" / "weights.safetensors")
     (said,) = same_command()
-    assert re.fullmatch(rf"{out}/recovery/refit/weights.safetensors is \w+: it is refitted anew", said)
+    assert re.fullmatch(rf"{out}/recovery/refit/weights.safetensors is \w+: refitting again", said)
     assert files_of(out) == before
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_recipe_is_written_again_and_damaged_numbers_are_measured_agai
     assert same_command() == []
     assert read_json(out / "report" / "metrics.json") == numbers
     damage(out / "evaluation" / "measured.json")
-    assert re.fullmatch(r".+measured.json is \w+: it is made again \(evaluation\)", same_command()[0])
+    assert re.fullmatch(r".+measured.json is \w+: recreating it \(evaluation\)", same_command()[0])
     now = read_json(out / "report" / "metrics.json")
     assert [row["kl"] for row in now["rows"]] == [row["kl"] for row in numbers["rows"]]
 
@@ -192,7 +192,7 @@ def test_a_damaged_corpus_is_not_replaced_by_another_text(again, text):
     try:
         text.write_text(content[::-1])
         for _ in range(2):
-            with pytest.raises(UserError, match=r"corpus.safetensors was damaged, and data .+ gives other text than"):
+            with pytest.raises(UserError, match=r"corpus.safetensors was damaged, and data .+ no longer yields the"):
                 same_command()
     finally:
         text.write_text(content)

@@ -448,7 +448,7 @@ def with_ends(dense, monkeypatch, *, tokenizer=(256, 257), configured=257):
 
 
 def test_a_model_that_only_stops_is_refused(dense, monkeypatch):
-    with pytest.raises(UserError, match="'self': the model writes only empty documents; give --data a text instead"):
+    with pytest.raises(UserError, match="'self': the model generates only empty documents; set --data to a text"):
         list(
             write_documents(with_ends(dense, monkeypatch, configured=list(range(259))), tokens=5_000, longest=8, seed=0)
         )
@@ -459,7 +459,7 @@ def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can
         write_documents(with_ends(dense, monkeypatch, tokenizer=(None, 257)), tokens=90, longest=9, seed=0)
     )
     assert {document[0] for document in documents} == {257}
-    with pytest.raises(UserError, match="the tokenizer has no beginning- or end-of-text token; give --data a text"):
+    with pytest.raises(UserError, match="the tokenizer has no beginning- or end-of-text token; set --data to a text"):
         list(write_documents(with_ends(dense, monkeypatch, tokenizer=(None, None)), tokens=9, longest=9, seed=0))
 
 

@@ -219,8 +219,8 @@ def test_a_run_without_a_model_or_of_a_model_that_has_changed(copied, answering,
     write(tmp_path, "first", ITEMS["choice"])
     manifest = read_json(copied / "manifest.json")
     write_json(copied / "manifest.json", {**manifest, "facts": {**manifest["facts"], "model": "another"}})
-    with pytest.raises(UserError, match="is another model now"):
+    with pytest.raises(UserError, match="has changed since this run"):
         judging.evaluate(str(copied), tasks_dir=tmp_path)
     shutil.rmtree(copied / "model")
-    with pytest.raises(UserError, match="let the run come to its end"):
+    with pytest.raises(UserError, match="finish the run first"):
         judging.evaluate(str(copied), tasks_dir=tmp_path)

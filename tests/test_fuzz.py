@@ -224,5 +224,5 @@ def test_a_budget_is_met_or_refused(target):
 
 
 def test_a_recipe_without_an_end_is_refused():
-    with pytest.raises(UserError, match="recipe '/dev/zero' is larger than 1 MiB; that is no recipe"):
+    with pytest.raises(UserError, match="recipe '/dev/zero' is larger than 1 MiB and not a recipe"):
         load_recipe("/dev/zero", {"model": "m", "target": 0.5})

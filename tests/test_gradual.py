@@ -383,7 +383,7 @@ def test_it_ends_the_same_wherever_it_stops(place, gradual, checkpoint, tmp_path
             with pytest.raises(Crash):
                 prune(checkpoint("llama"), target=SIZE, out=tmp_path / "run", settings=settings)
     elif place == "nothing":
-        # A file of an earlier step, damaged: it is made again.
+        # A file of an earlier step, damaged: recreating it.
         file = tmp_path / "run" / "step-1" / "model" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
     prune(checkpoint("llama"), target=SIZE, out=tmp_path / "run", settings=settings)
@@ -414,7 +414,7 @@ def test_a_model_of_a_run_can_be_pruned_by_itself(gradual, text, tmp_path):
     assert entry["layers"] == of_model["layers"]
     for layer, sizes in zip(again.metrics["layers"], of_model["layers"], strict=True):
         assert layer["mlp"] == sizes["mlp"]
-    with pytest.raises(UserError, match=r"its layers differ in size already, so that search\.uniform=true cannot"):
+    with pytest.raises(UserError, match=r"its layers already differ in size, so search\.uniform=true cannot"):
         prune(source, target=0.8, out=tmp_path / "other", settings={**settings, "search.uniform": True})
 
 

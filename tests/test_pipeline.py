@@ -393,7 +393,7 @@ def test_told_twice_to_end_it_ends_at_once(first, second):
 
 def test_another_model_under_the_same_name_is_refused(run, checkpoint, tmp_path):
     finished, settings = run
-    with pytest.raises(darwinlm.UserError, match="is a run of another recipe"):
+    with pytest.raises(darwinlm.UserError, match="is a run with another recipe"):
         prune(checkpoint("llama"), target=TARGET, out=finished.path, settings=settings)
 
 

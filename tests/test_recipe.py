@@ -86,7 +86,7 @@ def test_a_size_is_a_fraction_or_a_count(text, size):
 
 @pytest.mark.parametrize("text", ["abc", "", "50%", "0.5x", "2.7BB", "B", "1,000,000", "½", "0x10"])
 def test_what_is_no_size_is_refused_with_an_example_of_each_kind(text):
-    with pytest.raises(ValueError, match=r"neither a fraction of the parameters \(0.5\) nor a count of them \(2.7B"):
+    with pytest.raises(ValueError, match=r"neither a fraction of the parameters \(0.5\) nor a number of them \(2.7B"):
         parse_size(text)
 
 

@@ -172,9 +172,9 @@ def test_a_trial_follows_the_gradient_of_its_loss(loss, pruned, monkeypatch):
     monkeypatch.setattr(
         training.Adam, "step", lambda one: seen.extend(tensor.grad for part in one._parts for tensor, _, _ in part)
     )
-    aims = DenseReference(dense.model, BLOCKS).expected_rows() if loss == "distillation" else None
+    aims = DenseReference(dense.model, BLOCKS).mean_head_rows() if loss == "distillation" else None
     arguments = {"rate": LearningRate(1e-3), "batch_size": len(BLOCKS), "portion": Portion(2, "search")}
-    assert train_briefly(model, BLOCKS, aims_BTD=aims, **arguments)
+    assert train_briefly(model, BLOCKS, target_rows_BTD=aims, **arguments)
     for found, gradient in zip(seen, expected, strict=True):
         assert torch.allclose(found, gradient / norm, rtol=1e-3, atol=1e-6)
 

@@ -49,11 +49,11 @@ def test_a_step_is_the_first_of_adamw(loss, together, halved, monkeypatch):
     in_dtype(monkeypatch, torch.float32)
     monkeypatch.setattr(sign_sgd, "TOGETHER", together)
     dense, get = halved
-    aims_BTD = DenseReference(dense.model, BLOCKS).expected_rows() if loss == "distillation" else None
+    target_rows_BTD = DenseReference(dense.model, BLOCKS).mean_head_rows() if loss == "distillation" else None
     ours, theirs = get(), get()
     start = {name: tensor.detach().clone() for name, tensor in layers_of(ours).items()}
-    assert train_briefly(ours, BLOCKS, aims_BTD=aims_BTD, **SIGN)
-    assert train_briefly(theirs, BLOCKS, aims_BTD=aims_BTD, **SIGN | {"optimizer": "adamw"})
+    assert train_briefly(ours, BLOCKS, target_rows_BTD=target_rows_BTD, **SIGN)
+    assert train_briefly(theirs, BLOCKS, target_rows_BTD=target_rows_BTD, **SIGN | {"optimizer": "adamw"})
     for name, tensor in layers_of(theirs).items():
         assert not torch.equal(tensor, start[name])
         torch.testing.assert_close(layers_of(ours)[name] - start[name], tensor - start[name], atol=2e-6, rtol=1e-3)
@@ -87,12 +87,12 @@ def test_in_bfloat16_steps_are_right_on_average():
 
 def test_a_trial_in_bfloat16_gains_what_one_in_float32_does(halved, monkeypatch):
     dense, get = halved
-    aims_BTD, judge = DenseReference(dense.model, BLOCKS).expected_rows(), DenseReference(dense.model, BLOCKS)
+    target_rows_BTD, judge = DenseReference(dense.model, BLOCKS).mean_head_rows(), DenseReference(dense.model, BLOCKS)
     before, gains = judge.compare(get()).kl, {}
     for dtype in (torch.float32, torch.bfloat16):
         in_dtype(monkeypatch, dtype)
         model = get(dtype)
-        assert train_briefly(model, BLOCKS, aims_BTD=aims_BTD, **SIGN | {"batch_size": 1})
+        assert train_briefly(model, BLOCKS, target_rows_BTD=target_rows_BTD, **SIGN | {"batch_size": 1})
         assert all(tensor.dtype == dtype for tensor in layers_of(model).values())
         gains[dtype] = before - judge.compare(model, head=dense.head).kl
     assert gains[torch.float32] > 0.01

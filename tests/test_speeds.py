@@ -74,7 +74,7 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     assert cli._exit_code(command) == 0
     out = capsys.readouterr().out
     transformers, engine, vllm = json.loads((copied / "report" / "speed.json").read_text())["engines"]
-    assert vllm["engine"] == "vLLM" and vllm["skipped"].startswith("it is not installed here; --vllm PYTHON names")
+    assert vllm["engine"] == "vLLM" and vllm["skipped"].startswith("not installed here; --vllm PYTHON selects")
     sizes = [(row["batch_size"], row["prompt_tokens"]) for row in transformers["rows"]]
     assert sizes == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert [(row["batch_size"], row["prompt_tokens"]) for row in engine["rows"]] == [(1, 8), (1, 16)]
@@ -247,7 +247,7 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
         (["--lengths", "8;16"], "--lengths '8;16': expected whole numbers"),
         (["--vllm", sys.executable], "this Python has no vLLM"),
         (["--vllm", "no-such-python"], "--vllm no-such-python: it cannot be run: No such file or directory"),
-        (["--lengths", "8,120"], "--lengths 120 and 32 new tokens are more than the 128 it knows"),
+        (["--lengths", "8,120"], "--lengths 120 and 32 new tokens exceed the model's maximum of 128"),
     ],
 )
 def test_what_cannot_be_timed_is_one_clear_line(options, message, checkpoint, capsys):

@@ -185,7 +185,7 @@ def test_what_does_not_go_together_is_refused(both, text, tmp_path):
     settings = {**SETTINGS, "data.source": str(text), "search.offload": "cpu"}
     with pytest.raises(UserError, match=r"search\.offload=cpu needs search\.trial_optimizer=sign"):
         prune(dense.source, target=0.8, out=tmp_path / "a", settings=settings | {"search.learning_rate": 1e-4})
-    with pytest.raises(UserError, match=r"latency needs the model's layers on the device"):
+    with pytest.raises(UserError, match=r"latency target needs the model's layers on the device"):
         prune(dense.source, target="latency=0.8", out=tmp_path / "b", settings=settings)
 
 

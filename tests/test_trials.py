@@ -53,7 +53,7 @@ def test_what_a_trial_gains_does_not_depend_on_how_weights_are_scaled(family, lo
     cuts = database.cuts(dense.sites, levels, dense.device)
     cut = build_model(dense.config, dense.sites, dense.weights, cuts).state_dict()
     blocks_BT, judge = text(3, 4), DenseReference(dense.model, text(4))
-    aims_BTD = DenseReference(dense.model, blocks_BT).expected_rows() if loss == "distillation" else None
+    target_rows_BTD = DenseReference(dense.model, blocks_BT).mean_head_rows() if loss == "distillation" else None
 
     def gains(rate):
         kls = []
@@ -61,7 +61,7 @@ def test_what_a_trial_gains_does_not_depend_on_how_weights_are_scaled(family, lo
             model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
             model.load_state_dict(weights)
             before = judge.compare(model).kl
-            settings = {"optimizer": optimizer, "rate": rate, "batch_size": 1, "aims_BTD": aims_BTD}
+            settings = {"optimizer": optimizer, "rate": rate, "batch_size": 1, "target_rows_BTD": target_rows_BTD}
             assert train_briefly(model, blocks_BT, **settings)
             kls.append(before - judge.compare(model).kl)
         return kls

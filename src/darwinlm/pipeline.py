@@ -49,22 +49,15 @@ class Run:
     path: Path
     """The run directory."""
     metrics: Mapping[str, Any]
-    """What `report/metrics.json` holds."""
+    """Content of `report/metrics.json`."""
 
     @property
     def model_path(self) -> Path:
-        """The folder of the pruned model."""
+        """Folder of the pruned model."""
         return self.path / "model"
 
     def load(self) -> PrunedModel:
-        """The pruned model.
-
-        Returns:
-            What `darwinlm.load` gives for `model_path`.
-
-        Raises:
-            UserError: if its files are damaged or missing.
-        """
+        """Load the pruned model."""
         return load(self.model_path)
 
 
@@ -76,34 +69,34 @@ def prune(
     recipe: str | Path = "quick",
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Prune a model to a size, or go on with an interrupted run of the same settings.
+    """Prune a model to a given size, or resume an interrupted run with the same settings.
 
     Args:
-        model: a local folder or a Hub id.
-        target: the fraction of parameters to keep (0.5), or a count of them ("2.7B").
-        out: the run directory: new, empty, or an earlier run.
-        recipe: the name of a built-in recipe, or a YAML file.
-        settings: changes to the recipe, `{"search.offspring": 8}`.
+        model: local folder or Hub model id.
+        target: fraction of parameters to keep (0.5), or a number of them ("2.7B").
+        out: run directory: new, empty, or an earlier run.
+        recipe: name of a built-in recipe, or a YAML file.
+        settings: changes to the recipe, such as `{"search.offspring": 8}`.
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: with one line that says what is wrong and what to do.
+        UserError: if the input is not valid; the message is one line with what is wrong and what to do.
     """
     overrides = {"model": str(model), "target": target, **(settings or {})}
     return run_recipe(load_recipe(recipe, overrides), Path(out))
 
 
 def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) -> Run:
-    """Train the plans that a run has found, with other settings of `recovery` than before; go on if nothing changes.
+    """Repeat the recovery of a run with other `recovery` settings, or resume it if nothing changes.
 
     Args:
-        run: the run directory.
-        settings: changes to the run's recipe, `{"recovery.tokens": "1B"}`; nothing but `recovery` can change.
+        run: run directory.
+        settings: changes to the run's recipe, such as `{"recovery.tokens": "1B"}`; only `recovery` can change.
 
     Raises:
-        UserError: with one line that says what is wrong and what to do.
+        UserError: if the input is not valid; the message is one line with what is wrong and what to do.
     """
     dist.start()
     out = Path(run)
@@ -112,7 +105,7 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
     changed = differences(before, after)
     others = [line for line in changed if not line.startswith("recovery.")]
     if others:
-        raise UserError(f"{out}: recover cannot change {'; '.join(others)}; name a new run with `darwinlm prune`")
+        raise UserError(f"{out}: recover cannot change {'; '.join(others)}; start a new run with `darwinlm prune`")
     dist.barrier()
     if changed and dist.rank() == 0:
         with RunLock(out) as lock:
@@ -125,9 +118,9 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
 
 
 def run_recipe(recipe: Recipe, out: Path) -> Run:
-    """Run every stage of `recipe` that is not done yet in the run directory `out`. Raises UserError.
+    """Run every unfinished stage of `recipe` in the run directory `out`. Raises UserError.
 
-    Under torchrun all ranks build the database, search and train together; the other stages are rank 0's.
+    With torchrun all ranks share the work of database, search and training; rank 0 runs the other stages.
     """
     dist.start()
     device = dist.local_device(choose_device(recipe.device))
@@ -145,13 +138,13 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     units = recipe.database
     dense = load_dense(resolve(recipe.model), units.granularity, device, expert_unit=units.experts)
     if units.experts == "channels" and not any(site.routed for site in dense.sites):
-        raise UserError(f"database.experts=channels: model {recipe.model!r} has no experts; leave it out")
+        raise UserError(f"database.experts=channels: model {recipe.model!r} has no experts; remove the setting")
     _check_length(recipe, dense)
     check_targets(recipe.export.targets, dense)
     if recipe.recovery.cut_documents and is_hybrid(dense.config):
         raise UserError(
-            f"recovery.cut_documents: linear attention, which {recipe.model!r} has, carries what it read from one "
-            "document to the next; leave it at false"
+            f"recovery.cut_documents: {recipe.model!r} has linear attention, whose state carries over from one "
+            "document to the next; set it to false"
         )
     check_tensor_parallel(dense.sites, recipe.export.tensor_parallel)
     check_recovery(recipe.recovery)
@@ -164,7 +157,7 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     if not (out / "report" / "metrics.json").exists():
         dtype = dense.compute_dtype
         what = f"model {recipe.model!r} in {str(dtype).split('.')[1]}"
-        # Layers that pass through the device are read from their files; a candidate takes less than so much.
+        # Streamed layers are read from their files as needed, and a candidate needs less than the whole model.
         check_room(dtype.itemsize * dense.parameters, dense.layers_device, what)
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
@@ -200,9 +193,9 @@ def _database(recipe: Recipe, dense: DenseModel, corpus: Corpus, step: Step, run
 
 
 def _budgets(recipe: Recipe, first: Material, here: Material, step: Step, size: Size) -> tuple[Budget, Budget]:
-    """What plans of this step must meet, and what those of the first model would have to meet to be of `size`.
+    """Return the budget of plans in this step, and the budget of `size` for plans of the original model.
 
-    Fractions are of the model that the run began with.
+    Fractions refer to the original model.
     """
 
     def limits(material: Material) -> dict[str, Limit]:
@@ -228,7 +221,7 @@ def _run_size(
     run: RunDirectory,
     larger: Path | None,
 ) -> None:
-    """Search, recovery and export of one size, and its evaluation, if they are not done yet."""
+    """Run the unfinished stages of one size: search, recovery, evaluation and export."""
     search_folder, settings = size.folder / "search", recipe.search.model_copy(update={"uniform": uniform})
     if not run.done(f"{size.prefix}search"):
         found = search_folder / "best_plan.json", search_folder / "history.jsonl"
@@ -250,29 +243,33 @@ def _run_size(
                 evaluate_and_export(recipe, first, here, corpus, budgets, plan, run, size)
             elif not run.done(f"{size.prefix}export"):
                 with run.stage(f"{size.prefix}export", size.folder / "model"):
-                    card = f"# The model after step {step.number} of {recipe.steps}, which the next step cuts\n"
+                    card = f"# The model after step {step.number} of {recipe.steps}, the input of the next step\n"
                     model = here.result(recipe, plan, size.folder)
                     export_hf(model, here.dense, plan.to_dict(here.space), card, size.folder / "model")
 
 
 def _report(out: Path) -> None:
-    """Write the report; what is only shown there and damaged does not make a finished run fail."""
+    """Write the report; damaged files that only the report shows do not make a finished run fail."""
     try:
         write_report(out)
     except UserError as error:
         if not (out / "report" / "metrics.json").exists():
             raise
-        log.warning("the report stays as it was: %s", str(error).split("; ")[0])
+        log.warning("report not updated: %s", str(error).split("; ")[0])
 
 
 def _check_length(recipe: Recipe, dense: DenseModel) -> None:
     longest, context = recipe.data.sequence_length, dense.config.max_position_embeddings
     if longest > context:
-        raise UserError(f"data.sequence_length={longest} is more than the {context} positions that the model knows")
+        raise UserError(f"data.sequence_length={longest} exceeds the model's maximum of {context} positions; lower it")
 
 
 def _offloads(recipe: Recipe, dense: DenseModel, uniform: bool) -> bool:
-    """Whether layers are to pass through the device, the same on all ranks; says what does not. Raises UserError."""
+    """Return whether to stream layers through the device, equal on all ranks, and log what is not streamed.
+
+    Raises:
+        UserError: if the recipe or model does not support it.
+    """
     search = recipe.search.model_copy(update={"descent_rounds": 0}) if uniform else recipe.search
     size, accelerator = dense.compute_dtype.itemsize * dense.parameters, dense.device.type == "cuda"
     length = recipe.data.sequence_length
@@ -284,27 +281,28 @@ def _offloads(recipe: Recipe, dense: DenseModel, uniform: bool) -> bool:
     if dense.balance > 0 and search.trains:
         if search.offload == "cpu":
             raise UserError(
-                "search.offload=cpu: trials cannot add the load-balancing loss that the checkpoint asks for; set "
-                "output_router_logits to false in its config.json"
+                "search.offload=cpu: trials cannot add the load-balancing loss that the checkpoint enables; "
+                "set output_router_logits to false in its config.json"
             )
         return False
     if any("latency" in parse_target(target) for target in split_targets(recipe.target)):
         raise UserError(
-            "a target with latency needs the model's layers on the device, where they are timed; set "
-            "search.offload=device, or limit flops instead"
+            "a latency target needs the model's layers on the device for timing; set search.offload=device, or "
+            "limit flops instead"
         )
     log.info(
-        "search: layers stay in the CPU's memory and pass through %s one at a time (search.offload=%s)",
+        "search: layers are kept in CPU memory and streamed through %s one at a time (search.offload=%s)",
         *(dense.device, search.offload),
     )
     if recipe.data.source == "self" and accelerator:
         log.warning(
-            "data.source=self has the model write the text, all of it passing through for each token: give text"
+            "data.source=self generates text with the model, streaming all layers for each token, which is "
+            "slow: set data.source to a text"
         )
     recovery = recipe.recovery
     if accelerator and recovery.tokens > 0 and recovery.sharding == "none" and recovery.lora_rank == 0:
         log.warning(
-            "recovery does not pass layers through: it takes 16 bytes a parameter on %s; see darwinlm plan, or set "
+            "recovery does not stream layers: it needs 16 bytes per parameter on %s; see darwinlm plan, or set "
             "recovery.lora_rank, recovery.sharding=fsdp or recovery.tokens=0",
             dense.device,
         )
@@ -312,8 +310,11 @@ def _offloads(recipe: Recipe, dense: DenseModel, uniform: bool) -> bool:
 
 
 def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
-    """Whether all layers are to get the same sizes. Raises UserError if a model that is pruned already has layers which
-    no plan can make alike."""
+    """Return whether all layers get the same sizes.
+
+    Raises:
+        UserError: if an already pruned model has layers that no plan can make uniform.
+    """
     if not recipe.wants_uniform(experts=any(site.routed for site in dense.sites)):
         return False
     shapes = {(site.kind, site.size, site.num_units, site.experts) for site in dense.sites}
@@ -322,23 +323,23 @@ def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
     alike = len(shapes) == len(kinds) and not lacking
     if not alike and (recipe.search.uniform is True or "hf-native" in recipe.export.targets):
         raise UserError(
-            f"model {recipe.model!r}: its layers differ in size already, so that search.uniform=true cannot make them "
-            "alike; leave it out, or begin with the dense model"
+            f"model {recipe.model!r}: its layers already differ in size, so search.uniform=true cannot make "
+            "them uniform; remove the setting, or start from the dense model"
         )
     if alike and recipe.search.uniform == "auto":
         log.info(
-            "search: all layers get the same sizes, so that other engines than transformers run the result; "
-            "search.uniform=false lets them differ"
+            "search: all layers get the same sizes, so that other engines than transformers can run the "
+            "result; search.uniform=false allows different sizes"
         )
     return alike
 
 
 def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple[RunDirectory, Corpus]:
-    """Open the run directory, and read or write the text. A new run is locked as soon as it has a folder."""
+    """Open the run directory, and read or write the text. A new run is locked as soon as its folder exists."""
     corpus_file = out / "corpus.safetensors"
     corpus = None
     if recipe.data.source != "self" and not corpus_file.exists():
-        # Read before the run directory exists, so that a mistake in the data leaves nothing behind.
+        # Read before the run directory exists, so that invalid data leaves nothing behind.
         corpus = _read_text(recipe, dense)
     if dist.rank() == 0:
         lock.take()
@@ -354,14 +355,14 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple
             if before and file_checksum(corpus_file) != before[corpus_file.name]:
                 corpus_file.unlink()
                 raise UserError(
-                    f"{corpus_file} was damaged, and data {recipe.data.source!r} gives other text than when this run "
-                    "began; bring it back, or name a new folder"
+                    f"{corpus_file} was damaged, and data {recipe.data.source!r} no longer yields the same "
+                    "text; restore it, or start a new run in a new folder"
                 )
     return run, load_corpus(corpus_file)
 
 
 def _verify(run: RunDirectory, recipe: Recipe) -> None:
-    """Read what is there of an earlier run once; what is damaged is named, and made again in its turn."""
+    """Verify the files of an earlier run once; damaged ones are reported and recreated by their stage."""
     for step in run_steps(recipe, run.path):
         folder, stage = step.folder / "database", f"{step.prefix}database"
         index = folder / "index.json"
@@ -371,17 +372,17 @@ def _verify(run: RunDirectory, recipe: Recipe) -> None:
             except UserError:
                 if not os.access(index, os.R_OK):
                     raise
-                log.warning("%s is damaged: the database is built anew", index)
+                log.warning("%s is damaged: rebuilding the database", index)
                 index.unlink()
         elif run.done(stage):
-            log.warning("%s is missing: the database is built anew", index)
+            log.warning("%s is missing: rebuilding the database", index)
         damaged = Database(folder).forget_damaged()
         for file in damaged:
-            log.warning("%s is damaged or missing: its site is built anew", file)
+            log.warning("%s is damaged or missing: rebuilding its site", file)
         if damaged or not index.exists():
             run.undo(stage)
     for stage in list(run.manifest["stages"]):
-        # Trained weights are verified when they are needed: where the model is whole they are not.
+        # Trained weights are verified when they are needed; with an intact model they are not.
         if not stage.endswith("recovery"):
             run.verify(stage)
 
@@ -396,14 +397,14 @@ def _read_text(recipe: Recipe, dense: DenseModel) -> Corpus:
     highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
     if highest >= dense.config.vocab_size:
         raise UserError(
-            f"model {recipe.model!r}: its tokenizer gives the id {highest}, but its embeddings hold "
-            f"{dense.config.vocab_size} tokens; the tokenizer is another model's"
+            f"model {recipe.model!r}: its tokenizer produces the id {highest}, but it has only "
+            f"{dense.config.vocab_size} embeddings; the tokenizer belongs to another model"
         )
     return corpus
 
 
 def _own_text(dense: DenseModel, recipe: Recipe) -> Corpus:
     length = recipe.data.sequence_length
-    # Each split ends with a whole document, and what of that does not fit is lost.
+    # Each split ends with a whole document; the part that does not fit is discarded.
     tokens = sum(needed_blocks(recipe.data).values()) * length + len(SPLITS) * length
     return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)

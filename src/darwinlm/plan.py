@@ -1,4 +1,4 @@
-"""Plans (a level for every site) and the space they live in, as plain data."""
+"""Plans (a level for every site) and the search space, as plain data."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,29 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteLevels:
-    """What one site can become. Every tuple has one entry a level: 0 is dense, the last has no units left,
-    unless the site must be kept.
-    """
+    """Levels of one site. Every tuple has one entry per level: level 0 is dense, the last level has no units, unless
+    the site must be kept."""
 
     name: str
-    """`layers.3.mlp`"""
+    """Name of the site, such as `layers.3.mlp`."""
     layer: int
     kind: SiteKind
     units: tuple[int, ...]
-    """Units kept."""
+    """Units kept at each level."""
     parameters: tuple[int, ...]
-    """Parameters left in the site, its norm included."""
+    """Parameters of the site at each level, including its norm."""
     kv_elements: tuple[int, ...]
-    """Numbers the KV cache stores for each token."""
+    """KV-cache elements per token at each level."""
     errors: tuple[float, ...]
-    """Squared output error per calibration token, over the residual stream's median squared norm after the site."""
+    """Squared output error per calibration token, relative to the residual stream's median squared norm after the site.
+    """
     experts: bool = False
-    """Whether the units of this MLP are experts, and not channels."""
+    """Whether the units of this MLP are experts instead of channels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteBefore:
-    """A site as it was before the model was pruned for the first time; it may be gone by now."""
+    """Site of the original model, before any pruning; it may no longer exist."""
 
     name: str
     layer: int
@@ -47,21 +47,21 @@ class SiteBefore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """All sites with their levels, and the parameters that no plan removes (embeddings, head, last norm)."""
+    """All sites with their levels, and the parameters that no plan removes (embeddings, head, final norm)."""
 
     sites: tuple[SiteLevels, ...]
     fixed_parameters: int
     reference_parameters: int | None = None
-    """Of the model that sizes are fractions of, where that is not the one at level 0."""
+    """Parameters of the model that sizes are fractions of, if it is not the model at level 0."""
     before: tuple[SiteBefore, ...] = ()
-    """Of a model that is pruned already, all sites as they once were; empty where that is what level 0 has."""
+    """Sites of the original model; empty unless this model was already pruned."""
 
     def parameters(self, plan: Sequence[int]) -> int:
-        """Parameters of the whole model under `plan`; tied embeddings count once."""
+        """Return the parameters of the whole model under `plan`; tied embeddings count once."""
         return self.fixed_parameters + sum(site.parameters[level] for site, level in zip(self.sites, plan, strict=True))
 
     def kv_elements(self, plan: Sequence[int]) -> int:
-        """Numbers that the KV cache stores for each token under `plan`."""
+        """Return the KV-cache elements per token under `plan`."""
         return sum(site.kv_elements[level] for site, level in zip(self.sites, plan, strict=True))
 
     @property
@@ -71,7 +71,7 @@ class Space:
 
     @property
     def first_sites(self) -> tuple[SiteBefore, ...]:
-        """All sites as they were before the model was pruned for the first time."""
+        """All sites as they were before any pruning."""
         return self.before or tuple(
             SiteBefore(
                 name=site.name, layer=site.layer, kind=site.kind, units=site.units[0], parameters=site.parameters[0]
@@ -87,7 +87,7 @@ class Plan:
     levels: tuple[int, ...]
 
     def to_dict(self, space: Space) -> dict[str, Any]:
-        """The JSON form: levels by site name, and what they come to."""
+        """Return the JSON form: levels and units by site name, and totals."""
         return {
             "format": FORMAT,
             "levels": {site.name: level for site, level in zip(space.sites, self.levels, strict=True)},
@@ -99,62 +99,62 @@ class Plan:
 
     @classmethod
     def from_dict(cls, payload: Mapping[str, Any], space: Space) -> "Plan":
-        """Read the JSON form. Raises UserError if it does not fit `space`."""
+        """Read the JSON form. Raises UserError if it does not match `space`."""
         levels = payload.get("levels")
         if payload.get("format") != FORMAT or not isinstance(levels, Mapping):
             raise UserError(f"plan: expected format {FORMAT} with `levels`, found format {payload.get('format')!r}")
         if set(levels) != {site.name for site in space.sites}:
             odd = sorted(set(levels) ^ {site.name for site in space.sites})[0]
-            raise UserError(f"plan: its sites are not this model's; {odd!r} is in one of them only")
+            raise UserError(f"plan: its sites do not match this model; {odd!r} is in only one of them")
         for site in space.sites:
             level = levels[site.name]
             if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level < len(site.units):
-                raise UserError(f"plan: {site.name} has level {level!r}; it must be 0 to {len(site.units) - 1}")
+                raise UserError(f"plan: {site.name} has level {level!r}; must be 0 to {len(site.units) - 1}")
         return cls(levels=tuple(levels[site.name] for site in space.sites))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """The most that a plan may take of one resource."""
+    """Upper limit of one resource."""
 
     name: str
-    """`params`, `active_params`, `flops`, `kv_cache`, `memory` or `latency`."""
+    """Resource: `params`, `active_params`, `flops`, `kv_cache`, `memory` or `latency`."""
     unit: str
-    """What is counted: `parameters`, `active parameters`, `FLOPs`, `bytes a token`, `bytes`, `ns`."""
+    """Unit of the counts: `parameters`, `active parameters`, `FLOPs`, `bytes a token`, `bytes`, `ns`."""
     fixed: int
-    """What every plan takes."""
+    """Cost that every plan has."""
     costs: tuple[tuple[int, ...], ...]
-    """What a site takes at a level, in the order of the space."""
+    """Cost of each site at each level, in the order of the space."""
     maximum: int
-    """Never exceeded."""
+    """Maximum cost of a plan."""
     minimum: int = 0
-    """A plan below it leaves capacity unused; 0 where there are several limits."""
+    """Minimum cost, below which a plan leaves capacity unused; 0 if there are several limits."""
     reference: int | None = None
-    """What the model takes that sizes are fractions of, where that is not the one at level 0."""
+    """Cost of the model that sizes are fractions of, if it is not the model at level 0."""
 
     def cost(self, levels: Sequence[int]) -> int:
-        """What the plan with these levels takes."""
+        """Return the cost of the plan with these levels."""
         return self.fixed + sum(site[level] for site, level in zip(self.costs, levels, strict=True))
 
     @property
     def dense(self) -> int:
-        """What the model takes that sizes are fractions of."""
+        """Cost of the model that sizes are fractions of."""
         return self.uncut if self.reference is None else self.reference
 
     @property
     def uncut(self) -> int:
-        """What the model at level 0 takes."""
+        """Cost of the model at level 0."""
         return self.cost([0] * len(self.costs))
 
     @property
     def smallest(self) -> int:
-        """What the smallest plan takes."""
+        """Cost of the smallest plan."""
         return self.fixed + sum(min(site) for site in self.costs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What every plan must meet: one limit or several."""
+    """One or several limits that every plan must meet."""
 
     limits: tuple[Limit, ...]
 
@@ -163,21 +163,21 @@ class Budget:
         return self.holds_costs([limit.cost(levels) for limit in self.limits])
 
     def holds_costs(self, costs: Sequence[int]) -> bool:
-        """Whether a plan that takes so much, in the order of the limits, meets them."""
+        """Whether a plan with these costs, in the order of the limits, meets them."""
         return all(limit.minimum <= cost <= limit.maximum for limit, cost in zip(self.limits, costs, strict=True))
 
 
 def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit], way: float = 1.0) -> Budget:
-    """The budget for `target`: by resource a fraction of the dense model's (float) or a count (int).
+    """Make the budget for `target`: by resource, a fraction of the dense model's cost (float) or a count (int).
 
     Args:
-        target: what was asked for.
-        limits: by resource, what plans take; the maximum is filled in here.
-        way: how far to go from the dense model to the target. What can be removed shrinks by the same factor on every
-            piece of the way: each step of a gradual run leaves the same share of what its model's layers hold.
+        target: requested sizes by resource.
+        limits: costs of plans by resource; their maximum is filled in here.
+        way: progress from the dense model (0) to the target (1). The removable cost shrinks geometrically, so each step
+            of a gradual run removes the same share of its model's layers.
 
     Raises:
-        UserError: if no plan is that small, or the dense model already is.
+        UserError: if no plan is that small, or the target exceeds the dense model.
     """
     chosen = []
     for name, size in target.items():
@@ -196,32 +196,32 @@ def make_budget(target: Mapping[str, float | int], limits: Mapping[str, Limit], 
 
 
 def parameter_budget(target: float | int, space: Space) -> Budget:
-    """The budget for a fraction (float) or a count (int) of parameters. Raises UserError."""
+    """Make the budget for a fraction (float) or a number (int) of parameters. Raises UserError."""
     return make_budget({"params": target}, {"params": parameter_limit(space)})
 
 
 def parameter_limit(space: Space) -> Limit:
-    """Parameters, not yet limited."""
+    """Return a limit on parameters, with its maximum not yet set."""
     costs = tuple(site.parameters for site in space.sites)
     return Limit(name="params", unit="parameters", fixed=space.fixed_parameters, costs=costs, maximum=0)
 
 
 def check_target(name: str, size: float | int, dense: int, smallest: int) -> None:
-    """Refuse a target that no plan can meet. `dense` and `smallest` are what those models take. Raises UserError."""
+    """Reject a target that no plan can meet, given the costs of the `dense` and `smallest` models. Raises UserError."""
     maximum = _count(size, dense)
     asked = f"target {size}" if name == "params" else f"target {name}={size}"
     units = {"params": "parameters", "active_params": "active parameters", "flops": "FLOPs", "memory": "bytes"}
     unit = (units | {"latency": "ns", "kv_cache": "bytes a token"})[name]
     if maximum > dense:
-        raise UserError(f"{asked} is {maximum:,} {unit}, but the dense model has only {dense:,}; ask for fewer")
+        raise UserError(f"{asked} is {maximum:,} {unit}, but the dense model has only {dense:,}; lower it")
     if maximum < smallest:
-        left = "embeddings, head and last norm alone keep" if name == "params" else "a model without any site takes"
+        left = "embeddings, head and final norm have" if name == "params" else "a model without any site needs"
         raise UserError(
-            f"{asked} is {maximum:,} of {dense:,} {unit}, but {left} {smallest:,}; the smallest target that can be met "
+            f"{asked} is {maximum:,} of {dense:,} {unit}, but {left} {smallest:,}; the smallest possible target "
             f"is {-(-smallest * 10_000 // dense) / 10_000}"
         )
 
 
 def _count(size: float | int, dense: int) -> int:
-    """What `size` allows; 0.29 of 100 is 29, though 100 * 0.29 is 28.999..."""
+    """Return the count that `size` allows, exactly: 0.29 of 100 is 29, though 100 * 0.29 is 28.999..."""
     return int(dense * Fraction(str(size))) if isinstance(size, float) else size

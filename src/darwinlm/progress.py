@@ -1,4 +1,4 @@
-"""How far long work has come: a bar with the time left on a terminal, plain lines everywhere else."""
+"""Progress of long work: a bar with the remaining time on a terminal, plain log lines elsewhere."""
 
 import logging
 import sys
@@ -16,15 +16,15 @@ _bars = False
 
 
 def printable(text: str) -> str:
-    """`text` on one line without control characters, which could tell a terminal to do things."""
+    """Return `text` on one line without control characters, which could control the terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 class Task(Protocol):
-    """A piece of work in countable steps."""
+    """Work in countable steps."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Say that `steps` more are done; `note` is shown beside the bar."""
+        """Report that `steps` more are done; `note` is shown next to the bar."""
 
 
 class _Bar:
@@ -37,7 +37,7 @@ class _Bar:
 
 
 class _Lines:
-    """At most one line every ten seconds, and one at the end."""
+    """Progress as log lines: at most one every ten seconds, and one at the end."""
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total, self._done = name, total, 0
@@ -56,7 +56,7 @@ class _Lines:
 
 
 def set_up(*, quiet: bool, silent: bool = False) -> None:
-    """Decide once how progress is shown, and send the package's log lines to standard error; `silent`: errors alone."""
+    """Choose how progress is shown, and send the package's log to standard error; `silent` only shows errors."""
     global _bars
     _bars = not quiet and not silent and sys.stderr.isatty()
     handler = logging.StreamHandler()
@@ -86,7 +86,7 @@ def task(name: str, total: int) -> Iterator[Task]:
 
 
 class Phases:
-    """Seconds by phase of a stage. Phases nest: time inside an inner one is not counted in the outer."""
+    """Seconds by phase of a stage. Phases nest: time in an inner phase is not counted in the outer."""
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
@@ -106,7 +106,7 @@ class Phases:
             self._names.pop()
 
     def add(self, name: str, seconds: float) -> None:
-        """Count what was done beside the stage as `name`."""
+        """Add time spent in parallel to the stage as `name`."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _charge(self) -> None:

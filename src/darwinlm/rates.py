@@ -1,4 +1,4 @@
-"""What a token costs on a device: measured here in a few seconds, or from the peaks of a device that is not here."""
+"""Cost of a token on a device: measured on this machine in a few seconds, or derived from the peak rates of a GPU."""
 
 import copy
 import time
@@ -16,23 +16,23 @@ from darwinlm.adapters.walking import Given, enter
 from darwinlm.memory import available_memory
 
 _UTILISATION = 0.4
-"""Of a GPU's peak, what whole models reach in practice."""
+"""Fraction of a GPU's peak that whole models reach in practice."""
 _LAUNCHES = 1e-4
-"""Seconds in which a layer's kernels are started on a GPU."""
+"""Seconds to launch a layer's kernels on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A device that is not here."""
+    """Peak rates of a GPU that is not in this machine."""
 
     memory: float
-    """Bytes."""
+    """Memory in bytes."""
     fast: float
     """Peak bfloat16 FLOP/s, dense."""
     float32: float
     """Peak float32 FLOP/s."""
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """Memory bandwidth in bytes per second."""
 
 
 GPUS: Mapping[str, Gpu] = {
@@ -42,44 +42,44 @@ GPUS: Mapping[str, Gpu] = {
     "l40s": Gpu(memory=48e9, fast=362e12, float32=91.6e12, bandwidth=0.864e12),
     "rtx4090": Gpu(memory=24e9, fast=165e12, float32=82.6e12, bandwidth=1.01e12),
 }
-"""By name; peaks are the makers'."""
+"""GPUs by name; peak rates as published by the vendors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a token costs on a device, in seconds; of layers and head as in the dense model."""
+    """Seconds per token on a device, for layers and head of the dense model."""
 
     layer_float32: float
-    """Through one layer, forwards, in float32."""
+    """Forward pass through one layer in float32."""
     layer_fast: float
-    """The same in the dtype that is fast here."""
+    """Forward pass through one layer in the dtype that is fast on this device."""
     layer_training: float
-    """Forwards and backwards through one layer, in that dtype."""
+    """Forward and backward pass through one layer in that dtype."""
     layer_alone: float
     """A single token through one layer, as in decoding."""
     head_float32: float
-    """Through the head, forwards, with its log-probabilities, in float32."""
+    """Forward pass through the head with log-probabilities, in float32."""
     head_alone: float
     """A single token through the head."""
     head_training: float
-    """Forwards (twice) and backwards through the head."""
+    """Two forward passes and a backward pass through the head."""
     product: float
     """One floating-point operation of a large float32 matrix product."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a run is to be made."""
+    """Machine to run on."""
 
     name: str
     devices: int
     memory: float
-    """Bytes, of each device."""
+    """Memory in bytes, of each device."""
     accelerator: bool
 
 
 def machine_here(device: torch.device) -> Machine:
-    """This machine, with what is free on it."""
+    """Return this machine, with its total GPU memory or its available CPU memory."""
     if device.type == "cuda":
         return Machine(
             name=torch.cuda.get_device_name(device),
@@ -92,15 +92,15 @@ def machine_here(device: torch.device) -> Machine:
 
 
 def rates_of(config: PrunedConfig, gpu: Gpu, tokens: int) -> Rates:
-    """What a token costs on a device that is not here, from its peaks; `tokens` are those of a block."""
+    """Derive rates from a GPU's peak rates; `tokens` is the number of tokens per block."""
     shapes = expected_shapes(config)
-    # Of experts, whose tensors have three dimensions, a token meets those that it goes to.
+    # Expert weights have three dimensions; a token only uses the experts it is routed to.
     weights = sum(
         prod(shape) if len(shape) < 3 else prod(shape[1:]) * config.num_experts_per_tok
         for name, shape in shapes.items()
         if name.startswith(f"{LAYERS}0.")
     )
-    # Each token looks at half of its block on average: products with keys and with values.
+    # Each token attends to half of its block on average: products with keys and with values.
     attention = 2 * tokens * config.num_attention_heads * config.head_dim
     layer, head = 2 * weights + attention, 2 * config.vocab_size * config.hidden_size
     fast, float32 = gpu.fast * _UTILISATION, gpu.float32 * _UTILISATION
@@ -117,9 +117,10 @@ def rates_of(config: PrunedConfig, gpu: Gpu, tokens: int) -> Rates:
 
 
 def measure_rates(config: PrunedConfig, device: torch.device, tokens: int) -> Rates:
-    """What a token costs here: one random layer and the head, timed on a block of `tokens` tokens for some seconds."""
+    """Measure rates on this device: one random layer and the head, timed on a block of `tokens` tokens for some
+    seconds."""
     fast = fast_dtype(device)
-    # Without layers and without a vocabulary, what a layer is given is cheap to make.
+    # A model without layers and vocabulary creates a layer's inputs cheaply.
     small = copy.deepcopy(config)
     small.vocab_size, small.num_hidden_layers, small.intermediate_size, small.pad_token_id = 1, 1, 1, None
     around = causal_lm(small)._from_config(small).to(device)
@@ -179,7 +180,7 @@ def measure_rates(config: PrunedConfig, device: torch.device, tokens: int) -> Ra
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The least time of several runs, after one that is not counted."""
+    """Return the minimum time of several runs, after a warm-up run."""
     best, spent = float("inf"), 0.0
     for number in range(20):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The recovery of a step: refit, training, and what lets it go on."""
+"""The recovery stage of a step: refit, training, and the files needed to resume them."""
 
 import shutil
 from functools import cache
@@ -26,17 +26,17 @@ from darwinlm.recovery.teacher import Taught, load_teacher, write_predictions
 from darwinlm.run_directory import RunDirectory, Step, run_steps
 
 SAMPLES = "samples"
-"""In the manifest, of a recovery: how many blocks it has read."""
+"""Manifest key of a recovery: number of blocks read."""
 _PREDICTIONS = "predictions"
 
 
 def recover_plan(
     recipe: Recipe, here: Material, corpus: Corpus, plan: Plan, step: Step, folder: Path, run: RunDirectory
 ) -> int:
-    """Refit and training of `plan`; what comes of it is `folder/weights.safetensors`. Returns how many blocks it read.
+    """Refit and train `plan`, and write the result to `folder/weights.safetensors`. Returns the number of blocks read.
 
-    Every step but the last has the same share of the tokens. The last has what is left, and each reads on in the text
-    where the one before has stopped.
+    Every step except the last gets the same share of the tokens and the last step gets the rest. Each step continues in
+    the text where the previous one stopped.
     """
     dense = here.dense
     earlier = run_steps(recipe, run.path)[: step.number - 1]
@@ -44,10 +44,10 @@ def recover_plan(
     left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
     share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
     wanted = recipe.recovery.model_copy(update={"tokens": share})
-    # What is sharded need not fit on one device.
+    # Sharded tensors need not fit on one device.
     place = torch.device("cpu") if is_sharded(wanted) or wanted.tokens == 0 else dense.device
     model = _starting_model(here, corpus, plan, wanted, place, folder)
-    # The teacher has a dtype of its own, and memory is for the training now.
+    # The teacher has its own dtype, and training needs the memory.
     dense.release()
     here.database.free()
     text: Tensor | TextStream = corpus.marked["trial"]
@@ -75,10 +75,10 @@ def recover_plan(
 def _starting_model(
     here: Material, corpus: Corpus, plan: Plan, recipe: RecoveryRecipe, place: torch.device, folder: Path
 ) -> PrunedModel:
-    """`plan`, refitted if that is wanted, trainable, on `place`. What it was made from ends with this function: nothing
-    of it stays in memory while the model is trained.
+    """Build the trainable model of `plan` on `place`, refitted if `recipe.refit_tokens` > 0.
 
-    One that is to be sharded is made by rank 0 and mapped from its file by all: a machine holds it once.
+    All intermediate tensors are freed on return, so that none stays in memory during training. A model that will be
+    sharded is built by rank 0 and memory-mapped from its file by all ranks, so that a machine holds it once.
     """
     dense, database, refit_tokens = here.dense, here.database, recipe.refit_tokens
     if refit_tokens == 0 and not is_sharded(recipe):
@@ -89,7 +89,7 @@ def _starting_model(
     with dist.main_first():
         if dist.rank() == 0 and (fault := find_fault(refitted)) is not None:
             if refitted.exists():
-                log.warning("%s: it is refitted anew", fault)
+                log.warning("%s: refitting again", fault)
             model = dense.cut(database.cuts(dense.sites, plan.levels, dense.layers_device), trainable=True)
             if refit_tokens > 0:
                 fitted_BT, judged_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
@@ -103,7 +103,7 @@ def _starting_model(
 def _teacher(
     dense: DenseModel, recipe: RecoveryRecipe, corpus: Corpus, place: torch.device, folder: Path
 ) -> PrunedModel | Taught:
-    """The dense model as the recipe wants it, or what it predicts."""
+    """Load the dense model as the teacher, or cache its predictions."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype, int8 = known.get(recipe.teacher_dtype, fast_dtype(dense.device)), recipe.teacher_dtype == "int8"
     if recipe.teacher_top_k == 0:
@@ -129,7 +129,7 @@ def _teacher(
 
 
 def forget_recovery(folder: Path) -> None:
-    """Remove what lets an interrupted recovery go on."""
+    """Remove the files needed to resume an interrupted recovery."""
     remove_checkpoints(folder)
     for name in ("refit", _PREDICTIONS):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The run directory: its manifest, and the sizes and steps that a recipe asks for."""
+"""The run directory: its manifest, and the sizes and steps of a recipe."""
 
 import os
 import time
@@ -27,40 +27,38 @@ from darwinlm.target import parse_target, split_targets
 
 FORMAT = 1
 LOCK = "lock"
-"""The file in a run directory that says which process works on it."""
-VERSION = "darwinlm"
-"""The fact that says which version of this package began the run; another version may continue it."""
+"""Lock file in the run directory, which names the process working on it."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """One of the sizes that a run is to give."""
+    """One of the sizes that a run produces."""
 
     name: str
     target: Mapping[str, float | int]
     folder: Path
     prefix: str
-    """Of the names of its stages."""
+    """Prefix of its stage names."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One of the times that a run prunes and recovers."""
+    """One round of pruning and recovery."""
 
     number: int
     folder: Path
-    """Its database is in there; so are search, recovery and model of a step before the last."""
+    """Folder of its database, and of search, recovery and model in all steps except the last."""
     prefix: str
-    """Of the names of its stages."""
+    """Prefix of its stage names."""
     sizes: list[Size]
 
 
 STEP = "step "
-"""What the names of stages of all steps but the last begin with."""
+"""Prefix of stage names in all steps except the last."""
 
 
 def run_steps(recipe: Recipe, run: Path) -> list[Step]:
-    """The steps of a gradual run, of which the last leaves the result; of any other run, one."""
+    """Return the steps of a gradual run, the last of which gives the result; any other run has one step."""
     steps = []
     for number in range(1, recipe.steps):
         name, folder = f"{STEP}{number}", run / f"step-{number}"
@@ -70,7 +68,7 @@ def run_steps(recipe: Recipe, run: Path) -> list[Step]:
 
 
 def run_sizes(recipe: Recipe, run: Path) -> list[Size]:
-    """The sizes of a family, the largest first, each in a folder of its own; or the one that is asked for."""
+    """Return the sizes of a family, largest first, each in its own folder; or the single requested size."""
     targets = split_targets(recipe.target)
     if len(targets) == 1:
         return [Size(str(targets[0]), parse_target(targets[0]), run, "")]
@@ -80,7 +78,7 @@ def run_sizes(recipe: Recipe, run: Path) -> list[Size]:
 
 
 class RunDirectory:
-    """Everything a run writes, under one folder; `manifest.json` says which stages are done."""
+    """All files of a run under one folder; `manifest.json` records which stages are done."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -88,40 +86,47 @@ class RunDirectory:
 
     @staticmethod
     def check(path: Path, recipe: Recipe) -> None:
-        """Refuse, before any work, a folder that holds something else or another recipe's run. Writes nothing."""
+        """Reject a folder with other content or a run of another recipe, before any work. Writes nothing. Raises
+        UserError."""
         with naming_disk_faults(path):
             if path.exists() and not path.is_dir():
-                raise UserError(f"--out {path} is a file; name a new folder or an earlier run")
+                raise UserError(f"--out {path} is a file; give a new folder or an earlier run")
             above = next((folder for folder in path.absolute().parents if folder.exists()), path)
             if not above.is_dir():
-                raise UserError(f"--out {path} cannot be made: {above} is a file")
+                raise UserError(f"--out {path} cannot be created: {above} is a file")
             if not path.exists() or all(_leftover(entry) for entry in path.iterdir()):
                 return
             manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
         if "format" not in manifest:
-            raise UserError(f"--out {path} holds something that is not a DarwinLM run; name a new or an empty folder")
+            raise UserError(
+                f"--out {path} contains something that is not a DarwinLM run; give a new or an empty folder"
+            )
         if manifest["format"] != FORMAT:
             raise UserError(
-                f"--out {path} is a run of format {manifest['format']!r}, this version reads format {FORMAT}; "
-                "name a new folder"
+                f"--out {path} is a run of format {manifest['format']!r}, but this version reads format "
+                f"{FORMAT}; give a new folder"
             )
         if not all(isinstance(manifest.get(key), dict) for key in ("recipe", "facts", "stages")):
-            raise damaged(path / "manifest.json", "it lacks recipe, facts or stages")
+            raise damaged(path / "manifest.json", "recipe, facts or stages are missing")
         try:
             changed = differences(make_recipe(manifest["recipe"]), recipe)
         except UserError as error:
             raise UserError(
-                f"--out {path} is a run whose recipe this version cannot read ({error}); name a new folder"
+                f"--out {path} is a run whose recipe this version cannot read ({error}); give a new folder"
             ) from None
         if changed:
             raise UserError(
-                f"--out {path} is a run of another recipe ({'; '.join(changed)}); name a new folder or go back to it, "
-                f"as with --recipe {path / 'recipe.yaml'}"
+                f"--out {path} is a run with another recipe ({'; '.join(changed)}); give a new folder, or "
+                "restore these settings"
             )
 
     @classmethod
     def open(cls, path: Path, recipe: Recipe, facts: Mapping[str, Any]) -> "RunDirectory":
-        """Continue the run in `path`, or start one. `facts` are what must not change, except for `VERSION`."""
+        """Continue the run in `path`, or start one. `facts` must not change during a run (model, data, versions).
+
+        Raises:
+            UserError: if they have changed, or `check` rejects the folder.
+        """
         cls.check(path, recipe)
         if (path / "manifest.json").exists():
             manifest = read_json(path / "manifest.json")
@@ -131,15 +136,15 @@ class RunDirectory:
                     continue
                 if key != VERSION:
                     raise UserError(
-                        f"--out {path}: {key} was {before!r} when this run began and is {value!r} now; name a new "
-                        "folder, or bring it back"
+                        f"--out {path}: {key} was {manifest['facts'].get(key)!r} when this run started and is "
+                        f"now {value!r}; give a new folder, or restore it"
                     )
                 # The files of the stages have formats of their own, and are refused where they are too old.
                 log.info("%s was begun by darwinlm %s and is continued by %s", path, before, value)
         else:
             manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
             write_json(path / "manifest.json", manifest, sealed=True)
-        # After the manifest, which alone makes a folder a run: one that stops in between can be gone on with.
+        # Written after the manifest, which makes a folder a run: a run interrupted in between can be resumed.
         text = recipe.to_yaml().encode()
         if not (path / "recipe.yaml").exists() or (path / "recipe.yaml").read_bytes() != text:
             write_bytes(path / "recipe.yaml", text)
@@ -147,17 +152,17 @@ class RunDirectory:
 
     @classmethod
     def recipe_of(cls, path: Path) -> Recipe:
-        """The recipe of the run in `path`. Raises UserError if there is no run, or none that this version reads."""
+        """Return the recipe of the run in `path`. Raises UserError if there is no run that this version can read."""
         manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
         if not isinstance(manifest.get("recipe"), dict):
-            raise UserError(f"{path} is not a DarwinLM run (there is no manifest.json with a recipe in it)")
+            raise UserError(f"{path} is not a DarwinLM run (no manifest.json with a recipe)")
         recipe = make_recipe(manifest["recipe"])
         cls.check(path, recipe)
         return recipe
 
     @staticmethod
     def change_recipe(path: Path, recipe: Recipe, stages: Collection[str]) -> None:
-        """Give the run in `path` another recipe, with all `stages` (of each size, in the last step) to be done anew."""
+        """Replace the recipe of the run in `path`, and mark `stages` of every size in the last step as not done."""
         manifest = read_json(path / "manifest.json")
         for part in ("stages", "files"):
             entries = manifest.get(part, {})
@@ -167,14 +172,14 @@ class RunDirectory:
                 if name.startswith(STEP) or name.split(": ")[-1] not in stages
             }
         manifest["recipe"] = recipe.model_dump(mode="json")
-        # Written again by `open`; a run that stops in between has none rather than a wrong one.
+        # Written again by `open`; a run interrupted in between has no recipe.yaml rather than a wrong one.
         (path / "recipe.yaml").unlink(missing_ok=True)
         write_json(path / "manifest.json", manifest, sealed=True)
 
     @staticmethod
     def accept(path: Path, folder: Path) -> None:
-        """Take the files in `folder`, which a stage of the run in `path` left, for what it left: they were changed on
-        purpose."""
+        """Accept intentional changes of the files in `folder`, outputs of a stage of the run in `path`: update their
+        checksums."""
         manifest = read_json(path / "manifest.json")
         prefix = f"{folder.resolve().relative_to(path.resolve())}{os.sep}"
         for files in manifest.get("files", {}).values():
@@ -184,31 +189,33 @@ class RunDirectory:
         write_json(path / "manifest.json", manifest, sealed=True)
 
     def done(self, stage: str) -> bool:
-        """Whether `stage` has ended well."""
+        """Whether `stage` has finished successfully."""
         return bool(self.manifest["stages"].get(stage, {}).get("done"))
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """What is known of `stage`; nothing if it has not begun."""
+        """Return the manifest entry of `stage`; empty if it has not started."""
         known: dict[str, Any] = self.manifest["stages"].get(stage, {})
         return known
 
     def outputs(self, stage: str) -> dict[str, str]:
-        """The files that `stage` left when it last ended well, from the run's folder on, with their checksums."""
+        """Return the output files of the last successful run of `stage`, relative to the run's folder, with their
+        checksums."""
         found: dict[str, str] = self.manifest.get("files", {}).get(stage, {})
         return found
 
     def verify(self, stage: str) -> None:
-        """Read what a finished `stage` left; if a file is damaged or missing, say so and note it is to be run again."""
+        """Verify the outputs of a finished `stage`; if a file is damaged or missing, log it and mark the stage as not
+        done."""
         if not self.done(stage):
             return
         for name, expected in self.outputs(stage).items():
             fault = fault_of(self.path, name, expected)
             if fault is not None:
-                log.warning("%s %s: it is made again (%s)", self.path / name, fault, stage)
+                log.warning("%s %s: recreating it (%s)", self.path / name, fault, stage)
                 self.undo(stage)
 
     def undo(self, stage: str) -> None:
-        """Note that `stage` is to be run again."""
+        """Mark `stage` as not done."""
         if self.done(stage):
             self.manifest["stages"][stage]["done"] = False
             if dist.rank() == 0:
@@ -219,10 +226,10 @@ class RunDirectory:
 
     @contextmanager
     def stage(self, name: str, *outputs: Path) -> Iterator[dict[str, Any]]:
-        """Run a stage; its seconds (over all attempts), peak memory and what the block puts into the dict it gets go to
-        the manifest, and so do the checksums of `outputs`, the files or folders of files that it leaves.
+        """Run a stage and record it in the manifest: seconds (over all attempts), peak memory, the entries of the
+        yielded dict, and the checksums of `outputs`, its files or folders of files.
 
-        If a stage that is run again leaves other files than before, those that follow from it are to be run again too.
+        If a stage is repeated with different outputs, the stages that depend on it are marked as not done.
         """
         before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
         start = time.monotonic()
@@ -256,18 +263,18 @@ class RunDirectory:
 
 
 def _follows(later: str, stage: str) -> bool:
-    """Whether what the stage `later` leaves follows from what `stage` does, which comes before it."""
+    """Whether the stage `later` depends on the outputs of `stage`, which comes before it."""
     group, _, kind = stage.rpartition(": ")
-    # Of one size of a family, the others know the search alone.
+    # Sizes of a family only depend on each other's search.
     return not group or group.startswith(STEP) or kind == "search" or later.startswith(f"{group}: ")
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that `folder` lies in, or None."""
+    """Return the run directory that contains `folder`, or None."""
     above = list(folder.resolve().parents)[:3]  # RUN/sizes/0.6/model
     return next((path for path in above if (path / "manifest.json").exists()), None)
 
 
 def _leftover(entry: Path) -> bool:
-    """Whether a process that was killed before its run began may have left this in the run directory."""
+    """Whether `entry` may be left over from a process killed before its run started."""
     return entry.suffix == ".draft" or entry.name == LOCK

@@ -1,6 +1,6 @@
-"""KL divergence from the dense model and perplexity, in float32, without ever holding tokens * vocabulary of a set.
+"""KL divergence from the dense model and perplexity, in float32, without storing tokens * vocabulary for a whole split.
 
-Dimension letters: B blocks, T tokens of a block, N tokens of a chunk, D hidden size, V vocabulary, R random draws.
+Dimension letters: B blocks, T tokens per block, N tokens per chunk, D hidden size, V vocabulary, R random draws.
 """
 
 import math
@@ -19,18 +19,18 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How a model does on some text."""
+    """KL and perplexity of a model on some text."""
 
     kl: float
-    """KL(dense || model) in nats, mean over all positions."""
+    """KL(dense || model) in nats, averaged over all positions."""
     perplexity: float
-    """exp of the mean next-token loss over all positions but each block's last."""
+    """Perplexity: exp of the mean next-token loss over all positions except each block's last."""
     kl_by_block: tuple[float, ...]
-    """Of each block; `kl` is their mean."""
+    """KL of each block; `kl` is their mean."""
 
 
 class DenseReference:
-    """The dense model's last hidden states on some blocks: run once, compared with any number of models."""
+    """Last hidden states of the dense model on some blocks: computed once, compared with any number of models."""
 
     @torch.no_grad()
     def __init__(self, dense: PrunedModel, blocks_BT: Tensor) -> None:
@@ -41,21 +41,20 @@ class DenseReference:
         self._hidden_BTD = torch.cat([self._hidden(dense, ids_BT) for ids_BT in self.batches()])
 
     def count(self, tokens: int | None) -> int:
-        """How many blocks hold the first `tokens` tokens; all of them by default."""
+        """Return how many blocks hold the first `tokens` tokens; by default all."""
         blocks, length = self._blocks_BT.shape
         return blocks if tokens is None else min(blocks, -(-tokens // length))
 
     def batches(self, count: int | None = None) -> tuple[Tensor, ...]:
-        """The token ids of the first `count` blocks (all by default), in the batches that comparisons go by."""
+        """Return the token ids of the first `count` blocks (default: all), in the batches used by comparisons."""
         batches: tuple[Tensor, ...] = self._blocks_BT[:count].split(self._batch)
         return batches
 
     @torch.no_grad()
     def compare(self, model: PrunedModel, tokens: int | None = None, *, head: Head | None = None) -> Fidelity:
-        """KL and perplexity of `model` on the first `tokens` tokens (all of them by default), in whole blocks.
+        """Compute KL and perplexity of `model` on the first `tokens` tokens (default: all), rounded up to whole blocks.
 
-        The model may compute in bfloat16: its last hidden states are given to its head, or to `head`, in
-        float32.
+        The model may compute in bfloat16: its last hidden states are passed to its head, or to `head`, in float32.
         """
         count = self.count(tokens)
         hidden = (self._hidden(model, ids_BT) for ids_BT in self.batches(count))
@@ -63,21 +62,21 @@ class DenseReference:
 
     @torch.no_grad()
     def compare_hidden(self, hidden: Iterable[Tensor], head: Head, count: int | None = None) -> Fidelity:
-        """The same from a model's last hidden states on the first `count` blocks, in batches of `batches(count)`."""
+        """Compute the same from last hidden states on the first `count` blocks, in the batches of `batches(count)`."""
         length = self._blocks_BT.shape[1]
         count = len(self._blocks_BT) if count is None else count
         head, dense = head.float(), self._head.float()
-        # Reused for all chunks: on the CPU, fresh memory of this size costs more than what is computed in it.
+        # Buffers are reused for all chunks: on the CPU, allocating them costs more than the computation.
         vocabulary, device = len(head.weight_VD), head.weight_VD.device
         size = min(chunk_tokens(vocabulary, device), length)
         buffers = [torch.empty(size, vocabulary, device=device) for _ in range(3)]
-        # By block and chunk; read at the end, so that a device need not wait for each of them.
+        # By block and chunk; read at the end to avoid device synchronization.
         kls: list[list[Tensor]] = []
         losses: list[Tensor] = []
         dense_blocks = iter(self._hidden_BTD[:count])
         for hidden_BTD, ids_BT in zip(hidden, self.batches(count), strict=True):
             for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
-                # A block's last position has no next token to predict: -100 is left out of the loss.
+                # A block's last position has no next token to predict; the loss ignores -100.
                 targets_T = torch.nn.functional.pad(ids_T[1:], (0, 1), value=-100)
                 kls.append([])
                 for here_ND, there_ND, labels_N in zip(
@@ -100,27 +99,28 @@ class DenseReference:
         return Fidelity(sum(by_block) / count, math.exp(mean) if mean < 700 else math.inf, tuple(by_block))
 
     @torch.no_grad()
-    def expected_rows(self) -> Tensor:
-        """The row of the head that the dense model expects to predict, by position: blocks * tokens * hidden."""
-        return torch.stack([self._head.expected_rows(hidden_TD) for hidden_TD in self._hidden_BTD])
+    def mean_head_rows(self) -> Tensor:
+        """Return the mean of the head's rows under the dense model's predictions, by position: (blocks, tokens, hidden
+        size)."""
+        return torch.stack([self._head.mean_head_rows(hidden_TD) for hidden_TD in self._hidden_BTD])
 
     @torch.no_grad()
     def gradients(self, hidden_TD: Tensor, block: int, head: Head, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-        """How KL(dense || model) on one block changes with the model's last hidden states, to second order.
+        """Return the first and second derivatives of KL(dense || model) on one block w.r.t. the last hidden states.
 
-        With G the first result, a small change E of the hidden states changes the mean KL by about
-        `sum(G * E) + mean over r of sum(F[r] * E)^2 / 2`. F are scores of tokens drawn from the model's own
-        predictions: their second moment is the Fisher matrix, which is the Hessian of KL by the logits.
+        With G the first result, a small change E of the hidden states changes the mean KL by about `sum(G * E) + mean
+        over r of sum(F[r] * E)^2 / 2`. F are scores of tokens drawn from the model's own predictions: their second
+        moment is the Fisher matrix, which is the Hessian of KL w.r.t. the logits.
 
         Args:
             hidden_TD: the model's last hidden states on the block.
-            block: its number.
-            head: the model's.
-            draws: R.
-            seed: of the draws.
+            block: index of the block.
+            head: head of the model.
+            draws: number of random draws R.
+            seed: seed of the draws.
 
         Returns:
-            G, tokens * hidden, and F, draws * tokens * hidden; both float32.
+            G, (tokens, hidden size), and F, (draws, tokens, hidden size); both float32.
         """
         length = len(hidden_TD)
         gradient_TD = torch.empty(hidden_TD.shape, device=hidden_TD.device)

@@ -1,4 +1,4 @@
-"""Recipes from files and command lines; what is wrong with one is told in a line that names the key."""
+"""Recipes from files and command lines; errors are one line that names the setting."""
 
 import difflib
 from importlib import resources
@@ -26,20 +26,20 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
         The recipe, checked, with every default filled in.
 
     Raises:
-        UserError: naming the key, what is allowed, and for an unknown key the nearest known one.
+        UserError: if it is not valid; the message names the setting, what is allowed, and the closest known name.
     """
     return _changed(_read(recipe), overrides)
 
 
 def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """`recipe` with other settings ({"recovery.tokens": "1B"}). Raises UserError."""
+    """Return `recipe` with changed settings ({"recovery.tokens": "1B"}). Raises UserError."""
     return _changed(recipe.model_dump(mode="json"), overrides)
 
 
 def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
     for key, value in overrides.items():
         if not isinstance(key, str):
-            raise UserError(f"recipe: {show(key)} is no setting; write them as search.offspring")
+            raise UserError(f"recipe: {show(key)} is not a setting; write settings as search.offspring")
         section = settings
         *parents, leaf = key.split(".")
         for parent in parents:
@@ -51,7 +51,7 @@ def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
 
 
 def make_recipe(settings: dict[str, Any]) -> Recipe:
-    """Check `settings` (nested) and fill in the defaults. Raises UserError."""
+    """Validate `settings` (nested) and fill in the defaults. Raises UserError."""
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -59,16 +59,16 @@ def make_recipe(settings: dict[str, Any]) -> Recipe:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for every setting that differs: `search.offspring: 6 -> 8`."""
+    """Return one line for every setting that differs, such as `search.offspring: 6 -> 8`."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return [f"{key}: {before.get(key)} -> {value}" for key, value in after.items() if before.get(key) != value]
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Read one `--set key=value`; the value is YAML (numbers, lists, words)."""
+    """Parse one `--set key=value`; the value is YAML (numbers, lists, words). Raises UserError."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"--set {show(text)}: write key=value, for example --set search.offspring=8")
+        raise UserError(f"--set {show(text)}: expected key=value, for example --set search.offspring=8")
     return key.strip(), _parse_yaml(value, f"--set {show(text)}")
 
 
@@ -81,7 +81,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
         with source.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            raise UserError(f"{where} is larger than 1 MiB; that is no recipe")
+            raise UserError(f"{where} is larger than 1 MiB and not a recipe")
         text = content.decode()
     except FileNotFoundError:
         raise UserError(f"{where}: no such file; the built-in recipes are {', '.join(names)}") from None
@@ -94,18 +94,18 @@ def _read(recipe: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"{where}: expected settings as `key: value` lines, for example `target: 0.5`")
-    # `search:` with nothing under it means the defaults.
+    # `search:` with nothing below it keeps the defaults.
     return {key: value for key, value in settings.items() if value is not None}
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and more through for odd scalars
+    except Exception as error:  # PyYAML raises ValueError, KeyError, RecursionError and more for malformed scalars.
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        told = [getattr(error, part, None) for part in ("context", "problem")]
-        problem = " ".join((", ".join(filter(None, told)) or str(error)).split())
+        details = [getattr(error, part, None) for part in ("context", "problem")]
+        problem = " ".join((", ".join(filter(None, details)) or str(error)).split())
         raise UserError(f"{where}: not valid YAML ({line}{problem})") from None
 
 
@@ -120,7 +120,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """All settings of `model` and all sections, as `--set` names them."""
+    """Return the names of all settings of `model` and of all sections, as used by `--set`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -134,13 +134,13 @@ def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
-        return f"unknown key {show(key)}; did you mean {near[0]!r}?"
+        return f"unknown setting {show(key)}; did you mean {near[0]!r}?"
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     expected = {
-        "model_type": "this is a section; set what is in it, such as search.offspring",
-        "tuple_type": "a list is expected, such as [2, 1]",
+        "model_type": "this is a section; set one of its settings, such as search.offspring",
+        "tuple_type": "expected a list, such as [2, 1]",
     }.get(error["type"], f"{error['msg'][0].lower()}{error['msg'][1:]}")
     return f"{key} = {show(error['input'])}: {expected}"

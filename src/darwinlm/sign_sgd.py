@@ -1,12 +1,13 @@
-"""Training in the memory of the weights: each moves by the sign of its gradient while gradients are still computed.
+"""signSGD: every weight moves by the sign of its gradient, during the backward pass, without optimizer states.
 
 Trials are a few steps. The first step of AdamW is the learning rate times the sign of each gradient, since its moments
-have nothing to average yet; and over the first few, moments were found to help nothing (docs/lab-log.md). Without them
+have nothing to average yet; and over the first few steps, moments did not help (docs/lab-log.md). Without them
 (signSGD, Bernstein et al., 2018, arXiv 1802.04434) no step needs more than one gradient at a time: each is applied and
-forgotten as soon as the backward pass has it. (Of a batch that is computed in parts they add up, and all exist.)
+freed as soon as the backward pass has computed it. (With gradient accumulation, all gradients exist until the last
+backward pass.)
 
-Weights are in the dtype that computes. In bfloat16 most steps are less than half of the distance to the next number, so
-they are rounded stochastically (Gupta et al., 2015, arXiv 1502.02551): up or down by chance, and right on average.
+Weights are kept in the compute dtype. In bfloat16 most steps are less than half of the distance to the next number, so
+they are rounded stochastically (Gupta et al., 2015, arXiv 1502.02551): up or down at random, and unbiased.
 """
 
 from collections.abc import Sequence
@@ -18,27 +19,29 @@ from torch import Tensor
 from darwinlm.learning_rate import LearningRate, parameter_groups
 
 TOGETHER = 2**24
-"""Numbers in gradients that are applied together: what that takes besides stays small."""
+"""Number of gradient elements that are applied together, to limit temporary memory."""
 _LOWER_HALF = 2**16
 """A bfloat16 is the upper half of a float32."""
 
 
 class SignSGD:
-    """Steps of `rate * g / (|g| + eps)`, taken in the backward pass; as long as it exists, gradients are used up.
+    """Optimizer with steps of `rate * g / (|g| + eps)`, taken during the backward pass; gradients are freed by each
+    step.
 
-    At a relative rate each tensor has a unit of its own, and `eps` is that of `parameter_groups`: what has hardly a
-    gradient hardly moves.
+    At a relative rate each tensor has its own unit, and `eps` is that of `parameter_groups`: weights with almost no
+    gradient hardly move.
     """
 
     def __init__(
         self, parameters: Sequence[Tensor], rate: LearningRate, device: torch.device, *, streamed: bool = False
     ) -> None:
-        """Begin to train `parameters`, float32 or bfloat16, whose gradients are on `device`; if they are `streamed`,
-        those are given to `learn`."""
+        """Start training `parameters` (float32 or bfloat16) whose gradients are on `device`; gradients of `streamed`
+        parameters are passed to `learn`."""
         groups = parameter_groups(parameters, rate)
         self._rates = {tensor: (-group["lr"], group.get("eps", 1e-8)) for group in groups for tensor in group["params"]}
         self._pending: list[tuple[Tensor, Tensor]] = []
-        """Parameters, and where their gradients are: they themselves, or their copies on the device."""
+        """Parameters, and the tensors with their gradients: the parameters themselves, or their copies on the device.
+        """
         self._sum = torch.zeros((), device=device)
         self._generator = torch.Generator(device).manual_seed(0)
         self._last = True
@@ -48,30 +51,33 @@ class SignSGD:
         ]
 
     def begin(self) -> None:
-        """Begin a step, perhaps again after one that ran out of memory. Raises MemoryError if that one had moved
-        weights already: it cannot be taken back."""
+        """Begin a step, possibly again after an out-of-memory error.
+
+        Raises:
+            MemoryError: if the failed step had already moved weights, which cannot be undone.
+        """
         if self._moved:
             raise MemoryError("out of memory in the middle of a step")
         self._pending = []
 
     def backward_is(self, *, last: bool) -> None:
-        """Say whether the backward pass that follows is the last of its step: until then, gradients add up."""
+        """Set whether the next backward pass is the last of its step; until then, gradients accumulate."""
         self._last = last
 
     def end(self) -> None:
-        """End a step: apply what is left."""
+        """End a step: apply the remaining gradients."""
         self._apply()
         self._moved = False
 
     def close(self) -> bool:
-        """Take no more steps. Returns whether all gradients were finite."""
+        """Remove the hooks. Returns whether all gradients were finite."""
         for hook in self._hooks:
             hook.remove()
         return bool(self._sum.isfinite())
 
     @torch.no_grad()
     def learn(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        """Move `parameters`, which are elsewhere, by the gradients of their `copies` on the device."""
+        """Move `parameters`, stored elsewhere, by the gradients of their `copies` on the device."""
         for parameter, copied in zip(parameters, copies, strict=True):
             if copied.grad is None:
                 continue
@@ -88,7 +94,7 @@ class SignSGD:
     def _take(self, tensor: Tensor) -> None:
         if not self._last:
             return
-        if tensor not in self._rates:  # all zeros, at a relative rate
+        if tensor not in self._rates:  # A tensor of zeros at a relative rate is not trained.
             tensor.grad = None
             return
         self._pending.append((tensor, tensor))

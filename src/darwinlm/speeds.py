@@ -1,6 +1,6 @@
-"""`darwinlm evaluate --speed`: how fast a run's models, or one model, are in transformers, llama.cpp and vLLM.
+"""`darwinlm evaluate --speed`: speed of a run's models, or of one model, in transformers, llama.cpp and vLLM.
 
-All models of a table are timed in turns in one process, so that a machine that is busier for a while slows all of them.
+All models of a table are timed in alternation in one process, so that other load on the machine slows all of them.
 """
 
 import tempfile
@@ -32,19 +32,20 @@ _FILE_TYPE = "f16"
 def measure_speeds(
     source: str, batches: Sequence[int], lengths: Sequence[int], vllm_python: str | None = None
 ) -> dict[str, Any]:
-    """Prefill and decode tokens/s, by batch size and prompt length.
+    """Measure prefill and decode tokens/s, by batch size and prompt length.
 
     Args:
-        source: a finished run, a model's folder, or a Hub id.
-        batches: requests at the same time; llama.cpp is timed at 1.
-        lengths: prompt tokens of a request.
-        vllm_python: the interpreter of an environment with vLLM, where this one has none.
+        source: finished run, model folder, or Hub model id.
+        batches: batch sizes; llama.cpp is only timed at 1.
+        lengths: prompt lengths in tokens.
+        vllm_python: interpreter of an environment with vLLM, if this one has none.
 
     Returns:
-        One entry an engine: what it is, and `rows` or why it was `skipped`. Of a run `report/speed.json` holds it too.
+        One entry per engine, with `rows` or the reason why it was `skipped`; for a run it is also written to
+        `report/speed.json`.
 
     Raises:
-        UserError: if `source` holds no model, or a prompt is longer than it knows, or `vllm_python` has no vLLM.
+        UserError: if `source` contains no model, a prompt exceeds its maximum length, or `vllm_python` has no vLLM.
     """
     vllm = vllm_engine.engine_version(vllm_python)
     run = Path(source) if (Path(source) / "manifest.json").is_file() else None
@@ -55,7 +56,9 @@ def measure_speeds(
     longest = max(lengths) + _NEW_TOKENS
     known = min(model.config.max_position_embeddings for model in models.values())
     if longest > known:
-        raise UserError(f"--lengths {max(lengths)} and {_NEW_TOKENS} new tokens are more than the {known} it knows")
+        raise UserError(
+            f"--lengths {max(lengths)} and {_NEW_TOKENS} new tokens exceed the model's maximum of {known} positions"
+        )
     results = {
         "engines": [
             _in_transformers(models, batches, lengths),
@@ -86,7 +89,7 @@ def _in_transformers(
 def _in_llama_cpp(
     models: Mapping[str, PrunedModel], tokenizers: Mapping[str, Any], lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """On the CPU: the engine is the one that exports are proved in."""
+    """Measure on the CPU, with the engine in which exports are verified."""
     engine = llama_cpp.engine_version()
     if engine is None:
         return {"engine": "llama.cpp", "skipped": f"run pip install {llama_cpp.PACKAGE}"}
@@ -97,7 +100,9 @@ def _in_llama_cpp(
             for name, model in models.items():
                 config = cast(PrunedConfig, model.config)
                 if max(lengths) + _NEW_TOKENS > context_length(config):
-                    raise UserError(f"a file for llama.cpp is for {context_length(config):,} positions, the window")
+                    raise UserError(
+                        f"a llama.cpp file supports {context_length(config):,} positions, the sliding window"
+                    )
                 vocabulary = read_vocabulary(tokenizers[name], config.vocab_size, Path(tokenizers[name].name_or_path))
                 files[name] = Path(scratch) / f"{len(files)}.gguf"
                 write_gguf(model, vocabulary, files[name], _FILE_TYPE, name, choose_architecture(config))
@@ -116,11 +121,11 @@ def _in_vllm(
     engine: str | None,
     python: str | None,
 ) -> dict[str, Any]:
-    """A model whose layers are alike by vLLM's own code, as users have it; others by its Transformers backend."""
+    """Run uniform models by vLLM's own code, as users do, and others by its Transformers backend."""
     if engine is None:
         return {
             "engine": "vLLM",
-            "skipped": "it is not installed here; --vllm PYTHON names another environment",
+            "skipped": "not installed here; --vllm PYTHON selects another environment",
         }
     requests = [(batch, length, _NEW_TOKENS) for batch in batches for length in lengths]
     vocabulary = min(model.config.vocab_size for model in models.values())
@@ -129,7 +134,7 @@ def _in_vllm(
         nothing.mkdir()
         folders: dict[str, Path] = {}
         for name, model in models.items():
-            # The device's memory is vLLM's now.
+            # Leave the device's memory to vLLM.
             model.to("cpu")
             folders[name] = Path(scratch) / str(len(folders))
             try:

@@ -1,4 +1,4 @@
-"""The models that are judged: those of a run, or one that stands alone; each read when it is asked for."""
+"""The models to evaluate: those of a run, or a single model; each is loaded on demand."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,16 +20,16 @@ from darwinlm.report.facts import read_manifest
 from darwinlm.run_directory import run_sizes
 
 Loader = Callable[[], tuple[PrunedModel, Any]]
-"""Gives a model, in the dtype it is stored in, and its tokenizer."""
+"""Loads a model, in its stored dtype, and its tokenizer."""
 
 
 def models_of_run(run: Path) -> dict[str, Loader]:
-    """The dense model and that of every size, by name. Raises UserError if one is not there yet."""
+    """Return loaders of the dense model and of every size, by name. Raises UserError if a model does not exist yet."""
     recipe, _ = read_manifest(run)
     sizes = run_sizes(recipe, run)
     for size in sizes:
         if not (size.folder / "model" / "config.json").is_file():
-            raise UserError(f"{run}: there is no model in {size.folder / 'model'} yet; let the run come to its end")
+            raise UserError(f"{run}: no model in {size.folder / 'model'} yet; finish the run first")
     device = choose_device(recipe.device)
     loaders: dict[str, Loader] = {"dense": partial(_dense, run, recipe, device)}
     for size in sizes:
@@ -41,12 +41,12 @@ def models_of_run(run: Path) -> dict[str, Loader]:
 def _dense(run: Path, recipe: Recipe, device: torch.device) -> tuple[PrunedModel, Any]:
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device, expert_unit=recipe.database.experts)
     if dense.fingerprint != read_json(run / "manifest.json")["facts"]["model"]:
-        raise UserError(f"{run}: {recipe.model!r} is another model now than the one that was pruned; bring it back")
+        raise UserError(f"{run}: the checkpoint of {recipe.model!r} has changed since this run started; restore it")
     return dense.model.to(dense.dtype), dense.tokenizer
 
 
 def one_model(source: str) -> tuple[PrunedModel, Any]:
-    """The dense or pruned model in a folder or on the Hub, and its tokenizer. Raises UserError."""
+    """Load the dense or pruned model of a folder or Hub id, and its tokenizer. Raises UserError."""
     device = choose_device("auto")
     folder = resolve(source)
     if is_pruned(load_settings(folder)):

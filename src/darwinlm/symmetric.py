@@ -1,4 +1,4 @@
-"""Products that are symmetric: computed on and above the diagonal alone, in strips, and then copied below it.
+"""Symmetric matrix products: only computed on and above the diagonal, in strips, then mirrored.
 
 Dimension letters: n rows and columns of the matrix, k terms of the product.
 """
@@ -6,17 +6,17 @@ Dimension letters: n rows and columns of the matrix, k terms of the product.
 from torch import Tensor
 
 _LEAST, _LEAST_ON_ACCELERATORS = 192, 1024
-"""Rows of a strip, at least: an accelerator wants much to do at a time."""
+"""Minimum rows per strip: accelerators need larger operations."""
 
 
 def add_symmetric(matrix_nn: Tensor, one_nk: Tensor, other_kn: Tensor, alpha: float = 1) -> None:
-    """Add `alpha` times a product that is symmetric; of what is below the diagonal, only a little."""
+    """Add `alpha` times a symmetric product, above and only slightly below the diagonal."""
     for strip in _strips(matrix_nn):
         matrix_nn[strip, strip.start :].addmm_(one_nk[strip], other_kn[:, strip.start :], alpha=alpha)
 
 
 def mirror(matrix_nn: Tensor) -> None:
-    """Fill in what `add_symmetric` has left out."""
+    """Copy the upper triangle below the diagonal, after `add_symmetric`."""
     for strip in _strips(matrix_nn):
         matrix_nn[strip.stop :, strip] = matrix_nn[strip, strip.stop :].T
 

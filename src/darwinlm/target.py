@@ -1,4 +1,4 @@
-"""What a target asks for: a size, the sizes of a family, or limits by resource; and values on one line of a message."""
+"""Parsing of targets: a size, the sizes of a family, or limits by resource; and values formatted for messages."""
 
 import difflib
 import re
@@ -6,13 +6,13 @@ import reprlib
 from decimal import Decimal
 
 RESOURCES = ("params", "active_params", "flops", "kv_cache", "memory", "latency")
-"""What a target can limit."""
+"""Resources that a target can limit."""
 _MOST = 10**1000
-"""Parameters or bytes; Python prints no integers of thousands of digits."""
+"""Upper bound on parameters or bytes; Python does not print integers with thousands of digits."""
 
 
 def parse_size(value: float | str) -> float | int:
-    """Read a target: a fraction as float (`0.5`), a count of parameters as int (`2.7B`, `500M`).
+    """Parse a size: a fraction as float (`0.5`), a number of parameters as int (`2.7B`, `500M`).
 
     Raises:
         ValueError: if it is neither.
@@ -33,25 +33,25 @@ def parse_size(value: float | str) -> float | int:
 
 def _count(value: float | Decimal) -> int:
     if value >= _MOST:
-        raise ValueError("target: no model has so many parameters or bytes")
+        raise ValueError("target: too large for a number of parameters or bytes")
     return int(value)
 
 
 def split_targets(value: float | str) -> list[float | str]:
-    """The sizes of a family (`0.8,0.6,0.45`), or the one target that is asked for."""
+    """Return the sizes of a family (`0.8,0.6,0.45`), or the single target."""
     if isinstance(value, str) and "," in value and "=" not in value:
         return [part.strip() for part in value.split(",")]
     return [value]
 
 
 def parse_target(value: float | str) -> dict[str, float | int]:
-    """Read a target as limits by resource; a size alone limits `params`.
+    """Parse a target as limits by resource; a single size limits `params`.
 
-    `params` and `active_params`, those that a token meets, take a fraction (float) or a count (int), `memory` a
-    fraction or bytes (`8GB`); `flops`, `kv_cache` and `latency` take a fraction of the dense model's.
+    `params` and `active_params` (used per token) take a fraction (float) or a count (int), `memory` a fraction or bytes
+    (`8GB`); `flops`, `kv_cache` and `latency` take a fraction of the dense model's cost.
 
     Raises:
-        ValueError: if it is none of this.
+        ValueError: if it is not valid.
     """
     if not isinstance(value, str) or "=" not in value:
         return {"params": parse_size(value)}
@@ -60,7 +60,7 @@ def parse_target(value: float | str) -> dict[str, float | int]:
         name, _, size = (piece.strip() for piece in part.partition("="))
         if name not in RESOURCES:
             near = difflib.get_close_matches(name, RESOURCES, n=1, cutoff=0.0)[0]
-            raise ValueError(f"target {show(value)}: {name!r} cannot be limited; did you mean {near!r}?")
+            raise ValueError(f"target {show(value)}: unknown resource {name!r}; did you mean {near!r}?")
         if name in limits:
             raise ValueError(f"target {show(value)}: {name} is limited twice")
         in_bytes = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)B", size, re.IGNORECASE) if name == "memory" else None
@@ -76,15 +76,15 @@ def parse_target(value: float | str) -> dict[str, float | int]:
 
 
 def not_a_size(value: object) -> str:
-    """What is said of a `value` that is none."""
-    return f"target {show(value)} is neither a fraction of the parameters (0.5) nor a count of them (2.7B, 500M)"
+    """Return the error message for a `value` that is not a size."""
+    return f"target {show(value)} is neither a fraction of the parameters (0.5) nor a number of them (2.7B, 500M)"
 
 
 def show(value: object) -> str:
-    """`value` on one line, cut short where it is long."""
+    """Return `value` on one line, truncated if it is long."""
     shortened = reprlib.Repr()
     shortened.maxstring = shortened.maxother = 80
     try:
         return shortened.repr(value)
-    except ValueError:  # Python does not print integers of thousands of digits
-        return "an integer of thousands of digits"
+    except ValueError:  # Python does not print integers with thousands of digits.
+        return "an integer with thousands of digits"

@@ -1,4 +1,4 @@
-"""How long a request takes: a prompt read at once, then one token after another."""
+"""Time of a request: prefill of the prompt, then decoding token by token."""
 
 import time
 
@@ -10,7 +10,7 @@ from darwinlm.adapters.walking import CACHE
 
 @torch.no_grad()
 def time_request(model: PrunedModel, *, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt, and seconds for the new tokens (greedy, cached)."""
+    """Return the seconds for the prompt, and the seconds for the new tokens (greedy, with KV cache)."""
     ids_BT = (torch.arange(batch_size * prompt_tokens, device=model.device) * 7919 % model.config.vocab_size).view(
         batch_size, prompt_tokens
     )

@@ -1,4 +1,4 @@
-"""The one short training loop: trials use it; recovery uses the Hugging Face Trainer."""
+"""Short training loop for trials; recovery uses the Hugging Face Trainer."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from darwinlm.learning_rate import LearningRate, parameter_groups
 from darwinlm.sign_sgd import TOGETHER, SignSGD
 
 _SHARE = 0.5
-"""Of what is free, what activations may take before they are computed again instead."""
+"""Fraction of free memory that activations may take before they are recomputed instead."""
 _Tensors = tuple[Tensor, ...]
 Optimizer = Literal["sign", "adamw"]
 
@@ -31,31 +31,31 @@ def train_briefly(
     optimizer: Optimizer = "adamw",
     rate: LearningRate,
     batch_size: int,
-    aims_BTD: Tensor | None = None,
+    target_rows_BTD: Tensor | None = None,
     portion: Portion | None = None,
     balance: float = 0.0,
 ) -> bool:
     """Train the layers of `model` in place, once over `blocks_BT`, at a constant rate.
 
-    It computes in bfloat16 where the hardware is faster with it, else in float32. `SignSGD` trains those very weights.
-    AdamW trains float32 weights beside them: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could not move.
-    Embeddings and head stay as they are: they are the same in all candidates. Where memory is short, each layer's
-    activations are computed again for its gradient.
+    It computes in bfloat16 where the hardware is faster with it, otherwise in float32. `SignSGD` trains the compute
+    weights directly. AdamW trains float32 master weights: at a learning rate of 1e-5 a bfloat16 weight of 0.02 could
+    not move. Embeddings and head are frozen, because all candidates share them. If memory is short, activations are
+    recomputed layer by layer (gradient checkpointing).
 
     Args:
-        model: its layers are its own, float32 for AdamW; afterwards in the dtype that it was trained in. The rest may
-            be shared with other models and in any dtype.
-        blocks_BT: token ids, blocks * tokens, on any device.
+        model: its layers must not be shared, and be float32 for AdamW; afterwards they are in the compute dtype. The
+            rest may be shared with other models and in any dtype.
+        blocks_BT: token ids, (blocks, tokens), on any device.
         optimizer: `sign` or `adamw`.
-        rate: the optimiser's, without weight decay. AdamW clips gradients to a norm of 1 unless it is relative.
-        batch_size: blocks in one optimiser step.
-        aims_BTD: the rows of the head that the dense model expects (`DenseReference.expected_rows`), on any device: the
-            loss is KL(dense || model). By default it is next-token loss.
-        portion: how many of them are computed at a time, gradients adding up; by default all that fit.
-        balance: what the loss that spreads tokens over experts is multiplied by; it is added.
+        rate: learning rate, without weight decay. AdamW clips gradients to a norm of 1 unless the rate is relative.
+        batch_size: blocks per optimizer step.
+        target_rows_BTD: mean head rows of the dense model (`DenseReference.mean_head_rows`), on any device; the loss is
+            then KL(dense || model). By default it is next-token loss.
+        portion: number of blocks per forward pass, with gradient accumulation; by default as many as fit.
+        balance: coefficient of the experts' load-balancing loss, which is added.
 
     Returns:
-        False if the training diverged (the model is then useless).
+        False if training diverged (the model is then unusable).
     """
     model.requires_grad_(False).train()
     model.model.layers.requires_grad_(True)
@@ -79,18 +79,18 @@ def train_briefly(
     signs = SignSGD(parameters, rate, model.device, streamed=streamed) if optimizer == "sign" else None
     if streamed:
         if signs is None:
-            raise ValueError("layers that are streamed are trained by `sign` alone")
+            raise ValueError("streamed layers can only be trained with the `sign` optimizer")
         learn_with(model, signs.learn)
     adam = Adam(masters, rate) if optimizer == "adamw" else None
     for number, batch_BT in enumerate(blocks_BT.split(batch_size)):
         batch_BT = batch_BT.to(model.device, torch.long)
         rows_BTD = None
-        if aims_BTD is not None:
-            rows_BTD = aims_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
+        if target_rows_BTD is not None:
+            rows_BTD = target_rows_BTD[number * batch_size :][: len(batch_BT), :-1].to(model.device)
         portion(partial(_gradients, model, parameters, masters, batch_BT, rows_BTD, balance, signs))
         if adam is None:
             continue
-        # A norm of all gradients depends on how a model's weights are scaled; AdamW's steps need no limit.
+        # With a relative rate there is no clipping: the gradient norm depends on how a model's weights are scaled.
         if not torch.nn.utils.clip_grad_norm_(masters, math.inf if rate.relative else 1.0).isfinite():
             return False
         adam.step()
@@ -118,11 +118,11 @@ def _gradients(
     """Leave the gradients of the mean loss over `batch_BT` in `masters`, from `size` blocks at a time; with `signs`,
     take its step instead.
 
-    `rows_BTD` is what the predictions, all but each block's last, should expect of the head's rows; by default those of
-    the next tokens.
+    `rows_BTD` are the expected head rows at all positions except each block's last; by default the rows of the next
+    tokens.
     """
     for each in (*parameters, *masters):
-        each.grad = None  # of an attempt that ran out of memory
+        each.grad = None  # Discard gradients of an attempt that ran out of memory.
     head, parts = Head.of(model), batch_BT.split(size)
     if signs is not None:
         signs.begin()
@@ -133,10 +133,10 @@ def _gradients(
             hidden_BTD = model.model(input_ids=part_BT, use_cache=False).last_hidden_state[:, :-1]
         hidden_ND = hidden_BTD.detach().flatten(0, 1)
         if rows_BTD is None:
-            aims_ND = head.rows(part_BT[:, 1:].flatten(), hidden_ND)
+            target_rows_ND = head.rows(part_BT[:, 1:].flatten(), hidden_ND)
         else:
-            aims_ND = rows_BTD[number * size :][: len(part_BT)].flatten(0, 1)
-        by_hidden_ND = (head.expected_rows(hidden_ND).float() - aims_ND.float()) / batch_BT[:, 1:].numel()
+            target_rows_ND = rows_BTD[number * size :][: len(part_BT)].flatten(0, 1)
+        by_hidden_ND = (head.mean_head_rows(hidden_ND).float() - target_rows_ND.float()) / batch_BT[:, 1:].numel()
         losses, gradients = [hidden_BTD], [by_hidden_ND.view(hidden_BTD.shape).to(hidden_BTD.dtype)]
         if logits:
             losses.append(balance * balance_loss(cast(PrunedConfig, model.config), logits))
@@ -156,15 +156,15 @@ def _gradients(
 
 
 class Adam:
-    """AdamW without weight decay (Loshchilov and Hutter, 2019, arXiv 1711.05101), its betas 0.9 and 0.999.
+    """AdamW without weight decay (Loshchilov and Hutter, 2019, arXiv 1711.05101), with betas 0.9 and 0.999.
 
-    At a relative rate every tensor has a rate of its own, and PyTorch's optimisers take the tensors of one rate at a
-    time: small models are bound by launches, and those were four more for each tensor. Here they are taken together.
+    At a relative rate every tensor has its own rate, and PyTorch's optimizers process one rate at a time, with four
+    more kernel launches per tensor, which dominate in small models. Here tensors of all rates are processed together.
     """
 
     def __init__(self, parameters: Sequence[Tensor], rate: LearningRate) -> None:
-        """Begin to train `parameters`, float32: those that have a gradient at the first step, and at a relative rate a
-        size."""
+        """Start training `parameters` (float32) that get a gradient in the first step and, at a relative rate, are not
+        all zeros."""
         self._steps = 0
         groups = parameter_groups(parameters, rate)
         trained = [(tensor, group["lr"], group.get("eps", 1e-8)) for group in groups for tensor in group["params"]]
@@ -173,7 +173,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the parameters by their gradients, which are used up."""
+        """Update the parameters by their gradients, and free these."""
         self._steps += 1
         first, second = 1 - 0.9**self._steps, 1 - 0.999**self._steps
         if self._steps == 1:
@@ -201,7 +201,7 @@ class Adam:
 
 
 def _parts(tensors: Sequence[Tensor]) -> list[slice]:
-    """Tensors that follow one another and are worked on together: what that takes besides stays small."""
+    """Group consecutive tensors to be processed together, limiting temporary memory."""
     if not tensors:
         return []
     ends, together = [0], 0

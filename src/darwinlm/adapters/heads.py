@@ -98,7 +98,7 @@ class Head:
         return rows if self.scale == 1 else rows * self.scale
 
     @torch.no_grad()
-    def expected_rows(self, hidden_ND: Tensor) -> Tensor:
+    def mean_head_rows(self, hidden_ND: Tensor) -> Tensor:
         """The mean of `rows` by the predictions of these last hidden states, N * D, in the dtype of the head.
 
         The gradient of next-token loss by a hidden state is this less the row of the next token; that of KL(dense ||

@@ -113,7 +113,7 @@ class TrialScorer:
     ) -> Score:
         recipe, dense = self._recipe, self._dense
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
-        aims_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
+        target_rows_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
         trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
         needed = TRIAL_BYTES[self._optimizer] * trained
         if needed > free_memory(dense.device):
@@ -134,7 +134,7 @@ class TrialScorer:
             optimizer=self._optimizer,
             rate=rate,
             batch_size=recipe.batch_size,
-            aims_BTD=aims_BTD,
+            target_rows_BTD=target_rows_BTD,
             portion=self._portion,
             balance=dense.reference.balance,
         ):
@@ -144,7 +144,7 @@ class TrialScorer:
     def _aims(self, blocks_BT: Tensor) -> Tensor:
         """What the dense model teaches on these blocks, the first of the trial split; in the CPU's memory."""
         if self._taught_BTD is None or len(self._taught_BTD) < len(blocks_BT):
-            self._taught_BTD = DenseReference(self._dense.reference.model, blocks_BT).expected_rows().cpu()
+            self._taught_BTD = DenseReference(self._dense.reference.model, blocks_BT).mean_head_rows().cpu()
         return self._taught_BTD[: len(blocks_BT)]
 
     def _cut(self, index: int, level: int) -> Cut:
