@@ -167,7 +167,7 @@ def test_a_damaged_search_state_is_named_and_without_it_the_search_runs_anew(nam
     damage(out / "search" / name)
     if name == "descent.json":
         (out / "search" / "state.json").unlink()
-    message = rf"{out}/search/{name} is damaged \(.+\); delete {out}/search and run the same command again: the search"
+    message = rf"{out}/search/{name} is damaged \(.+\); delete {out}/search and run the same command again to restart"
     with pytest.raises(UserError, match=message):
         same_command()
     shutil.rmtree(out / "search")

@@ -489,8 +489,8 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
     )  # fmt: skip
     save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
     corpus = load_corpus(tmp_path / "corpus.safetensors")
-    assert corpus.judged == read_corpus(asked, tokenizer, 0).judged
-    stream = TextStream(asked, tokenizer, 0, corpus.judged)
+    assert corpus.reserved == read_corpus(asked, tokenizer, 0).reserved
+    stream = TextStream(asked, tokenizer, 0, corpus.reserved)
 
     whole, _ = streamed(stream, 1500)
     for cut in (1, 777, 1400):
@@ -501,7 +501,7 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
     text = tokenizer.decode(unmark(torch.tensor(whole))[0].flatten().tolist())
     judging = "</s>".join(tokenizer.decode(corpus.blocks[name].flatten().tolist()) for name in ("held_out", "score"))
     seen = {piece.strip() for piece in text.split("</s>")}
-    judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.judged}
+    judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.reserved}
     assert len(judge) > 10
     # 1500 blocks are more than one pass: all else has come.
     assert {text.strip() for text in documents} - seen == judge

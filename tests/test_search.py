@@ -114,12 +114,12 @@ def test_a_search_with_nothing_left_to_try_ends():
     search = Evolution(space, budget, recipe, [Plan(levels=(0, 1))], seed=0)
     while (request := search.ask()) is not None:
         search.tell([Score(float(plan.levels[0])) for plan in request.plans])
-    assert search.stop() == "every neighbour of the best plan has been tried"
+    assert search.stop() == "all neighbors of the best plan have been tried"
 
 
 def test_a_budget_that_no_plan_meets_is_one_line():
     budget = Budget(limits=(replace(parameter_limit(SPACE), maximum=101, minimum=101),))
-    message = r"no plan takes 101 to 101 parameters with this database's levels; change target a little or raise data"
+    message = r"no plan has 101 to 101 parameters with this database's levels; change target slightly or raise data"
     with pytest.raises(UserError, match=message):
         starting_plans(SPACE, budget)
 

@@ -127,7 +127,7 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
         cuts = database.cuts(dense.sites, plan.levels, dense.device)
         return reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl
 
-    best, found = stage._Judge(dense, database, CORPUS.blocks["score"]).best([hopeless, *plans])
+    best, found = stage._PlanComparison(dense, database, CORPUS.blocks["score"]).best([hopeless, *plans])
     kls = [whole(plan) for plan in [hopeless, *plans]]
     assert kls[best] <= 1.02 * min(kls)
     assert found[best] == pytest.approx(kls[best], rel=0.02)
@@ -135,8 +135,8 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
 
 def test_a_plan_that_was_given_up_on_easy_text_does_not_look_better_than_the_winner(scored, monkeypatch):
     dense, database, _, _ = scored
-    judge = stage._Judge(dense, database, torch.zeros(16, 8, dtype=torch.long))
-    harder = {id(heat): number for number, heat in enumerate(judge._heats)}
+    judge = stage._PlanComparison(dense, database, torch.zeros(16, 8, dtype=torch.long))
+    harder = {id(heat): number for number, heat in enumerate(judge._references)}
     read = []
 
     def kls(heat, above):

@@ -164,7 +164,7 @@ def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_sc
             super().__init__(model, blocks_BT)
 
     monkeypatch.setattr(trials, "DenseReference", Spy)
-    monkeypatch.setattr(scorer, "_aims", lambda blocks_BT: None)
+    monkeypatch.setattr(scorer, "_target_rows", lambda blocks_BT: None)
     found = scorer.find_rates(error_plan(space, budget))
     assert [one["tokens"] for one in found] == [24, 48]
     (blocks_BT,) = judged
@@ -197,7 +197,7 @@ def test_trials_that_do_harm_are_told(scored, rate, advice, tmp_path, caplog):
         assert helped >= tried[1] / 2 or said
     else:
         assert helped == 0
-        assert said == [f"search: trials of step 2 made only 0 of 6 candidates better; {advice} (in a new run)"]
+        assert said == [f"search: trials of step 2 improved only 0 of 6 candidates; {advice} (in a new run)"]
 
 
 def test_a_search_that_goes_on_takes_the_rates_that_it_has_found(scored, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_the_state_of_another_version_is_one_line(scored, tmp_path):
     state["scores"] = [[[levels, kl] for levels, kl, *_ in known] for known in state["scores"]]
     write_json(tmp_path / "state.json", state, sealed=True)
     with pytest.raises(
-        UserError, match=r"state\.json is of another version of darwinlm; delete .* the search runs anew"
+        UserError, match=r"state\.json was written by another version of darwinlm; delete .* to restart the search"
     ):
         search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
 

@@ -231,7 +231,7 @@ def _predict_step(
     sensitivities = search.sensitivity_tokens * (
         before * layers * rates.layer_training * _GRADIENT_PASSES + 3 * rates.head_float32
     )
-    judging = _EVALUATED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
+    comparing = _EVALUATED_PLANS * data.score_tokens * (small + 2 * rates.head_float32)
     candidates = [search.offspring, *search.survivors[:-1]]
     # A candidate is scored after its trial; the score before the trial skips the layers shared with its parent.
     scored = small + 2 * rates.head_float32
@@ -244,14 +244,14 @@ def _predict_step(
     starts = 3 if search.descent_rounds else 2
     if uniform:
         starts = min(search.offspring, recipe.database.levels)
-    beginning = starts * tried[-1] + (judging if uniform else 0.0)
+    beginning = starts * tried[-1] + (comparing if uniform else 0.0)
     if search.learning_rate == "auto":
         # Usually three learning rates are tried for each number of tokens.
         for tokens in {trial for trial in search.trial_tokens if trial > 0}:
             beginning += 3 * (tokens * (trained + rates.head_training) + max(search.score_tokens) * scored)
     reference = data.score_tokens * layers * exact
     # The starting plan is evaluated like a round.
-    descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * judging
+    descending = search.descent_rounds * sensitivities + (search.descent_rounds + 1) * comparing
     shared_out = (descending if search.descent_rounds else 0.0) + beginning + search.generations * generation
     searching = 2 * reference + shared_out / devices
 

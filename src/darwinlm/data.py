@@ -23,7 +23,7 @@ SPLITS = ("held_out", "score", "calibration", "trial")
 _FINGERPRINT_BYTES = 16
 _BEGINS = 2**30
 """Bit that marks the first token of a piece."""
-_JUDGED = "judged"
+_RESERVED_KEY = "judged"
 _MOST_CHARACTERS = 512 * 2**20
 _HUB_CHARACTERS_PER_TOKEN = 12
 """Characters read from a shuffled stream per token needed; text has 3 to 5 characters per token."""
@@ -46,7 +46,7 @@ class Corpus:
     marked: Mapping[str, Tensor]
     """Marked token ids by split name: int32, (blocks, sequence_length). The first token of a piece of text is stored as
     `id + 2**30`; a token without training loss is stored as the bitwise complement (`~`, negative)."""
-    judged: frozenset[bytes] = frozenset()
+    reserved: frozenset[bytes] = frozenset()
     """Fingerprints of the pieces of text in the evaluation splits, `held_out` and `score`."""
 
     @cached_property
@@ -109,8 +109,8 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
                 taken.append(_fingerprint(piece.text))
                 yield ids
 
-    corpus, judging = _pack(tokenised(), recipe)
-    return Corpus(corpus.marked, frozenset(taken[:judging]))
+    corpus, reserved = _pack(tokenised(), recipe)
+    return Corpus(corpus.marked, frozenset(taken[:reserved]))
 
 
 def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
@@ -128,11 +128,11 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
     """Return the corpus, and the number of documents used by the evaluation splits."""
     needed, length = needed_blocks(recipe), recipe.sequence_length
     filled: dict[str, Tensor] = {}
-    total, judging, splits = 0, 0, iter(SPLITS)
+    total, reserved, splits = 0, 0, iter(SPLITS)
     split, buffer = next(splits), list[int]()
     for tokens in documents:
         total += len(tokens)
-        judging += split in ("held_out", "score")
+        reserved += split in ("held_out", "score")
         buffer += _begun(tokens)
         if len(buffer) >= needed[split] * length:
             kept = torch.tensor(buffer[: needed[split] * length], dtype=torch.int32)
@@ -140,7 +140,7 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
             buffer = []
             following = next(splits, None)
             if following is None:
-                return Corpus(filled), judging
+                return Corpus(filled), reserved
             split = following
     parts = ", ".join(f"{name} {count * length:,}" for name, count in needed.items())
     raise UserError(
@@ -152,16 +152,18 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
 def save_corpus(corpus: Corpus, file: Path) -> None:
     """Write the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
     tensors = {split: marked_BT.contiguous() for split, marked_BT in corpus.marked.items()}
-    judged = torch.frombuffer(bytearray(b"".join(sorted(corpus.judged))), dtype=torch.uint8) if corpus.judged else None
-    write_bytes(file, save(tensors | ({} if judged is None else {_JUDGED: judged})))
+    if corpus.reserved:
+        reserved = bytearray(b"".join(sorted(corpus.reserved)))
+        tensors[_RESERVED_KEY] = torch.frombuffer(reserved, dtype=torch.uint8)
+    write_bytes(file, save(tensors))
 
 
 def load_corpus(file: Path) -> Corpus:
     """Read the file written by `save_corpus`. Raises UserError if it is missing or damaged."""
     tensors = read_tensors(file)
-    judged = bytes(tensors.pop(_JUDGED, torch.empty(0, dtype=torch.uint8)).tolist())
-    starts = range(0, len(judged), _FINGERPRINT_BYTES)
-    return Corpus(tensors, frozenset(judged[start : start + _FINGERPRINT_BYTES] for start in starts))
+    reserved = bytes(tensors.pop(_RESERVED_KEY, torch.empty(0, dtype=torch.uint8)).tolist())
+    starts = range(0, len(reserved), _FINGERPRINT_BYTES)
+    return Corpus(tensors, frozenset(reserved[start : start + _FINGERPRINT_BYTES] for start in starts))
 
 
 class TextStream:
@@ -175,11 +177,11 @@ class TextStream:
         recipe: DataRecipe,
         tokenizer: Any,
         seed: int,
-        judged: frozenset[bytes],
+        reserved: frozenset[bytes],
         begin: Mapping[str, Any] | None = None,
     ) -> None:
         """Create the stream; `begin` is a state yielded by `blocks`, from which the first blocks continue."""
-        self._recipe, self._tokenizer, self._seed, self._judged = recipe, tokenizer, seed, judged
+        self._recipe, self._tokenizer, self._seed, self._reserved = recipe, tokenizer, seed, reserved
         self._begin = begin
 
     def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
@@ -215,7 +217,7 @@ class TextStream:
                 piece
                 for document in documents
                 for piece in _cut(document, self._recipe, self._tokenizer)
-                if piece.text.strip() and _fingerprint(piece.text) not in self._judged
+                if piece.text.strip() and _fingerprint(piece.text) not in self._reserved
             ]
             if pieces:
                 yield [token for ids in _tokenise(pieces, self._tokenizer) for token in _begun(ids)], behind

@@ -1,1 +1,1 @@
-"""The search: plans proposed without tensors, scored with them."""
+"""Search for a plan: proposals without tensors, and their scores."""

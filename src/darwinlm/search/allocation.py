@@ -1,4 +1,4 @@
-"""Exact allocation of a budget: the plan of least total cost, by dynamic programming (multiple-choice knapsack)."""
+"""Exact allocation of a budget: the plan of minimum total cost, by dynamic programming (multiple-choice knapsack)."""
 
 import itertools
 import math
@@ -10,22 +10,23 @@ import numpy as np
 from darwinlm.plan import Budget, Limit, Plan, SiteKind, SiteLevels, Space
 
 _SPARED_SHARES = (0.0, 1 / 16, 1 / 8)
-"""Of the layers, at the start; half as many at the end."""
+"""Fractions of the layers kept dense at the start of the model; half as many are kept dense at the end."""
 _MOST_CELLS = 1 << 21
 _FEW_CELLS = 1 << 14
-"""Where many problems are solved one after another."""
+"""Number of cells where many problems are solved in sequence."""
 _PRICE_STEPS = 48
 _FIRST_FACTOR, _SLOWER = 4.0, 0.9
-"""By what a price is multiplied or divided, and how this falls."""
+"""Factor by which a price is multiplied or divided, and the decay of this factor."""
 
 
 def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int], float]) -> Plan | None:
-    """The plan within `budget` that minimises the sum of `cost(site, level)` over sites.
+    """Return the plan within `budget` that minimizes the sum of `cost(site, level)` over sites.
 
-    With one limit it is exact: what a plan takes is counted in the greatest common divisor of all costs; only where
-    that needs more than two million cells are they rounded (up, so that the maximum holds), and the plan is then the
-    best of the rounded problem. Of several limits the first is met so and the others by prices (Lagrange multipliers)
-    on what they count, raised until they hold: the plan is then within the budget, and the best for these prices.
+    With one limit the result is exact: costs are counted in units of their greatest common divisor; only if that needs
+    more than two million cells are they rounded (up, so that the maximum holds), and the plan is optimal for the
+    rounded problem. With several limits, the first is handled in this way and the others by prices (Lagrange
+    multipliers) on their costs, raised until they hold: the plan is then within the budget, and optimal for these
+    prices.
 
     Returns:
         The plan, or None if none was found.
@@ -35,7 +36,7 @@ def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int]
     if not others:
         return _cheapest(table, first, budget, _MOST_CELLS)
     finite = np.concatenate([row[np.isfinite(row)] for row in table])
-    # What a site takes is about 1 / sites of a limit: at this price, limits count a thousandth of what costs differ by.
+    # A site costs about 1 / sites of a limit: at this price, a limit adds a thousandth of the spread of the costs.
     lowest = max(1e-3 * len(table) * float(np.ptp(finite)), 1e-12)
     prices, factor = np.zeros(len(others)), _FIRST_FACTOR
     found: Plan | None = None
@@ -53,7 +54,7 @@ def cheapest_plan(space: Space, budget: Budget, cost: Callable[[SiteLevels, int]
         over = np.array([limit.cost(plan.levels) > limit.maximum for limit in others])
         if not over.any() and (found is None or _total(table, plan) < _total(table, found)):
             found = plan
-        # Up where a limit is passed, down where it holds; in smaller and smaller steps once all of them hold.
+        # Raise prices of exceeded limits and lower the others, in smaller steps once all limits hold.
         prices = np.where(over, np.maximum(prices * factor, lowest), prices / factor)
         if found is not None:
             factor = 1 + _SLOWER * (factor - 1)
@@ -65,7 +66,7 @@ def _total(table: Sequence[np.ndarray], plan: Plan) -> float:
 
 
 def _cheapest(table: Sequence[np.ndarray], limit: Limit, budget: Budget, most_cells: int) -> Plan | None:
-    """Dynamic programming over one limit; `table` holds what is minimised, by site and level."""
+    """Solve for one limit by dynamic programming; `table` holds the cost to minimize, by site and level."""
     room = limit.maximum - limit.fixed
     unit = math.gcd(*(size for site in limit.costs for size in site)) or 1
     unit = max(unit, -(-room // most_cells))
@@ -96,9 +97,9 @@ def _cheapest(table: Sequence[np.ndarray], limit: Limit, budget: Budget, most_ce
 
 
 def uniform_plan(space: Space, budget: Budget) -> Plan | None:
-    """The plan within `budget` whose sites all keep as nearly the same fraction of their parameters as can be.
+    """Return the plan within `budget` whose sites all keep as nearly the same fraction of their parameters as possible.
 
-    With several limits, or one that some sites do not touch, a site's fraction is the least that the limits on it ask.
+    With several limits, or with sites that a limit does not affect, a site's fraction is the minimum over its limits.
     """
     fractions = [1.0] * len(space.sites)
     for limit in budget.limits:
@@ -111,11 +112,11 @@ def uniform_plan(space: Space, budget: Budget) -> Plan | None:
 
 
 def sparing_plans(space: Space, budget: Budget) -> list[Plan]:
-    """Plans that leave some sites whole: the first and last layers, or none; attention, or none; all different.
+    """Return different plans that keep some sites dense: the first and last layers, or none; attention, or none.
 
-    Output errors do not know that those of the last layers go straight into the logits, and those of the first through
-    all others. LLM-Pruner (arXiv 2305.11627) leaves 4 of 32 layers whole at the start and 2 at the end. Of the rest
-    come the plan of least output error, and the most even one.
+    Output errors do not reflect that errors of the last layers go directly into the logits, and errors of the first
+    layers through all others. LLM-Pruner (arXiv 2305.11627) keeps 4 of 32 layers dense at the start and 2 at the end.
+    For the remaining sites, both the plan of least output error and the most uniform plan are returned.
     """
     layers = 1 + max(site.layer for site in space.sites)
     found = []
@@ -139,12 +140,12 @@ def _unevenness(site: SiteLevels, level: int, fraction: float) -> float:
 
 
 def even_plans(space: Space, budget: Budget) -> list[Plan]:
-    """Plans with some whole layers removed, or none, and one level for each kind of site in all others: for attention,
-    for experts, and for MLPs without experts.
+    """Return plans that remove some whole layers, or none, and use one level per kind of site in all other layers: one
+    for attention, one for experts, and one for MLPs without experts.
 
-    The layers go in the order of the database's errors for removing both of their sites. For every number of them these
-    are all plans within the maxima that cannot grow in any kind; once the other layers can stay dense, no more go.
-    There are none if even the smallest is too large.
+    Layers are removed in the order of the database's total error of their sites. For each number of removed layers,
+    these are all plans within the maxima in which no kind can grow; once the other layers can stay dense, no more are
+    removed. The list is empty if even the smallest plan is too large.
     """
     kinds = list(dict.fromkeys(map(_sizes, space.sites)))
     found: list[Plan] = []
@@ -176,14 +177,14 @@ def _one_larger(levels: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _sizes(site: SiteLevels) -> tuple[SiteKind, tuple[int, ...]]:
-    """What sites of one kind have in common; whether they can be removed whole is not of it."""
+    """Return what sites of one kind have in common, ignoring whether they can be removed completely."""
     return site.kind, tuple(count for count in site.units if count)
 
 
 def _removable_layers(space: Space) -> list[int]:
-    """Layers whose sites may all be removed, least total error first; not the one that would be the last left.
+    """Return layers whose sites can all be removed, least total error first, leaving at least one layer.
 
-    A layer with one site has linear attention besides, which stays: it cannot be removed.
+    A layer with a single site also has linear attention, which is not pruned, so the layer cannot be removed.
     """
     errors: dict[int, float] = {}
     sites = Counter(site.layer for site in space.sites)
@@ -195,12 +196,12 @@ def _removable_layers(space: Space) -> list[int]:
 
 
 def error_plan(space: Space, budget: Budget) -> Plan | None:
-    """The plan within `budget` of least total relative output error, as the database measured it site by site."""
+    """Return the plan within `budget` of least total relative output error, as measured per site in the database."""
     return cheapest_plan(space, budget, lambda site, level: site.errors[level])
 
 
 def _by_cost(best: np.ndarray, limit: Limit, unit: int) -> Sequence[int]:
-    """Reachable cells within the limit, cheapest first. Rounded cells may hold a little less than they say."""
+    """Return reachable cells within the limit, cheapest first. Rounding can overestimate the cost of a cell."""
     first = max(0, (limit.minimum - limit.fixed) // unit)
     cells = np.arange(first, len(best))
     cells = cells[np.isfinite(best[cells])]

@@ -1,8 +1,8 @@
-"""Downhill by the model's own sensitivities, before any training: where the evolution begins.
+"""Greedy initialization of the evolution from a second-order (Fisher) expansion of the KL, without training.
 
-The database's output errors rank the levels of one site well, but say little about how much the whole model minds. The
-sensitivities around a plan say that, for all levels of all sites at once; the plan that gains most by them within the
-budget is found by dynamic programming: dozens of exchanges at once, where an evolution tries them one by one.
+The database's output errors rank the levels of one site well, but say little about their effect on the whole model.
+Sensitivities around a plan estimate that effect for all levels of all sites at once; dynamic programming finds the plan
+within the budget that gains most by them: dozens of exchanges at once, which an evolution tries one by one.
 """
 
 import math
@@ -13,22 +13,22 @@ from darwinlm.plan import Budget, Plan, SiteLevels, Space
 from darwinlm.search.allocation import cheapest_plan
 
 STEPS = ((1, 1.0), (1, 1.5), (1, 2.0), (1, 3.0), (2, 1.5), (2, 2.5))
-"""How many levels a site may move, and by what the second order is multiplied: more is more cautious, since it stands
-for all that grows faster than the first order, the interactions of sites too."""
+"""Maximum number of levels that a site moves, and the factor of the second-order term. A larger factor is more
+cautious: the term also stands for all higher orders, including the interactions of sites."""
 LONG_STEPS = ((2, 1.0), (3, 1.0), (5, 1.0), (64, 1.0))
-"""To another budget."""
+"""Steps for a change of budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """By site and level, the change in KL (nats) against the base plan's level, to first and second order."""
+    """Change in KL (nats) relative to the base plan's level, by site and level, to first and second order."""
 
     first: Sequence[Sequence[float]]
     second: Sequence[Sequence[float]]
-    """Never negative. Expected from this site alone: what changes in several sites do to one another is left out."""
+    """Second-order term, never negative, for each site alone; interactions between sites are ignored."""
 
     def costs(self) -> list[list[float]]:
-        """Both orders together."""
+        """Return the sum of both orders, by site and level."""
         return [
             [one + two for one, two in zip(*rows, strict=True)] for rows in zip(self.first, self.second, strict=True)
         ]
@@ -41,7 +41,8 @@ def downhill(
     sensitivity: Sensitivity,
     steps: Sequence[tuple[int, float]] = STEPS,
 ) -> list[Plan]:
-    """Plans within `budget` that should be best by `sensitivity` so far from `base`, one a step; none is `base`."""
+    """Return the best plans within `budget` by `sensitivity`, one for each of `steps` around `base`, without `base`
+    itself."""
     number = {site.name: index for index, site in enumerate(space.sites)}
     found = []
     for reach, caution in steps:

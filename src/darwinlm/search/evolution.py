@@ -1,8 +1,8 @@
-"""The evolutionary search as an ask/tell core: it proposes plans and selects among them, and knows no tensors.
+"""Evolutionary search as an ask/tell object: it proposes plans and selects among them, without tensors.
 
-A generation (paper, section 3): the parent's offspring are scored in steps, each with more training and more scoring
-tokens than the one before, and only the best go on; in the last step the parent joins them, so that the best plan is
-never lost.
+In a generation (paper, section 3), the parent's offspring are scored in steps, each with more training and scoring
+tokens than the one before, and only the best survive; the parent joins the last step, so that the best plan is never
+lost.
 """
 
 import random
@@ -16,12 +16,12 @@ from darwinlm.recipe import SearchRecipe
 
 _TRIES = 200
 _TOURNAMENT = 16
-"""Where costs are known, an offspring is the one of so many mutations that they say is best."""
+"""Tournament size: each offspring is the best of this many mutations by the expected costs, if these are known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Plans to be scored at a step; every plan of a request is trained and scored on the same tokens."""
+    """Plans to score at a step; all plans of a request are trained and scored on the same tokens."""
 
     generation: int
     step: int
@@ -30,25 +30,25 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How good a plan is at a step."""
+    """Score of a plan at a step."""
 
     kl: float
-    """After its trial, if the step has one; lower is better."""
+    """KL after the trial, if the step has one; lower is better."""
     untrained: float | None = None
-    """Before its trial, on the same text; None where nothing is trained."""
+    """KL before the trial, on the same text; None if nothing is trained."""
     by_block: tuple[float, ...] = ()
-    """Of each block of the text; `kl` is their mean."""
+    """KL of each block of the text; `kl` is their mean."""
 
 
 class Evolution:
-    """Search for the plan of the lowest score within a budget.
+    """Search for the plan of lowest score within a budget.
 
         search = Evolution(space, budget, recipe, starts, seed)
         while (request := search.ask()) is not None:
             search.tell([Score(score(plan, request.step)) for plan in request.plans])
 
-    `state()` between the two is plain data; `Evolution.resume` continues from it exactly. Generation 0 scores the
-    starting plans alone, with the last step's tokens. A plan is scored at most once at each step.
+    Between the two calls, `state()` is plain data from which `Evolution.resume` continues exactly. Generation 0 scores
+    only the starting plans, with the last step's tokens. A plan is scored at most once at each step.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Evolution:
         seed: int,
         costs: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """Begin a search.
+        """Start a search.
 
         Args:
-            space: what sites can become.
-            budget: that every plan meets.
-            recipe: generations, offspring, selection.
+            space: levels of every site.
+            budget: budget that every plan meets.
+            recipe: settings of generations, offspring and selection.
             starts: plans within `budget`, compared in generation 0.
-            seed: of all random choices.
-            costs: by site and level, what is expected of it; offspring are drawn by these.
+            seed: random seed.
+            costs: expected cost by site and level, used to select mutations.
         """
-        assert starts, "a search needs a plan to start from"
+        assert starts, "the search needs a starting plan"
         assert all(budget.holds(plan.levels) for plan in starts)
         self._space, self._budget, self._recipe = space, budget, recipe
         self._rng = random.Random(seed)
@@ -79,34 +79,35 @@ class Evolution:
         self._proposed: set[Plan] = set(starts)
         self._costs = costs
         self._flips = recipe.max_flips
-        """The most exchanges in a mutation: fewer after a generation without success, more after one with it."""
+        """Maximum number of exchanges per mutation: decreases after a generation without improvement, otherwise
+        increases."""
         self._stuck = False
         self.generation = 0
         self.parent = starts[0]
         self.history: list[dict[str, Any]] = []
-        """One entry a finished generation: its best score, those it was compared with, what its trials were good for,
-        and the parent after it."""
+        """One entry per finished generation: its best score, all scores of the last step, statistics of its trials, and
+        the parent after it."""
         self._trials = _no_trials(recipe)
         self._step = self._last_step
         self._pool: tuple[Plan, ...] = tuple(dict.fromkeys(starts))
 
     def stop(self) -> str | None:
-        """Why the search is over, or None."""
+        """Return the reason why the search is over, or None."""
         if self.generation > self._recipe.generations:
-            return f"{self._recipe.generations} generations are done"
+            return f"all {self._recipe.generations} generations done"
         if self._stuck:
-            return "every neighbour of the best plan has been tried"
+            return "all neighbors of the best plan have been tried"
         return None
 
     def ask(self) -> Request | None:
-        """What to score next; None when the search is over. Asking twice gives the same answer."""
+        """Return the plans to score next, or None when the search is over. Calling it twice gives the same result."""
         if self.stop() is not None:
             return None
         known = self._scores[self._step]
         return Request(self.generation, self._step, tuple(plan for plan in self._pool if plan not in known))
 
     def tell(self, scores: Sequence[Score]) -> None:
-        """Report the scores of the plans last asked for, in their order."""
+        """Report the scores of the plans of the last `ask`, in their order."""
         request = self.ask()
         assert request is not None and len(scores) == len(request.plans)
         known = self._scores[self._step]
@@ -164,9 +165,8 @@ class Evolution:
         return found
 
     def relatives(self, count: int) -> list[Plan]:
-        """`count` different plans from near the parent to far from it, drawn without `costs`; the search goes on as if
-        they had not been asked for.
-        """
+        """Return `count` different plans from near the parent to far from it, drawn without `costs`; the state of the
+        search does not change."""
         before, found = self._rng.getstate(), dict[Plan, None]()
         for number in range(_TRIES * count):
             if len(found) == count:
@@ -192,7 +192,8 @@ class Evolution:
         return Plan(levels=tuple(levels))
 
     def _exchange(self, levels: list[int]) -> bool:
-        """Prune one site a level or two further and give others of any kind what that frees, within the budget."""
+        """Prune one site by one or two more levels, and give the freed capacity to another site of any kind, within the
+        budget."""
         sites, limits = self._space.sites, self._budget.limits
         giver = self._rng.randrange(len(sites))
         last = len(sites[giver].units) - 1
@@ -220,7 +221,7 @@ class Evolution:
         return True
 
     def state(self) -> dict[str, Any]:
-        """Everything that is needed to go on, as JSON."""
+        """Return everything needed to resume, as JSON-compatible data."""
         version, internal, gauss = self._rng.getstate()
         return {
             "generation": self.generation,
@@ -242,7 +243,7 @@ class Evolution:
 
     @classmethod
     def resume(cls, space: Space, budget: Budget, recipe: SearchRecipe, state: Mapping[str, Any]) -> "Evolution":
-        """Continue from `state()`."""
+        """Resume from `state()`."""
         search = cls(space, budget, recipe, [Plan(levels=tuple(state["parent"]))], seed=0, costs=state["costs"])
         search._flips = state["flips"]
         version, internal, gauss = state["rng"]
@@ -260,14 +261,14 @@ class Evolution:
 
 
 def _no_trials(recipe: SearchRecipe) -> list[dict[str, int]]:
-    """By step, how many candidates of a generation were trained, and how many of them were better after it."""
+    """Create empty trial statistics per step: candidates trained (`tried`) and improved by training (`helped`)."""
     return [{"tried": 0, "helped": 0} for _ in recipe.survivors]
 
 
 def difference(before: Score, after: Score) -> tuple[float, float]:
-    """By how much the KL of `after` is lower, in nats, and the standard error of that over blocks of the same text.
+    """Return how much lower the KL of `after` is, in nats, and the standard error of the difference over blocks.
 
-    A plan that has diverged has no blocks, and no error is known.
+    Both scores are on the same text. A plan that has diverged has no blocks, and its error is 0.
     """
     differences = [old - new for old, new in zip(before.by_block, after.by_block, strict=False)]
     error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0

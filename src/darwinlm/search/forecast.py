@@ -1,4 +1,4 @@
-"""Does the cheap score predict the long training? How alike both rank the same plans, on the user's own model."""
+"""Rank correlation between the cheap scores and a longer training, for the user's own model."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _NORMAL_95 = 1.96
 
 @dataclass(frozen=True, slots=True)
 class RankCorrelation:
-    """Spearman's rho with its 95% interval."""
+    """Spearman's rho with its 95% confidence interval."""
 
     rho: float
     low: float
@@ -17,10 +17,10 @@ class RankCorrelation:
 
 
 def spearman(ones: Sequence[float], others: Sequence[float]) -> RankCorrelation:
-    """The rank correlation of two scores of the same things, tied ones sharing their mean rank.
+    """Compute the rank correlation of two scores of the same items; ties share their mean rank.
 
-    The interval is Fisher's, with the variance 1.06 / (n - 3) of ranks (Fieller, Hartley and Pearson, 1957); below four
-    things nothing is known, and it is -1 to 1.
+    The interval is Fisher's, with the variance 1.06 / (n - 3) of ranks (Fieller, Hartley and Pearson, 1957); with fewer
+    than four items it is -1 to 1.
     """
     ranks = [_ranks(values) for values in (ones, others)]
     centre = (len(ones) - 1) / 2
@@ -32,7 +32,7 @@ def spearman(ones: Sequence[float], others: Sequence[float]) -> RankCorrelation:
     rho = max(-1.0, min(1.0, rho))
     if len(ones) < 4:
         return RankCorrelation(rho, -1.0, 1.0)
-    # A perfect correlation has no finite transform: a little less than one stands for it.
+    # A perfect correlation has no finite transform, so it is clipped to slightly below one.
     z, spread = math.atanh(max(-1 + 1e-6, min(1 - 1e-6, rho))), _NORMAL_95 * math.sqrt(1.06 / (len(ones) - 3))
     return RankCorrelation(rho, math.tanh(z - spread), math.tanh(z + spread))
 

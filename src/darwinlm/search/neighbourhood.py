@@ -1,4 +1,4 @@
-"""Plans near another one, scored without training from the first layer on that differs."""
+"""Scores of plans near a base plan, without training, computed from the first layer that differs."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,10 +14,10 @@ from darwinlm.scoring import DenseReference, Fidelity
 
 
 class Neighbourhood:
-    """What a base plan and those near it have in common.
+    """Shared computation of a base plan and plans near it.
 
-    The base plan's hidden states before every layer are kept (tokens * hidden * layers, in `dtype`), so a plan that
-    differs from it first in layer l costs the layers from l on, and builds only those that differ.
+    The base plan's hidden states before every layer are cached ((tokens, hidden size) per layer, in `dtype`), so a plan
+    that first differs in layer l only runs the layers from l on, and only builds the layers that differ.
     """
 
     @torch.no_grad()
@@ -32,11 +32,11 @@ class Neighbourhood:
         """Run the base plan once.
 
         Args:
-            dense: the model.
-            reference: its hidden states on the score text.
-            cut: the database's cut of site number i at a level above 0.
-            base: the plan in the middle.
-            dtype: that layers compute in.
+            dense: dense model.
+            reference: dense hidden states on the score text.
+            cut: returns the database's cut of a site (by index) at a level above 0.
+            base: base plan.
+            dtype: compute dtype of the layers.
         """
         self._dense, self._reference, self._cut, self._dtype = dense, reference, cut, dtype
         self._base = base.levels
@@ -46,9 +46,9 @@ class Neighbourhood:
             self._sites_of.setdefault(site.layer, []).append(index)
         self._layers = [self._build(layer, base.levels) for layer in range(dense.config.num_hidden_layers)]
         self._before: list[list[Tensor]] = []
-        """By batch, the hidden states before each layer and after the last."""
+        """Hidden states before each layer and after the last, by batch."""
         self._given: list[Given] = []
-        """By layer, the same for every block."""
+        """Keyword arguments of each layer, the same for every block."""
         for ids_BT in reference.batches():
             states, _ = enter(dense.ends, ids_BT, dtype)
             if not self._given:
@@ -59,7 +59,7 @@ class Neighbourhood:
 
     @torch.no_grad()
     def compare(self, levels: Sequence[int], tokens: int | None = None) -> Fidelity:
-        """KL and perplexity of the plan `levels` on the first `tokens` tokens (all by default)."""
+        """Compute KL and perplexity of the plan `levels` on the first `tokens` tokens (default: all)."""
         changed = {self._dense.sites[i].layer for i, level in enumerate(levels) if level != self._base[i]}
         first = min(changed, default=len(self._layers))
         modules = [

@@ -1,5 +1,5 @@
-"""What plans take of each resource that a budget can limit: parameters, those that a token meets, FLOPs, KV cache,
-memory, measured latency."""
+"""Cost of plans in each resource that a budget can limit: parameters, active parameters, FLOPs, KV cache, memory and
+measured latency."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -20,21 +20,21 @@ from darwinlm.recipe import WorkloadRecipe
 from darwinlm.timing import time_request
 
 _TIMED_TOKENS = 16
-"""New tokens that are timed; each takes about as long as the next."""
+"""Number of new tokens that are timed; each takes about the same time."""
 _REPEATS = 5
 
 
 def resource_limits(
     dense: DenseModel, space: Space, names: Iterable[str], workload: WorkloadRecipe, latency_file: Path
 ) -> dict[str, Limit]:
-    """What plans take of the resources `names`, their maxima not filled in.
+    """Return the costs of plans in the resources `names`, with the maxima not yet set.
 
     Args:
-        dense: the model.
-        space: the levels of every site.
-        names: of `RESOURCES` in `darwinlm.target`.
-        workload: the request that FLOPs, memory and latency are counted for.
-        latency_file: holds the measured latencies, or will; needed for `latency` alone.
+        dense: dense model.
+        space: levels of every site.
+        names: names from `RESOURCES` in `darwinlm.target`.
+        workload: request for which FLOPs, memory and latency are computed.
+        latency_file: file of measured latencies, written if missing; only used for `latency`.
     """
     made = {
         "params": lambda: parameter_limit(space),
@@ -48,21 +48,21 @@ def resource_limits(
 
 
 def _active_parameters(dense: DenseModel, space: Space) -> Limit:
-    """Embeddings and head included, as the field counts them."""
+    """Count active parameters, including embeddings and head, as is customary."""
     costs = tuple(_active(dense, site, levels) for site, levels in zip(dense.sites, space.sites, strict=True))
     fixed = space.fixed_parameters
     return Limit(name="active_params", unit="active parameters", fixed=fixed, costs=costs, maximum=0)
 
 
 def _active(dense: DenseModel, site: Site, levels: SiteLevels) -> tuple[int, ...]:
-    """By level, the parameters that a token meets."""
+    """Return the parameters used per token, by level."""
     if not site.routed:
         return levels.parameters
     return tuple(active_parameters(site, dense.shapes, units) if units else 0 for units in levels.units)
 
 
 def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
-    """Of one request: two a parameter and token, and the attention over what came before."""
+    """Count the FLOPs of one request: two per parameter and token, plus attention over the previous positions."""
     tokens = workload.prompt_tokens + workload.new_tokens
     config = dense.config
 
@@ -81,7 +81,7 @@ def _flops(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
                 for parameters, units in zip(_active(dense, site, levels), levels.units, strict=True)
             )
         )
-    # Logits are needed for every new token alone.
+    # Logits are only needed for new tokens.
     head = 2 * config.vocab_size * config.hidden_size * max(1, workload.new_tokens) * workload.batch_size
     return Limit(name="flops", unit="FLOPs", fixed=head, costs=tuple(costs), maximum=0)
 
@@ -92,7 +92,7 @@ def _kv_cache(dense: DenseModel, space: Space) -> Limit:
 
 
 def _memory(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
-    """Weights, and the KV cache of a whole request."""
+    """Count the bytes of the weights and of the KV cache of a whole request."""
     size, tokens = dense.dtype.itemsize, workload.batch_size * (workload.prompt_tokens + workload.new_tokens)
     costs = tuple(
         tuple(size * (one + kv * tokens) for one, kv in zip(site.parameters, site.kv_elements, strict=True))
@@ -104,8 +104,8 @@ def _memory(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> Limit:
 def _latency(dense: DenseModel, space: Space, workload: WorkloadRecipe, file: Path) -> Limit:
     if dist.rank() == 0 and not file.exists():
         write_json(file, measure_latencies(dense, space, workload), sealed=True)
-    # The same numbers on every rank, whoever measured them. Other timings would make another budget.
-    remedy = f"delete {file.parent} and run the same command again: latencies are measured and the search runs anew"
+    # All ranks use the same measurements; different timings would give a different budget.
+    remedy = f"delete {file.parent} and run the same command again: this measures latencies and restarts the search"
     table = dist.gather(read_json(file, remedy) if dist.rank() == 0 else {})[0]
     costs = tuple(
         tuple(table[_form(site)].get(str(units), 0) for units in levels.units)
@@ -115,15 +115,12 @@ def _latency(dense: DenseModel, space: Space, workload: WorkloadRecipe, file: Pa
 
 
 def measure_latencies(dense: DenseModel, space: Space, workload: WorkloadRecipe) -> dict[str, Any]:
-    """Nanoseconds of one request by form of site and units kept, and what is left without any site.
+    """Measure the latency of one request in nanoseconds, by form of site and units kept, and without any site.
 
-    Forms are attention, MLPs and mixtures of experts. A stack of all layers with the sites of one form at one size (the
-    others removed) is timed, prompt and new tokens, against the stack with none; a single layer would stay in the cache
-    and look faster than it is. A site that no plan removes is at its smallest size in all other stacks. All stacks are
-    timed in turns and the median counts, so that a slow moment of the machine hurts no size alone.
-
-    Returns:
-        `{"fixed": ns, "attention": {"3": ns, ...}, "mlp": {"1536": ns, ...}, "experts": {...}}`
+    Forms are attention, MLPs and mixtures of experts. For each form and size, a stack of all layers with only these
+    sites is timed (prompt and new tokens) against a stack without any; a single layer would stay in the cache and
+    appear faster. A site that no plan removes is at its smallest size in all other stacks. Stacks are timed in
+    alternation and the median is used, so that a temporary slowdown of the machine does not affect a single size.
     """
     dtype = served_dtype(dense.dtype, dense.device)
     weights = {name: tensor.to(dtype) for name, tensor in dense.weights.items()}
@@ -162,16 +159,17 @@ def _form(site: Site) -> str:
 
 
 def _layers_with(dense: DenseModel, form: str) -> list[int]:
-    """The layers that had such a site before anything was pruned; in hybrid models not all have attention."""
+    """Return the layers that had such a site in the original model; in hybrid models not all layers have attention."""
     return sorted({site.layer for site in dense.sites_before or dense.sites if _form(site) == form})
 
 
 def _stack(
     dense: DenseModel, weights: Mapping[str, Tensor], sizes: Mapping[str, int], timed: str | None = None
 ) -> PrunedModel:
-    """All layers with as many units of the form `timed` as `sizes` says, and of others where no plan removes them.
+    """Build all layers with `sizes[timed]` units in sites of the form `timed`, and other sites only where none can be
+    removed.
 
-    All sites of a form are copies of the first units of the largest.
+    All sites of a form are copies of the first units of the largest site.
     """
     config = dense_again(dense.config)
     needed = sites_needed(dense.config, dense.sites)
@@ -179,7 +177,7 @@ def _stack(
     in_sites = {name for site in (*dense.sites, *dense.sites_before) for name in site.tensors}
     tensors = {name: tensor for name, tensor in weights.items() if name not in in_sites}
     for form, units in sizes.items():
-        # In a model that is pruned already, it alone may have all sizes.
+        # In an already pruned model, only the largest site may support all sizes.
         site = max((one for one in dense.sites if _form(one) == form), key=lambda one: one.num_units)
         kept = tuple(range(units))
         output = output_columns(site, weights[site.output_tensor], kept)
@@ -189,7 +187,7 @@ def _stack(
                 layers[layer]["skip"].append(site.kind)
                 continue
             layers[layer] |= layer_sizes(site, kept)
-            # Each layer with memory of its own, as in the model.
+            # Each layer gets its own memory, as in the model.
             new = f"{LAYERS}{layer}."
             tensors |= {name.replace(old, new, 1): tensor.clone() for name, tensor in left.items()}
     config.per_layer_config = layers

@@ -1,10 +1,10 @@
-"""What the whole model makes of every level of every site, from a few backward passes.
+"""Effect of every level of every site on the whole model, from a few backward passes.
 
-Around a base plan, KL(dense || plan) is modelled to second order in the change of each site's output:
-`KL(base) + sum of first[i][l] + second[i][l]` over sites i at levels l. The first order is the gradient by the site's
-output times the change; one backward pass gives it for *all* levels of *all* sites. The second is the Fisher
-information along the same change: a backward pass from tokens drawn from the model's own predictions samples it, in
-every window of tokens anew. Running each neighbour of the plan would take a forward pass each.
+Around a base plan, KL(dense || plan) is expanded to second order in the change of each site's output: `KL(base) + sum
+of first[i][l] + second[i][l]` over sites i at levels l. The first order is the gradient w.r.t. the site's output times
+the change; one backward pass gives it for *all* levels of *all* sites. The second order is the Fisher information along
+the same change, sampled by a backward pass from tokens drawn from the model's own predictions, with one sample per
+window of tokens. Running each neighbor of the plan would need a forward pass each.
 
 Dimension letters: N tokens of a block, W windows of a block, O output rows, I input columns, K columns of all levels
 together, L levels.
@@ -29,9 +29,8 @@ from darwinlm.scoring import DenseReference
 from darwinlm.search.descent import Sensitivity
 
 _WINDOW = 16
-"""Tokens whose changes are summed before they are squared. What changes at tokens further apart do to the same
-prediction together is left out (it is about a seventh of the second order), and in return each draw is one sample a
-window, not one a block."""
+"""Tokens per window, whose changes are summed before squaring. Joint effects of tokens further apart are ignored (about
+a seventh of the second order); in return each draw gives one sample per window, not one per block."""
 
 
 def measure_sensitivity(
@@ -45,17 +44,17 @@ def measure_sensitivity(
     draws: int = 1,
     after_block: Callable[[], None] = lambda: None,
 ) -> Sensitivity:
-    """Expand KL around `base`; each rank takes its share of the blocks, and the result is the same for any number.
+    """Expand KL around `base`. Blocks are distributed over ranks; the result does not depend on the number of ranks.
 
     Args:
-        dense: the model.
-        cut: the database's cut of site number i at a level above 0.
-        space: the levels of every site.
-        base: the plan in the middle.
-        blocks_BT: token ids, blocks * tokens.
-        seed: of the draws.
-        draws: random draws in each block for the second order.
-        after_block: called whenever a block is done.
+        dense: dense model.
+        cut: returns the database's cut of a site (by index) at a level above 0.
+        space: levels of every site.
+        base: base plan.
+        blocks_BT: token ids, (blocks, tokens).
+        seed: random seed of the draws.
+        draws: random draws per block for the second order.
+        after_block: called after each block.
     """
     mine = range(dist.rank(), len(blocks_BT), dist.world_size())
     reference = DenseReference(dense.reference.model, blocks_BT[mine.start :: mine.step]) if len(mine) else None
@@ -66,11 +65,12 @@ def measure_sensitivity(
     ]
     model = _widened_model(dense, sites)
     changes: dict[int, list[Tensor]] = {}
-    """By block: the first order and the second, sites * levels."""
+    """First and second order of each block, each of shape (sites, levels)."""
     for row, block in enumerate(mine):
         assert reference is not None
         ids_1N = blocks_BT[block].to(dense.device, torch.long).unsqueeze(0)
-        # Gradients by outputs alone: they need something at the bottom to flow to.
+        # Only gradients w.r.t. outputs are needed; the embeddings require gradients so that autograd reaches all
+        # layers.
         embedded = model.get_input_embeddings()(ids_1N).requires_grad_(True)
         hidden_ND = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
         gradient_ND, scores_RND = reference.gradients(
@@ -95,10 +95,10 @@ def measure_sensitivity(
 
 
 def _place_of_columns(dense: DenseModel, space: Space, tokens: int) -> torch.device:
-    """Where the columns of all levels are: on the device, or where it has no room for them, on the CPU."""
+    """Return the device for the columns of all levels: the model's device, or the CPU if there is not enough room."""
     dtype = fast_dtype(dense.device)
     widened = sum(site.columns(site.num_units) for site in dense.sites)
-    # Of experts the input projections of every level too.
+    # Experts also store the input projections of every level.
     columns = sum(
         site.columns(sum(levels.units)) * (3 if site.routed else 1)
         for site, levels in zip(dense.sites, space.sites, strict=True)
@@ -111,7 +111,7 @@ def _place_of_columns(dense: DenseModel, space: Space, tokens: int) -> torch.dev
 
 
 class _WidenedSite:
-    """A site's output projection at its base level, as wide as the dense one, and its columns at all levels."""
+    """Output projection of a site at its base level, widened to the dense width, and its columns at all levels."""
 
     def __init__(
         self,
@@ -124,10 +124,10 @@ class _WidenedSite:
     ) -> None:
         self.site, self.base = dense.sites[index], base.levels[index]
         self.last = sum(units > 0 for units in space.sites[index].units)
-        """The level that removes the site, if there is one."""
+        """Level that removes the site, if there is one."""
         self.dtype, self.device = fast_dtype(dense.device), dense.device
         self.offload = dense.offload
-        """Then what it reads is computed again for each backward pass."""
+        """Whether layers are streamed; then the inputs are recomputed for each backward pass."""
         dense_OI = dense.weights[f"{self.site.output}.weight"].to(self.dtype)
         columns, weights = [torch.arange(dense_OI.shape[1], device=dense_OI.device)], [dense_OI]
         for level in range(1, self.last):
@@ -145,22 +145,22 @@ class _WidenedSite:
         self._norm: nn.Module | None = None
         most = max(len(site.units) for site in space.sites)
         self.changes_WL = torch.zeros(0, most, device=dense.device)
-        """What the last backward pass found: by window of tokens and level, gradient times change of the output."""
+        """Gradient times change of the output in the last backward pass, (windows, levels)."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What stands in the model for the dense output projection."""
+        """Return the tensors that replace the dense output projection in the model."""
         found = {f"{self.site.output}.weight": self.weight_OI}
         if self.bias_O is not None:
             found[f"{self.site.output}.bias"] = self.bias_O if self.base < self.last else torch.zeros_like(self.bias_O)
         return found
 
     def watch(self, module: nn.Module, norm: nn.Module | None) -> None:
-        """Have every backward pass through `module`, the output projection, leave its `changes_WL` here.
+        """Register hooks so that every backward pass through `module`, the output projection, sets `changes_WL`.
 
-        Where a `norm` follows, what counts is behind it: it does not see how large its input is, and so removing that
-        would look free.
+        If a `norm` follows, the change is measured after it: the norm removes the scale of its input, so that removing
+        the site would seem free otherwise.
         """
-        # A copy: the model's own may be elsewhere by then, and would hold this, which holds it.
+        # A copy: the model's own norm may be elsewhere by then, and would create a reference cycle through its hook.
         self._norm = None if norm is None else copy.deepcopy(norm).to(self.device)
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -168,7 +168,7 @@ class _WidenedSite:
                 self._inputs_NI = inputs[0].detach()[0]
 
         def after(_: nn.Module, __: object, outputs: Tensor) -> None:
-            if outputs.requires_grad:  # in the backward pass, where layers are streamed
+            if outputs.requires_grad:  # During the backward pass, if layers are streamed.
                 outputs.register_hook(self._project if norm is None else self._project_normed)
 
         module.register_forward_pre_hook(before)
@@ -195,7 +195,8 @@ class _WidenedSite:
 
     @torch.no_grad()
     def _project_normed(self, gradient_1NO: Tensor) -> None:
-        """The same with the norm's output at each level in full: to first order it does not change with its input."""
+        """Compute the changes from the norm's full output at each level: to first order, the norm is invariant to its
+        input's scale."""
         assert self._inputs_NI is not None and self._norm is not None
         gradient_NO = gradient_1NO[0]
         length, most = len(gradient_NO), self.changes_WL.shape[1]
@@ -211,7 +212,8 @@ class _WidenedSite:
 
 
 class _ExpertSite:
-    """A layer's experts at the base level, and at all levels: where a token goes differs, and so all of its output."""
+    """Experts of a layer at the base level and at all levels. Routing differs by level, so the whole output is
+    computed."""
 
     def __init__(
         self,
@@ -236,7 +238,7 @@ class _ExpertSite:
         self.changes_WL = torch.zeros(0, most, device=dense.device)
 
     def watch(self, block: nn.Module) -> None:
-        """Have every backward pass through `block`, router and experts, leave its `changes_WL` here."""
+        """Register hooks so that every backward pass through `block` (router and experts) sets `changes_WL`."""
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             self._inputs_ND = inputs[0].detach()[0]
@@ -260,7 +262,7 @@ class _ExpertSite:
 
 
 def _by_window(changes_NL: Tensor, base: int) -> Tensor:
-    """Changes from the level `base` on, summed over the tokens of each window."""
+    """Return changes relative to the level `base`, summed over the tokens of each window."""
     changes_NL = changes_NL - changes_NL[:, base].clone()[:, None]
     return changes_NL.view(-1, _WINDOW, changes_NL.shape[1]).sum(1)
 

@@ -1,4 +1,4 @@
-"""The search stage: cut each proposed plan out of the model, train it a little, score it, keep the state on disk."""
+"""The search stage: cut each proposed plan out of the model, train it briefly, score it, and save the state."""
 
 import json
 import math
@@ -31,10 +31,10 @@ from darwinlm.search.trials import DIVERGED, TrialScorer
 
 
 def starting_plans(space: Space, budget: Budget, *, uniform: bool = False) -> list[Plan]:
-    """The plans a search begins with: uniform sizes, and least total output error; or all whose layers are alike.
+    """Return the plans that a search starts with: the uniform and the least-error plan, or all plans of uniform layers.
 
     Raises:
-        UserError: if none fits.
+        UserError: if no plan fits the budget.
     """
     if uniform:
         plans = even_plans(space, budget)
@@ -43,7 +43,7 @@ def starting_plans(space: Space, budget: Budget, *, uniform: bool = False) -> li
     if not plans:
         asked = " and ".join(f"{one.minimum:,} to {one.maximum:,} {one.unit}" for one in budget.limits)
         raise UserError(
-            f"no plan takes {asked} with this database's levels; change target a little or raise database.levels"
+            f"no plan has {asked} with this database's levels; change target slightly or raise database.levels"
         )
     return plans
 
@@ -58,22 +58,22 @@ def descend(
     seed: int,
     file: Path,
 ) -> tuple[Plan, Sensitivity]:
-    """Go downhill from the best of `starts` for as long as that helps, at most `recipe.descent_rounds` times.
+    """Descend from the best of `starts` while it helps, for at most `recipe.descent_rounds` rounds.
 
-    Each round measures sensitivities on trial text of its own, and the plans that they propose are judged on the score
-    text. Ends after two rounds in a row without success. Goes on from the rounds in `file`.
+    Each round measures sensitivities on its own part of the trial text, and compares the proposed plans on the score
+    text. Stops after two consecutive rounds without improvement. Resumes from the rounds in `file`.
 
     Returns:
-        The best plan, and the sensitivities last measured.
+        The best plan, and the last measured sensitivities.
     """
     space = database.space(dense.sites)
     text_BT = corpus.blocks["trial"]
     window = min(len(corpus.tokens("trial", recipe.sensitivity_tokens)), len(text_BT))
-    judge = _Judge(dense, database, corpus.blocks["score"])
-    rounds: list[dict[str, Any]] = read_json(file, _anew(file.parent))["rounds"] if file.exists() else []
+    comparison = _PlanComparison(dense, database, corpus.blocks["score"])
+    rounds: list[dict[str, Any]] = read_json(file, _restart_hint(file.parent))["rounds"] if file.exists() else []
     start = starts[0]
     if len(starts) > 1 and not rounds:
-        start = starts[judge.best(starts)[0]]
+        start = starts[comparison.best(starts)[0]]
 
     with task("descent (blocks)", window * recipe.descent_rounds) as progress:
         progress.advance(window * len(rounds))
@@ -89,7 +89,7 @@ def descend(
                 after_block=progress.advance,
             )
             plans = [base, *downhill(space, budget, base, sensitivity)]
-            best, scores = judge.best(plans)
+            best, scores = comparison.best(plans)
             rounds.append(
                 {
                     "scores": scores,
@@ -103,36 +103,36 @@ def descend(
             )
             if dist.rank() == 0:
                 write_json(file, {"rounds": rounds}, sealed=True)
-            log.info("descent: KL %.4f without training%s", scores[best], "" if best else ", no step helped")
+            log.info("descent: KL %.4f without training%s", scores[best], "" if best else ", no improvement")
     last = rounds[-1]
     return Plan(levels=tuple(last["levels"])), Sensitivity(last["first"], last["second"])
 
 
-class _Judge:
-    """Compares plans without training, as a race: one that cannot win any more is given up before all text is read."""
+class _PlanComparison:
+    """Comparison of plans without training, with paired early stopping: clearly worse plans are dropped."""
 
     def __init__(self, dense: DenseModel, database: Database, blocks_BT: Tensor) -> None:
         self._dense, self._database = dense, database
         quarter = -(-len(blocks_BT) // 4)
-        heats = [blocks_BT[:quarter], blocks_BT[quarter : 2 * quarter], blocks_BT[2 * quarter :]]
-        self._heats = [DenseReference(dense.reference.model, heat_BT) for heat_BT in heats if len(heat_BT)]
+        parts = [blocks_BT[:quarter], blocks_BT[quarter : 2 * quarter], blocks_BT[2 * quarter :]]
+        self._references = [DenseReference(dense.reference.model, part_BT) for part_BT in parts if len(part_BT)]
 
     def best(self, plans: Sequence[Plan]) -> tuple[int, list[float]]:
-        """The number of the plan of least KL(dense || plan), and the KL of each, as in `ranked`."""
+        """Return the index of the plan with the lowest KL(dense || plan), and the KL of each plan, as in `ranked`."""
         order, scores = self.ranked(plans)
         return order[0], scores
 
     def ranked(self, plans: Sequence[Plan]) -> tuple[list[int], list[float]]:
-        """The numbers of the plans, best first and given up last, and the KL of each.
+        """Return the indices of the plans, best first and early stopped last, and the KL of each plan.
 
-        One that was given up has the winner's KL and what it was above it where both were judged: other text would
-        make it look better or worse than it is.
+        The KL of an early-stopped plan is the winner's KL plus their difference on the common blocks, because scores on
+        different text are not comparable.
         """
         running = list(range(len(plans)))
         kls: list[list[float]] = [[] for _ in plans]
-        for heat in self._heats:
+        for reference in self._references:
             for number, found in zip(
-                running, _in_turns([plans[n] for n in running], partial(self._kls, heat)), strict=True
+                running, _score_all([plans[n] for n in running], partial(self._kls, reference)), strict=True
             ):
                 kls[number] += found
             leader = min(running, key=lambda number: sum(kls[number]))
@@ -166,8 +166,8 @@ _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 
 
-def _in_turns(items: Sequence[_Item], score: Callable[[_Item], _Found]) -> list[_Found]:
-    """`score` of all `items`: each rank takes every so-manyth of them, and all get to know all."""
+def _score_all(items: Sequence[_Item], score: Callable[[_Item], _Found]) -> list[_Found]:
+    """Compute `score` of all `items`, strided over ranks and then all-gathered."""
     mine = {number: score(items[number]) for number in range(dist.rank(), len(items), dist.world_size())}
     everything: dict[int, _Found] = {}
     for part in dist.gather(mine):
@@ -189,36 +189,38 @@ def search_plan(
     folder: Path,
     larger: Path | None = None,
 ) -> Plan:
-    """Search until the recipe's generations are done, or go on from the state in `folder`.
+    """Search until the recipe's generations are done, resuming from the state in `folder`.
 
     `larger` is the folder of a finished search for another budget, whose last sensitivities propose plans for this one.
 
     Writes `descent.json` after every round of the descent, `trials.json` before the first trial, `state.json` after
-    every step of the evolution, `history.jsonl` (one line a generation) and, at the end, `best_plan.json`.
+    every step of the evolution, `history.jsonl` (one line per generation) and, at the end, `best_plan.json`.
     """
     space, uniform = database.space(dense.sites), recipe.uniform is True
     if uniform:
-        # Layers that are alike change together: plans of the whole budget, to a parameter, are not to be had.
+        # Uniform layers change together, so no plan uses the whole budget to the parameter.
         budget = Budget(limits=tuple(replace(limit, minimum=0) for limit in budget.limits))
         recipe = recipe.model_copy(update={"descent_rounds": 0, "generations": 0, "forecast_candidates": 0})
     state_file = folder / "state.json"
     if state_file.exists():
         try:
-            search = Evolution.resume(space, budget, recipe, read_json(state_file, _anew(folder)))
+            search = Evolution.resume(space, budget, recipe, read_json(state_file, _restart_hint(folder)))
         except (LookupError, TypeError, ValueError):
-            raise UserError(f"{state_file} is of another version of darwinlm; {_anew(folder)}") from None
-        log.info("search: going on at generation %d", search.generation)
+            raise UserError(
+                f"{state_file} was written by another version of darwinlm; {_restart_hint(folder)}"
+            ) from None
+        log.info("search: resuming at generation %d", search.generation)
     else:
         starts = starting_plans(space, budget, uniform=uniform)
         if uniform and len(starts) > recipe.offspring:
-            order, scores = _Judge(dense, database, corpus.blocks["score"]).ranked(starts)
-            log.info("search: %d plans of equal layers, best KL %.4f without training", len(starts), scores[order[0]])
+            order, scores = _PlanComparison(dense, database, corpus.blocks["score"]).ranked(starts)
+            log.info("search: %d plans of uniform layers, best KL %.4f without training", len(starts), scores[order[0]])
             starts = [starts[number] for number in order[: recipe.offspring]]
         costs = None
         if recipe.descent_rounds > 0:
             file = folder / "descent.json"
             begin = [*sparing_plans(space, budget), *_from_other_budget(space, budget, larger)]
-            # Where every plan within the budget spares nothing, what is left is the start of least error.
+            # If no plan within the budget keeps sites dense, only the least-error plan remains.
             begin = list(dict.fromkeys([starts[-1], *begin]))
             plan, sensitivity = descend(dense, database, corpus, budget, recipe, begin, seed, file)
             starts.insert(0, plan)
@@ -229,14 +231,14 @@ def search_plan(
         progress.advance(search.generation, note=_best(search))
         while (request := search.ask()) is not None:
             scorer = scorer or _scorer(dense, database, corpus, recipe, search.parent, folder / "trials.json")
-            search.tell(_in_turns(request.plans, partial(scorer.score, step=request.step, parent=search.parent)))
+            search.tell(_score_all(request.plans, partial(scorer.score, step=request.step, parent=search.parent)))
             if dist.rank() == 0:
                 write_json(state_file, search.state(), sealed=True)
             if search.generation > request.generation:
                 progress.advance(note=_best(search))
     log.info("search: %s", search.stop())
     if scorer is not None:
-        _tell_trials(search, recipe)
+        _report_trials(search, recipe)
     if recipe.forecast_candidates > 0 and not (folder / "forecast.json").exists():
         scorer = scorer or _scorer(dense, database, corpus, recipe, search.parent, folder / "trials.json")
         _forecast(search, scorer, corpus, recipe, folder / "forecast.json")
@@ -251,19 +253,19 @@ def search_plan(
 def _scorer(
     dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe, plan: Plan, file: Path
 ) -> TrialScorer:
-    """A scorer whose learning rates are those in `file`, or are searched for on `plan` and written there."""
+    """Create a scorer with the learning rates in `file`, or tune them on `plan` and write the file."""
     scorer = TrialScorer(dense, database, corpus, recipe)
     if file.exists():
-        scorer.take_rates(read_json(file, _anew(file.parent))["rates"])
+        scorer.take_rates(read_json(file, _restart_hint(file.parent))["rates"])
     elif recipe.learning_rate == "auto":
         found = scorer.find_rates(plan)
         for one in found:
             tokens, rate, kls = one["tokens"], one["rate"], dict(one["tried"])
             if rate == 0:
-                log.info("search: trials of %d tokens help at no learning rate: nothing is trained", tokens)
+                log.info("search: no learning rate helps in trials of %d tokens: candidates are not trained", tokens)
             else:
                 log.info(
-                    "search: trials of %d tokens: rate %.2g of each weight's size, KL %.4f to %.4f on other text",
+                    "search: trials of %d tokens: relative rate %.2g, KL %.4f to %.4f on text not trained on",
                     *(tokens, rate, kls[0.0], kls[rate]),
                 )
         if dist.rank() == 0:
@@ -271,31 +273,31 @@ def _scorer(
     return scorer
 
 
-def _tell_trials(search: Evolution, recipe: SearchRecipe) -> None:
-    """Say of each step how many candidates its trial made better, and what to change where it is fewer than half."""
+def _report_trials(search: Evolution, recipe: SearchRecipe) -> None:
+    """Log for each step how many candidates its trial improved, and what to change if it was fewer than half."""
     for number, step in enumerate(trials_of(search.history), 1):
         tokens, tried, helped = recipe.trial_tokens[number - 1], step["tried"], step["helped"]
         if tried == 0:
             continue
-        log.info("search: step %d: trials of %d tokens made %d of %d candidates better", number, tokens, helped, tried)
+        log.info("search: step %d: trials of %d tokens improved %d of %d candidates", number, tokens, helped, tried)
         if helped < tried / 2:
             log.warning(
-                "search: trials of step %d made only %d of %d candidates better; %s (in a new run)",
+                "search: trials of step %d improved only %d of %d candidates; %s (in a new run)",
                 *(number, helped, tried),
-                "raise search.trial_tokens, or set it to 0 there: no training"
+                "raise search.trial_tokens, or set it to 0 for this step to skip training"
                 if recipe.learning_rate == "auto"
                 else "set search.learning_rate=auto, or lower it",
             )
 
 
 def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: SearchRecipe, file: Path) -> None:
-    """Say how alike each step's score and a much longer training rank plans around the one found."""
+    """Log how well each step's score predicts the ranking of nearby plans after a much longer training."""
     plans = search.relatives(recipe.forecast_candidates)
     long = corpus.blocks["trial"].numel()
     with task("forecast (plans)", (len(recipe.survivors) + 1) * len(plans)) as progress:
 
         def scores(score: Callable[[Plan], Score]) -> list[float]:
-            found = _in_turns(plans, score)
+            found = _score_all(plans, score)
             progress.advance(len(plans))
             return [one.kl for one in found]
 
@@ -308,8 +310,8 @@ def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: Se
         alike = spearman(early, last)
         found.append({"step": step, "scores": early, "rho": alike.rho, "low": alike.low, "high": alike.high})
         log.info(
-            "forecast: step %d (%d trial, %d score tokens) ranks %d plans as %d training tokens do with a Spearman "
-            "correlation of %.2f (%.2f to %.2f)",
+            "forecast: step %d (%d trial, %d score tokens) ranks %d plans like %d training tokens with a "
+            "Spearman correlation of %.2f (%.2f to %.2f)",
             *(step + 1, recipe.trial_tokens[step], recipe.score_tokens[step], len(plans), long),
             *(alike.rho, alike.low, alike.high),
         )
@@ -320,13 +322,13 @@ def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: Se
 def _from_other_budget(space: Space, budget: Budget, folder: Path | None) -> list[Plan]:
     if folder is None:
         return []
-    last = read_json(folder / "descent.json", _anew(folder))["rounds"][-1]
+    last = read_json(folder / "descent.json", _restart_hint(folder))["rounds"][-1]
     sensitivity = Sensitivity(last["first"], last["second"])
     return downhill(space, budget, Plan(levels=tuple(last["base"])), sensitivity, LONG_STEPS)
 
 
-def _anew(folder: Path) -> str:
-    return f"delete {folder} and run the same command again: the search runs anew"
+def _restart_hint(folder: Path) -> str:
+    return f"delete {folder} and run the same command again to restart the search"
 
 
 def _best(search: Evolution) -> str:

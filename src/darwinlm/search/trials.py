@@ -1,9 +1,9 @@
-"""Trials: cut a plan out of the model, train it a little, score it; and how fast to train, found before the first.
+"""Trials: cut a plan out of the model, train it briefly and score it; and the tuning of their learning rate.
 
-How far a step of AdamW may go differs between models by more than a factor of ten, so the learning rate `auto` is
-searched for, on the plan that the evolution begins with and on trial text that no trial trains on: in factors of two,
-relative to the size of each weight, until a lower and a higher rate are both worse. Where none is better than no
-training, nothing is trained.
+The largest useful AdamW step differs between models by more than a factor of ten. Therefore the learning rate `auto` is
+tuned on the first plan of the evolution, on trial text that no trial trains on: in factors of two, relative to the size
+of each weight, until a lower and a higher rate are both worse. If no rate is better than no training, candidates are
+not trained.
 """
 
 import math
@@ -29,14 +29,14 @@ from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.training import train_briefly
 
 DIVERGED = 1e9
-"""The score of a candidate whose trial diverged: it is dropped, the search goes on."""
+"""Score of a candidate whose trial diverged; it is dropped and the search continues."""
 FIRST_RATE = 2.0**-11
-"""Where the search for a relative learning rate begins."""
+"""First relative learning rate of the tuning."""
 _MOST_RATES = 8
 
 
 class TrialScorer:
-    """Scores plans: cut, train on the step's trial tokens, KL(dense || candidate) on the step's score tokens."""
+    """Scorer of plans: cut, train on the step's trial tokens, KL(dense || candidate) on the step's score tokens."""
 
     def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
         self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
@@ -44,12 +44,12 @@ class TrialScorer:
         self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
         self._portion = Portion(recipe.batch_size, "search")
-        self._taught_BTD: Tensor | None = None
+        self._target_rows_BTD: Tensor | None = None
         self._rates: dict[int, float] = {}
         self._optimizer = recipe.optimizer
 
     def score(self, plan: Plan, step: int, parent: Plan) -> Score:
-        """The plan before and after the trial of `step`; what it has in common with `parent` is not computed again."""
+        """Score the plan before and after the trial of `step`, reusing what it shares with `parent`."""
         trial_tokens, score_tokens = self._recipe.trial_tokens[step], self._recipe.score_tokens[step]
         if self._near is None or self._near[0] != parent:
             dtype = fast_dtype(self._dense.device)
@@ -60,28 +60,28 @@ class TrialScorer:
         return replace(self.score_after(plan, trial_tokens, score_tokens), untrained=untrained.kl)
 
     def score_after(self, plan: Plan, trial_tokens: int, score_tokens: int) -> Score:
-        """The plan after a trial of `trial_tokens`, on `score_tokens`."""
+        """Score the plan on `score_tokens` tokens after a trial of `trial_tokens` tokens."""
         return self._score_after(plan, trial_tokens, self._rate(trial_tokens), self._reference, score_tokens)
 
     def find_rates(self, plan: Plan) -> list[dict[str, Any]]:
-        """Search for the rate of each step's trial where it is `auto`; all ranks get to know what rank 0 has found.
+        """Tune the rate of each step's trial if it is `auto`; rank 0's result is sent to all ranks.
 
         Returns:
             For each number of trial tokens: `tokens`, `rate` (relative; 0 if no rate is better than no training), and
-            what was `tried`: rates and the KL after them, in nats, on trial text that is not trained on.
+            `tried`: rates and the KL after them, in nats, on trial text that is not trained on.
         """
         recipe, text_BT = self._recipe, self._corpus.blocks["trial"]
         wanted = sorted({count for count in recipe.trial_tokens if count > 0})
         found: list[dict[str, Any]] = []
         if recipe.learning_rate == "auto" and wanted and dist.rank() == 0:
             others = len(text_BT) - len(self._corpus.tokens("trial", wanted[-1]))
-            judged = min(len(self._corpus.tokens("score", max(recipe.score_tokens))), others)
-            judge = DenseReference(self._dense.reference.model, text_BT[len(text_BT) - judged :])
-            untrained, start = self._score_after(plan, 0, None, judge), FIRST_RATE
+            count = min(len(self._corpus.tokens("score", max(recipe.score_tokens))), others)
+            reference = DenseReference(self._dense.reference.model, text_BT[len(text_BT) - count :])
+            untrained, start = self._score_after(plan, 0, None, reference), FIRST_RATE
             for tokens in wanted:
 
                 def score(rate: float, tokens: int = tokens) -> Score:
-                    return self._score_after(plan, tokens, LearningRate(rate, relative=True), judge)
+                    return self._score_after(plan, tokens, LearningRate(rate, relative=True), reference)
 
                 rate, tried = best_rate(score, untrained, start)
                 kls = [(each, one.kl) for each, one in sorted(tried.items())]
@@ -92,28 +92,35 @@ class TrialScorer:
         return found
 
     def take_rates(self, found: Sequence[Mapping[str, Any]]) -> None:
-        """Go on with what `find_rates` has found before."""
+        """Use the rates found earlier by `find_rates`."""
         self._rates = {one["tokens"]: one["rate"] for one in found}
 
     def _rate(self, tokens: int) -> LearningRate | None:
-        """Of a trial of `tokens`; None if nothing is to be trained."""
+        """Return the learning rate of a trial of `tokens` tokens; None to skip training."""
         if tokens == 0:
             return None
         if self._recipe.learning_rate != "auto":
             return LearningRate(self._recipe.learning_rate)
         rate = self._rates.get(tokens)
         if rate is None:
-            # More than any step trains on, as for a forecast.
+            # More tokens than in any step, as for a forecast.
             longest_first = (self._rates[count] for count in sorted(self._rates, reverse=True))
             rate = next((one for one in longest_first if one > 0), FIRST_RATE)
         return LearningRate(rate, relative=True) if rate > 0 else None
 
     def _score_after(
-        self, plan: Plan, trial_tokens: int, rate: LearningRate | None, judge: DenseReference, tokens: int | None = None
+        self,
+        plan: Plan,
+        trial_tokens: int,
+        rate: LearningRate | None,
+        reference: DenseReference,
+        tokens: int | None = None,
     ) -> Score:
         recipe, dense = self._recipe, self._dense
         blocks_BT = self._corpus.tokens("trial", trial_tokens)
-        target_rows_BTD = self._aims(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
+        target_rows_BTD = (
+            self._target_rows(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
+        )
         trained = self._space.parameters(plan.levels) - self._space.fixed_parameters
         needed = TRIAL_BYTES[self._optimizer] * trained
         if needed > free_memory(dense.device):
@@ -121,7 +128,7 @@ class TrialScorer:
         cuts = self._database.cuts(dense.sites, plan.levels, dense.layers_device)
         if needed > free_memory(dense.device):
             self._database.free()
-            self._near = None  # it holds layers of the dense model
+            self._near = None  # It refers to layers of the dense model.
             dense.park()
         dtype = fast_dtype(dense.device)
         own = torch.float32 if self._optimizer == "adamw" and rate is not None else dtype
@@ -139,23 +146,23 @@ class TrialScorer:
             balance=dense.reference.balance,
         ):
             return Score(DIVERGED)
-        return _score(judge.compare(model, tokens, head=dense.head))
+        return _score(reference.compare(model, tokens, head=dense.head))
 
-    def _aims(self, blocks_BT: Tensor) -> Tensor:
-        """What the dense model teaches on these blocks, the first of the trial split; in the CPU's memory."""
-        if self._taught_BTD is None or len(self._taught_BTD) < len(blocks_BT):
-            self._taught_BTD = DenseReference(self._dense.reference.model, blocks_BT).mean_head_rows().cpu()
-        return self._taught_BTD[: len(blocks_BT)]
+    def _target_rows(self, blocks_BT: Tensor) -> Tensor:
+        """Return the dense model's mean head rows for these first blocks of the trial split, in CPU memory."""
+        if self._target_rows_BTD is None or len(self._target_rows_BTD) < len(blocks_BT):
+            self._target_rows_BTD = DenseReference(self._dense.reference.model, blocks_BT).mean_head_rows().cpu()
+        return self._target_rows_BTD[: len(blocks_BT)]
 
     def _cut(self, index: int, level: int) -> Cut:
         return self._database.cut(self._dense.sites[index], level, self._dense.layers_device)
 
 
 def best_rate(score: Callable[[float], Score], untrained: Score, start: float) -> tuple[float, dict[float, Score]]:
-    """The rate of least KL among powers of two times `start`, with what was tried; 0, no training, is among it.
+    """Return the rate of lowest KL among `start` times powers of two, and all scores tried; 0 means no training.
 
-    Ends when the rates next to the best are both worse, or after `_MOST_RATES`. A rate that is better than no training
-    by less than the standard error of the difference counts as none.
+    Stops when both neighbors of the best rate are worse, or after `_MOST_RATES`. Returns 0 if the gain over no training
+    is below the standard error of the difference.
     """
     tried = {0.0: untrained}
     rate = start
