@@ -22,7 +22,7 @@ from darwinlm.recovery.checkpoints import checkpoints, read_weights, remove_chec
 from darwinlm.recovery.refit import refit_if_it_helps
 from darwinlm.recovery.sharding import is_sharded
 from darwinlm.recovery.stage import recover, steps_for
-from darwinlm.recovery.teacher import Taught, load_teacher, write_predictions
+from darwinlm.recovery.teacher import CachedTeacher, load_teacher, write_predictions
 from darwinlm.run_directory import RunDirectory, Step, run_steps
 
 SAMPLES = "samples"
@@ -55,7 +55,7 @@ def recover_plan(
     if wanted.text == "stream":
         stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
         begin = read_json(stopped[0]) if stopped else None
-        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.judged, begin)
+        text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.reserved, begin)
     validation_BT = corpus.marked["score"]
     model, done = recover(
         model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device,
@@ -92,8 +92,8 @@ def _starting_model(
                 log.warning("%s: refitting again", fault)
             model = dense.cut(database.cuts(dense.sites, plan.levels, dense.layers_device), trainable=True)
             if refit_tokens > 0:
-                fitted_BT, judged_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
-                refit_if_it_helps(model, dense.reference.model, fitted_BT, judged_BT)
+                fitted_BT, evaluation_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
+                refit_if_it_helps(model, dense.reference.model, fitted_BT, evaluation_BT)
             save_weights(refitted, stored_weights(model, torch.float32))
     tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
     cuts = database.cuts(dense.sites, plan.levels, torch.device("cpu"))
@@ -102,7 +102,7 @@ def _starting_model(
 
 def _teacher(
     dense: DenseModel, recipe: RecoveryRecipe, corpus: Corpus, place: torch.device, folder: Path
-) -> PrunedModel | Taught:
+) -> PrunedModel | CachedTeacher:
     """Load the dense model as the teacher, or cache its predictions."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype, int8 = known.get(recipe.teacher_dtype, fast_dtype(dense.device)), recipe.teacher_dtype == "int8"
@@ -125,7 +125,7 @@ def _teacher(
         )
         for split in ("trial", "score")
     )
-    return Taught(text, validation)
+    return CachedTeacher(text, validation)
 
 
 def forget_recovery(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Recovery: the long training of the plan that was found."""
+"""Recovery: the long training of the plan found."""

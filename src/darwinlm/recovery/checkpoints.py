@@ -1,9 +1,9 @@
-"""Checkpoints of a recovery: safetensors and JSON, whole or not at all, and the same whatever the number of ranks.
+"""Checkpoints of a recovery: safetensors and JSON, written atomically, independent of the number of ranks.
 
-Two are kept, each with the checksums of its files: where the newer one is damaged, the older one is taken.
+Two are kept, each with the checksums of its files: if the newer one is damaged, the older one is used.
 
-A sharded tensor is gathered before it is written and cut up again when it is read, so that a recovery that began on
-eight devices can go on on one.
+A sharded tensor is gathered before it is written and sharded again when it is read, so that a recovery started on eight
+devices can resume on one.
 """
 
 import json
@@ -28,13 +28,13 @@ WEIGHTS = "weights.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All that are whole, the oldest first."""
+    """Return all complete checkpoints, oldest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=step_of)
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The last checkpoint whose files are as they were written; later ones are named and removed. All ranks call it.
+    """Return the last undamaged checkpoint; later ones are logged and removed. All ranks must call it.
 
     Raises:
         UserError: if a file cannot be read.
@@ -43,18 +43,18 @@ def newest_intact(folder: Path) -> Path | None:
         found = checkpoints(folder)
         while found and (fault := find_fault(found[-1])) is not None:
             shutil.rmtree(found.pop())
-            log.warning("%s: %s", fault, f"going on from {found[-1].name}" if found else "the training begins anew")
+            log.warning("%s: %s", fault, f"resuming from {found[-1].name}" if found else "restarting the training")
     dist.barrier()
     return next(reversed(checkpoints(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many optimiser steps were done."""
+    """Return the number of finished optimizer steps."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """To be called when what they were for is safe elsewhere."""
+    """Remove all checkpoints, once the result is saved elsewhere."""
     for checkpoint in [*checkpoints(folder), folder / _BEST]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -68,16 +68,16 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     text: dict[str, Any] | None,
 ) -> None:
-    """Write what training needs to go on after `step`, and keep the one before; all ranks call it, rank 0 writes.
+    """Write what is needed to resume after `step`, keeping the previous checkpoint. All ranks call it, rank 0 writes.
 
     Args:
-        folder: of the recovery.
-        step: optimiser steps done.
+        folder: folder of the recovery.
+        step: finished optimizer steps.
         model: its trained parameters are written, by name.
-        optimizer: of these.
-        scheduler: its state, as JSON.
-        trainer_state: the Trainer's, as JSON.
-        text: where a stream of text goes on, as JSON.
+        optimizer: optimizer of these parameters.
+        scheduler: state of the scheduler, JSON-compatible.
+        trainer_state: state of the Trainer, JSON-compatible.
+        text: position in the text stream, JSON-compatible.
     """
     weights = dict(gathered(trained(model)))
     saved = optimizer.state_dict()
@@ -86,7 +86,7 @@ def save_checkpoint(
     )
     if dist.rank() > 0:
         return
-    # Before, so that there is never room needed for a third.
+    # Removed first, so that disk space for a third is never needed.
     for older in checkpoints(folder)[:-1]:
         shutil.rmtree(older)
     with new_folder(folder / f"{_PREFIX}{step}") as draft:
@@ -100,7 +100,7 @@ def save_checkpoint(
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put what `save_checkpoint` or `save_best` wrote into the trained parameters of `model`."""
+    """Load weights from `save_checkpoint` or `save_best` into the trained parameters of `model`."""
     weights = read_weights(folder)
     with torch.no_grad():
         for name, parameter in trained(model).items():
@@ -108,12 +108,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """What `save_checkpoint`, `save_best` or `save_weights` wrote, on the CPU."""
+    """Read weights from `save_checkpoint`, `save_best` or `save_weights`, on the CPU."""
     return read_tensors(folder / WEIGHTS)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put what `save_checkpoint` wrote into `optimizer`; returns the scheduler's state."""
+    """Load the state from `save_checkpoint` into `optimizer`; returns the scheduler's state."""
     saved = read_json(checkpoint / "optimizer.json")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
@@ -127,44 +127,44 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def save_best(folder: Path, model: nn.Module) -> None:
-    """Keep the trained parameters of `model` as the best so far; all ranks call it, rank 0 writes."""
+    """Save the trained parameters of `model` as the best so far. All ranks call it, rank 0 writes."""
     weights = dict(gathered(trained(model)))
     if dist.rank() == 0:
         save_weights(folder / _BEST, weights)
 
 
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `weights` into a folder of their own, with their checksum."""
+    """Write `weights` into a separate folder, with their checksum."""
     with new_folder(folder) as draft:
         save_file(weights, draft / WEIGHTS)
         write_checksums(draft)
 
 
 def load_best(folder: Path, model: nn.Module) -> None:
-    """Go back to what `save_best` kept last.
+    """Restore the weights last saved by `save_best`.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if they are damaged.
     """
     fault = find_fault(folder / _BEST)
     if fault is not None:
-        raise UserError(f"{fault}; delete {folder} and run the same command again: the training begins anew")
+        raise UserError(f"{fault}; delete {folder} and run the same command again to restart the training")
     load_weights(folder / _BEST, model)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `model` that are trained, by name."""
+    """Return the trained parameters of `model`, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded, on its device; a collective."""
-    # The clone waits for the collective: what full_tensor gives can still be a promise, without storage of its own.
+    """Return the full tensor of a possibly sharded one, on its device; a collective operation."""
+    # The clone waits for the collective: the result of full_tensor may not have its own storage yet.
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """On rank 0 all `tensors` in CPU memory; elsewhere none, but every rank takes part."""
+    """Yield all `tensors` in CPU memory on rank 0, and none on other ranks; all ranks must take part."""
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if dist.rank() == 0:

@@ -1,4 +1,4 @@
-"""From the first losses of a training, what its loss will be at the end: a power law, fitted while it runs."""
+"""Forecast of the final training loss from the first losses, by fitting a power law."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 FRACTIONS = (0.1, 0.25, 0.5)
-"""Of the steps, when a forecast is made."""
+"""Fractions of the steps at which a forecast is made."""
 _BINS = 12
 _EXPONENTS = np.arange(0.05, 1.01, 0.05)
 
 
 def forecast(losses: Sequence[float], steps: int) -> float:
-    """The loss expected after `steps` steps if the first `losses` go on as `a + b * step**-c`, with b and c positive.
+    """Predict the loss after `steps` steps by fitting `a + b * step**-c`, with b and c positive, to the first `losses`.
 
-    The losses are averaged in bins even in the logarithm of the step, so that the many late ones do not drown the early
-    ones; the first twentieth, where the learning rate rises, is left out. How far it errs: docs/lab-log.md.
+    Losses are averaged in bins of equal size in log(step), so that the many late ones do not dominate; the first
+    twentieth (warm-up) is ignored. For the accuracy see docs/lab-log.md.
     """
     first = max(1, len(losses) // 20)
     edges = np.unique(np.geomspace(first, len(losses), _BINS + 1).round().astype(int))

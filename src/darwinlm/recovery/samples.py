@@ -1,4 +1,4 @@
-"""The text of a recovery in its order: the same for any number of ranks, and after resuming."""
+"""The training text of a recovery in order: the same for any number of ranks, and after resuming."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,19 +11,19 @@ from darwinlm.data import TextStream, positions, unmark
 from darwinlm.files import read_json
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.checkpoints import step_of
-from darwinlm.recovery.teacher import Predictions, Taught
+from darwinlm.recovery.teacher import CachedTeacher, Predictions
 
 
 class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """All samples of the training in their order: the blocks, shuffled anew each time they have run out.
+    """All training samples in order: blocks, reshuffled in each pass.
 
     The order is the same for any number of ranks, and after resuming.
     """
 
     def __init__(
-        self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool, taught: Predictions | None = None
+        self, blocks_BT: Tensor, samples: int, seed: int, passed: int, cut: bool, cached: Predictions | None = None
     ) -> None:
-        self._blocks_BT, self._cut, self._taught = blocks_BT, cut, taught
+        self._blocks_BT, self._cut, self._cached = blocks_BT, cut, cached
         generator = torch.Generator().manual_seed(seed)
         passes = -(-(passed + samples) // len(blocks_BT))
         order = torch.cat([torch.randperm(len(blocks_BT), generator=generator) for _ in range(passes)])
@@ -34,11 +34,11 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = int(self._order[index])
-        return sample(self._blocks_BT[block], self._cut) | (self._taught[block] if self._taught is not None else {})
+        return sample(self._blocks_BT[block], self._cut) | (self._cached[block] if self._cached is not None else {})
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
-    """Samples from a stream. Rank 0 reads and hands out, some batches before they are needed."""
+    """Samples from a stream. Rank 0 reads and distributes them, some batches in advance."""
 
     def __init__(
         self, stream: TextStream, batch_size: int, steps_done: int, state: Mapping[str, Any] | None, cut: bool
@@ -56,18 +56,19 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             yield sample(block_T, self._cut)
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """Where the stream was after the batch of this optimiser step, as plain data; forgets the steps before."""
+        """Return the position of the stream after the batch of this optimizer step, as plain data; earlier steps are
+        dropped."""
         self._states = {number: state for number, state in self._states.items() if number >= step}
         return {**self._states[step], "tokens": self._states[step]["tokens"].tolist()}
 
 
 def sample(marked_T: Tensor, cut: bool) -> dict[str, Tensor]:
-    """What the objective reads; with `cut`, positions that begin anew with every document."""
+    """Return the inputs of the objective; with `cut`, position ids restart at every document."""
     ids_T, labels_T = unmark(marked_T.long())
     if not cut:
         return {"input_ids": ids_T, "labels": labels_T}
     positions_T = positions(marked_T.long())
-    # Nothing foretells how a document begins.
+    # The first token of a document cannot be predicted.
     return {"input_ids": ids_T, "labels": labels_T.masked_fill(positions_T == 0, -100), "position_ids": positions_T}
 
 
@@ -78,12 +79,13 @@ def make_samples(
     seed: int,
     last: Path | None,
     passed: int,
-    taught: Taught | None,
+    cached: CachedTeacher | None,
 ) -> Blocks | Stream:
-    """What a training reads, from its checkpoint `last` on if there is one; the rest as in `recover`."""
+    """Create the training samples, continuing from the checkpoint `last` if there is one; other arguments as in
+    `recover`."""
     size, cut = recipe.batch_size, recipe.cut_documents
     if isinstance(text, Tensor):
-        return Blocks(text, steps * size, seed, passed, cut, taught.text if taught is not None else None)
+        return Blocks(text, steps * size, seed, passed, cut, cached.text if cached is not None else None)
     if last is None:
         return Stream(text, size, 0, None, cut)
     return Stream(text, size, step_of(last), read_json(last / "text.json"), cut)

@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimiser state of each layer shared out over all ranks.
+"""FSDP2: weights, gradients and optimizer states of each layer are sharded over all ranks.
 
-The model is sharded here, before the Trainer sees it, because Accelerate shards on accelerators only: so the same code
-runs on GPUs and, to be tested, on CPUs. The Trainer knows models that arrive sharded by the marks that are set below.
+The model is sharded here, before the Trainer sees it, because Accelerate only shards on accelerators: the same code
+runs on GPUs and, for tests, on CPUs. The attributes set below tell the Trainer that the model is already sharded.
 """
 
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from darwinlm.recovery.objective import Objective
 
 
 def is_sharded(recipe: RecoveryRecipe) -> bool:
-    """Whether the model and its teacher are to be sharded: one process has nobody to share with."""
+    """Whether the model and its teacher are sharded, which needs several processes."""
     return recipe.sharding != "none" and dist.world_size() > 1
 
 
@@ -28,13 +28,13 @@ def shard(
     """Shard the model of `objective`, and the layers of `teacher`, in place.
 
     Args:
-        objective: float32; its layers are gathered one at a time, in `dtype`; its embeddings and head stay whole from
-            the forward to the end of the backward pass.
-        teacher: the same object as the objective's; what is not in its layers stays whole.
-        device: this rank's; layers are moved there one by one.
-        dtype: to compute in; gradients are added up in float32.
-        offload: keep this rank's share of weights, gradients and optimiser state in the CPU's memory, where the
-            optimiser steps too.
+        objective: float32; its layers are gathered one at a time, in `dtype`; its embeddings and head stay gathered
+            from the forward to the end of the backward pass.
+        teacher: the objective's teacher; only its layers are sharded.
+        device: device of this rank; layers are moved there one by one.
+        dtype: compute dtype; gradients are accumulated in float32.
+        offload: whether to keep this rank's shards of weights, gradients and optimizer states in CPU memory, where the
+            optimizer steps too.
     """
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (dist.world_size(),))
@@ -45,7 +45,7 @@ def shard(
     fully_shard(objective, mesh=mesh, mp_policy=ends, offload_policy=place)
     if teacher is not None:
         for layer in teacher.model.layers:
-            # Each is a root of its own, and a root would keep its weights gathered.
+            # Each layer is its own root, and a root would keep its weights gathered.
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     marks: nn.Module = objective
     marks.is_distributed_loading_by_transformers = True  # type: ignore[assignment]

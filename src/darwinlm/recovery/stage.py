@@ -1,4 +1,4 @@
-"""The recovery stage: training of the found model with the Hugging Face Trainer, resumed where it stopped."""
+"""Training of the pruned model with the Hugging Face Trainer, resumed where it stopped."""
 
 import copy
 import importlib.util
@@ -32,34 +32,34 @@ from darwinlm.recovery.checkpoints import (
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.samples import make_samples
 from darwinlm.recovery.sharding import is_sharded, shard
-from darwinlm.recovery.teacher import Taught
+from darwinlm.recovery.teacher import CachedTeacher
 from darwinlm.recovery.trainer import Follow, RecoveryTrainer, best_of, evaluations_of, losses_of
 
 _SCHEDULES = {"cosine": "cosine", "wsd": "warmup_stable_decay", "linear": "linear", "constant": "constant_with_warmup"}
 RELATIVE_RATE = 4e-4
-"""The learning rate `auto` of optimiser steps of 1,024 tokens, in units of each weight tensor's root mean square."""
+"""Learning rate `auto` for optimizer steps of 1,024 tokens, in units of each weight tensor's root mean square."""
 _FASTEST = 4e-3
-"""The highest that `auto` takes, however many tokens a step has."""
+"""Maximum learning rate of `auto`, for any number of tokens per step."""
 _LORA_RATE = 8
-"""By how much larger it is for low-rank updates."""
+"""Factor of the learning rate for low-rank updates."""
 _DECAY = 0.2
-"""The share of the steps in which schedule `wsd` comes down."""
+"""Fraction of the steps in which the schedule `wsd` decays."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What happened in a recovery."""
+    """Record of a recovery."""
 
     losses: list[float]
-    """Of every optimiser step, in nats."""
+    """Loss of every optimizer step, in nats."""
     evaluations: list[dict[str, float]]
-    """`step`, and on the validation text `loss`, `next_token` and `kl` (nats; `kl` only with distillation)."""
+    """Evaluations on the validation text: `step`, `loss`, `next_token` and `kl` (nats; `kl` only with distillation)."""
     taken: int
-    """The step whose weights are the result: `best_of` all evaluations; the last one without any."""
+    """Step whose weights are the result: `best_of` all evaluations, or the last step if there are none."""
 
 
 def check_recovery(recipe: RecoveryRecipe) -> None:
-    """Raises UserError if a setting cannot be met here: said before the search rather than after it."""
+    """Check before the search that recovery can run here. Raises UserError if a setting is not supported."""
     if recipe.tokens == 0:
         return
     _micro_batches(recipe)
@@ -69,13 +69,13 @@ def check_recovery(recipe: RecoveryRecipe) -> None:
 
 
 def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
-    """Optimiser steps that `recipe.tokens` come to, rounded up."""
+    """Return the optimizer steps needed for `recipe.tokens` tokens, rounded up."""
     return -(-recipe.tokens // (recipe.batch_size * sequence_length))
 
 
 def recover(
     model: PrunedModel,
-    teacher: PrunedModel | Taught | None,
+    teacher: PrunedModel | CachedTeacher | None,
     text: Tensor | TextStream,
     validation_BT: Tensor,
     recipe: RecoveryRecipe,
@@ -86,29 +86,30 @@ def recover(
     passed: int = 0,
     balance: float = 0.0,
 ) -> tuple[PrunedModel, Training]:
-    """Train `model` for `recipe.tokens` tokens with AdamW, all ranks together; its weights are float32.
+    """Train `model` for `recipe.tokens` tokens with AdamW and float32 weights, on all ranks together.
 
     Args:
-        model: trainable, float32; the same on all ranks; on `device`, or on the CPU if it is to be sharded, and moved
-            layer by layer. It is used up.
-        teacher: the model it was cut from, for distillation, of any dtype, sharded if `model` is; or its predictions
-            for `text`, which is a tensor then, and for `validation_BT`.
-        text: token ids, blocks * tokens, marked as in `Corpus`, shuffled by `seed` and read again when they run out; or
-            a stream of blocks.
-        validation_BT: other text, marked too, blocks * tokens (as many in a block), to choose the best weights by.
-        recipe: how long, how fast and on what.
-        seed: of the order.
-        folder: of checkpoints; if there is one, training goes on from it, to the same losses; from the one before
-            where it is damaged. They stay until `remove_checkpoints`.
-        device: this rank's.
-        passed: how many blocks of the order to pass over, if `text` is a tensor: an earlier training has had them.
-        balance: what `recovery.router_loss=auto` stands for.
+        model: trainable, float32, the same on all ranks; on `device`, or on the CPU if it will be sharded and moved
+            layer by layer. It must not be used afterwards.
+        teacher: model it was cut from, for distillation, in any dtype, sharded if `model` is; or its cached
+            predictions for `text`, which is then a tensor, and for `validation_BT`.
+        text: token ids, (blocks, tokens), marked as in `Corpus`, shuffled by `seed` and repeated as needed; or a stream
+            of blocks.
+        validation_BT: other text, also marked, (blocks, tokens) with the same block length, to select the best weights.
+        recipe: settings of the recovery.
+        seed: random seed of the order.
+        folder: folder of checkpoints. Training resumes from the last one, with the same losses, or from the previous
+            one if it is damaged. Checkpoints are kept until `remove_checkpoints`.
+        device: device of this rank.
+        passed: number of blocks of the order to skip, if `text` is a tensor, because earlier training used them.
+        balance: value of `recovery.router_loss=auto`.
 
     Returns:
-        The trained model, and what happened. A sharded one is whole on rank 0, on the CPU, and stays sharded elsewhere.
+        The trained model, and the record of the training. A sharded model is gathered on rank 0, on the CPU, and stays
+        sharded on the others.
 
     Raises:
-        UserError: if the loss stops being finite, or a setting cannot be met here.
+        UserError: if the loss is not finite, or a setting is not supported here.
     """
     steps = steps_for(recipe, validation_BT.shape[1])
     if steps == 0:
@@ -117,7 +118,7 @@ def recover(
     micro, accumulation = _micro_batches(recipe)
     portion = Portion(micro, "recovery")
     if dist.world_size() == 1:
-        # The Trainer hands over whole steps, which can be taken back.
+        # The Trainer then passes whole optimizer steps, which can be retried with smaller parts.
         micro, accumulation = micro * accumulation, 1
     dtype = fast_dtype(device)
     sharded = is_sharded(recipe)
@@ -126,25 +127,26 @@ def recover(
     rate = _highest_rate(recipe, validation_BT.shape[1])
     arguments = _arguments(recipe, steps, micro, accumulation, seed=seed, folder=folder, device=device, sharded=sharded)
     arguments.learning_rate = rate.value
-    arguments.ignore_data_skip = isinstance(text, TextStream)  # it is told where to go on; blocks are passed over
+    # A stream resumes from its state; blocks are skipped by the Trainer.
+    arguments.ignore_data_skip = isinstance(text, TextStream)
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
-    taught = teacher if isinstance(teacher, Taught) else None
-    model_taught = None if isinstance(teacher, Taught) or recipe.distillation == 0 else teacher
+    cached = teacher if isinstance(teacher, CachedTeacher) else None
+    teacher_model = None if isinstance(teacher, CachedTeacher) or recipe.distillation == 0 else teacher
     adapted = _with_lora(model, recipe.lora_rank) if recipe.lora_rank > 0 else None
     if recipe.activations == "recompute":
         model.activation_checkpointing_enable({"use_reentrant": False})
     weight = balance if recipe.router_loss == "auto" else recipe.router_loss
-    objective = Objective(model.train(), model_taught, recipe.distillation, recipe.temperature, weight)
+    objective = Objective(model.train(), teacher_model, recipe.distillation, recipe.temperature, weight)
     if sharded:
-        shard(objective, model_taught, device, dtype, offload=recipe.sharding == "fsdp_offload")
+        shard(objective, teacher_model, device, dtype, offload=recipe.sharding == "fsdp_offload")
     with task("recovery (steps)", steps) as progress:
         trainer = RecoveryTrainer(
             model=objective,
             args=arguments,
-            train_dataset=make_samples(text, steps, recipe, seed, last, passed, taught),
+            train_dataset=make_samples(text, steps, recipe, seed, last, passed, cached),
             callbacks=[Follow(progress, recipe, frozenset(evaluate_at))],
             validation_BT=validation_BT,
-            taught=taught.validation if taught is not None else None,
+            cached=cached.validation if cached is not None else None,
             cut_documents=recipe.cut_documents,
             portion=portion,
             rate=rate,
@@ -152,9 +154,9 @@ def recover(
         )
         if last is not None:
             progress.advance(step_of(last))
-            log.info("recovery: going on at step %d", step_of(last))
+            log.info("recovery: resuming at step %d", step_of(last))
         if last is not None and step_of(last) >= steps:
-            # The Trainer would take one step more.
+            # The Trainer would take one more step.
             load_weights(last, objective)
             trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         else:
@@ -163,11 +165,12 @@ def recover(
     taken = int(best_of(evaluations)["step"]) if evaluations else steps
     if taken == 0:
         log.warning(
-            "recovery: %d tokens made the model no better on the validation text; it keeps the weights that it had",
+            "recovery: %d training tokens did not improve the model on the validation text; keeping the "
+            "weights from before training",
             recipe.tokens,
         )
     elif taken < steps:
-        log.info("recovery: the weights after step %d did best on the validation text, and are taken", taken)
+        log.info("recovery: the weights after step %d were best on the validation text and are used", taken)
     if taken < steps:
         load_best(folder, objective)
     if recipe.activations == "recompute":
@@ -175,8 +178,8 @@ def recover(
     if adapted is not None:
         adapted.merge_and_unload()
     if sharded:
-        # FSDP has made the modules its own; a plain model of the same tensors is built, on one rank and tensor by
-        # tensor: no device needs to hold all of it.
+        # FSDP has replaced the modules; build a plain model from the full tensors, on one rank and tensor by tensor, so
+        # that no device needs to hold all of it.
         tensors = dict(gathered(dict(model.named_parameters())))
         if tensors:
             model = assemble(copy.deepcopy(cast(PrunedConfig, model.config)), tensors, trainable=False)
@@ -185,9 +188,9 @@ def recover(
 
 
 def _highest_rate(recipe: RecoveryRecipe, sequence_length: int) -> LearningRate:
-    """The highest learning rate of the schedule.
+    """Return the peak learning rate of the schedule.
 
-    That of `auto` grows with the square root of the batch, whose gradients are that much less noisy (Malladi et al.,
+    `auto` grows with the square root of the batch size, which reduces the gradient noise accordingly (Malladi et al.,
     2022, arXiv 2205.10287).
     """
     if recipe.learning_rate != "auto":
@@ -223,7 +226,7 @@ def _arguments(
         seed=seed,
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
-        # Ours save the optimiser too; the Trainer does not know that of sharded models.
+        # Our checkpoints include the optimizer; the Trainer does not support that for sharded models.
         save_only_model=sharded,
         report_to=_available(recipe.loggers),
         logging_steps=1,
@@ -237,13 +240,14 @@ def _arguments(
 
 
 def _micro_batches(recipe: RecoveryRecipe) -> tuple[int, int]:
-    """Blocks that a device computes at a time, and how often in an optimiser step."""
+    """Return the blocks per forward pass on a device, and the number of gradient accumulation steps."""
     ranks, batch = dist.world_size(), recipe.batch_size
     micro = recipe.micro_batch_size or max(1, batch // ranks)
     if batch % (ranks * micro) > 0:
         raise UserError(
-            f"recovery.batch_size={batch} is not a multiple of {ranks} processes * recovery.micro_batch_size={micro}; "
-            f"set it to {-(-batch // (ranks * micro)) * ranks * micro} (in a new run)"
+            f"recovery.batch_size={batch} is not a multiple of {ranks} processes * "
+            f"recovery.micro_batch_size={micro}; set it to {-(-batch // (ranks * micro)) * ranks * micro} (in a "
+            "new run)"
         )
     return micro, batch // (ranks * micro)
 
@@ -256,20 +260,20 @@ def _available(loggers: Sequence[str]) -> list[str]:
 
 
 def _with_lora(model: PrunedModel, rank: int) -> Any:
-    """Freeze `model` and put trainable low-rank updates beside all projections of its layers, in place."""
+    """Freeze `model` and add trainable low-rank updates to all projections of its layers, in place."""
     import peft
 
     with warnings.catch_warnings():
-        # It asks transformers for what is called otherwise by now.
+        # PEFT uses a deprecated name of transformers.
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def _sizes(adapted: Any) -> dict[Tensor, float]:
-    """What a relative rate is relative to in low-rank updates, which begin as `s B A = 0`.
+    """Return the units of a relative learning rate for low-rank updates, which start as `s B A = 0`.
 
-    A step of all of B by one unit changes the product by `_LORA_RATE` times what a step of the same relative rate
-    changes the projection by, to first order, and A by the same share of itself.
+    A step of B by one unit changes the product by `_LORA_RATE` times the change of the projection in a step of the same
+    relative rate, to first order; A changes by the same fraction of itself.
     """
     sizes: dict[Tensor, float] = {}
     for module in adapted.modules():

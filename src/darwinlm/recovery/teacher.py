@@ -1,4 +1,4 @@
-"""The dense model in distillation: in a dtype of its own, or as predictions that are kept on disk.
+"""The dense model in distillation: in its own dtype, or as predictions cached on disk.
 
 Dimension letters: B blocks, T tokens, N tokens of a chunk, K likeliest tokens, D hidden size, V vocabulary.
 """
@@ -28,14 +28,14 @@ _CHUNK_TOKENS = 1024
 def load_teacher(
     dense: DenseModel, dtype: torch.dtype, place: torch.device, *, int8: bool, mapped: bool = False
 ) -> PrunedModel:
-    """The dense model on `place`, to predict and not to train.
+    """Load the dense model on `place`, for inference only.
 
     Args:
-        dense: read anew from its checkpoint.
-        dtype: that it computes in.
-        place: its device.
+        dense: model to read again from its checkpoint.
+        dtype: compute dtype.
+        place: device of the model.
         int8: hold the layers' projections in 8 bits with a scale for each row; the rest stays in `dtype`.
-        mapped: map what the checkpoint has in `dtype` from its files; `place` is the CPU then.
+        mapped: memory-map tensors that the checkpoint stores in `dtype`; `place` must be the CPU then.
     """
     if mapped:
         return dense.mapped(dtype)
@@ -54,13 +54,13 @@ def load_teacher(
 
 
 class Int8Linear(nn.Module):
-    """A linear map whose weights are whole numbers from -127 to 127, with a scale for each row; not to be trained."""
+    """Linear layer with integer weights from -127 to 127 and a scale for each row; not trainable."""
 
     weight_OI: Tensor
     scale_O: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Of `linear`, rounded to the nearest: off by at most 1/254 of the largest weight in each row."""
+        """Quantize `linear` by rounding to nearest: the error is at most 1/254 of the largest weight in each row."""
         super().__init__()
         weight_OI = linear.weight.detach().float()
         scale_O = weight_OI.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
@@ -69,28 +69,29 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` with its last dimension mapped."""
+        """Apply the layer to the last dimension of `x`."""
         y = (nn.functional.linear(x, self.weight_OI.to(x.dtype)) * self.scale_O).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 class Predictions:
-    """What the dense model predicts at every position of some blocks: its K likeliest next tokens, and all others as
-    one outcome."""
+    """Cached predictions of the dense model at every position of some blocks: its K likeliest next tokens, and all
+    others as one outcome."""
 
     def __init__(self, folder: Path) -> None:
-        """Of what `write_predictions` has written there."""
+        """Open the predictions written by `write_predictions` into `folder`."""
         self._folder = folder
 
     def __getitem__(self, block: int) -> dict[str, Tensor]:
-        """`top_ids`, T * K, and their `top_log_p`, T * (K + 1), in nats, the last of all other tokens together."""
+        """Return `top_ids`, (T, K), and `top_log_p`, (T, K + 1), in nats; the last entry is for all other tokens
+        together."""
         with safe_open(_piece(self._folder, block // _PIECE_BLOCKS) / WEIGHTS, "pt") as file:
             return {name: file.get_slice(name)[block % _PIECE_BLOCKS] for name in ("top_ids", "top_log_p")}
 
 
 @dataclass(frozen=True)
-class Taught:
-    """The dense model's predictions, in place of the model."""
+class CachedTeacher:
+    """Cached predictions of the dense model, which replace it as the teacher."""
 
     text: Predictions
     validation: Predictions
@@ -105,23 +106,23 @@ def write_predictions(
     folder: Path,
     device: torch.device,
 ) -> Predictions:
-    """Write the predictions of a model for some text; ranks share the pieces out, and what is there already is kept.
+    """Cache the predictions of a model for some text; pieces are distributed over ranks, and existing ones are kept.
 
     Args:
-        load: gives the model, on `device`; not called if nothing is left to do.
+        load: returns the model, on `device`; not called if all pieces exist.
         marked_BT: token ids, marked as in `Corpus`.
-        top_k: how many tokens to keep at each position, at most all but one.
-        temperature: that the logits are divided by.
-        cut: no token sees the document before its own.
-        folder: to write to.
-        device: this rank's.
+        top_k: number of tokens to keep at each position, at most all but one.
+        temperature: divides the logits.
+        cut: whether to mask attention across documents.
+        folder: output folder.
+        device: device of this rank.
     """
     pieces = marked_BT.split(_PIECE_BLOCKS)
     numbers = range(dist.rank(), len(pieces), dist.world_size())
     left = [number for number in numbers if find_fault(_piece(folder, number)) is not None]
     if left:
         model = load()
-        with task("the dense model's predictions (blocks)", sum(len(pieces[number]) for number in left)) as progress:
+        with task("predictions of the dense model (blocks)", sum(len(pieces[number]) for number in left)) as progress:
             for number in left:
                 blocks = []
                 for block_T in pieces[number].long():

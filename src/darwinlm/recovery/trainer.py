@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with our checkpoints, our order of text and our evaluation."""
+"""The Hugging Face Trainer with our checkpoints, order of the text and evaluation."""
 
 import dataclasses
 import math
@@ -25,16 +25,16 @@ from darwinlm.recovery.samples import Stream, sample
 from darwinlm.recovery.teacher import Predictions
 
 _LEAST = 20
-"""Steps that a forecast needs."""
+"""Minimum number of steps for a forecast."""
 
 
 def losses_of(state: TrainerState) -> list[float]:
-    """Of every optimiser step."""
+    """Return the loss of every optimizer step."""
     return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
 
 
 def evaluations_of(state: TrainerState) -> list[dict[str, float]]:
-    """On the validation text: `step`, `loss`, `next_token` and, with distillation, `kl`."""
+    """Return the evaluations on the validation text: `step`, `loss`, `next_token` and, with distillation, `kl`."""
     return [
         {"step": entry["step"]}
         | {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
@@ -44,42 +44,42 @@ def evaluations_of(state: TrainerState) -> list[dict[str, float]]:
 
 
 def best_of(evaluations: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The first of the lowest loss, among those that are no worse than the first in any part of it: training must not
-    buy less next-token loss with a model that is further from the dense one, or the other way round."""
+    """Return the first evaluation of lowest loss, among those that are no worse than the initial one in any part of the
+    loss: lower next-token loss must not come with a higher KL from the dense model, or vice versa."""
     parts = [name for name in ("next_token", "kl") if name in evaluations[0]]
     no_worse = [one for one in evaluations if all(one[part] <= evaluations[0][part] for part in parts)]
     return min(no_worse, key=lambda one: one["loss"], default=evaluations[0])
 
 
 class Follow(TrainerCallback):
-    """Shows how far it is and where it leads, stops at a loss that is not finite, and says when to evaluate."""
+    """Callback that shows progress and forecasts, stops if the loss is not finite, and triggers evaluations."""
 
     def __init__(self, progress: Any, recipe: RecoveryRecipe, evaluate_at: frozenset[int]) -> None:
         self._progress, self._recipe, self._evaluate_at = progress, recipe, evaluate_at
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once the number of steps is known."""
+        """Set the forecast steps, once the number of steps is known."""
         self._forecast_at = {round(state.max_steps * part) for part in FRACTIONS if state.max_steps * part >= _LEAST}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After every optimiser step."""
+        """Trigger an evaluation after the chosen optimizer steps."""
         control.should_evaluate = state.global_step in self._evaluate_at
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """With the loss of every step. Raises UserError if it is not finite."""
+        """Log the loss of a step. Raises UserError if it is not finite."""
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
                 lower = "set" if self._recipe.learning_rate == "auto" else "lower"
                 raise UserError(
-                    f"recovery diverged at learning rate {self._recipe.learning_rate}, step {state.global_step}; "
-                    f"{lower} recovery.learning_rate (in a new run)"
+                    f"recovery diverged at learning rate {self._recipe.learning_rate}, step "
+                    f"{state.global_step}; {lower} recovery.learning_rate (in a new run)"
                 )
             self._progress.advance(note=f"loss {logs['loss']:.3f}")
             if state.global_step in self._forecast_at:
                 losses = losses_of(state)
                 now, then = statistics.fmean(losses[-len(losses) // 10 :]), forecast(losses, state.max_steps)
                 log.info(
-                    "recovery: step %d, loss %.3f; if it goes on like this, %.3f at the end",
+                    "recovery: step %d, loss %.3f, forecast at the end %.3f",
                     state.global_step,
                     now,
                     then,
@@ -87,23 +87,23 @@ class Follow(TrainerCallback):
 
 
 class RecoveryTrainer(Trainer):
-    """The Trainer with our checkpoints (its own are pickles in part), our order of text and our evaluation.
+    """Trainer with our checkpoints (its own are partly pickles), order of the text and evaluation.
 
     Args:
-        validation_BT: the text of `evaluate`, marked as in `Corpus`, blocks * tokens.
-        taught: the dense model's predictions for it, if they take the dense model's place.
-        cut_documents: as the setting of the recovery.
-        portion: how many blocks are computed at a time; fewer from the first time on that memory does not suffice.
-        rate: the highest of AdamW, reached after the warm-up.
-        sizes: of trained tensors whose unit at a relative rate is not their own.
-        **settings: the Trainer's own.
+        validation_BT: text of `evaluate`, marked as in `Corpus`, (blocks, tokens).
+        cached: cached predictions of the dense model for it, if they replace the dense model.
+        cut_documents: as in the recovery settings.
+        portion: number of blocks per forward pass, reduced when out of memory.
+        rate: peak learning rate of AdamW.
+        sizes: unit of a relative rate for tensors where it is not their own root mean square.
+        **settings: arguments of the Trainer.
     """
 
     def __init__(
         self,
         *,
         validation_BT: Tensor,
-        taught: Predictions | None,
+        cached: Predictions | None,
         cut_documents: bool,
         portion: Portion,
         rate: LearningRate,
@@ -112,17 +112,17 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         self._rate, self._sizes = rate, sizes
         super().__init__(**settings)
-        self._validation_BT, self._taught = validation_BT, taught
+        self._validation_BT, self._cached = validation_BT, cached
         self._cut, self._portion = cut_documents, portion
         self.pop_callback(PrinterCallback)
 
     def _fitting(self, run: Callable[[int], Tensor]) -> Tensor:
-        """`run` with as many blocks at a time as fit the memory."""
-        # In the middle of a pass ranks wait for one another: none of them can take it back alone.
+        """Call `run` with as many blocks at a time as fit in memory."""
+        # With several ranks, the others wait in collectives, so one rank cannot retry alone.
         return self._portion(run) if dist.world_size() == 1 else run(self._portion.size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's own, or AdamW at a relative rate."""
+        """Create AdamW at a relative rate, or the Trainer's own optimizer."""
         if self.optimizer is None and self._rate.relative:
             assert self.model is not None
             decays = set(self.get_decay_parameter_names(self.model))
@@ -136,12 +136,13 @@ class RecoveryTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Add the gradients of a batch, in parts where it is large, to what the optimiser step has so far."""
+        """Add the gradients of a batch to those of the optimizer step, in parts if it does not fit in memory."""
         step = super().training_step
 
         def run(size: int) -> Tensor:
             if dist.world_size() == 1:
-                model.zero_grad()  # of an attempt that ran out of memory: here a batch is all of a step
+                # Discard gradients of an attempt that ran out of memory; a batch is a whole step here.
+                model.zero_grad()
             parts = zip(*(tensor.split(size) for tensor in inputs.values()), strict=True)
             losses = [step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch) for part in parts]
             return torch.stack(losses).sum()
@@ -149,7 +150,7 @@ class RecoveryTrainer(Trainer):
         return self._fitting(run)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Losses on the validation text: all of it on every rank, so that all know which weights are the best."""
+        """Compute losses on the whole validation text on every rank, so that all ranks agree on the best weights."""
         self.model_wrapped.eval()
         blocks_BT = self._validation_BT.to(self.args.device)
 
@@ -178,10 +179,10 @@ class RecoveryTrainer(Trainer):
         return metrics
 
     def _predictions(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The dense model's for these blocks of the validation text, if they take its place."""
-        if self._taught is None:
+        """Return the cached predictions for these blocks of the validation text, if they replace the dense model."""
+        if self._cached is None:
             return {}
-        blocks = [self._taught[number] for number in numbers]
+        blocks = [self._cached[number] for number in numbers]
         return {name: torch.stack([block[name] for block in blocks]).to(self.args.device) for name in blocks[0]}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -209,7 +210,7 @@ class RecoveryTrainer(Trainer):
             self.lr_scheduler.load_state_dict(load_optimizer(Path(checkpoint), self.optimizer))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing: there is none in bfloat16 or float32."""
+        """Do nothing: bfloat16 and float32 use no gradient scaler."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: the order of the text comes from the seed, and the model draws no random numbers."""
+        """Do nothing: the seed determines the order of the text, and the model uses no random numbers."""
