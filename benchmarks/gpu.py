@@ -389,7 +389,7 @@ def run_candidate(bench: Bench, shape: Shape, folder: Path) -> None:
     operations = given.weights * (6 * shape.trial + 2 * shape.score)
     work = f"ours, {shape.trial} + {shape.score} tokens"
     bench.add("candidate", shape.name, work, seconds, operations / given.peak, "products")
-    half = given.dense.whole(bench.device, torch.bfloat16)
+    half = given.dense.load(bench.device, torch.bfloat16)
     with torch.no_grad():
         expected = [half(block[None].to(bench.device)).logits for block in score]
     copied = bench.seconds(
@@ -412,7 +412,7 @@ def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
     cuts = given.database.cuts(given.dense.sites, given.plan.levels, bench.device)
     model = build_model(given.dense.config, given.dense.sites, given.dense.weights, cuts, trainable=True)
     given.dense.release()
-    teacher = given.dense.whole(bench.device, fast_dtype(bench.device))
+    teacher = given.dense.load(bench.device, fast_dtype(bench.device))
     blocks = shape.recovery // shape.length
     steps, warm = (4, 1) if bench.tiny else (12, 4)
     recipe = RecoveryRecipe(tokens=steps * shape.recovery, batch_size=blocks, evaluations=0)

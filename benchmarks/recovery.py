@@ -65,7 +65,7 @@ def main() -> None:
         "evaluation text": DenseReference(dense.model, text.blocks["held_out"]),
         "held-out": DenseReference(dense.model, corpus.blocks["held_out"]),
     }
-    teacher = dense.whole(dense.device, fast_dtype(dense.device))
+    teacher = dense.load(dense.device, fast_dtype(dense.device))
     length = recipe.data.sequence_length
     common = {key: json.loads(value) for key, value in (setting.split("=") for setting in arguments.set)}
     settings = {

@@ -413,7 +413,7 @@ def _row(
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
         text, validation = corpus.blocks["trial"], corpus.blocks["score"]
-        teacher, place = dense.whole(dense.device, fast_dtype(dense.device)), Path(folder)
+        teacher, place = dense.load(dense.device, fast_dtype(dense.device)), Path(folder)
         model, _ = recover(model, teacher, text, validation, recipe, seed=seed, folder=place, device=dense.device)
     after = judge.compare(model)
     return before.kl, before.perplexity, after.kl, after.perplexity

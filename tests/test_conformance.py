@@ -113,7 +113,7 @@ def test_grams_weigh_errors_as_the_stream_takes_them(family, load, calibration, 
     form = family_of(dense.config)
     walked = dict(walk_blocks(dense, calibration, batch_size=3, scratch=tmp_path))
     for site, statistics in walked.items():
-        model = dense.whole(CPU, torch.float32)
+        model = dense.load(CPU, torch.float32)
         layer, outputs, streams = model.model.layers[site.layer], {}, {}
         layer.get_submodule(form.output(site.kind)).register_forward_hook(keep_in(outputs))
         layer.register_forward_hook(keep_in(streams))
@@ -298,7 +298,7 @@ def test_of_a_multimodal_checkpoint_the_text_model_is_pruned(kind, text, tmp_pat
     make_tokenizer().save_pretrained(tmp_path / "whole")
     caplog.set_level("INFO")
     dense = load_dense(str(tmp_path / "whole"), "kv_group", CPU)
-    assert "is multimodal: its text model is pruned" in caplog.text
+    assert "is multimodal: only its text model is pruned" in caplog.text
     with torch.no_grad():
         assert torch.allclose(dense.model(TOKENS).logits, whole(input_ids=TOKENS).logits, atol=1e-5)
     export_hf(dense.model, dense, {}, "# card\n", tmp_path / "model")

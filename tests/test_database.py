@@ -206,7 +206,7 @@ def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration
     recipe = RECIPE.model_copy(update={"batch_size": 8})
     built = build_database(dense, calibration, recipe, tmp_path / "small")
     assert seen == [8, 4, 2] + 3 * 4 * [2]
-    assert "database: 8 blocks in a pass do not fit the memory of the device; now 2" in caplog.text
+    assert "database: 8 blocks per pass do not fit in device memory; using 2" in caplog.text
     assert_same(whole.folder, built.folder)
 
 

@@ -46,10 +46,10 @@ def test_level_0_is_the_dense_model(family, granularity, checkpoint, pruned):
 @every_family
 def test_a_model_in_bfloat16_has_the_angles_of_the_dense_one(family, checkpoint, pruned):
     dense, _ = pruned(family, "kv_group")
-    model = dense.whole(torch.device("cpu"), torch.float32).to(torch.bfloat16)
+    model = dense.load(torch.device("cpu"), torch.float32).to(torch.bfloat16)
     long = TOKENS.repeat(1, 5)
     with torch.no_grad():
-        assert torch.equal(model(long).logits, dense.whole(torch.device("cpu"), torch.bfloat16)(long).logits)
+        assert torch.equal(model(long).logits, dense.load(torch.device("cpu"), torch.bfloat16)(long).logits)
         rounded = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.bfloat16).float()
         # Transformers' rope does round: made anew, as it is when a checkpoint is loaded.
         rounded.model.rotary_emb = type(rounded.model.rotary_emb)(config=rounded.config)

@@ -307,7 +307,7 @@ def test_a_damaged_or_incomplete_model_is_one_line(target, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.bias"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"its files lack model\.layers\.1\.mlp\.up_proj\.bias; get the whole model"):
+    with pytest.raises(UserError, match=r"its files are missing model\.layers\.1\.mlp\.up_proj\.bias; download the"):
         export_model(folder, target)
     (folder / "model.safetensors").write_bytes(b"\x10" * 30)
     with pytest.raises(UserError, match="the model cannot be loaded"):

@@ -175,7 +175,7 @@ def test_uneven_groups_of_heads_are_no_units_together(twice):
         ({"query_heads_per_kv_head": ["a"]}, "no model can be built"),
         ({"intermediate_size": 5}, "has shape"),
         ({"skip": 3}, "its config.json cannot be used"),
-        (None, "has neither attention nor MLPs left; there is nothing to prune"),
+        (None, "has no attention or MLP left to prune"),
     ],
 )
 def test_a_pruned_model_whose_sizes_make_no_sense_is_one_line(change, message, twice, tmp_path):

@@ -65,7 +65,7 @@ def test_layers_are_parked_where_a_trial_would_not_fit_beside_them(pruned, monke
     space = database.space(dense.sites)
     plan = error_plan(space, parameter_budget(TARGET, space))
     parked = []
-    monkeypatch.setattr(DenseModel, "park", lambda model: parked.append(model))
+    monkeypatch.setattr(DenseModel, "offload_layers", lambda model: parked.append(model))
     trained = space.parameters(plan.levels) - space.fixed_parameters
     for free, expected in ((18 * trained, []), (18 * trained - 1, [dense])):
         monkeypatch.setattr(trials, "free_memory", lambda device, free=free: free)

@@ -295,7 +295,7 @@ def test_a_refit_that_leads_away_on_other_text_is_taken_back(harm, pruned, monke
 def test_a_document_in_a_block_of_several_is_read_as_if_it_were_alone(family, attention, pruned):
     dense, database = pruned(family, "kv_group")
     block, documents = packed([5, 12, 1, 6])
-    for model in (dense.whole(CPU, torch.float32), halved(dense, database)):
+    for model in (dense.load(CPU, torch.float32), halved(dense, database)):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             together = model(block.long() & (2**30 - 1), position_ids=positions(block), use_cache=False).logits
@@ -571,7 +571,7 @@ def test_a_recovery_that_runs_out_of_memory_takes_the_same_steps_in_parts(
     assert apart((whole, parts), start) < 0.01
     assert set(seen[-12:]) == {1}
     (said,) = [line for line in caplog.messages if "do not fit" in line]
-    assert said == "recovery: 4 blocks in a pass do not fit the memory of the device; now 1"
+    assert said == "recovery: 4 blocks per pass do not fit in device memory; using 1"
 
 
 @pytest.mark.parametrize(
@@ -627,7 +627,7 @@ def train_in_float32(dense, database, recipe, folder, stop_at=0):
             super().on_step_end(args, state, control)
             control.should_training_stop |= state.global_step == stop_at
 
-    taught = dense_model = dense.whole(dense.device, torch.float32)
+    taught = dense_model = dense.load(dense.device, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "fast_dtype", lambda device: torch.float32)
         patch.setattr(stage, "Follow", Stop)

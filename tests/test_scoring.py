@@ -214,7 +214,7 @@ def test_a_trial_that_runs_out_of_memory_takes_the_same_steps_in_parts(pruned, l
     # What was learnt holds for the next candidate, and is said once.
     train_briefly(halved(dense, database, trainable=True), BLOCKS, **arguments, portion=portion)
     assert seen[9:] == [1] * 6
-    assert caplog.messages == ["search: 4 blocks in a pass do not fit the memory of the device; now 1"]
+    assert caplog.messages == ["search: 4 blocks per pass do not fit in device memory; using 1"]
 
 
 def test_a_trial_in_bfloat16_adds_up_its_parts_in_float32(pruned, monkeypatch):
@@ -245,7 +245,7 @@ def test_a_score_that_runs_out_of_memory_is_the_same(pruned, little_memory, capl
     assert found.kl == pytest.approx(expected.kl, rel=1e-5)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
     assert seen == [6, 3] + 12 * [1]
-    assert caplog.messages == ["scoring: 6 blocks in a pass do not fit the memory of the device; now 1"]
+    assert caplog.messages == ["scoring: 6 blocks per pass do not fit in device memory; using 1"]
 
 
 def test_sizes_and_speeds_are_of_the_model_itself(pruned):

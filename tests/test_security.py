@@ -115,7 +115,7 @@ def test_pickles_beside_the_weights_and_in_the_run_are_never_read(model, text, m
 def test_pickled_weights_alone_are_refused(model, mark):
     plant(model, mark)
     (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"only safetensors files are read; convert .* which can run code"):
+    with pytest.raises(UserError, match=r"only safetensors files are supported; convert .* which can run code"):
         load_dense(str(model), "kv_group", CPU)
     assert not mark.exists()
 
@@ -166,7 +166,7 @@ def test_loading_a_pruned_model_runs_no_code_from_its_folder(run, mark, tmp_path
 def test_an_index_names_no_file_outside_its_folder(name, model):
     shutil.move(model / "model.safetensors", model.parent / "other.safetensors")
     write_json(model / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": name}})
-    with pytest.raises(UserError, match=r"index\.json cannot be read \(it names files outside its folder, or of"):
+    with pytest.raises(UserError, match=r"index\.json cannot be read \(it lists files outside its folder, or of"):
         load_dense(str(model), "kv_group", CPU)
 
 
@@ -175,7 +175,7 @@ def test_a_chat_template_names_no_file_outside_its_folder(name, model):
     (model / "chat_template.jinja").unlink()
     templates = [{"name": "default", "template": "{{ 1 }}"}, {"name": name, "template": "{{ 1 }}"}]
     change(model / "tokenizer_config.json", chat_template=templates)
-    with pytest.raises(UserError, match=r"its tokenizer has a chat template called .*; rename it"):
+    with pytest.raises(UserError, match=r"its tokenizer has a chat template named .*; rename it"):
         load_dense(str(model), "kv_group", CPU)
 
 

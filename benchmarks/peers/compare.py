@@ -126,7 +126,7 @@ def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tens
 def compare(arguments: argparse.Namespace) -> None:
     rows = Rows(arguments.out)
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
-    teacher = dense.whole(dense.device, fast_dtype(dense.device))
+    teacher = dense.load(dense.device, fast_dtype(dense.device))
     judge: DenseReference | None = None
     settings = {"tokens": arguments.tokens, "recovery_tokens": arguments.recovery_tokens}
     facts = {

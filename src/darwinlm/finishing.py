@@ -15,9 +15,9 @@ from darwinlm.evaluation.measure import (
     SAMPLE_PROMPT,
     as_served,
     measure,
-    parked,
+    moved_to,
+    on_device,
     request_seconds,
-    visiting,
     write_sample,
 )
 from darwinlm.export.card import model_card
@@ -56,12 +56,12 @@ def evaluate_and_export(
             wait = dense.device
         uniform = uniform_plan(first.space, budgets[1])
         if uniform is not None:
-            models["uniform"] = parked(first.cut(uniform), wait)
+            models["uniform"] = moved_to(first.cut(uniform), wait)
         if here is not first:
             models[f"{STEP}{recipe.steps - 1}"] = dense.model
-        models["found"] = parked(here.cut(plan), wait)
+        models["found"] = moved_to(here.cut(plan), wait)
         if recipe.recovery.wanted:
-            models["recovered"] = parked(here.result(recipe, plan, size.folder), wait)
+            models["recovered"] = moved_to(here.result(recipe, plan, size.folder), wait)
         last = models[next(reversed(models))]
         if not evaluated:
             with run.stage(f"{size.prefix}evaluation", measured_file):
@@ -93,7 +93,7 @@ def _measure(
     rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
     last = models[list(models)[-1]]
     sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
-    with visiting(last, dense.device):
+    with on_device(last, dense.device):
         sample["after"] = write_sample(last, dense.tokenizer)
     limits: list[dict[str, Any]] = [
         {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}

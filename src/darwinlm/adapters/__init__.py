@@ -1,1 +1,1 @@
-"""A model family as data, and models cut out of its weights."""
+"""Model families as data, and models cut out of their weights."""

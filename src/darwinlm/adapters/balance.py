@@ -1,8 +1,8 @@
-"""The loss that spreads tokens over experts, as each family defines it (Switch Transformer, arXiv 2101.03961, eq. 4-6).
+"""Load-balancing loss of experts, as each family defines it (Switch Transformer, arXiv 2101.03961, eq. 4-6).
 
-Transformers' own models add it to next-token loss, from the logits of all routers at once, so that all layers must have
-as many experts. Here layers with the same number of experts are taken together, and each such group counts by its
-layers: where all have the same number, that is transformers' loss.
+Transformers' models add it to the next-token loss, computed from the logits of all routers at once, so that all layers
+must have the same number of experts. Here layers with the same number of experts are grouped, and each group is
+weighted by its number of layers: with a single group, this is transformers' loss.
 """
 
 import sys
@@ -18,15 +18,15 @@ from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 
 
 def asked_balance(config: Any) -> float:
-    """What a config of transformers multiplies this loss by; 0 if it does not ask for it."""
+    """Return the coefficient of this loss in a transformers config; 0 if the config does not enable it."""
     asked = getattr(config, "output_router_logits", False)
     return float(getattr(config, "router_aux_loss_coef", None) or 0.0) if asked else 0.0
 
 
 @contextmanager
 def watched_routers(model: PrunedModel, *, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """The logits of all routers, tokens * experts, layer by layer, of what `model` computes in this context; none
-    unless `wanted`."""
+    """Collect the router logits, (tokens, experts) per layer, that `model` computes in this context; empty unless
+    `wanted`."""
     family, seen = family_of(model.config), list[Tensor]()
 
     def hook(_: nn.Module, __: object, output: tuple[Tensor, ...]) -> None:
@@ -45,7 +45,7 @@ def watched_routers(model: PrunedModel, *, wanted: bool = True) -> Iterator[list
 
 
 def balance_loss(config: PrunedConfig, logits: Sequence[Tensor]) -> Tensor:
-    """The loss of these `watched_routers`, of which there is at least one; 1 or more, not yet times its weight."""
+    """Compute the loss from the logits of `watched_routers` (at least one); at least 1, before its coefficient."""
     family = causal_lm(config).made_of
     loss_of: Any = vars(sys.modules[family.__module__])["load_balancing_loss_func"]
     groups: dict[int, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, read from its safetensors files when they are asked for, and never all at once."""
+"""Tensors of a checkpoint, read from its safetensors files on demand and never all at once."""
 
 import copy
 import json
@@ -30,19 +30,20 @@ _RENAMED = {
     ".block_sparse_moe.router.layer.weight": ".block_sparse_moe.router.weight",
     ".block_sparse_moe.gate.weight": ".mlp.gate.weight",
 }
-"""What tensors are called in transformers' models of today, where files have other names."""
+"""Renamed tensors: names in files, and their names in current transformers models."""
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>(gate|up|down)_proj|w[123])\.weight")
 _MATRICES = {
     **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
     **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
     **dict.fromkeys(("down_proj", "w2"), ("down_proj", 0)),
 }
-"""Of one expert in a file: the tensor of all experts that it is in, and its place among the rows of an expert there."""
+"""For each matrix of a single expert in a file: the fused tensor it belongs to, and its position among the rows there.
+"""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def text_name(stored: str) -> str:
-    """What a tensor of a file is called in transformers' text model; most names stay as they are."""
+    """Return the name that a stored tensor has in transformers' text model; most names are unchanged."""
     for prefix, name in _TEXT_MODELS.items():
         if stored.startswith(prefix):
             stored = name + stored.removeprefix(prefix)
@@ -54,7 +55,7 @@ def text_name(stored: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor in a file."""
+    """Location of a tensor in a file."""
 
     file: Path
     name: str
@@ -63,7 +64,7 @@ class _Stored:
 
 
 class Checkpoint:
-    """The safetensors files of a local folder or a Hub model (downloaded if need be).
+    """Safetensors files of a local folder or a Hub model (downloaded if needed).
 
     Raises:
         UserError: if there are none, or one cannot be read.
@@ -72,9 +73,9 @@ class Checkpoint:
     def __init__(self, source: str) -> None:
         self.source = source
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of every tensor, by name; known without reading one."""
+        """Shape of every tensor by name, known without reading any."""
         self._places: dict[str, list[list[_Stored]]] = {}
-        """Of every tensor what is stored of it: one tensor, or for each expert those whose rows follow one another."""
+        """Stored parts of every tensor: one tensor, or for each expert the tensors whose rows are concatenated."""
         self._dtypes: dict[str, str] = {}
         folder = Path(source) if Path(source).is_dir() else self._download(source)
         experts: dict[str, dict[int, dict[int, _Stored]]] = {}
@@ -99,12 +100,14 @@ class Checkpoint:
             if sorted(by_number) != list(range(len(by_number))) or any(
                 [part.shape for part in parts] != [part.shape for part in first] for parts in self._places[name]
             ):
-                raise UserError(f"model {source!r}: its files lack a part of {name}; get the whole checkpoint")
+                raise UserError(
+                    f"model {source!r}: its files are missing a part of {name}; download the whole checkpoint"
+                )
             rows, columns = sum(part.shape[0] for part in first), first[0].shape[1]
             self.shapes[name], self._dtypes[name] = (len(by_number), rows, columns), first[0].dtype
 
     def some_layers(self, layers: Sequence[int]) -> "Checkpoint":
-        """The checkpoint of a model that has `layers` of this one, in this order, and no others."""
+        """Return the checkpoint of a model that consists of these `layers`, in this order."""
         some = copy.copy(self)
         some.shapes, some._places, some._dtypes = {}, {}, {}
         numbers = {str(layer): number for number, layer in enumerate(layers)}
@@ -123,30 +126,32 @@ class Checkpoint:
         return some
 
     def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint that lacks one of the `expected` tensors or has it in another shape. Raises UserError."""
+        """Reject a checkpoint if one of the `expected` tensors is missing or has another shape. Raises UserError."""
         missing = [name for name in expected if name not in self.shapes]
         if missing:
             more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-            raise UserError(f"model {self.source!r}: its files lack {missing[0]}{more}; get the whole checkpoint")
+            raise UserError(
+                f"model {self.source!r}: its files are missing {missing[0]}{more}; download the whole checkpoint"
+            )
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise UserError(
                     f"model {self.source!r}: {name} has shape {list(self.shapes[name])} in its files, but its "
-                    f"config.json asks for {list(shape)}"
+                    f"config.json implies {list(shape)}"
                 )
             if self._dtypes[name] not in _DTYPES:
                 raise UserError(
-                    f"model {self.source!r}: {name} holds {self._dtypes[name]} numbers; give the unquantised "
-                    "checkpoint it was made from"
+                    f"model {self.source!r}: {name} has dtype {self._dtypes[name]}; use the original "
+                    "unquantized checkpoint"
                 )
 
     def map(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, mapped from their files: all processes of a machine share what is read of them, and the
-        system drops it where memory is short. Experts that are stored one by one are copied. Raises UserError."""
+        """Return tensors by name, memory-mapped from their files: all processes of a machine share the pages, which the
+        system can drop when memory is short. Experts that are stored separately are copied. Raises UserError."""
         return self._read(names, torch.device("cpu"), None, copied=False)
 
     def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Copies of tensors by name, on `device`, in `dtype` or the one they are stored in. Raises UserError."""
+        """Return copies of tensors by name, on `device`, in `dtype` or their stored dtype. Raises UserError."""
         return self._read(names, device, dtype, copied=True)
 
     def _read(
@@ -170,24 +175,24 @@ class Checkpoint:
                         if name in found:
                             found[name][number, row : row + len(tensor)] = tensor
                         else:
-                            # What is not copied keeps all of the file mapped.
+                            # Without a copy, the whole file stays mapped.
                             found[name] = tensor.to(device, dtype, copy=copied)
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from None
         return found
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Of the tensors `names`: of each its shape and up to 64 values spread over it. Reads all of every tensor once.
+        """Return a fingerprint of the tensors `names`: the shape and up to 64 values of each. Reads every tensor once.
 
         Raises:
-            InvalidTensorError: naming the first that holds NaN or Inf.
+            InvalidTensorError: if a tensor contains NaN or Inf; the message names the first one.
         """
         parts: list[bytes | str] = []
         for name in sorted(names):
             tensor = self.read([name], torch.device("cpu"))[name]
             low, high = tensor.aminmax()
             if not bool(torch.isfinite(low) and torch.isfinite(high)):
-                raise InvalidTensorError(f"model {self.source!r}: {name} holds NaN or Inf; repair the checkpoint")
+                raise InvalidTensorError(f"model {self.source!r}: {name} contains NaN or Inf; repair the checkpoint")
             flat = tensor.flatten()
             sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().contiguous()
             parts += [name, str(tuple(tensor.shape)), sample.numpy().tobytes()]
@@ -196,7 +201,7 @@ class Checkpoint:
     def _download(self, source: str) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=["*.safetensors", _INDEX]))
-        except Exception as error:  # the Hub's client raises many kinds
+        except Exception as error:  # The Hub client raises many kinds of errors.
             reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
             raise UserError(f"model {source!r}: its weights cannot be downloaded: {reason}") from None
 
@@ -205,16 +210,16 @@ class Checkpoint:
             return [folder / _SINGLE]
         if not (folder / _INDEX).exists():
             raise UserError(
-                f"model {self.source!r}: its weights cannot be loaded: there is no {_SINGLE} (only safetensors files "
-                "are read; convert GGUF, or pickled .bin files, which can run code)"
+                f"model {self.source!r}: its weights cannot be loaded: no {_SINGLE} (only safetensors files are "
+                "supported; convert GGUF, or pickled .bin files, which can run code)"
             )
         try:
             names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
             if not all(isinstance(name, str) and Path(name).name == name and name.endswith(_KIND) for name in names):
-                raise ValueError("it names files outside its folder, or of another kind")
+                raise ValueError("it lists files outside its folder, or of another type")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._unreadable(folder / _INDEX, error) from None
         return [folder / name for name in sorted(names)]
 
     def _unreadable(self, file: Path, error: object) -> UserError:
-        return UserError(f"model {self.source!r}: {file.name} cannot be read ({error}); get the whole checkpoint")
+        return UserError(f"model {self.source!r}: {file.name} cannot be read ({error}); download the whole checkpoint")

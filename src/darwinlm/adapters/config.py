@@ -1,4 +1,4 @@
-"""A checkpoint's `config.json`: read, brought to today's form if a former version wrote it, refused if no use."""
+"""Reading of a checkpoint's `config.json`: upgraded if an earlier version wrote it, rejected if not supported."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from darwinlm.errors import UserError
 _MOST_LAYERS = 10_000
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OLD_TYPE = "darwinlm"
-"""`model_type` of pruned models of a former version, which had a modelling file for four families."""
+"""`model_type` of models pruned by an earlier version, which had a modelling file for four families."""
 _OLD_SETTINGS = (
     "base_model_type",
     "qkv_bias",
@@ -34,21 +34,21 @@ _BIASES: Mapping[str, Mapping[str, str]] = {
     "qwen2": {},
     "qwen3": {"attention_bias": "qkv_bias"},
 }
-"""By family of such a model: settings of transformers, and what they were called."""
+"""Settings of transformers and their former names, by family of such a model."""
 _GGUF, _ADAPTER = b"GGUF", "adapter_config.json"
-_UNQUANTISED = "give the unquantised checkpoint it was made from"
+_UNQUANTISED = "use the original unquantized checkpoint"
 
 
 def load_settings(source: str) -> dict[str, Any]:
-    """Read the config.json of a folder or a Hub model; it has a model_type. Raises UserError."""
-    if os.path.exists(source):  # a Path of a name that no file can have raises
+    """Read the config.json of a folder or a Hub model and check its model_type. Raises UserError."""
+    if os.path.exists(source):  # A Path raises if no file can have such a name.
         _check_kind(Path(source))
     try:
         settings, _ = PreTrainedConfig.get_config_dict(source)
-    except Exception as error:  # here and below: transformers and the Hub's client raise many kinds
+    except Exception as error:  # Here and below: transformers and the Hub client raise many kinds of errors.
         if not os.path.exists(source) and not isinstance(error.__cause__, GatedRepoError):
             raise UserError(
-                f"model {source!r}: there is no such local folder, and the Hub has no such model (or cannot be reached)"
+                f"model {source!r}: not a local folder, and not found on the Hub (or the Hub cannot be reached)"
             ) from None
         raise UserError(f"model {source!r}: its config.json cannot be read: {reason_of(error, source)}") from None
     own = settings.get(PRUNED) if isinstance(settings, dict) else None
@@ -58,15 +58,15 @@ def load_settings(source: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise UserError(f"model {source!r} has no config.json with a model_type; give a folder in Hugging Face format")
     layers = settings.get("num_hidden_layers")
-    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:  # lists of this length would be made next
+    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:  # Lists of this length would be allocated next.
         raise UserError(
-            f"model {source!r}: num_hidden_layers={layers} in its config.json; 1 to {_MOST_LAYERS:,} can be"
+            f"model {source!r}: num_hidden_layers={layers} in its config.json must be 1 to {_MOST_LAYERS:,}"
         )
     return settings
 
 
 def text_type(settings: Mapping[str, Any]) -> str:
-    """The `model_type` of the text model: of a multimodal checkpoint that of its `text_config`."""
+    """Return the `model_type` of the text model; for a multimodal checkpoint, that of its `text_config`."""
     text = settings.get("text_config")
     inner = text.get("model_type") if isinstance(text, dict) else None
     outer = str(settings["model_type"])
@@ -76,7 +76,7 @@ def text_type(settings: Mapping[str, Any]) -> str:
 
 
 def _text_config(whole: Any) -> Any:
-    """The config of the text model in a multimodal one, with what that says for the whole."""
+    """Return the text config of a multimodal config, with the settings shared by the whole model."""
     text = copy.deepcopy(whole.text_config)
     given = whole.to_dict()
     for name in ("tie_word_embeddings", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
@@ -86,16 +86,16 @@ def _text_config(whole: Any) -> Any:
 
 
 def is_pruned(settings: Mapping[str, Any]) -> bool:
-    """Whether a config.json, as `load_settings` gives it, is that of a pruned model."""
+    """Whether a config.json, as returned by `load_settings`, belongs to a pruned model."""
     return "layer_parts" in settings
 
 
 def renewed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` of a model that a former version pruned would hold today."""
+    """Convert the `config.json` of a model pruned by an earlier version to the current format."""
     kept = {name: value for name, value in settings.items() if name not in _OLD_SETTINGS}
     family = str(settings.get("base_model_type"))
     if family not in _BIASES:
-        raise UserError(f"a pruned model of an old form says base_model_type {family!r}; prune it again")
+        raise UserError(f"a pruned model of an old format has base_model_type {family!r}; prune it again")
     kept |= {"model_type": family, "layer_parts": FAMILIES[family].parts}
     kept |= {name: settings[own] for name, own in _BIASES[family].items()}
     if family.startswith("qwen"):
@@ -106,13 +106,15 @@ def renewed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse what people have beside folders in Hugging Face format, with the way to one. Raises UserError."""
-    original = "give the folder or Hub id of the Hugging Face checkpoint it was made from"
+    """Reject formats other than Hugging Face folders, with a hint how to convert them. Raises UserError."""
+    original = "give the folder or Hub id of the original Hugging Face checkpoint"
     if path.is_file():
         with path.open("rb") as file:
             is_gguf = file.read(len(_GGUF)) == _GGUF
         if is_gguf:
-            raise UserError(f"model {str(path)!r} is a GGUF file (llama.cpp's format), which is not read; {original}")
+            raise UserError(
+                f"model {str(path)!r} is a GGUF file (llama.cpp's format), which is not supported; {original}"
+            )
         raise UserError(f"model {str(path)!r} is a file; give a folder in Hugging Face format, or a Hub model id")
     if not path.is_dir() or (path / "config.json").exists():
         return
@@ -123,15 +125,17 @@ def _check_kind(path: Path) -> None:
             base = None
         of = f" of {base!r}" if isinstance(base, str) and base else ""
         raise UserError(
-            f"model {str(path)!r} is a LoRA adapter{of}, not a whole model; merge it into its base (PEFT: "
+            f"model {str(path)!r} is a LoRA adapter{of}, not a whole model; merge it into its base model (PEFT: "
             "merge_and_unload, then save_pretrained) and give that folder"
         )
     if any(path.glob("*.gguf")):
-        raise UserError(f"model {str(path)!r} holds GGUF files (llama.cpp's format), which are not read; {original}")
+        raise UserError(
+            f"model {str(path)!r} contains GGUF files (llama.cpp's format), which are not supported; {original}"
+        )
 
 
 def load_sizes(source: str) -> PrunedConfig:
-    """The config of a dense or a pruned model, no weight read. Raises UserError."""
+    """Return the config of a dense or pruned model, without reading weights. Raises UserError."""
     config = load_config(source)
     try:
         return dense_config(config)
@@ -140,10 +144,10 @@ def load_sizes(source: str) -> PrunedConfig:
 
 
 def load_config(source: str) -> Any:
-    """Read a checkpoint's config and refuse what cannot be pruned, before any weight is read. Raises UserError.
+    """Read a checkpoint's config and reject unsupported models, before any weight is read. Raises UserError.
 
-    That of a model which is pruned already is a `PrunedConfig`, whatever code its folder names; of any other, it is
-    transformers' own.
+    For an already pruned model the config is a `PrunedConfig`, whatever code its folder refers to; for any other model
+    it is transformers' own.
     """
     settings = load_settings(source)
     model_type = text_type(settings)
@@ -167,27 +171,27 @@ def load_config(source: str) -> Any:
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
         raise UserError(f"model {source!r} is a {architectures[0]}, not a causal language model (…ForCausalLM)")
     if isinstance(config.dtype, torch.dtype) and config.dtype not in _DTYPES:
-        raise UserError(f"model {source!r}: its config.json says dtype {config.dtype}; {_UNQUANTISED}")
+        raise UserError(f"model {source!r}: dtype {config.dtype} in its config.json is not supported; {_UNQUANTISED}")
     mlx = settings.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
-        raise UserError(f"model {source!r} is quantised to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
+        raise UserError(f"model {source!r} is quantized to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         how = quantised if isinstance(quantised, dict) else quantised.to_dict()
         if how.get("quant_method") == "mxfp4":
             raise UserError(
-                f"model {source!r} is quantised (MXFP4); have transformers write it in bfloat16 and give that folder: "
-                f"AutoModelForCausalLM.from_pretrained({source!r}, quantization_config=Mxfp4Config(dequantize=True))"
-                ".save_pretrained(FOLDER)"
+                f"model {source!r} is quantized (MXFP4); convert it to bfloat16 with transformers and give that "
+                f"folder: AutoModelForCausalLM.from_pretrained({source!r}, "
+                "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)"
             )
-        raise UserError(f"model {source!r} is quantised; {_UNQUANTISED}")
+        raise UserError(f"model {source!r} is quantized; {_UNQUANTISED}")
     return config
 
 
 def reason_of(error: BaseException, source: str) -> str:
-    """Why `source` could not be read, in one line."""
+    """Return why `source` could not be read, in one line."""
     if isinstance(error.__cause__, GatedRepoError):
-        return f"access must be asked for at https://huggingface.co/{source}; then log in with `hf auth login`"
+        return f"access is gated; request it at https://huggingface.co/{source}, then log in with `hf auth login`"
     text = " ".join(str(error).split())
     named = isinstance(error, (OSError, ValueError, RuntimeError)) and text
     return text if named else f"{type(error).__name__}: {text}"

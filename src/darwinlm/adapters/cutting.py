@@ -1,4 +1,4 @@
-"""Cutting: smaller tensors from dense ones, and a model of these. No zeros stand in for removed units."""
+"""Physical removal of units: smaller tensors, and models built from them. Removed units are never replaced by zeros."""
 
 import copy
 import functools
@@ -18,27 +18,27 @@ _SIZES: Mapping[SiteKind, Sequence[str]] = {
     "attention": ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head"),
     "mlp": ("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts"),
 }
-"""Of a layer, in `per_layer_config`."""
+"""Size settings of a layer in `per_layer_config`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A site with fewer units: which are kept, and its output projection refitted to them."""
+    """A site with fewer units: the kept units, and the output projection refitted to them."""
 
     kept: tuple[int, ...]
-    """Unit indices in the dense site, ascending; empty where the whole site is removed."""
+    """Kept unit indices in the dense site, ascending; empty if the whole site is removed."""
     output_weight: Tensor | None
-    """(output rows, kept units * columns_per_unit); of a mixture as the model has the tensor of all experts; None where
-    the whole site is removed."""
+    """Refitted output projection, (output rows, kept units * columns_per_unit); for a mixture, the fused tensor of all
+    experts; None if the whole site is removed."""
     factors: Mapping[str, float] = field(default_factory=dict)
-    """By tensor, what the weight of a norm over all heads is multiplied by: its mean is now that of the heads kept."""
+    """Factor of each norm weight (by tensor name) of norms over all heads, whose mean is now over the kept heads."""
     channels: Tensor | None = None
-    """Where units are channels of experts, those that each keeps, ascending: (experts, kept units). None if in each
-    expert channel k is unit k."""
+    """If units are channels of experts, the channels that each expert keeps, ascending: (experts, kept units). None if
+    channel k is unit k in each expert."""
 
 
 def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
-    """The tensors that are left of `site`, by name; none where the whole site is removed."""
+    """Return the remaining tensors of `site`, by name; empty if the whole site is removed."""
     if not cut.kept:
         return {}
     assert cut.output_weight is not None
@@ -56,7 +56,7 @@ def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, T
 
 
 def output_columns(site: Site, weight: Tensor, units: Sequence[int]) -> Tensor:
-    """What the output projection `weight` of a site has for `units`, not refitted."""
+    """Return the part of the output projection `weight` for `units`, not refitted."""
     kept = torch.tensor(units, device=weight.device)
     if site.routed:
         return weight.index_select(site.output_dim, kept)
@@ -65,17 +65,17 @@ def output_columns(site: Site, weight: Tensor, units: Sequence[int]) -> Tensor:
 
 
 def mean_factor(rows: Rows, units: Sequence[int], shares: Sequence[float]) -> float:
-    """What the weight of a norm over all heads is multiplied by once only `units` are left.
+    """Return the factor of the weight of a norm over all heads after pruning to `units`.
 
-    The norm divides by the root of a mean square: before over all groups of rows, now over those kept. `shares` are
-    what they have of the sum of squares, on average over tokens.
+    The norm divides by a root mean square: before pruning over all groups of rows, afterwards over the kept ones.
+    `shares` are their shares of the sum of squares, averaged over tokens.
     """
     kept = rows.kept(units)
     return math.sqrt(sum(shares[group] for group in kept) * len(shares) / len(kept))
 
 
 def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequence[int]) -> int:
-    """Parameters left in `site` with the units `kept`, its norms included."""
+    """Return the number of parameters of `site` with the units `kept`, including its norms."""
     if not kept:
         return 0
     count = sum(_numel(shapes[name]) for name in site.whole)
@@ -86,7 +86,7 @@ def count_parameters(site: Site, shapes: Mapping[str, Sequence[int]], kept: Sequ
 
 
 def active_parameters(site: Site, shapes: Mapping[str, Sequence[int]], units: int) -> int:
-    """What a token meets of a mixture that keeps so many units: the experts that it goes to, and all of the rest."""
+    """Return the active parameters per token of a mixture with `units` units: routed experts, and everything else."""
     module = site.output.rpartition(".")[0]
     if site.experts:
         everything = count_parameters(site, shapes, range(units))
@@ -98,12 +98,12 @@ def active_parameters(site: Site, shapes: Mapping[str, Sequence[int]], units: in
 
 
 def kv_elements(site: Site, kept: Sequence[int], head_dim: int) -> int:
-    """Numbers that the site adds to the KV cache for each token: keys and values of its KV heads."""
+    """Return the KV-cache elements per token of the site: keys and values of its KV heads."""
     return 2 * head_dim * len(_query_heads_by_kv_head(site, kept))
 
 
 def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
-    """The `per_layer_config` entries of `site` with the units `kept`."""
+    """Return the `per_layer_config` entries of `site` with the units `kept`."""
     if not kept:
         return {"skip": [site.kind]}
     if site.kind == "mlp":
@@ -117,7 +117,7 @@ def layer_sizes(site: Site, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def pruned_config(config: PrunedConfig, sites: Sequence[Site], cuts: Mapping[str, Cut]) -> PrunedConfig:
-    """`config` with the sizes of `cuts` (by site name; a site without an entry stays as it is in `config`)."""
+    """Return `config` with the sizes of `cuts` (by site name; sites without an entry are unchanged)."""
     layers: dict[int | str, dict[str, Any]] = sizes_by_layer(config)
     for site in sites:
         if site.name in cuts:
@@ -136,7 +136,7 @@ def pruned_config(config: PrunedConfig, sites: Sequence[Site], cuts: Mapping[str
 
 
 def sizes_by_layer(config: PrunedConfig) -> dict[int | str, dict[str, Any]]:
-    """A copy of what `per_layer_config` was set to: of each layer what differs from the dense model."""
+    """Return a copy of the original `per_layer_config`: per layer, the differences from the dense model."""
     written: dict[str, dict[str, Any]] = config.to_dict().get("per_layer_config") or {}
     return {int(layer): dict(sizes) for layer, sizes in written.items()}
 
@@ -152,18 +152,18 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     layers_on: torch.device | None = None,
 ) -> PrunedModel:
-    """A model cut physically out of the dense `weights`, on the device of their embeddings.
+    """Build a model cut physically out of the dense `weights`, on the device of their embeddings.
 
     Args:
-        config: of the model that is cut, dense or pruned already.
+        config: config of the model to cut, dense or already pruned.
         sites: all sites of that model.
         weights: its state dict.
-        cuts: by site name; a site without an entry stays as it is.
-        trainable: copy every tensor, so that training leaves `weights` alone. Without it, all are in their dtype, and
-            those that are not cut are shared.
-        shared_ends: of a trainable model too, share embeddings, last norm and head.
-        dtype: of the copies.
-        layers_on: where the layers are to be; by default where the embeddings are.
+        cuts: cuts by site name; sites without an entry are unchanged.
+        trainable: copy every tensor, so that training does not change `weights`. Otherwise tensors keep their dtype,
+            and unpruned tensors are shared.
+        shared_ends: share embeddings, last norm and head even if trainable.
+        dtype: dtype of the copies.
+        layers_on: device of the layers; by default that of the embeddings.
     """
     device, given = weights[EMBEDDINGS].device, weights[EMBEDDINGS].dtype
 
@@ -190,7 +190,7 @@ def build_layer(
     cuts: Mapping[str, Cut],
     device: torch.device,
 ) -> nn.Module:
-    """One layer of what `build_model` gives, on `device`; `sites` are the layer's, what is there already is shared."""
+    """Build one layer of `build_model` on `device`; `sites` are those of the layer, and existing tensors are shared."""
     prefix, embeddings = f"{LAYERS}{layer}.", weights[EMBEDDINGS]
     own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     return fill_layer(
@@ -201,7 +201,7 @@ def build_layer(
 
 
 def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A decoder layer of these tensors, which have the names that they have in the model; not to be trained."""
+    """Build a decoder layer from these tensors, named as in the model; not trainable."""
     module: nn.Module = empty_layer(config, layer)
     prefix = f"{LAYERS}{layer}."
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
@@ -211,8 +211,8 @@ def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) 
 def copy_trained(
     model: PrunedModel, tensors: Mapping[str, Tensor], layers_on: torch.device | None = None
 ) -> PrunedModel:
-    """A model like `model`, its device and dtype too, with other `tensors`; a tied head need not be in them. Its layers
-    are on `layers_on`, if that is another device."""
+    """Build a model like `model`, with its device and dtype, from other `tensors`; a tied head may be missing. Its
+    layers are on `layers_on`, if given."""
 
     def place(name: str) -> torch.device:
         return layers_on if layers_on is not None and name.startswith(LAYERS) else model.device
@@ -225,15 +225,15 @@ def copy_trained(
 
 
 def assemble(pruned: PrunedConfig, tensors: dict[str, Tensor], *, trainable: bool) -> PrunedModel:
-    """A model of these tensors, which are not copied; a tied head need not be among them."""
+    """Build a model from these tensors, without copying; a tied head may be missing."""
     return fill(empty_model(pruned), tensors, trainable=trainable)
 
 
 def empty_model(config: PrunedConfig) -> PrunedModel:
-    """A model on the meta device, with a config of its own."""
+    """Create a model on the meta device, with its own config."""
     own = copy.deepcopy(config)
     with torch.device("meta"):
-        # Buffers that no file holds must be exact, whatever dtype the weights will have.
+        # Buffers that are not stored in files must be exact, whatever the dtype of the weights.
         model: PrunedModel = causal_lm(own)._from_config(own, dtype=torch.float32)
     own.dtype = config.dtype
     return model
@@ -242,13 +242,13 @@ def empty_model(config: PrunedConfig) -> PrunedModel:
 def fill(
     model: PrunedModel, tensors: Mapping[str, Tensor], *, trainable: bool = False, strict: bool = True
 ) -> PrunedModel:
-    """`model`, which is on the meta device, of these tensors, which are not copied; a tied head need not be there.
+    """Fill `model`, which is on the meta device, with these tensors, without copying; a tied head may be missing.
 
-    Unless `strict`, what else is missing stays on the meta device.
+    Unless `strict`, other missing tensors stay on the meta device.
     """
     device = tensors[EMBEDDINGS].device
     for module in model.modules():
-        # What a checkpoint does not hold, such as the frequencies of rotary embeddings.
+        # Buffers that a checkpoint does not store, such as the frequencies of rotary embeddings.
         missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in missing:
             buffer = module.get_buffer(name)
@@ -276,7 +276,7 @@ def _cut_tensors(sites: Sequence[Site], weights: Mapping[str, Tensor], cuts: Map
 
 
 def _cut_experts(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
-    """What is left of the input projections of experts that each keep some channels."""
+    """Return the remaining input projections of experts that each keep some channels."""
     device = weights[site.output_tensor].device
     channels_EK = torch.tensor(cut.kept).expand(site.experts, -1) if cut.channels is None else cut.channels
     channels_EK = channels_EK.to(device, torch.long)
@@ -285,7 +285,7 @@ def _cut_experts(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[st
         rows.setdefault(some.tensor, []).append(some)
     left = {}
     for name, parts in rows.items():
-        # In the order that they have in the tensor, be it one part after another or in turns.
+        # Keep the order of the rows in the tensor, whether parts are concatenated or interleaved.
         index_EJ = torch.cat([some.start + some.step * channels_EK for some in parts], dim=1).sort(dim=1).values
         others = [1] * (weights[name].dim() - 1)
         others[parts[0].dim - 1] = -1
@@ -295,8 +295,8 @@ def _cut_experts(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[st
 
 @functools.lru_cache(maxsize=1024)
 def _kept_rows(rows: Rows, kept: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the rows of the units `kept` are. Candidates ask for the same again and again, and a list that becomes a
-    tensor is a wait for the device."""
+    """Return the row indices of the units `kept`. Cached, because candidates need the same indices repeatedly, and
+    converting a list to a tensor synchronizes the device."""
     groups = torch.tensor(rows.kept(kept), device=device)
     return rows.start + (groups[:, None] * rows.rows + torch.arange(rows.rows, device=device)).flatten()
 

@@ -1,7 +1,7 @@
-"""A layer's experts, one at a time: who gets a token, and what an expert makes of it.
+"""Experts of a layer, one at a time: routing, and the output of each expert.
 
-Transformers' own modules compute a batch of tokens by all experts. To prune them, it must be known what a token would
-get if some of them were gone.
+Transformers' modules compute a batch of tokens by all experts. Pruning needs to know the output for a token if some
+experts were removed.
 
 Dimension letters: N tokens, E experts, D hidden size, I channels of an expert.
 """
@@ -19,24 +19,24 @@ from darwinlm.adapters.families import LAYERS, Site, family_of
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 
 PRODUCTS = 2**27
-"""Numbers that may be held of the products of all experts' outputs: sampled tokens * E * E."""
+"""Maximum number of elements for the products of all experts' outputs: sampled tokens * E * E."""
 OUTPUTS = 2**26
-"""Numbers that may be held of the outputs of all experts: tokens * E * D."""
+"""Maximum number of elements for the outputs of all experts: tokens * E * D."""
 
 
 def renormalises(config: PrunedConfig) -> bool:
-    """Whether the gates of a token sum to 1: a softmax over the experts that it goes to, and not over all of them."""
+    """Whether the gates of a token sum to 1: a softmax over its routed experts only, instead of over all experts."""
     return bool(getattr(config, "norm_topk_prob", True))
 
 
 def choose_experts(logits_NE: Tensor, routed: int, *, renormalised: bool) -> tuple[Tensor, Tensor]:
-    """The gates of the `routed` experts that each token goes to, float32, and their numbers: N * routed."""
+    """Return the gates of the `routed` experts of each token, float32, and their indices, both (N, routed)."""
     top_NK, chosen_NK = logits_NE.float().softmax(-1).topk(routed, dim=-1)
     return top_NK / top_NK.sum(-1, keepdim=True) if renormalised else top_NK, chosen_NK
 
 
 def hide_experts(model: PrunedModel, site: Site, kept: Sequence[int]) -> None:
-    """Have the router of `site` send tokens to the experts `kept` alone, from now on; all stay in the model."""
+    """Restrict the router of `site` to the experts `kept`, by a hook; all experts stay in the model."""
     family, renormalised = family_of(model.config), renormalises(model.config)
     gone = [expert for expert in range(site.num_units) if expert not in kept]
 
@@ -56,7 +56,7 @@ def _gated(activation: nn.Module, gate_up_NJ: Tensor) -> Tensor:
 
 
 def _clamped(config: PrunedConfig) -> Callable[[Tensor], Tensor]:
-    """The SwiGLU of gpt-oss."""
+    """Return the SwiGLU function of gpt-oss."""
     alpha, limit = config.swiglu_alpha, config.swiglu_limit
 
     def glu(gate_up_NJ: Tensor) -> Tensor:
@@ -68,28 +68,29 @@ def _clamped(config: PrunedConfig) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Each token goes to the `routed` experts of the largest logits, which are weighed by a softmax.
+    """Mixture in which each token is routed to the `routed` experts of largest logits, weighted by a softmax.
 
-    `output = sum_e gate_e * down_e glu(gate_up_e x)`, where `glu` is mostly `act(gate_proj_e x) * up_proj_e x`
+    `output = sum_e gate_e * down_e glu(gate_up_e x)`, where `glu` is usually `act(gate_proj_e x) * up_proj_e x`.
     """
 
     router_ED: Tensor
     gate_up_EJD: Tensor
-    """J = 2 * I: of each expert mostly the rows of its `gate_proj` before those of its `up_proj`."""
+    """Input projections, J = 2 * I: for each expert, usually the rows of its `gate_proj` before those of its `up_proj`.
+    """
     down_EDI: Tensor
     glu: Callable[[Tensor], Tensor]
-    """What an expert's output projection reads, N * I, from N * J."""
+    """Maps the input projections (N, J) to the input of an expert's output projection (N, I)."""
     routed: int
     renormalised: bool
     transposed: bool
-    """Whether the model has its matrices the other way round."""
+    """Whether the model stores its matrices transposed."""
     router_bias_E: Tensor | None = None
     gate_up_bias_EJ: Tensor | None = None
     down_bias_ED: Tensor | None = None
 
     @classmethod
     def of(cls, config: PrunedConfig, site: Site, weights: Mapping[str, Tensor]) -> "Experts":
-        """The experts of `site`; the tensors in `weights`, by their names in the model, are shared."""
+        """Create the experts of `site`; the tensors in `weights`, named as in the model, are shared."""
         family, prefix = family_of(config), f"{LAYERS}{site.layer}."
         block = f"{prefix}{family.mlp}."
         gate_up, down = weights[f"{block}{family.experts}.gate_up_proj"], weights[site.output_tensor]
@@ -107,16 +108,16 @@ class Experts:
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Experts":
-        """The same elsewhere, or in another dtype."""
+        """Return a copy on another device or in another dtype."""
         return self._each(lambda tensor: tensor.to(device, dtype))
 
     def some(self, kept: Sequence[int]) -> "Experts":
-        """The experts `kept` alone."""
+        """Return only the experts `kept`."""
         rows = torch.tensor(kept, device=self.router_ED.device)
         return self._each(lambda tensor: tensor[rows])
 
     def narrowed(self, channels_EK: Tensor) -> "Experts":
-        """The same experts with these channels alone."""
+        """Return the same experts with only these channels."""
         width = self.down_EDI.shape[2]
         rows_EJ = (
             torch.stack([2 * channels_EK, 2 * channels_EK + 1], dim=2).flatten(1)
@@ -138,38 +139,38 @@ class Experts:
         return replace(self, **tensors)
 
     def as_stored(self, down_EDI: Tensor) -> Tensor:
-        """Output projections as the model has them: E * I * D if they are the other way round there."""
+        """Return output projections as the model stores them: (E, I, D) if transposed."""
         return down_EDI.mT if self.transposed else down_EDI
 
     @property
     def count(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return len(self.router_ED)
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        """What experts are chosen by, N * E, float32."""
+        """Return the router logits, (N, E), float32."""
         return nn.functional.linear(x_ND, self.router_ED, self.router_bias_E).float()
 
     def gates(self, logits_NE: Tensor) -> Tensor:
-        """What the output of each expert is multiplied by, N * E, 0 for those that a token does not go to.
+        """Return the gate of each expert, (N, E); 0 for experts that a token is not routed to.
 
-        An expert whose logits are -inf is one that is not there.
+        An expert with logits of -inf is treated as removed.
         """
         top_NK, chosen_NK = choose_experts(logits_NE, self.routed, renormalised=self.renormalised)
         return torch.zeros_like(logits_NE).scatter_(-1, chosen_NK, top_NK)
 
     def channels(self, expert: int, x_ND: Tensor) -> Tensor:
-        """What an expert's output projection reads, N * I."""
+        """Return the input of an expert's output projection, (N, I)."""
         bias_J = None if self.gate_up_bias_EJ is None else self.gate_up_bias_EJ[expert]
         return self.glu(nn.functional.linear(x_ND, self.gate_up_EJD[expert], bias_J))
 
     def output(self, expert: int, x_ND: Tensor) -> Tensor:
-        """What an expert makes of tokens, N * D, not yet multiplied by its gate."""
+        """Return an expert's output for tokens, (N, D), before multiplication by its gate."""
         bias_D = None if self.down_bias_ED is None else self.down_bias_ED[expert]
         return nn.functional.linear(self.channels(expert, x_ND), self.down_EDI[expert], bias_D)
 
     def sum_of(self, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
-        """The output of all experts together, N * D."""
+        """Return the summed output of all experts, (N, D)."""
         total_ND = torch.zeros(len(x_ND), self.down_EDI.shape[1], dtype=x_ND.dtype, device=x_ND.device)
         for expert in range(self.count):
             rows = gates_NE[:, expert].nonzero()[:, 0]

@@ -1,7 +1,6 @@
-"""Model families as data: which modules of transformers' own layers form each site, and which of their rows a unit has.
+"""Model families as data: which modules of transformers' layers form each site, and which rows belong to a unit.
 
-A family lists names. How large the tensors are, which have biases, and whether queries and keys have norms is read from
-a layer built without memory.
+A family only lists names. Tensor sizes, biases, and norms of queries and keys are read from a layer on the meta device.
 """
 
 import copy
@@ -26,34 +25,35 @@ Granularity = Literal["kv_group", "query_head"]
 ExpertUnit = Literal["whole", "channels"]
 
 LAYERS = "model.layers."
-"""What the names of all tensors in layers begin with."""
+"""Prefix of the names of all tensors in layers."""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """The names that modules have in a layer."""
+    """Names of the modules in a layer."""
 
     attention: str = "self_attn"
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Within `attention`; one name where they are rows of one tensor, in this order."""
+    """Modules within `attention`; a single name if queries, keys and values are rows of one tensor, in this order."""
     attention_output: str = "o_proj"
     mlp: str = "mlp"
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
-    """Within `mlp`; one tensor with two rows a channel holds the gates first."""
+    """Modules within `mlp`; a single fused tensor holds the gates first."""
     mlp_output: str = "down_proj"
     experts: str = ""
-    """Within `mlp`, the module that holds the tensors of all experts, in layers that have such; none if empty."""
+    """Module within `mlp` that holds the fused tensors of all experts, in layers that have experts; empty if there are
+    none."""
     router: str = "gate"
-    """Within `mlp`, what sends tokens to experts."""
+    """Module within `mlp` that routes tokens to experts."""
     experts_transposed: bool = False
-    """Whether the matrices of experts have a row for each input, and one channel's gate and up follow one another."""
+    """Whether the experts' matrices have a row per input, with gate and up of a channel interleaved."""
     before_attention: str = "input_layernorm"
-    """The norm whose output attention reads; none if empty."""
+    """Norm before attention; empty if there is none."""
     after_attention: str = ""
-    """The norm of what attention adds to the stream; none if empty."""
+    """Norm of attention's output, before it is added to the stream; empty if there is none."""
     before_mlp: str = "post_attention_layernorm"
-    """The same as `before_attention` where attention and MLP read the same stream, in parallel."""
+    """Norm before the MLP; equal to `before_attention` if attention and MLP read the same stream, in parallel."""
     after_mlp: str = ""
 
     @property
@@ -63,23 +63,23 @@ class Family:
 
     @property
     def parts(self) -> dict[str, list[str]]:
-        """The modules of a layer that go with each part; the first computes, the others are norms of its own."""
+        """Modules of a layer that belong to each part: first the part itself, then its norms."""
         attention = (self.attention, "" if self.parallel else self.before_attention, self.after_attention)
         mlp = (self.mlp, "" if self.parallel else self.before_mlp, self.after_mlp)
         return {"attention": [name for name in attention if name], "mlp": [name for name in mlp if name]}
 
     def output(self, kind: SiteKind) -> str:
-        """The output projection of a part, within a layer."""
+        """Return the output projection of a part, within a layer."""
         attention, mlp = f"{self.attention}.{self.attention_output}", f"{self.mlp}.{self.mlp_output}"
         return attention if kind == "attention" else mlp
 
     def norm_after(self, kind: SiteKind) -> str:
-        """The norm of what a part adds to the stream; none if empty."""
+        """Return the norm of a part's output, before it is added to the stream; empty if there is none."""
         return self.after_attention if kind == "attention" else self.after_mlp
 
     @property
     def reads_after_attention(self) -> str:
-        """The module whose input is the stream between attention and MLP; none if empty."""
+        """Module whose input is the stream between attention and MLP; empty if there is none."""
         return "" if self.parallel else self.before_mlp or self.mlp
 
 
@@ -119,11 +119,11 @@ FAMILIES: dict[str, Family] = {
         mlp_inputs=("gate_up_proj",), after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"
     ),
 }  # fmt: skip
-"""By `model_type`."""
+"""Families by `model_type`."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a config. Raises UserError that names the supported ones."""
+    """Return the family of a config. Raises UserError that lists the supported families."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -133,7 +133,7 @@ def family_of(config: Any) -> Family:
 
 
 def dense_config(config: Any) -> PrunedConfig:
-    """A config of transformers as one that sizes can be set in, layer by layer."""
+    """Convert a transformers config to one that supports sizes per layer."""
     if isinstance(config, PrunedConfig):
         return config
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
@@ -141,13 +141,13 @@ def dense_config(config: Any) -> PrunedConfig:
     known.layer_parts = family_of(config).parts
     for name, value in settings.items():
         if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
-            # A trial is a few steps: what they teach must not hang on what is dropped. Llama and its like have none.
+            # Trials are too short for dropout; Llama and similar families have none.
             setattr(known, name, 0.0)
     if getattr(known, "output_router_logits", False):
-        # Transformers' load-balancing loss, computed with it, knows one number of experts for all layers.
+        # Enables transformers' load-balancing loss, which supports only one number of experts for all layers.
         known.output_router_logits = False
     if getattr(known, "head_dim", None) is None:
-        # Of a layer with fewer heads it could not be told any more.
+        # It could not be inferred in a layer with fewer heads.
         known.head_dim = known.hidden_size // known.num_attention_heads
     if getattr(known, "num_key_value_heads", None) is None:
         known.num_key_value_heads = known.num_attention_heads
@@ -156,7 +156,7 @@ def dense_config(config: Any) -> PrunedConfig:
 
 
 def window_of(config: Any, layer: int) -> int | None:
-    """How many tokens attention sees in a layer; None if all."""
+    """Return the number of tokens that attention sees in a layer; None if all."""
     kinds = getattr(config, "layer_types", None)
     sliding = kinds is None or kinds[layer] == "sliding_attention"
     window: int | None = getattr(config, "sliding_window", None) if sliding else None
@@ -164,13 +164,13 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def config_class(model_type: str) -> Any:
-    """The class of configs of pruned models of that type."""
+    """Return the config class of pruned models of that type."""
     kind: Any = CONFIG_MAPPING[model_type]
     return pruned_class(kind)
 
 
 def has_attention(config: PrunedConfig, layer: int) -> bool:
-    """Whether a layer has attention with a KV cache; in hybrid models, some have linear attention instead."""
+    """Whether a layer has attention with a KV cache; some layers of hybrid models have linear attention instead."""
     kinds = getattr(config, "layer_types", None)
     return "attention" not in config.skipped(layer) and not (kinds and kinds[layer] == "linear_attention")
 
@@ -181,24 +181,24 @@ def is_hybrid(config: PrunedConfig) -> bool:
 
 
 def sites_needed(config: PrunedConfig, sites: Sequence["Site"]) -> set[str]:
-    """The sites that cannot be removed whole: mixtures, of whose experts a token needs some; in hybrid models, whose
-    caches tell by attention how many tokens they hold, the first attention."""
+    """Return the sites that cannot be removed completely: mixtures, since tokens need some experts; and the first
+    attention of hybrid models, whose caches get their length from it."""
     attention = [site.name for site in sites if site.kind == "attention"]
     return set(attention[:1] if is_hybrid(config) else ()) | {site.name for site in sites if site.routed}
 
 
 def expert_setting(config: PrunedConfig) -> str:
-    """The setting that says how many experts a layer has."""
+    """Return the setting for the number of experts in a layer."""
     return next(name for name in ("num_local_experts", "num_experts") if name in vars(config))
 
 
 def expert_width_setting(config: PrunedConfig) -> str:
-    """The setting that says how many channels each expert of a layer has."""
+    """Return the setting for the number of channels in each expert."""
     return next(name for name in ("moe_intermediate_size", "intermediate_size") if name in vars(config))
 
 
 def experts_in(config: PrunedConfig, layer: int) -> int:
-    """How many experts a layer has; 0 if its MLP is no mixture."""
+    """Return the number of experts in a layer; 0 if its MLP is not a mixture."""
     family = family_of(config)
     if not family.experts or f"{family.mlp}.{family.experts}" not in dict(empty_layer(config, layer).named_modules()):
         return 0
@@ -206,20 +206,20 @@ def experts_in(config: PrunedConfig, layer: int) -> int:
 
 
 def set_attention(config: PrunedConfig) -> None:
-    """Have models with `config` attend by PyTorch's function, where their family can."""
+    """Use PyTorch's scaled_dot_product_attention in models with `config`, if their family supports it."""
     config._attn_implementation = "sdpa" if causal_lm(config)._supports_sdpa else "eager"
     if family_of(config).experts and not torch.cuda.is_available():
-        # A layer by itself would ask for it, and transformers would warn that nobody has said it.
+        # Set explicitly, because transformers warns about the default.
         config._experts_implementation = "eager"
 
 
 def causal_lm(config: PrunedConfig) -> Any:
-    """The class of models with such a config."""
+    """Return the model class for such a config."""
     return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[config.made_of])
 
 
 def auto_map(config: PrunedConfig, module: str) -> dict[str, str]:
-    """By auto class, the class in the file `module` for a model with `config`, as `config.json` says it."""
+    """Return the `auto_map` of `config.json`: by auto class, the class in `module` for a model with `config`."""
     tables: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING,
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -232,18 +232,18 @@ def auto_map(config: PrunedConfig, module: str) -> dict[str, str]:
 
 
 def empty_layer(config: PrunedConfig, layer: int) -> Any:
-    """A decoder layer on the meta device."""
+    """Create a decoder layer on the meta device."""
     with torch.device("meta"):
         return make_layer(layer_class(config), config, layer)
 
 
 def layer_class(config: PrunedConfig) -> Any:
-    """The class of transformers' decoder layers."""
+    """Return transformers' decoder layer class."""
     return _classes(config)[0]
 
 
 def rotary_embedding(config: PrunedConfig) -> Any:
-    """Transformers' module that makes rotary embeddings, on the CPU."""
+    """Create transformers' rotary embedding module, on the CPU."""
     with torch.device("cpu"):
         return _classes(config)[1](config=config)
 
@@ -264,26 +264,27 @@ _KNOWN_CLASSES: dict[type, tuple[type, type]] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Rows of a tensor that are lost, `rows` at a time: they go with the last of the units that need them.
+    """Rows of a tensor that are removed with units, in groups of `rows`: a group is removed with the last unit that
+    needs it.
 
-    Of the tensors of all experts, which have a dimension for each of them first, rows along another dimension.
+    In the fused tensors of all experts, whose first dimension is the expert, rows are along another dimension.
     """
 
     tensor: str
     rows: int
     start: int = 0
-    """The first of these rows; in other rows of the same tensor is something else."""
+    """First of these rows; other rows of the same tensor belong to something else."""
     serves: tuple[int, ...] = ()
-    """By unit, which `rows` rows it needs, ascending; empty where each unit has its own."""
+    """Group of `rows` rows that each unit needs, ascending; empty if each unit has its own group."""
     norm: bool = False
-    """Whether this is the weight of a norm over all these rows at once: where some go, it divides by another mean."""
+    """Whether this is the weight of a norm over all these rows at once, whose mean changes when rows are removed."""
     dim: int = 0
-    """The dimension that they are along."""
+    """Dimension along which the rows are removed."""
     step: int = 1
-    """How far from one to the next of these rows, where others lie between them."""
+    """Distance between consecutive rows, if others are interleaved."""
 
     def kept(self, units: Sequence[int]) -> list[int]:
-        """Which groups of `rows` rows the units `units` need, ascending."""
+        """Return the groups of `rows` rows that these units need, ascending."""
         return sorted({self.serves[unit] for unit in units} if self.serves else units)
 
 
@@ -292,30 +293,30 @@ class Site:
     """A place where units can be removed. The tensors named here shrink together."""
 
     name: str
-    """`layers.3.mlp`"""
+    """Name of the site, such as `layers.3.mlp`."""
     layer: int
     kind: SiteKind
     output: str
-    """The module whose weight loses columns: `model.layers.3.mlp.down_proj`."""
+    """Module whose weight loses columns, such as `model.layers.3.mlp.down_proj`."""
     inputs: tuple[Rows, ...]
-    """In the order that they have in a tensor, where several are in one."""
+    """Rows that shrink with the units; several in one tensor are in its order."""
     whole: tuple[str, ...]
-    """Tensors kept as they are until the last unit goes: norms, an output bias."""
+    """Tensors kept unchanged until the last unit is removed: norms, an output bias."""
     num_units: int
     columns_per_unit: int
     heads_per_unit: int = 0
-    """Query heads in a unit; 0 in an MLP."""
+    """Query heads per unit; 0 in an MLP."""
     kv_heads: tuple[int, ...] = ()
-    """By unit, the KV head that it needs; empty in an MLP."""
+    """KV head of each unit; empty in an MLP."""
     routed: int = 0
-    """Of a mixture of experts, how many of them a token goes to. Else 0."""
+    """Number of experts per token in a mixture, otherwise 0."""
     experts: int = 0
-    """Of a mixture whose units are channels, how many experts there are; unit k is the one of rank k by importance in
-    each of them. 0 where a unit is an expert, of which at least `routed` stay, and where there are none."""
+    """Number of experts in a mixture whose units are channels; unit k is the channel of rank k by importance in each
+    expert. 0 if a unit is an expert, of which at least `routed` are kept, or if there are no experts."""
     output_dim: int = 1
-    """The dimension of the output projection that units are along."""
+    """Dimension of the output projection along which units are removed."""
     size: str = "intermediate_size"
-    """The setting of a layer that says how many units its MLP has."""
+    """Layer setting for the number of units in its MLP."""
 
     @property
     def of_experts(self) -> bool:
@@ -323,25 +324,25 @@ class Site:
         return self.routed > 0 and self.experts == 0
 
     def columns(self, units: int) -> int:
-        """Columns of the output projection, or of those of all experts, that so many units have."""
+        """Return the number of columns of the output projection (over all experts) for `units` units."""
         return units * self.columns_per_unit * max(1, self.experts)
 
     @property
     def output_tensor(self) -> str:
-        """The name of the tensor that loses columns, or experts."""
+        """Name of the tensor that loses columns, or experts."""
         return self.output if self.routed else f"{self.output}.weight"
 
     @property
     def tensors(self) -> dict[str, None]:
-        """The names of all its tensors, each once."""
+        """Names of all tensors of the site, each once."""
         return dict.fromkeys((*self.whole, *(rows.tensor for rows in self.inputs), self.output_tensor))
 
 
 def find_sites(config: PrunedConfig, granularity: Granularity, expert_unit: ExpertUnit = "whole") -> tuple[Site, ...]:
-    """Every site of a model, attention before MLP, layer by layer; of one that is pruned already, those it still has.
+    """Return every site of a model, attention before MLP, layer by layer; for a pruned model, its remaining sites.
 
     Raises:
-        UserError: if KV heads that serve different numbers of query heads are to be units.
+        UserError: if `kv_group` units would have different numbers of query heads.
     """
     found: list[Site] = []
     for layer in range(config.num_hidden_layers):
@@ -359,7 +360,7 @@ def find_sites(config: PrunedConfig, granularity: Granularity, expert_unit: Expe
 
 
 def dense_again(config: PrunedConfig) -> PrunedConfig:
-    """The config of the model that a pruned one was cut from: layers of one size, none of them without a part."""
+    """Return the config of the original model of a pruned one: all layers complete and of the same size."""
     whole = copy.deepcopy(config)
     whole.per_layer_config = None
     return whole
@@ -370,19 +371,19 @@ def _attention(
 ) -> Site:
     family, head_dim, sizes = family_of(config), config.head_dim, config.layer(layer)
     kv_heads = sizes.num_key_value_heads
-    # Query heads of each KV head.
+    # Query heads per KV head.
     groups = sizes.query_heads_per_kv_head or [sizes.num_attention_heads // kv_heads] * kv_heads
     if len(groups) != kv_heads or sum(groups) != sizes.num_attention_heads or min(groups) < 1:
         raise UserError(
-            f"layer {layer}: {kv_heads} KV heads cannot serve {sizes.num_attention_heads} query heads as config.json "
-            f"says ({', '.join(map(str, groups))}); get the whole model"
+            f"layer {layer}: {kv_heads} KV heads cannot serve {sizes.num_attention_heads} query heads as in "
+            f"config.json ({', '.join(map(str, groups))}); download the whole model"
         )
     served: tuple[int, ...]
     if granularity == "kv_group":
         if len(set(groups)) > 1:
             raise UserError(
-                f"layer {layer} has KV heads that serve {', '.join(map(str, groups))} query heads, and units "
-                "are of one size; set database.granularity=query_head"
+                f"layer {layer} has KV heads that serve {', '.join(map(str, groups))} query heads, but units "
+                "must have the same size; set database.granularity=query_head"
             )
         heads_per_unit, served = groups[0], tuple(range(kv_heads))
     else:
@@ -393,7 +394,7 @@ def _attention(
     inputs, whole = list[Rows](), list[str]()
 
     def add(name: str, count: int, start: int = 0, *, keys: bool, norm: bool = False) -> None:
-        """`count` rows from `start` on, of all query heads or of all KV heads."""
+        """Add `count` rows from `start` on, of all query heads or of all KV heads."""
         rows = count // kv_heads if keys else count // heads * heads_per_unit
         inputs.append(Rows(tensor=prefix + name, rows=rows, start=start, serves=served if keys else (), norm=norm))
 
@@ -406,16 +407,16 @@ def _attention(
         elif kind == "sinks":
             add(name, shape[0], keys=False)
         elif module == queries and not others:
-            # Queries, keys and values in one tensor.
+            # Queries, keys and values in one fused tensor.
             add(name, heads * head_dim, keys=False)
             add(name, kv_heads * head_dim, heads * head_dim, keys=True)
             add(name, kv_heads * head_dim, (heads + kv_heads) * head_dim, keys=True)
         elif module in (queries, *others):
             add(name, shape[0], keys=module != queries)
         elif shape == (head_dim,):
-            whole.append(prefix + name)  # a norm that all heads have in common
+            whole.append(prefix + name)  # A norm shared by all heads.
         else:
-            # A norm over all heads at once, or (two dimensions) one for each.
+            # A norm over all heads at once, or (two dimensions) one per head.
             add(name, shape[0], keys=module.startswith("k"), norm=len(shape) == 1)
     return Site(
         name=f"layers.{layer}.attention",
@@ -441,7 +442,7 @@ def _mlp(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]]
         if module in {f"{family.mlp}.{one}" for one in family.mlp_inputs}:
             inputs += [Rows(tensor=prefix + name, rows=1, start=start) for start in range(0, shape[0], width)]
         elif name.startswith(f"{family.mlp}.") and name != f"{output}.weight":
-            whole.append(name)  # an output bias
+            whole.append(name)  # An output bias.
     return Site(
         name=f"layers.{layer}.mlp",
         layer=layer,
@@ -458,7 +459,7 @@ def _experts(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, .
     family, prefix = family_of(config), f"{LAYERS}{layer}."
     output = f"{family.mlp}.{family.experts}.down_proj"
     experts, *matrix = shapes[output]
-    # A shared expert is a small part of a layer, and every token needs it: it stays as it is.
+    # A shared expert is small and used by every token, so it is kept unchanged.
     by_expert = tuple(f"{family.mlp}.{name}." for name in (family.router, family.experts))
     others = [name for name in shapes if name.startswith(f"{family.mlp}.") and not name.startswith(by_expert)]
     return Site(
@@ -486,7 +487,7 @@ def _expert_channels(config: PrunedConfig, layer: int, shapes: Mapping[str, tupl
     inputs, whole = list[Rows](), list[str]()
     for name, shape in shapes.items():
         if name.startswith(f"{family.mlp}.{family.experts}.gate_up_proj"):
-            # Experts that lie the other way round have gate and up of a channel side by side.
+            # Transposed experts interleave gate and up of each channel.
             dim = len(shape) - 1 if family.experts_transposed else 1
             step = 2 if family.experts_transposed else 1
             starts = (0, 1 if family.experts_transposed else width)
@@ -510,5 +511,5 @@ def _expert_channels(config: PrunedConfig, layer: int, shapes: Mapping[str, tupl
 
 
 def _norms(config: PrunedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], kind: SiteKind) -> Iterator[str]:
-    """The tensors of the norms that go with a part."""
+    """Return the tensors of the norms that belong to a part."""
     return (name for name in shapes if name.rpartition(".")[0] in config.layer_parts[kind][1:])

@@ -1,6 +1,6 @@
-"""The head of a model: from last hidden states to logits, and back to gradients.
+"""LM heads: from last hidden states to logits, and back to gradients.
 
-Most heads are a matrix product. Granite and Cohere scale logits, Phi adds a bias, and Gemma 2 bounds them smoothly.
+Most heads are a matrix product. Granite and Cohere scale logits, Phi adds a bias, and Gemma 2 uses a softcap.
 
 Dimension letters: N positions, V vocabulary, D hidden size.
 """
@@ -14,58 +14,58 @@ from torch import Tensor
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 
 _CHUNK_TOKENS = 128
-"""Positions whose logits are there at a time, at least: what a CPU's cache is good for."""
+"""Minimum number of positions whose logits are computed at a time; fits the cache of a CPU."""
 _CHUNK_LOGITS = 2**27
-"""Logits that are there at a time on other devices, where a chunk reads the whole head: 0.5 GB in float32."""
+"""Maximum number of logits at a time on other devices, where each chunk reads the whole head: 0.5 GB in float32."""
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """How many positions to compute logits for at a time."""
+    """Return the number of positions whose logits are computed at a time."""
     return _CHUNK_TOKENS if device.type == "cpu" else max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary)
 
 
 def shape_logits(config: PrunedConfig, logits: Tensor) -> Tensor:
-    """What a model makes of the output of its `lm_head`."""
+    """Apply a model's scale and softcap to the output of its `lm_head`."""
     scale, softcap = logit_settings(config)
     logits = logits if scale == 1 else logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def logit_settings(config: PrunedConfig) -> tuple[float, float | None]:
-    """What logits are multiplied by, and the bound that they stay within."""
+    """Return the scale of the logits, and their softcap or None."""
     scale: Any = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits are `softcap * tanh(z / softcap)` of `z = scale * (h W^T + b)`, or z where there is no softcap."""
+    """LM head with logits `softcap * tanh(z / softcap)` of `z = scale * (h W^T + b)`, or z without a softcap."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
     scale: float
     softcap: float | None
     wide: bool = False
-    """Whether logits are float32, though the weight is not: its values are, and tensor cores sum in float32."""
+    """Whether logits are float32 although the weight is not: products are exact and tensor cores sum in float32."""
 
     @classmethod
     def of(cls, model: PrunedModel) -> "Head":
-        """The head of `model`; the tensors are shared."""
+        """Create the head of `model`; the tensors are shared."""
         linear = model.get_output_embeddings()
         return cls(linear.weight, getattr(linear, "bias", None), *logit_settings(model.config))
 
     def float(self) -> "Head":
-        """The same with logits in float32."""
+        """Return the same head with logits in float32."""
         bias_V = self.bias_V if self.bias_V is None else self.bias_V.float()
         if self.weight_VD.is_cuda and self.weight_VD.dtype in (torch.bfloat16, torch.float16):
             return replace(self, bias_V=bias_V, wide=True)
         return replace(self, weight_VD=self.weight_VD.float(), bias_V=bias_V)
 
     def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits N * V in the dtype of the head, written to `out` if it is given; no gradients."""
+        """Compute logits (N, V) in the dtype of the head, written to `out` if given; without gradients."""
         weight_VD = self.weight_VD
         if self.wide and hidden_ND.dtype == weight_VD.dtype:
-            # Products of such numbers are exact in float32.
+            # Products of half-precision numbers are exact in float32.
             logits_NV = torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
             logits_NV = logits_NV if out is None else out.copy_(logits_NV)
         else:
@@ -80,7 +80,7 @@ class Head:
         return logits_NV
 
     def back(self, by_logits_NV: Tensor, logits_NV: Tensor) -> Tensor:
-        """A gradient by logits as one by last hidden states, N * D; `logits_NV` are those that it was taken at."""
+        """Convert a gradient w.r.t. logits, taken at `logits_NV`, to one w.r.t. last hidden states, (N, D)."""
         if self.softcap is not None:
             by_logits_NV = by_logits_NV * (1 - (logits_NV / self.softcap).square())
         dtype = torch.float32 if self.wide else self.weight_VD.dtype
@@ -88,7 +88,8 @@ class Head:
         return by_hidden_ND if self.scale == 1 else by_hidden_ND * self.scale
 
     def rows(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """How the logits of the tokens `ids` (of any shape) change with the hidden states there: shape * D."""
+        """Return the gradient of the logits of the tokens `ids` (of any shape) w.r.t. the hidden states there: (*shape,
+        D)."""
         rows = torch.nn.functional.embedding(ids, self.weight_VD)
         if self.softcap is not None:
             z = self.scale * (rows * hidden).sum(-1, keepdim=True)
@@ -99,10 +100,11 @@ class Head:
 
     @torch.no_grad()
     def mean_head_rows(self, hidden_ND: Tensor) -> Tensor:
-        """The mean of `rows` by the predictions of these last hidden states, N * D, in the dtype of the head.
+        """Return the softmax-weighted mean of `rows` at these last hidden states, (N, D), in the dtype of the head.
 
-        The gradient of next-token loss by a hidden state is this less the row of the next token; that of KL(dense ||
-        model) is this less the dense model's, which with a softcap is near it and the same where the models agree.
+        This is the gradient of log-sum-exp w.r.t. the hidden states. The gradient of next-token loss is this minus the
+        row of the next token; that of KL(dense || model) is this minus the dense model's mean, which is approximate
+        with a softcap and exact where the models agree.
         """
         parts = []
         for part_ND in hidden_ND.split(chunk_tokens(len(self.weight_VD), hidden_ND.device)):

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model of transformers' own layers, whole or a block at a time."""
+"""Loading of a checkpoint into a model of transformers' own layers, as a whole or one layer at a time."""
 
 import copy
 import json
@@ -54,9 +54,9 @@ _COMPARED_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModel:
-    """A checkpoint, ready to be pruned: whole (`model`, read when first asked for) or a block at a time.
+    """A checkpoint to prune: as a whole (`model`, loaded on first access) or one layer at a time.
 
-    Dense, or pruned already: then what is left of it is the `dense` model of all that follows.
+    It may already be pruned; then the remaining model is the `dense` model of all later stages.
     """
 
     source: str
@@ -67,51 +67,51 @@ class DenseModel:
     generation_config: GenerationConfig
     device: torch.device
     dtype: torch.dtype
-    """Of the checkpoint; the pruned model is saved in it."""
+    """Dtype of the checkpoint, in which the pruned model is saved."""
     fingerprint: str
-    """Of config and weights: two checkpoints that differ have different ones."""
+    """Fingerprint of config and weights, which differs between checkpoints."""
     offload: bool = False
-    """Whether layers pass through the device one at a time: this model's from its files, and those cut from it from the
-    CPU's memory."""
+    """Whether layers are streamed through the device one at a time: this model's from its files, those of candidates
+    from CPU memory."""
     balance: float = 0.0
-    """What the loss that spreads tokens over experts is multiplied by; 0 if the checkpoint does not ask for it."""
+    """Coefficient of the experts' load-balancing loss; 0 if the checkpoint does not enable it."""
     sites_before: tuple[Site, ...] = ()
-    """Of a model that is pruned already, those of the dense model that it came from; none of a dense one."""
+    """Sites of the original model; empty unless this model was already pruned."""
     cut_from: "DenseModel | None" = None
-    """In the later steps of a gradual run, the model that it began with."""
+    """Original model of a gradual run, in its later steps."""
 
     @property
     def reference(self) -> "DenseModel":
-        """The model that candidates are compared with and learn from: this one, or the one it was cut from."""
+        """Model that candidates are compared with and distilled from: the original model of a gradual run, otherwise
+        this one."""
         return self.cut_from or self
 
     @property
     def model(self) -> PrunedModel:
-        """The whole model on the device, in `compute_dtype`; read when first asked for."""
+        """The whole model on the device, in `compute_dtype`; loaded on first access."""
         if not self.offload:
-            self.ends.to(self.device)
-        return self.ends
+            self.loaded.to(self.device)
+        return self.loaded
 
     @cached_property
-    def ends(self) -> PrunedModel:
-        """`model` for those that need its embeddings, last norm and head: its layers may be parked elsewhere."""
+    def loaded(self) -> PrunedModel:
+        """The loaded model for access to embeddings, last norm and head; its layers may be offloaded."""
         if not self.offload:
-            return self.whole(self.device, self.compute_dtype)
+            return self.load(self.device, self.compute_dtype)
         layers = [name for name in self.shapes if name.startswith(LAYERS)]
         others = [name for name in self.shapes if not name.startswith(LAYERS)]
         tensors = self.checkpoint.read(others, self.device, self.compute_dtype)
         tensors |= self.checkpoint.map(layers)
         return stream_layers(fill(empty_model(self.config), tensors), self.device, self.compute_dtype)
 
-    def park(self) -> None:
-        """Leave the layers, the reference's too, in the CPU's memory until `model` is asked for again: the device's is
-        for something else."""
+    def offload_layers(self) -> None:
+        """Move the layers to CPU memory, also those of the reference, until `model` is accessed again."""
         for dense in (self, self.reference):
             if not dense.offload:
-                dense.ends.model.layers.to("cpu")
+                dense.loaded.model.layers.to("cpu")
 
-    def whole(self, device: torch.device, dtype: torch.dtype) -> PrunedModel:
-        """The whole model, read anew."""
+    def load(self, device: torch.device, dtype: torch.dtype) -> PrunedModel:
+        """Load the whole model again from its checkpoint."""
         return fill(empty_model(self.config), self.checkpoint.read(self.shapes, device, dtype))
 
     def mapped(self, dtype: torch.dtype) -> PrunedModel:
@@ -120,13 +120,13 @@ class DenseModel:
         return fill(empty_model(self.config), tensors)
 
     def release(self) -> None:
-        """Forget `model`, the reference's too, so that its memory is free; it is read again when next asked for."""
+        """Drop `model`, also that of the reference, to free its memory; it is loaded again on the next access."""
         for dense in (self, self.reference):
-            dense.__dict__.pop("ends", None)
+            dense.__dict__.pop("loaded", None)
 
     @property
     def layers_device(self) -> torch.device:
-        """Where the layers of `model` are."""
+        """Device of the layers of `model`."""
         return torch.device("cpu") if self.offload else self.device
 
     def cut(
@@ -137,7 +137,8 @@ class DenseModel:
         shared_ends: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> PrunedModel:
-        """`build_model` of this model, its layers where this model's are; `cuts` are there already."""
+        """Call `build_model` on this model, with layers on the same device as this model's; `cuts` must be there
+        already."""
         model = build_model(
             self.config, self.sites, self.weights, cuts, trainable=trainable, shared_ends=shared_ends, dtype=dtype,
             layers_on=self.layers_device,
@@ -146,52 +147,52 @@ class DenseModel:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of `model`, parked layers on the CPU; a tied head is not in it."""
-        state: dict[str, Tensor] = self.ends.state_dict()
+        """The state dict of `model`, with offloaded layers on the CPU, without a tied head."""
+        state: dict[str, Tensor] = self.loaded.state_dict()
         if self.config.tie_word_embeddings:
             state.pop(HEAD, None)
         return state
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every weight; a tied head is not in it."""
+        """Shape of every weight by name, without a tied head."""
         return expected_shapes(self.config)
 
     @property
     def fixed_parameters(self) -> int:
-        """Those outside every site: embeddings, head, last norm."""
+        """Number of parameters outside all sites: embeddings, head, last norm."""
         in_sites = sum(count_parameters(site, self.shapes, range(site.num_units)) for site in self.sites)
         return self.parameters - in_sites
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Number of all parameters."""
         return sum(prod(shape) for shape in self.shapes.values())
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """That the dense model is held and run in: the checkpoint's on an accelerator, else float32."""
+        """Dtype of the loaded model: the checkpoint's on an accelerator, otherwise float32."""
         return self.dtype if self.device.type == "cuda" else torch.float32
 
     def block(self, layer: int) -> nn.Module:
-        """One decoder layer on the device, read from the checkpoint, in `compute_dtype`."""
+        """Load one decoder layer from the checkpoint onto the device, in `compute_dtype`."""
         names = [name for name in self.shapes if name.startswith(f"{LAYERS}{layer}.")]
         return fill_layer(self.config, layer, self.checkpoint.read(names, self.device, self.compute_dtype))
 
-    def entrance(self) -> PrunedModel:
-        """The model without the weights of its layers and its head, on the CPU, in `compute_dtype`."""
+    def embedding_model(self) -> PrunedModel:
+        """Load the model without the weights of its layers and head, on the CPU, in `compute_dtype`."""
         names = [name for name in self.shapes if not name.startswith((LAYERS, "lm_head."))]
         read = self.checkpoint.read(names, torch.device("cpu"), self.compute_dtype)
         return fill(empty_model(self.config), read, strict=False)
 
     @property
     def head(self) -> Head:
-        """The head of `model`."""
-        return Head.of(self.ends)
+        """LM head of `model`."""
+        return Head.of(self.loaded)
 
 
 def expected_shapes(config: PrunedConfig) -> dict[str, tuple[int, ...]]:
-    """Of every weight of a model, without making one; a tied head is not in it."""
+    """Return the shape of every weight of a model, without allocating one; without a tied head."""
     state = empty_model(config).state_dict()
     if config.tie_word_embeddings:
         state.pop(HEAD)
@@ -199,7 +200,7 @@ def expected_shapes(config: PrunedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a recipe asks for; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    """Return the device of a recipe; `auto` uses CUDA, then MPS, then the CPU. Raises UserError."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -208,12 +209,12 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
     return device
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    """Return bfloat16 if the hardware multiplies it faster than float32, otherwise float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -223,8 +224,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def served_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a checkpoint of `dtype` is best run in on `device`: its own, but float32 where the hardware only
-    emulates a half-precision one."""
+    """Return the dtype to run a checkpoint of `dtype` in on `device`: its own, or float32 if the hardware only emulates
+    its half precision."""
     emulated = dtype == torch.bfloat16 and device.type in ("cpu", "cuda") and fast_dtype(device) != torch.bfloat16
     return torch.float32 if emulated or (dtype == torch.float16 and device.type == "cpu") else dtype
 
@@ -241,15 +242,15 @@ def load_dense(
     """Load a checkpoint (safetensors only, no remote code).
 
     Args:
-        source: a folder or a Hub id; a model that this package has pruned can be pruned further.
-        granularity: what an attention unit is.
-        device: where to work on it.
-        cut_from: the model that it is compared with and learns from, if that is another.
-        expert_unit: what a unit of a mixture of experts is: an expert, or a channel of each.
+        source: folder or Hub model id; a model pruned by this package can be pruned further.
+        granularity: attention unit.
+        device: device to work on.
+        cut_from: model to compare with and distill from, if it is another one.
+        expert_unit: unit of a mixture of experts: an expert, or a channel of each.
 
     Raises:
-        UserError: if it cannot be loaded, lacks weights, or its head computes something that is not supported.
-        InvalidTensorError: naming the first weight that holds NaN or Inf.
+        UserError: if it cannot be loaded, weights are missing, or its head is not supported.
+        InvalidTensorError: if a weight contains NaN or Inf; the message names the first one.
     """
     base_config, dense = open_dense(source, granularity, device, expert_unit)
     settings = {
@@ -258,7 +259,7 @@ def load_dense(
         if key not in ("_name_or_path", "transformers_version", "dtype")
     }
     if cut_from is None and text_type(load_settings(source)) != load_settings(source)["model_type"]:
-        log.info("model %r is multimodal: its text model is pruned, and the result takes text alone", source)
+        log.info("model %r is multimodal: only its text model is pruned, and the result only takes text", source)
     weights = dense.checkpoint.fingerprint(dense.shapes)
     _check_head(dense)
     fingerprint = digest(json.dumps(settings, sort_keys=True, default=str), weights)
@@ -268,18 +269,21 @@ def load_dense(
 def open_dense(
     source: str, granularity: Granularity, device: torch.device, expert_unit: ExpertUnit = "whole"
 ) -> tuple[Any, DenseModel]:
-    """The config of transformers and the dense model, its weights neither read nor compared. Raises UserError."""
+    """Return the transformers config and the dense model, without reading or checking weights. Raises UserError."""
     base_config = load_config(source)
     try:
-        # Of a pruned model it would read the config as that of a type that it does not know, and warn.
+        # Without it, the tokenizer loader would warn about the unknown type of a pruned model's config.
         known = {"config": base_config} if isinstance(base_config, PrunedConfig) else {}
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **known)
     except Exception as error:
         raise UserError(f"model {source!r}: its tokenizer cannot be loaded: {reason_of(error, source)}") from None
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    for name in templates:  # each becomes a file of the pruned model
+    for name in templates:  # Each template becomes a file of the pruned model.
         if not re.fullmatch(r"[\w.-]+", str(name)) or str(name).startswith("."):
-            raise UserError(f"model {source!r}: its tokenizer has a chat template called {name!r}; rename it")
+            raise UserError(
+                f"model {source!r}: its tokenizer has a chat template named {name!r}, which is not a valid file "
+                "name; rename it"
+            )
     checkpoint = Checkpoint(source)
     try:
         config = dense_config(base_config)
@@ -292,7 +296,7 @@ def open_dense(
             f"model {source!r}: no model can be built from its config.json: {reason_of(error, source)}"
         ) from None
     if not sites:
-        raise UserError(f"model {source!r} has neither attention nor MLPs left; there is nothing to prune")
+        raise UserError(f"model {source!r} has no attention or MLP left to prune")
     checkpoint.check_names(shapes)
     _check_cuts(config, sites, shapes, source)
     dense = DenseModel(
@@ -312,7 +316,7 @@ def open_dense(
 
 
 def some_layers(config: Any, layers: Sequence[int]) -> Any:
-    """The config of a model that has `layers` of another one, in this order, and no others."""
+    """Return the config of a model that consists of these `layers` of another one, in this order."""
     shortened = copy.deepcopy(config)
     if isinstance(config, PrunedConfig):
         sizes = sizes_by_layer(config)
@@ -330,7 +334,8 @@ def some_layers(config: Any, layers: Sequence[int]) -> Any:
 def _check_cuts(
     config: PrunedConfig, sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Cut one site of each kind without its weights: transformers' layers of that size must have the same shapes."""
+    """Cut one site of each kind on the meta device and check that transformers' layers of that size have the same
+    shapes."""
     for site in {site.kind: site for site in sites}.values():
         weights = {name: torch.empty(shapes[name], device="meta") for name in site.tensors}
         kept = tuple(range(site.routed if site.of_experts else 1))
@@ -340,14 +345,15 @@ def _check_cuts(
             built = layer.get(name.removeprefix(f"{LAYERS}{site.layer}."))
             if built is None or built.shape != tensor.shape:
                 raise UserError(
-                    f"model {source!r}: {site.name} with fewer units cannot be built by transformers ({name} would "
-                    f"have shape {list(tensor.shape)}, and not {built if built is None else list(built.shape)}); its "
-                    "config.json has a setting that is not supported yet"
+                    f"model {source!r}: {site.name} with fewer units cannot be built by transformers ({name} "
+                    f"has shape {list(tensor.shape)}, expected "
+                    f"{built if built is None else list(built.shape)}); its config.json has a setting that is "
+                    "not supported yet"
                 )
 
 
 def _check_head(dense: DenseModel) -> None:
-    """Compare a model of the first layer alone with what `Head` makes of its last hidden states."""
+    """Compare the logits of the first layer's model with those of `Head`."""
     config = some_layers(dense.config, [0])
     weights = dense.checkpoint.some_layers([0]).read(expected_shapes(config), torch.device("cpu"), torch.float32)
     model = fill(empty_model(config), weights)
@@ -357,8 +363,7 @@ def _check_head(dense: DenseModel) -> None:
     difference = (expected - Head.of(model).logits(hidden)).abs().max() / expected.abs().max().clamp_min(1e-6)
     if not difference < 1e-4:
         raise UserError(
-            f"model {dense.source!r}: its head computes something that is not supported yet (its logits are off by a "
-            f"relative {difference:.1e})"
+            f"model {dense.source!r}: its LM head is not supported yet (relative error of its logits: {difference:.1e})"
         )
 
 

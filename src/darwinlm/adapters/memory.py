@@ -1,4 +1,4 @@
-"""Memory: what is free, what a pass through layers leaves there for its gradients, and how many blocks fit."""
+"""Free memory, memory of activations kept for gradients, and automatic batch sizes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,18 +13,18 @@ _Result = TypeVar("_Result")
 
 
 class Portion:
-    """How many blocks pass through a model at a time: halved for good where a device's memory does not suffice."""
+    """Number of blocks per forward pass, halved permanently when a device runs out of memory."""
 
     def __init__(self, size: int, stage: str) -> None:
-        """Begin with `size` blocks; `stage` is what a log line names."""
+        """Start with `size` blocks; `stage` is named in log lines."""
         self.size = size
         self._stage = stage
 
     def __call__(self, run: Callable[[int], _Result]) -> _Result:
-        """`run(size)`, again with half the size for as long as it runs out of memory.
+        """Call `run(size)`, with half the size as long as it runs out of memory.
 
         Raises:
-            torch.OutOfMemoryError: if one block is too much.
+            torch.OutOfMemoryError: if a single block does not fit.
         """
         asked = self.size
         while True:
@@ -34,41 +34,39 @@ class Portion:
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
-            # After the handler, which keeps the tensors of the failed attempt alive.
+            # Outside the handler, which keeps the tensors of the failed attempt alive.
             torch.cuda.empty_cache()
             self.size //= 2
         if self.size < asked:
-            log.warning(
-                "%s: %d blocks in a pass do not fit the memory of the device; now %d", self._stage, asked, self.size
-            )
+            log.warning("%s: %d blocks per pass do not fit in device memory; using %d", self._stage, asked, self.size)
         return result
 
 
 TRIAL_BYTES = {"sign": 3, "adamw": 18}
-"""By optimiser, for each parameter that a trial trains: its bfloat16 weight, and with AdamW a float32 one, a gradient
-and two moments. With `sign` gradients exist for some tensors at a time."""
+"""Bytes per trained parameter of a trial, by optimizer: its bfloat16 weight, and for AdamW a float32 weight, a gradient
+and two moments. With `sign`, gradients exist for only some tensors at a time."""
 SPARE = 1.25
-"""By how much more than what is counted must be free before something is put on a device that can be elsewhere."""
+"""Factor of free memory required before optional tensors are placed on a device."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of `device` that this process can still take."""
+    """Return the bytes of `device` that this process can still allocate."""
     if device.type == "cuda":
-        # What PyTorch keeps of freed tensors is free for new ones.
+        # Memory that PyTorch keeps of freed tensors can be reused.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     return available_memory()
 
 
 _SQUARES = 10
-"""Bytes that attention written out keeps for each pair of positions and head."""
+"""Bytes that eager attention keeps for each pair of positions and head."""
 
 
 def kept_bytes(config: PrunedConfig, tokens: int, length: int, dtype: torch.dtype) -> int:
-    """What the layers of a model keep of `tokens` tokens, in blocks of `length`, until their gradients are computed.
+    """Return the bytes of activations kept for gradients, for `tokens` tokens in blocks of `length`.
 
-    A norm keeps what it reads and its float32 results; a projection its input; gate, activation and up theirs;
-    attention that is written out (`eager`, as softcaps want it) the weights of all pairs of positions.
+    A norm keeps its input and its float32 results; a projection its input; gate, activation and up their outputs; eager
+    attention (needed for softcaps) the weights of all pairs of positions.
     """
     squares = _SQUARES * length if config._attn_implementation == "eager" else 0
     kept = 0

@@ -1,22 +1,21 @@
 # Copyright the DarwinLM authors. Licensed under the Apache License, Version 2.0.
-"""Decoder-only language models whose layers differ in size, made of transformers' own layers.
+"""Decoder-only language models whose layers differ in size, built from transformers' own layers.
 
-This file travels with every pruned checkpoint and needs torch and transformers only. To each class of transformers it
-has one for pruned models: `DarwinLMLlamaForCausalLM` is `LlamaForCausalLM`, but every layer is built from a config of
-its own. Tensors keep the names of the model that was pruned.
+This file is saved with every pruned checkpoint and only needs torch and transformers. For each class of transformers it
+has a class for pruned models: `DarwinLMLlamaForCausalLM` is `LlamaForCausalLM`, but every layer is built from its own
+config. Tensors keep the names of the original model.
 
-What only a pruned model has stands in `config.json` under `pruned`; the rest is the config of the model that it was cut
-from:
+Settings that only a pruned model has are under `pruned` in `config.json`; the rest is the config of the original model:
 
-- `per_layer_config`: what differs in a layer, such as `num_attention_heads`, `num_key_value_heads` and
-  `intermediate_size`; `skip` lists the parts that it lacks, of "attention" and "mlp", which have no tensors at all;
-  `query_heads_per_kv_head` is there where the KV heads of a layer serve unequal numbers of query heads.
-- `layer_parts`: the modules of a layer that go with each part; the first computes, the others are its norms.
-- the activation, of gpt-oss the rope. In its own place stands none that transformers has: its own model of that type
-  would take the weights that fit and draw the others at random.
+- `per_layer_config`: differences in a layer, such as `num_attention_heads`, `num_key_value_heads` and
+  `intermediate_size`; `skip` lists removed parts ("attention", "mlp"), which have no tensors at all;
+  `query_heads_per_kv_head` is present if the KV heads of a layer serve unequal numbers of query heads.
+- `layer_parts`: the modules of a layer that belong to each part: first the part itself, then its norms.
+- the activation, and the rope settings of gpt-oss. Their usual place holds a value unknown to transformers: otherwise
+  its own model of that type would load the weights that fit and initialize the others randomly.
 
-Later versions of transformers may compute something else: when this file is imported, `check_transformers` compares a
-tiny model of one family with a second way to its logits, and refuses to go on if they differ.
+Later versions of transformers may compute something else: when this file is imported, `check_transformers` compares the
+logits of a tiny model with those of a second way to compute them, and raises an error if they differ.
 """
 
 import copy
@@ -43,13 +42,13 @@ AUTO_CLASSES = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "Model": "AutoModel",
 }
-"""By the end of a class's name."""
+"""Auto classes by the suffix of a class name."""
 BEFORE_5 = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose config.json version 4 of transformers reads as version 5 does."""
+"""Model types whose config.json is read by version 4 of transformers as by version 5."""
 
 
 class ByLayer:
-    """Configs by layer, for transformers before 5.14."""
+    """Configs per layer, for transformers before 5.14."""
 
     @property
     def is_heterogeneous(self):
@@ -66,17 +65,17 @@ class ByLayer:
 
     @per_layer_config.setter
     def per_layer_config(self, sizes):
-        # In `__dict__`, from where it is saved.
+        # Stored in `__dict__`, which is saved.
         self.__dict__["per_layer_config"] = {int(index): layer for index, layer in (sizes or {}).items()}
 
 
 class PrunedConfig(object if hasattr(PreTrainedConfig, "per_layer_config") else ByLayer):
-    """What the config of a pruned model can do besides that of its family."""
+    """Additional features of the config of a pruned model."""
 
     query_heads_per_kv_head = None
 
     def __getattribute__(self, name):
-        """What differs between layers reads as in the model that was pruned, where transformers would refuse."""
+        """Return the original model's value for settings that differ between layers, where transformers would raise."""
         return object.__getattribute__(self, type(self).attribute_map.get(name, name))
 
     @classmethod
@@ -91,13 +90,13 @@ class PrunedConfig(object if hasattr(PreTrainedConfig, "per_layer_config") else 
         return super().from_dict(whole_settings(config_dict), **kwargs)
 
     def to_json_string(self, *args, **kwargs):
-        """What `config.json` holds."""
+        """Return the content of `config.json`."""
         settings = json.loads(super().to_json_string(*args, **kwargs))
         own = {name: settings.pop(name) for name in ("layer_parts", "per_layer_config") if name in settings}
-        # Gemma's configs can have both, of which one is read.
+        # Gemma's configs can have both, of which only one is used.
         acts = {name: settings[name] for name in ("hidden_act", "hidden_activation") if settings.get(name)}
         rope = settings.get("rope_parameters")
-        if self.model_type == "gpt_oss":  # its own model does not read its activation, but what kind of rope it has
+        if self.model_type == "gpt_oss":  # Its own model ignores the activation setting, but not the rope type.
             own["rope_parameters"] = rope
             settings["rope_parameters"] = rope | {"rope_type": NEEDS_THIS_CODE}
         settings |= {PRUNED: own | acts} | dict.fromkeys(acts, NEEDS_THIS_CODE)
@@ -106,22 +105,22 @@ class PrunedConfig(object if hasattr(PreTrainedConfig, "per_layer_config") else 
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     def validate(self):
-        """Check what is the same in all layers; their sizes are any."""
+        """Validate settings that all layers share; their sizes may be any."""
         whole = copy.copy(self)
         whole.per_layer_config = None
         getattr(super(PrunedConfig, whole), "validate", lambda: None)()
 
     def layer(self, layer_idx):
-        """The config of one layer."""
+        """Return the config of one layer."""
         return LayerConfig(self, layer_idx)
 
     def skipped(self, layer_idx):
-        """The parts that a layer lacks: a subset of {"attention", "mlp"}."""
+        """Return the removed parts of a layer: a subset of {"attention", "mlp"}."""
         return set(getattr(self.per_layer_config[layer_idx], "skip", None) or ())
 
     def get_text_config(self, decoder=None, encoder=None):
-        """What caches are made from, if `decoder`: the layers with attention, numbered as in the model. A layer that
-        stores nothing would be asked how many tokens it has seen."""
+        """Return the config for caches if `decoder`: only the layers with attention, numbered as in the model.
+        Otherwise a layer that stores nothing would be asked for its sequence length."""
         if not decoder or not self.is_heterogeneous:
             return self
         text = copy.copy(self)
@@ -143,7 +142,7 @@ class PrunedConfig(object if hasattr(PreTrainedConfig, "per_layer_config") else 
 
 
 class LayerConfig:
-    """The config of one layer; it attends in the way that the whole model is set to at the time."""
+    """Config of one layer; its attention implementation follows the whole model."""
 
     def __init__(self, whole, layer_idx):
         self.__dict__.update(whole=whole, own=whole.per_layer_config[layer_idx])
@@ -151,19 +150,20 @@ class LayerConfig:
             self._attn_implementation = UNEQUAL_GROUPS
 
     def __getattr__(self, name):
-        if name in ("whole", "own"):  # while this is copied or unpickled
+        if name in ("whole", "own"):  # Not set yet while copying or unpickling.
             raise AttributeError(name)
         return getattr(self.whole if name.startswith("_") else self.own, name)
 
 
 def whole_settings(settings):
-    """What `config.json` holds, with what only a pruned model has in its place; nothing changes for any other model."""
+    """Return settings of `config.json` with those under `pruned` moved to their usual place; other models are
+    unchanged."""
     own = settings.get(PRUNED)
     return {**{name: value for name, value in settings.items() if name != PRUNED}, **own} if own else settings
 
 
 class Nothing(nn.Module):
-    """In place of a part that a layer lacks: what it adds to the stream is zero."""
+    """Replacement of a removed part: it adds zero to the stream."""
 
     def __init__(self, part):
         super().__init__()
@@ -175,7 +175,7 @@ class Nothing(nn.Module):
 
 
 def attend_in_unequal_groups(module, query, key, value, attention_mask, **kwargs):
-    """Repeat each KV head for its own query heads, then attend as the whole model does."""
+    """Repeat each KV head for its own query heads, then attend like the whole model."""
     counts = module.config.query_heads_per_kv_head
     key, value = (
         torch.cat([heads[:, i : i + 1].expand(-1, count, -1, -1) for i, count in enumerate(counts)], dim=1)
@@ -191,7 +191,7 @@ ALL_ATTENTION_FUNCTIONS.register(UNEQUAL_GROUPS, attend_in_unequal_groups)
 
 
 def make_layer(kind, config, layer_idx):
-    """A decoder layer of the class `kind` with the sizes that `config` has for it, without the parts that it lacks."""
+    """Create a decoder layer of class `kind` with its sizes in `config`, without removed parts."""
     own, skipped, parts = config.layer(layer_idx), config.skipped(layer_idx), config.layer_parts
     layer = kind(own, layer_idx)
     if own.query_heads_per_kv_head and "attention" not in skipped:
@@ -201,7 +201,7 @@ def make_layer(kind, config, layer_idx):
         for name in ("q", "k"):
             norm, rows = getattr(attention, f"{name}_norm", None), getattr(attention, f"{name}_proj", None)
             if norm is not None and rows is not None and norm.weight.numel() not in (own.head_dim, rows.out_features):
-                # OLMoE's norms over all heads are of the size of the stream, whatever the number of heads.
+                # OLMoE's norms over all heads have the hidden size, whatever the number of heads.
                 norm.weight = nn.Parameter(norm.weight.new_ones(rows.out_features))
     for part in skipped:
         layer.set_submodule(parts[part][0], Nothing(part))
@@ -211,11 +211,11 @@ def make_layer(kind, config, layer_idx):
 
 
 class PrunedModel(nn.Module):
-    """What a pruned model does besides that of its family: each of its layers is made anew."""
+    """Additional features of a pruned model: each of its layers is created from its own config."""
 
     def __init__(self, config):
         count, sizes = config.num_hidden_layers, config.to_dict().get("per_layer_config")
-        # One layer of the dense model tells the class of all.
+        # A single dense layer is enough to find the layer class.
         config.num_hidden_layers, config.per_layer_config = 1, None
         try:
             super().__init__(config)
@@ -225,7 +225,7 @@ class PrunedModel(nn.Module):
         decoder.config = config
         kind = type(decoder.layers[0])
         decoder.layers = nn.ModuleList([make_layer(kind, config, index) for index in range(count)])
-        # Caches hold the layers that have attention, and no others.
+        # Caches only contain the layers that have attention.
         kept = [index for index in range(count) if "attention" not in config.skipped(index)]
         for number, index in enumerate(kept):
             for module in decoder.layers[index].modules():
@@ -234,8 +234,8 @@ class PrunedModel(nn.Module):
         self.post_init()
 
     def _apply(self, fn, recurse=True):
-        """Buffers that no file holds, such as the frequencies of rotary embeddings, are not rounded by
-        `model.to(torch.bfloat16)`: far positions would be turned by other angles."""
+        """Keep the dtype of buffers that are not stored in files, such as rotary frequencies, in
+        `model.to(torch.bfloat16)`: rounding them would change the angles of far positions."""
         kept = [
             (module, name, buffer)
             for module in self.modules()
@@ -255,7 +255,7 @@ class PrunedModel(nn.Module):
 
 @functools.cache
 def pruned_class(base):
-    """The class for pruned models, or their configs, to the class `base` of transformers."""
+    """Return the class for pruned models (or their configs) derived from the class `base` of transformers."""
     mixin = PrunedConfig if issubclass(base, PreTrainedConfig) else PrunedModel
     own = type(PREFIX + base.__name__, (mixin, base), {"__module__": __name__, "made_of": base})
     if mixin is PrunedModel:
@@ -263,7 +263,7 @@ def pruned_class(base):
         if base is not MODEL_MAPPING[base.config_class]:
             pruned_class(MODEL_MAPPING[base.config_class])
         else:
-            # Classifiers make their base model through it.
+            # Classifiers create their base model through it.
             AutoModel.register(own.config_class, own, exist_ok=True)
     for end, auto_class in AUTO_CLASSES.items():
         if base.__name__.endswith(end):
@@ -272,7 +272,7 @@ def pruned_class(base):
 
 
 def __getattr__(name):
-    """`DarwinLMLlamaForCausalLM` and its like, made when asked for."""
+    """Create `DarwinLMLlamaForCausalLM` and similar classes on access."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base = getattr(transformers, name.removeprefix(PREFIX), None)
@@ -283,7 +283,7 @@ def __getattr__(name):
 
 
 def tiny_model():
-    """A model with layers of all kinds, the first without attention, and the same weights every time."""
+    """Create a model with all kinds of layers, the first without attention, and always the same weights."""
     config = pruned_class(Qwen2Config)(
         vocab_size=16,
         hidden_size=8,
@@ -312,7 +312,7 @@ def tiny_model():
     if transformers.__version__.startswith("4."):
         config.rope_theta = 100.0
     generator = torch.Generator().manual_seed(0)
-    # Wherever and however a checkpoint is being loaded at the moment; and its user's random numbers stay as they are.
+    # Independent of how a checkpoint is being loaded; the user's random state is preserved.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         config._attn_implementation = "sdpa"
         model = pruned_class(Qwen2ForCausalLM)(config).float().eval()
@@ -323,7 +323,7 @@ def tiny_model():
 
 @torch.no_grad()
 def generation_error(new_tokens=4):
-    """The largest difference between the logits that `generate` sees, with a KV cache and masks by transformers, in a
+    """Return the largest difference between the logits in `generate`, with a KV cache and transformers' masks on a
     batch with left padding, and those of one pass over the text without either."""
     model, generator = tiny_model(), torch.Generator().manual_seed(1)
     with torch.device("cpu"):
@@ -354,7 +354,7 @@ def generation_error(new_tokens=4):
 
 
 def check_transformers():
-    """Refuse a version of transformers with which this file computes something else than it should."""
+    """Raise ImportError if this file computes wrong results with the installed version of transformers."""
     try:
         error, reason = generation_error(), None
     except Exception as failure:
@@ -362,8 +362,9 @@ def check_transformers():
     if not error < 1e-3:
         told = f"{type(reason).__name__}: {reason}" if reason is not None else f"logits differ by {error:.1e}"
         raise ImportError(
-            f"this pruned model's code does not work with transformers {transformers.__version__} ({told}): install "
-            "another version of transformers, or a newer darwinlm and renew the code: darwinlm export FOLDER --to hf",
+            f"this pruned model's code does not work with transformers {transformers.__version__} ({told}): "
+            "install another version of transformers, or a newer darwinlm and update the code: darwinlm export "
+            "FOLDER --to hf",
             name="transformers",
         ) from reason
 

@@ -1,8 +1,9 @@
-"""Models larger than a device: their layers stay in the CPU's memory and pass through the device one at a time.
+"""Layer streaming for models larger than a device: layers stay in CPU memory and are copied to the device one at a
+time.
 
-Forwards, a layer's weights are copied to the device, used, and dropped. Backwards, they are copied again, the layer is
-computed once more from what it read, and its gradients are there for as long as it is: as with activation
-checkpointing, only what each layer reads is kept.
+In the forward pass, a layer's weights are copied to the device, used, and dropped. In the backward pass they are copied
+again, the layer is recomputed from its input, and its gradients only exist for that time: as with activation
+checkpointing, only the input of each layer is kept.
 """
 
 import weakref
@@ -15,16 +16,16 @@ from torch import Tensor, nn
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 Learn = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
-"""What is done with the parameters of a layer and their copies on the device, which have their gradients."""
+"""Callback for the parameters of a layer and their copies on the device, which have the gradients."""
 
 
 def stream_layers(model: PrunedModel, device: torch.device, dtype: torch.dtype | None = None) -> PrunedModel:
-    """Have the layers of `model`, which are in the CPU's memory, compute on `device`; move all else there.
+    """Make the layers of `model`, which are in CPU memory, compute on `device`; move everything else there.
 
     Args:
-        model: its layers may be mapped from files, and are not written to.
-        device: where layers compute.
-        dtype: that they compute in; the one they are stored in by default.
+        model: its layers may be memory-mapped, and are not written to.
+        device: device to compute on.
+        dtype: compute dtype of the layers; by default their stored dtype.
 
     Returns:
         The same model.
@@ -40,50 +41,50 @@ def stream_layers(model: PrunedModel, device: torch.device, dtype: torch.dtype |
 
 
 def stream(layer: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Have a layer in the CPU's memory compute on `device`, in `dtype` or the one it is stored in."""
+    """Make a layer in CPU memory compute on `device`, in `dtype` or its stored dtype."""
     layer.forward = _Streamed(layer, device, dtype)
 
 
 def is_streamed(model: PrunedModel) -> bool:
-    """Whether the layers of `model` pass through its device."""
+    """Whether the layers of `model` are streamed."""
     return any(isinstance(layer.forward, _Streamed) for layer in model.model.layers)
 
 
 def learn_with(model: PrunedModel, learn: Learn | None) -> None:
-    """Have every backward pass through a layer of a streamed `model` end with `learn`, or with nothing."""
+    """Call `learn`, or nothing if None, after the backward pass of each layer of a streamed `model`."""
     for layer in model.model.layers:
         layer.forward.learn = learn
 
 
 class _Streamed:
-    """The `forward` of a streamed layer."""
+    """The `forward` function of a streamed layer."""
 
     def __init__(self, layer: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-        # A cycle would keep the weights of a candidate until Python looks for such.
+        # A reference cycle would keep the weights of a candidate until garbage collection.
         self._layer, self.device, self.dtype = weakref.ref(layer), device, dtype
         self.learn: Learn | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        """Has a gradient where what the layer reads has none, as in the first layer."""
+        """Scalar that requires gradients, for layers whose input does not, such as the first."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Streamed":
-        return _Streamed(memo[id(self.layer)], self.device, None)  # a copy may be given another dtype
+        return _Streamed(memo[id(self.layer)], self.device, None)  # A copy may get another dtype.
 
     @property
     def layer(self) -> nn.Module:
-        """The layer."""
+        """The streamed layer."""
         layer = self._layer()
         assert layer is not None
         return layer
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the layer's own."""
+        """Run the layer like its own `forward`."""
         if torch.is_grad_enabled():
             found: Tensor = _Pass.apply(hidden_states, self._anchor, self, args, kwargs)  # type: ignore[no-untyped-call]
             return found
         return self.run(self.copies(), hidden_states, *args, **kwargs)
 
     def copies(self) -> dict[str, Tensor]:
-        """Parameters and buffers on the device, those with gradients as leaves."""
+        """Copy parameters and buffers to the device, trainable parameters as leaves."""
         copies = {
             name: one.detach()
             .to(self.device, self.dtype or one.dtype, copy=True, non_blocking=True)
@@ -93,7 +94,7 @@ class _Streamed:
         return copies | {name: one.to(self.device, non_blocking=True) for name, one in self.layer.named_buffers()}
 
     def run(self, copies: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own `forward`, with other parameters."""
+        """Run the layer's own `forward` with other parameters."""
         layer = self.layer
         del layer.forward
         try:

@@ -1,4 +1,5 @@
-"""A model without its layers: what the first one reads, what each is given besides the stream, and what follows."""
+"""Computation of a model outside its layers: the first layer's input, each layer's arguments, and what follows the
+last."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,21 +13,21 @@ from transformers.masking_utils import create_causal_mask
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 
 CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
-"""What this version of transformers calls the KV cache; the name changed in 5.24."""
+"""Name of the KV cache argument in this version of transformers; it changed in 5.24."""
 Given = Mapping[str, Any]
-"""The keyword arguments of a layer: masks, positions, rotary embeddings, as its family has them."""
+"""Keyword arguments of a layer: masks, positions, rotary embeddings, depending on its family."""
 
 
 def enter(model: PrunedModel, ids_BT: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, list[Given]]:
-    """Run what a model does before and around its layers, which may be on the meta device.
+    """Run the part of a model before and around its layers, which may be on the meta device.
 
     Args:
-        model: only what is outside its layers and its head is used.
-        ids_BT: token ids, where that is.
-        dtype: that the layers compute in; by default the model's.
+        model: only modules outside its layers and head are used.
+        ids_BT: token ids, on the same device as these.
+        dtype: compute dtype of the layers; by default the model's.
 
     Returns:
-        The stream that the first layer reads, B * T * D, and what each layer is given.
+        The stream that the first layer reads, (B, T, D), and the keyword arguments of each layer.
     """
     first, given = list[Tensor](), list[Given]()
 
@@ -42,7 +43,7 @@ def enter(model: PrunedModel, ids_BT: Tensor, dtype: torch.dtype | None = None) 
 
 
 def leave(model: PrunedModel, states_BTD: Tensor) -> Tensor:
-    """The last hidden states of a model whose last layer gives `states_BTD`; its layers are not used."""
+    """Compute the last hidden states from the output `states_BTD` of the last layer; the layers are not used."""
     states_BTD = states_BTD.to(model.dtype)
     with _layers_replaced(model, lambda *_, **__: states_BTD):
         last_BTD: Tensor = model.base_model(inputs_embeds=states_BTD, use_cache=False).last_hidden_state
@@ -52,7 +53,7 @@ def leave(model: PrunedModel, states_BTD: Tensor) -> Tensor:
 @contextmanager
 def _layers_replaced(model: PrunedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
     layers = model.base_model.layers
-    own = [vars(layer).get("forward") for layer in layers]  # of layers that are streamed
+    own = [vars(layer).get("forward") for layer in layers]  # Set by streamed layers.
     for layer in layers:
         layer.forward = forward
     try:
@@ -65,7 +66,7 @@ def _layers_replaced(model: PrunedModel, forward: Callable[..., Tensor]) -> Iter
 
 
 def carried(given: list[Given], device: torch.device) -> list[Given]:
-    """What layers are given, on `device`; what several of them are given is there once."""
+    """Move the layers' arguments to `device`; tensors shared by several layers are moved once."""
     known: dict[int, Tensor] = {}
 
     def carry(one: Any) -> Any:

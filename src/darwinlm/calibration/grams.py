@@ -94,12 +94,12 @@ def walk_blocks(
 
     shape = (*mine_BT.shape, dense.config.hidden_size)
     with open_activations(shape, dense.compute_dtype, dense.device, offload, scratch) as hidden_BTD:
-        given, entrance = list[Given](), dense.entrance()
+        given, embedding_model = list[Given](), dense.embedding_model()
         for row in range(len(mine_BT)):
-            hidden_BTD[row : row + 1], given = enter(entrance, mine_BT[row : row + 1].long().cpu())
+            hidden_BTD[row : row + 1], given = enter(embedding_model, mine_BT[row : row + 1].long().cpu())
         # The same for every block: none has padding.
         given = carried(given, dense.device)
-        del entrance
+        del embedding_model
         for index in range(dense.config.num_hidden_layers):
             with phases("read"):
                 layer = dense.block(index)

@@ -43,7 +43,7 @@ def measure(
     rows = []
     with task("evaluation (models)", len(models)) as progress:
         for name, model in models.items():
-            with visiting(model, device):
+            with on_device(model, device):
                 fidelity = reference.compare(model)
             # The dense model's KL is 0 by definition; rounding would show as 1e-12.
             kl = 0.0 if name == "dense" else fidelity.kl
@@ -67,17 +67,17 @@ def measure(
 
 
 @contextmanager
-def visiting(model: PrunedModel, device: torch.device) -> Iterator[None]:
+def on_device(model: PrunedModel, device: torch.device) -> Iterator[None]:
     """Have `model` on `device` for as long as it is used, and then where it was before."""
     home = model.device
-    parked(model, device)
+    moved_to(model, device)
     try:
         yield
     finally:
-        parked(model, home)
+        moved_to(model, home)
 
 
-def parked(model: PrunedModel, device: torch.device) -> PrunedModel:
+def moved_to(model: PrunedModel, device: torch.device) -> PrunedModel:
     """`model` on `device`; one whose layers are streamed stays as it is."""
     return model if is_streamed(model) else model.to(device)
 
@@ -128,7 +128,7 @@ def request_seconds(
     with task("evaluation (speed)", repeats + 1) as progress:
         for repeat in range(repeats + 1):
             for name, model in models.items():
-                with visiting(model, device):
+                with on_device(model, device):
                     timed = time_request(
                         model,
                         batch_size=workload.batch_size,

@@ -40,9 +40,9 @@ def load_teacher(
     if mapped:
         return dense.mapped(dtype)
     if not int8:
-        return dense.whole(place, dtype)
+        return dense.load(place, dtype)
     # Layer by layer, so that the device never holds all of them in `dtype`.
-    model = dense.whole(torch.device("cpu"), dtype)
+    model = dense.load(torch.device("cpu"), dtype)
     for layer in model.model.layers:
         layer.to(place)
         for parent in list(layer.modules()):

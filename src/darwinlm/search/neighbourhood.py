@@ -50,9 +50,9 @@ class Neighbourhood:
         self._given: list[Given] = []
         """Keyword arguments of each layer, the same for every block."""
         for ids_BT in reference.batches():
-            states, _ = enter(dense.ends, ids_BT, dtype)
+            states, _ = enter(dense.loaded, ids_BT, dtype)
             if not self._given:
-                _, self._given = enter(dense.ends, ids_BT[:1], dtype)
+                _, self._given = enter(dense.loaded, ids_BT[:1], dtype)
             self._before.append([states])
             for layer, module in enumerate(self._layers):
                 self._before[-1].append(self._run(module, layer, self._before[-1][-1]))
@@ -71,7 +71,7 @@ class Neighbourhood:
             states = self._before[batch][first][:rows]
             for layer, module in enumerate(modules, first):
                 states = self._run(module, layer, states)
-            return leave(self._dense.ends, states)
+            return leave(self._dense.loaded, states)
 
         count = self._reference.count(tokens)
         last_hidden = (hidden(batch, len(ids_BT)) for batch, ids_BT in enumerate(self._reference.batches(count)))

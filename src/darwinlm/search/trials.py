@@ -129,7 +129,7 @@ class TrialScorer:
         if needed > free_memory(dense.device):
             self._database.free()
             self._near = None  # It refers to layers of the dense model.
-            dense.park()
+            dense.offload_layers()
         dtype = fast_dtype(dense.device)
         own = torch.float32 if self._optimizer == "adamw" and rate is not None else dtype
         model = dense.cut(cuts, trainable=True, shared_ends=True, dtype=own)
