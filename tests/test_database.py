@@ -179,13 +179,13 @@ def test_activations_that_overflow_are_named_by_site(checkpoint, tmp_path):
         return made
 
     object.__setattr__(dense, "block", damaged)
-    with pytest.raises(InvalidTensorError, match=r"layers\.1\.mlp: its activations hold NaN or Inf"):
+    with pytest.raises(InvalidTensorError, match=r"layers\.1\.mlp: its activations contain NaN or Inf"):
         list(walk_blocks(dense, tokens, batch_size=1, scratch=tmp_path))
 
 
 def test_a_damping_that_rounding_drowns_is_named(dense, calibration, tmp_path):
     recipe = RECIPE.model_copy(update={"damping": 1e-30})
-    message = r"layers\.\d\.\w+: rounding leaves its Gram matrix no inverse at database.damping=1e-30; raise it"
+    message = r"layers\.\d\.\w+: its Gram matrix is numerically singular at database.damping=1e-30; raise it"
     with pytest.raises(UserError, match=message):
         build_database(dense, calibration[:1, :4], recipe, tmp_path)
 

@@ -236,7 +236,7 @@ def test_rare_experts_are_named_and_left_as_they_are(mixture, calibration, tmp_p
     few = ExpertStatistics(statistics.inputs_ND[:40], statistics.norms_N[:40])
     snapshots, _ = prune_experts(experts, few, sizes=(4,), damping=0.01, name="layers.0.mlp")
     (said,) = [message for message in caplog.messages if "experts get fewer than 32 of the 40" in message]
-    assert said.startswith("layers.0.mlp: ") and "give more" in said
+    assert said.startswith("layers.0.mlp: ") and "provide more" in said
     assert torch.isfinite(snapshots[0].weight_OK).all()
 
 

@@ -1,1 +1,1 @@
-"""Statistics of the dense model's activations, block by block."""
+"""Statistics of the dense model's activations, layer by layer."""

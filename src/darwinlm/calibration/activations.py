@@ -1,4 +1,4 @@
-"""Where the hidden states of the calibration text lie between two blocks: on the device, in memory or on disk."""
+"""Storage of the calibration text's hidden states between two layers: on the device, in memory or on disk."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,14 @@ from darwinlm.progress import log
 from darwinlm.recipe import Offload
 
 _SHARE = 0.4
-"""Of what is free, what activations may take: weights, Gram matrices and the solver need the rest."""
+"""Fraction of free memory for activations: weights, Gram matrices and the solver need the rest."""
 
 
 @contextmanager
 def open_activations(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, offload: Offload, scratch: Path
 ) -> Iterator[Tensor]:
-    """A tensor of `shape` to write to and read from while the block runs, in the place that `offload` says."""
+    """Yield a tensor of `shape` for reading and writing while the block runs, stored as set by `offload`."""
     size = prod(shape) * dtype.itemsize
     place = choose_place(size, device) if offload == "auto" else offload
     log.debug("activations: %.2f GiB, on %s", size / 2**30, place)
@@ -32,7 +32,7 @@ def open_activations(
         with naming_disk_faults(file):
             scratch.mkdir(parents=True, exist_ok=True)
             try:
-                # Blocks are reserved now: a mapped file on a full disk would end the process without a word.
+                # Disk blocks are reserved now: writing to a memory-mapped file on a full disk would kill the process.
                 with open_new(file) as handle:
                     _reserve(handle.fileno(), max(size, 1))
                 yield torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(*shape)
@@ -44,7 +44,7 @@ def open_activations(
 
 
 def choose_place(size: int, device: torch.device) -> Offload:
-    """The fastest place with room for `size` bytes."""
+    """Return the fastest place with room for `size` bytes."""
     if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     if size < _SHARE * available_memory():

@@ -1,6 +1,6 @@
-"""Gram matrices of every site's inputs, from one forward pass through the dense model, a block at a time.
+"""Gram matrices of every site's inputs, from one forward pass through the dense model, one layer at a time.
 
-Dimension letters: N tokens of a batch, I input columns of a site, B text blocks, T tokens of one, D hidden size.
+Dimension letters: N tokens of a batch, I input columns of a site, B text blocks, T tokens per block, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,34 +24,33 @@ from darwinlm.symmetric import add_symmetric, mirror
 
 _LEAST_NORM = 1e-6
 _NO_LIMIT = ("cpu", "meta")
-"""Devices that do not say when their memory does not suffice."""
+"""Devices that do not raise out-of-memory errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteStatistics:
-    """What calibration knows of a site."""
+    """Calibration statistics of a site."""
 
     gram_II: Tensor
-    """Mean over tokens of x x^T / |r|^2, where x is the input of the site's output projection and r the residual stream
-    after the site: float32, I = its columns. With it, `tr(dW G dW^T)` is the mean over tokens of the output's squared
-    error as a share of the stream that it enters, which is what the next norm passes on. Unweighted, a few tokens with
-    massive activations (the first of a text) would outweigh all others in the sites that write them. Where a norm
-    follows the site, x is divided by the mean that it divides the site's output by, too: an error in the output is an
-    error in the stream as the norm passes it on (`docs/method.md`)."""
+    """Gram matrix, float32: mean over tokens of x x^T / |r|^2, where x is the input of the site's output projection and
+    r the residual stream after the site. With it, `tr(dW G dW^T)` is the squared error of the output relative to the
+    stream it is added to, averaged over tokens, which is what the next norm sees. Without the weights, a few tokens
+    with massive activations (the first of a text) would dominate the sites that write them. If a norm follows the site,
+    x is also divided by the norm's divisor, so that the error is measured after the norm (`docs/method.md`)."""
     gain_O: Tensor | None = None
-    """What the norm that follows multiplies each output row by; None where there is none."""
+    """Gain of the norm that follows, by output row; None if there is none."""
     shares: Mapping[str, Tensor] = field(default_factory=dict)
-    """By tensor, of norms over all heads: the share of the mean square that comes from each group of its rows."""
+    """For norms over all heads, by tensor: the share of each group of rows in the mean square."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertStatistics:
-    """What calibration knows of a layer's experts: what each of them would make of a token must be asked again."""
+    """Calibration data of a layer's experts, whose outputs must be computed again for each choice of experts."""
 
     inputs_ND: Tensor
-    """What the router and the experts read, on the CPU, in the dtype that it was computed in."""
+    """Inputs of the router and the experts, on the CPU, in their compute dtype."""
     norms_N: Tensor
-    """|r| of each token, r the residual stream behind the layer: float32, on the CPU."""
+    """Norm |r| of each token's residual stream after the layer: float32, on the CPU."""
 
 
 @torch.no_grad()
@@ -68,22 +67,22 @@ def walk_blocks(
 ) -> Iterator[tuple[Site, SiteStatistics | ExpertStatistics | None]]:
     """Yield each site with its statistics, in the model's order.
 
-    The hidden states of all tokens go through one block at a time; the Gram matrices of a block and the inputs of the
-    next come from the same pass. Only that block's weights are in memory. Every site sees the dense model's
-    activations. With several ranks each takes its share of the text, and a site's sums end up with its owner alone.
+    The hidden states of all tokens pass through one layer at a time; the Gram matrices of a layer and the inputs of the
+    next come from the same pass. Only that layer's weights are in memory. Every site sees the dense model's
+    activations. With several ranks each processes its share of the text, and a site's sums are reduced to its owner.
 
     Args:
-        dense: the model; its weights are read as they are needed.
-        tokens_BT: token ids without padding, blocks * tokens: the same on every rank.
-        batch_size: text blocks in one pass; halved as often as the device's memory asks for it.
-        scratch: a folder for activations, should they go to disk.
-        owner: the rank that gets a site's statistics; the others get None.
-        first_layer: earlier blocks are passed through without statistics (they are already in the database).
-        offload: where the hidden states lie between blocks.
-        phases: a clock for `forward` and `Gram`.
+        dense: dense model; its weights are read as needed.
+        tokens_BT: token ids without padding, (blocks, tokens): the same on every rank.
+        batch_size: text blocks per pass; halved when out of memory.
+        scratch: folder for activations offloaded to disk.
+        owner: rank that gets a site's statistics; the others get None.
+        first_layer: earlier layers are run without statistics (they are already in the database).
+        offload: where to keep the hidden states between layers.
+        phases: clock for `forward` and `Gram`.
 
     Raises:
-        InvalidTensorError: naming the site whose activations hold NaN or Inf.
+        InvalidTensorError: if activations contain NaN or Inf; the message names the site.
     """
     phases = phases or Phases()
     mine_BT = tokens_BT[dist.rank() :: dist.world_size()]
@@ -97,7 +96,7 @@ def walk_blocks(
         given, embedding_model = list[Given](), dense.embedding_model()
         for row in range(len(mine_BT)):
             hidden_BTD[row : row + 1], given = enter(embedding_model, mine_BT[row : row + 1].long().cpu())
-        # The same for every block: none has padding.
+        # The same for every block, since none has padding.
         given = carried(given, dense.device)
         del embedding_model
         for index in range(dense.config.num_hidden_layers):
@@ -123,7 +122,7 @@ def walk_blocks(
 
 
 def root_mean_square(x: Tensor, norm: nn.Module) -> Tensor:
-    """What an RMS `norm` divides `x` by: of the last dimension, which stays with size 1; float32."""
+    """Return the divisor of an RMS `norm` for `x`: over the last dimension, kept with size 1; float32."""
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", _LEAST_NORM))
     return (x.float().square().mean(-1, keepdim=True) + epsilon).sqrt()
 
@@ -133,20 +132,20 @@ def _slices(blocks: int, size: int) -> Iterator[slice]:
 
 
 class _Recorder:
-    """Hooks on one block that sum what its sites see."""
+    """Hooks on one layer that accumulate statistics of its sites."""
 
     def __init__(self, layer: nn.Module, sites: list[Site], phases: Phases, family: Family) -> None:
-        """Watch the `sites` of `layer`."""
+        """Register hooks for the `sites` of `layer`."""
         self._phases = phases
         self._grams: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._inputs_NI: dict[str, Tensor] = {}
-        """Of the batch on its way, until its residual stream is known."""
+        """Inputs of the current batch, until its residual stream is known."""
         self._hooks = []
         self._gains: dict[str, Tensor] = {}
         self._shares: dict[str, dict[str, Tensor]] = {}
         self._read: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        """By site of experts and batch: what they read, and how large the stream is behind them."""
+        """Inputs and stream norms by site of experts and batch."""
         for site in sites:
             self._tokens[site.name] = 0
             if site.routed:
@@ -173,7 +172,7 @@ class _Recorder:
                     groups = one.get_parameter("weight").numel() // rows.rows
                     self._shares[site.name][rows.tensor] = torch.zeros(groups, device=device)
                     self._hooks.append(one.register_forward_pre_hook(self._record_shares(site, rows)))
-            # The stream after attention is what the MLP's norm reads; at the end it is what the block returns.
+            # The stream after attention is the input of the MLP's norm; after the MLP it is the output of the layer.
             hook = self._record_stream(site)
             if site.kind == "attention" and family.reads_after_attention:
                 reader = layer.get_submodule(family.reads_after_attention)
@@ -189,14 +188,14 @@ class _Recorder:
             hook.remove()
 
     def reset(self) -> None:
-        """Forget what was seen so far."""
+        """Reset all statistics."""
         for sums in (*self._grams.values(), *(one for shares in self._shares.values() for one in shares.values())):
             sums.zero_()
         self._read = {name: [] for name in self._read}
         self._tokens = dict.fromkeys(self._tokens, 0)
 
     def statistics(self, site: Site, owner: int) -> SiteStatistics | ExpertStatistics | None:
-        """The site's sums over all ranks, or all that its experts read, on rank `owner`; its own are freed."""
+        """Reduce the site's sums, or gather the inputs of its experts, to rank `owner`, and free them."""
         if site.routed:
             return self._tokens_of(site, owner)
         with self._phases("Gram"):
@@ -210,8 +209,8 @@ class _Recorder:
                 return None
             if not bool(torch.isfinite(gram_II.diagonal()).all()):
                 raise InvalidTensorError(
-                    f"{site.name}: its activations hold NaN or Inf on the calibration text; the checkpoint is damaged "
-                    f"or overflows in {str(gram_II.dtype).removeprefix('torch.')}"
+                    f"{site.name}: its activations contain NaN or Inf on the calibration text; the checkpoint "
+                    f"is damaged or overflows in {str(gram_II.dtype).removeprefix('torch.')}"
                 )
             gram_II /= tokens
             mirror(gram_II)
@@ -227,8 +226,8 @@ class _Recorder:
         inputs_ND, norms_N = (torch.cat(one) for one in zip(*(part for part in parts if part), strict=True))
         if not bool(torch.isfinite(inputs_ND).all()):
             raise InvalidTensorError(
-                f"{site.name}: its activations hold NaN or Inf on the calibration text; the checkpoint is damaged "
-                f"or overflows in {str(inputs_ND.dtype).removeprefix('torch.')}"
+                f"{site.name}: its activations contain NaN or Inf on the calibration text; the checkpoint is "
+                f"damaged or overflows in {str(inputs_ND.dtype).removeprefix('torch.')}"
             )
         return ExpertStatistics(inputs_ND, norms_N)
 
@@ -261,7 +260,7 @@ class _Recorder:
             with self._phases("Gram"):
                 x_NI = self._inputs_NI.pop(site.name).float()
                 norm_N = stream.flatten(0, -2).float().norm(dim=-1)
-                # A stream of zeros says nothing, and its x is zero too unless the site undoes what it adds to.
+                # Avoid division by zero; then x is usually zero too.
                 x_NI = x_NI / norm_N.clamp_min(_LEAST_NORM)[:, None]
                 add_symmetric(self._grams[site.name], x_NI.T, x_NI)
                 self._tokens[site.name] += len(x_NI)

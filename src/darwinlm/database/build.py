@@ -1,4 +1,4 @@
-"""The database stage: walk the dense model's blocks; prune, write and forget each site as its statistics come."""
+"""The database stage: walk the dense model's layers, and prune and write each site when its statistics are complete."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ from darwinlm.progress import Phases, task
 from darwinlm.recipe import DatabaseRecipe
 
 _WRITERS, _WAITING = 2, 3
-"""Sites that are written at a time; with those that wait for it."""
+"""Number of writer threads, and maximum number of sites queued or being written."""
 _SMALL = 2**26
-"""Bytes of a site that are written at once: Python's other threads slow this one down by more than such a write."""
+"""Maximum bytes of a site that is written synchronously: Python threads would slow the main thread down by more."""
 _LEAST_GAIN = 1e-3
-"""Of the rows of a norm, as a share of the largest."""
+"""Minimum gain of a norm's row, relative to the largest."""
 
 
 def build_database(
@@ -42,17 +42,17 @@ def build_database(
     phases: Phases | None = None,
     tensor_parallel: int = 1,
 ) -> Database:
-    """Prune every site of `dense` to every level, or what an interrupted build left undone, into `folder`.
+    """Prune every site of `dense` to every level into `folder`, resuming an interrupted build.
 
-    With several ranks, each calibrates on its share of the text and solves its share of the sites: rank r those of the
+    With several ranks, each calibrates on its share of the text and solves its share of the sites: rank r handles the
     layers r, r + ranks, r + 2 * ranks, ...; a site's owner writes its file, rank 0 the index.
 
     Args:
-        dense: the model; its weights are read a block at a time.
-        tokens_BT: the calibration split.
+        dense: dense model; its weights are read one layer at a time.
+        tokens_BT: calibration split, (blocks, tokens).
         recipe: levels, damping, batch size, offload, dtype.
-        folder: the database's.
-        phases: a clock for `read`, `forward`, `Gram`, `solve` and `write`.
+        folder: folder of the database.
+        phases: clock for `read`, `forward`, `Gram`, `solve` and `write`.
         tensor_parallel: divides the units kept at every level.
 
     Raises:
@@ -81,7 +81,7 @@ def build_database(
                 if site in database:
                     continue
                 waiting.append((site, statistics))
-                # Solve when every rank has a layer of its own to solve, so that none waits for another.
+                # Solve when every rank has a layer to solve, so that none waits for another.
                 round_is_full = (site.layer + 1) % dist.world_size() == 0
                 if (site.name in last_of_layer and round_is_full) or site is missing[-1]:
                     _solve(dense, waiting, recipe, tensor_parallel, writer, phases)
@@ -97,7 +97,7 @@ def build_database(
 
 
 def _before(dense: DenseModel) -> list[dict[str, Any]]:
-    """The sites that a model had before it was pruned for the first time; none if this is the first."""
+    """Return the sites of the original model; empty unless the model was already pruned."""
     shapes = expected_shapes(dense_again(dense.config)) if dense.sites_before else {}
     return [
         {
@@ -123,7 +123,7 @@ def _solve(
     writer: "_Writer",
     phases: Phases,
 ) -> None:
-    """Prune this rank's sites of `waiting`, and have them written."""
+    """Prune this rank's sites of `waiting`, and queue them for writing."""
     dtype = dense.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     for site, statistics in waiting:
         if statistics is None:
@@ -150,14 +150,14 @@ def _solve(
 
 
 def _enter(database: Database, entries: Mapping[str, Any]) -> None:
-    """Have rank 0 enter the sites that any rank has written into the index."""
+    """Add the sites written by any rank to the index, which rank 0 writes."""
     for ranks_entries in dist.gather(entries):
         if ranks_entries:
             database.enter(ranks_entries, write=dist.rank() == 0)
 
 
 class _Writer:
-    """Writes sites while the next ones are computed; a few wait at most, so that memory stays flat."""
+    """Writes sites in the background while the next ones are computed, with a short queue to limit memory."""
 
     def __init__(self, database: Database, phases: Phases) -> None:
         self._database, self._phases = database, phases
@@ -172,8 +172,8 @@ class _Writer:
         self._pool.shutdown(cancel_futures=True)
 
     def put(self, site: Site, snapshots: Sequence[Snapshot], **facts: Any) -> None:
-        """Have a site written (`Database.write_site`); waits while too many are. Raises what an earlier one raised."""
-        # Copied here: in another thread it would stand in the way of what the device is given next.
+        """Queue a site for `Database.write_site`, waiting while the queue is full. Raises errors of earlier writes."""
+        # Copied here: in another thread it would delay the next work of the device.
         snapshots = [replace(one, weight_OK=one.weight_OK.to("cpu", facts["dtype"])) for one in snapshots]
         if sum(one.weight_OK.nbytes for one in snapshots) < _SMALL:
             self._written[site.name], seconds = self._write(site, snapshots, facts)
@@ -185,7 +185,7 @@ class _Writer:
         self._pending[site.name] = self._pool.submit(self._write, site, snapshots, facts)
 
     def written(self, *, all_of_them: bool) -> dict[str, Any]:
-        """The index entries of the sites that are on disk and were not given yet; of all, once they are there."""
+        """Return the new index entries of written sites, optionally after waiting for all."""
         if all_of_them:
             wait(self._pending.values())
         self._collect()
@@ -213,19 +213,19 @@ def _naming_singular(site: Site, recipe: DatabaseRecipe) -> Iterator[None]:
         yield
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise UserError(
-            f"{site.name}: rounding leaves its Gram matrix no inverse at database.damping={recipe.damping}; "
-            "raise it (0.01 is the default) or give more calibration text, in a new run"
+            f"{site.name}: its Gram matrix is numerically singular at database.damping={recipe.damping}; raise "
+            "it (default 0.01) or provide more calibration text, in a new run"
         ) from None
 
 
 def _solve_site(
     dense: DenseModel, site: Site, statistics: SiteStatistics, recipe: DatabaseRecipe, sizes: Sequence[int]
 ) -> tuple[list[Snapshot], float]:
-    """The site at `sizes`, and the error of removing it. Raises UserError."""
+    """Return the site at `sizes`, and the error of removing it. Raises UserError."""
     weight_OI = dense.checkpoint.read([site.output_tensor], dense.device, torch.float32)[site.output_tensor]
     gain_O1 = None
     if statistics.gain_O is not None:
-        # A row that the norm all but removes must not blow up when this is undone.
+        # Clamped, because rows are divided by the gain again after pruning.
         gain_O1 = statistics.gain_O.abs().clamp_min(_LEAST_GAIN * statistics.gain_O.abs().max())[:, None]
         weight_OI = weight_OI * gain_O1
     with _naming_singular(site, recipe):

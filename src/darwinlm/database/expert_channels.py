@@ -1,15 +1,15 @@
-"""Which channels each expert of a layer loses: as many in all of them, since their tensors are one block of numbers.
+"""Channels to remove from each expert of a layer: the same number in all experts, whose weights form one tensor.
 
-A token gets `sum_e g_e W_e c_e(x)`, where the gates g stay as they are. So each expert is a site of its own, pruned by
-the second-order method on the tokens that the router sends it: its Gram matrix is the mean of `g_e^2 c_e c_e^T`, and of
-what it loses first in one expert and another nothing is asked. Unit k of the layer is the channel of rank k in every
-expert. The experts that share a token then make up for one another: at each size the output projections are refitted,
-one after another, to what the layer's output still lacks, as they are where whole experts go.
+A token gets `sum_e g_e W_e c_e(x)`, and the gates g do not change. So each expert is its own site, pruned by the
+second-order method on the tokens routed to it: its Gram matrix is the mean of `g_e^2 c_e c_e^T`, and interactions
+between experts are ignored. Unit k of the layer is the channel of rank k in every expert. Afterwards the experts that
+share a token compensate for each other: at each size the output projections are refitted, one after another, to the
+remaining error of the layer's output, as for whole experts.
 
-The Gram matrix of an expert that few tokens go to says little. Its channels are chosen by all tokens, each weighed by
-the softmax over all experts: by how near it came to going there.
+The Gram matrix of a rarely used expert is unreliable. Its channels are chosen on all tokens instead, weighted by the
+softmax over all experts.
 
-Dimension letters: N tokens, E experts, D hidden size, I channels of an expert, K of them that are kept.
+Dimension letters: N tokens, E experts, D hidden size, I channels of an expert, K kept channels.
 """
 
 from collections.abc import Sequence
@@ -28,21 +28,21 @@ from darwinlm.database.solver import Snapshot, prune_site
 def prune_expert_channels(
     experts: Experts, statistics: ExpertStatistics, *, sizes: Sequence[int], damping: float, name: str
 ) -> tuple[list[Snapshot], float]:
-    """Remove channels of every expert one by one, and refit those that are left at each size.
+    """Remove channels of every expert one by one, and refit the remaining ones at each size.
 
     Args:
-        experts: of the layer, float32, on the device to work on.
-        statistics: what they read on the calibration text.
-        sizes: numbers of channels that each keeps, falling.
-        damping: lambda in H = G + lambda * mean(diag G) * I, and the least ridge of the refit.
-        name: the site's, for people.
+        experts: experts of the layer, float32, on the device to work on.
+        statistics: their inputs on the calibration text.
+        sizes: numbers of channels to keep per expert, descending.
+        damping: lambda in H = G + lambda * mean(diag G) * I, and the minimum ridge of the refit.
+        name: name of the site, for log lines.
 
     Returns:
-        One snapshot a size, with `channels_EK`, and `weight_OK` of shape E * D * K, or as the model has it; and the
-        error of removing all.
+        One snapshot per size, with `channels_EK`, and `weight_OK` of shape (E, D, K) or as stored in the model; and the
+        error of removing all channels.
 
     Raises:
-        LinAlgError: if rounding leaves a Gram matrix no inverse.
+        LinAlgError: if a Gram matrix is numerically singular.
     """
     routed = Routed.of(experts, statistics, name)
     by_expert = [
@@ -66,7 +66,7 @@ def prune_expert_channels(
 
 
 def _gram(experts: Experts, routed: Routed, expert: int) -> Tensor:
-    """The Gram matrix of what the output projection of one expert reads, gates and weights of tokens included."""
+    """Return the Gram matrix of an expert's output projection inputs, including gates and token weights."""
     gates_N = routed.gates_NE[:, expert]
     if int((gates_N > 0).sum()) < FEWEST_TOKENS:
         gates_N = routed.logits_NE.softmax(-1)[:, expert]

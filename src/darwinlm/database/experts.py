@@ -1,18 +1,18 @@
-"""Which experts of a layer go, in which order, and what the others make up for.
+"""Choice of the experts of a layer to remove, and refit of the remaining ones.
 
-A token that was sent to an expert that is gone goes to the next one, and its gates change. So what an expert is worth
-is not what it adds, but how far the layer's output moves once its tokens are sent elsewhere: with gates g of the whole
-layer and h of what is left, and f_e(x) what expert e makes of a token, the error of a token is
+Tokens of a removed expert are routed to the next one, and their gates change. So the importance of an expert is not its
+output, but how much the layer's output changes when its tokens are rerouted: with gates g of the whole layer, gates h
+of the remaining experts, and f_e(x) the output of expert e, the error of a token is
 
     |sum_e (g_e - h_e) f_e|^2 = (g - h)^T K (g - h),    K_ef = f_e . f_f
 
-K is computed once for a sample of tokens; every removal is then judged exactly, by the family's own way to gates, from
-numbers of the size of the router. Experts go one by one, always the one whose removal moves the output least. A score
-of each alone (REAP, arXiv 2510.13999: the mean of g_e |f_e|) knows neither where its tokens go nor who does nearly the
-same.
+K is computed once for a sample of tokens; then every removal is evaluated exactly, with the family's own gating, from
+numbers of the size of the router. Experts are removed one by one, always the one whose removal changes the output
+least. A score per expert (REAP, arXiv 2510.13999: the mean of g_e |f_e|) accounts neither for rerouting nor for
+redundant experts.
 
-At each size the output projections of the experts that are left are then refitted, one after another, to what the
-layer's output lacks: ridge regression on the tokens that each gets, its strength chosen on tokens held back.
+At each size the output projections of the remaining experts are then refitted, one after another, to the remaining
+error of the layer's output: ridge regression on the tokens of each expert, with the ridge chosen on held-out tokens.
 
 Dimension letters: N tokens, M tokens of the sample, E experts, D hidden size, I channels of an expert.
 """
@@ -29,33 +29,33 @@ from darwinlm.database.solver import Snapshot
 from darwinlm.progress import log
 
 _SLICE = 4096
-"""Tokens at a time, elsewhere."""
+"""Tokens processed at a time, except for the products."""
 FEWEST_TOKENS = 32
-"""An expert that gets fewer is not refitted: they say too little."""
-_JUDGED = 4
-"""One of so many tokens is held back to choose the ridge by."""
+"""Minimum number of tokens for the refit of an expert; fewer are unreliable."""
+_HELD_OUT = 4
+"""Every N-th token is held out to choose the ridge."""
 _RIDGES = (1.0, 10.0, 100.0)
-"""Times the damping."""
+"""Candidate ridges, as multiples of the damping."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """A layer's experts on the calibration text."""
+    """Experts of a layer on the calibration text."""
 
     x_ND: Tensor
-    """What they read."""
+    """Inputs of the layer's MLP."""
     logits_NE: Tensor
-    """The router's."""
+    """Logits of the router."""
     gates_NE: Tensor
-    """What each expert's output is multiplied by; 0 for those that a token does not go to."""
+    """Gate of each expert; 0 for experts that a token is not routed to."""
     wanted_ND: Tensor
-    """What they make of it together."""
+    """Summed output of all experts."""
     weights_N: Tensor
-    """What the error of each token is multiplied by before it is squared."""
+    """Factor of each token's error before it is squared."""
 
     @classmethod
     def of(cls, experts: Experts, statistics: ExpertStatistics, name: str) -> "Routed":
-        """Run the router and all experts; a warning names the experts of the site `name` that few tokens go to."""
+        """Run the router and all experts, and warn about experts of the site `name` with few tokens."""
         device = experts.router_ED.device
         x_ND = statistics.inputs_ND.to(device, torch.float32)
         logits_NE = torch.cat([experts.logits(part_ND) for part_ND in x_ND.split(_SLICE)])
@@ -64,8 +64,8 @@ class Routed:
         if rare:
             shown = ", ".join(map(str, rare[:8])) + (", …" if len(rare) > 8 else "")
             log.warning(
-                "%s: %d of %d experts get fewer than %d of the %d calibration tokens (%s): give more, or more varied "
-                "text", name, len(rare), experts.count, FEWEST_TOKENS, len(x_ND), shown,
+                "%s: %d of %d experts get fewer than %d of the %d calibration tokens (%s): provide more, or "
+                    "more varied text", name, len(rare), experts.count, FEWEST_TOKENS, len(x_ND), shown,
             )  # fmt: skip
         return cls(
             x_ND=x_ND,
@@ -77,7 +77,7 @@ class Routed:
 
     @property
     def removal_error(self) -> float:
-        """The error of a layer without any of them."""
+        """Error of removing all experts of the layer."""
         return float((self.wanted_ND * self.weights_N[:, None]).square().sum(1).mean())
 
 
@@ -85,18 +85,18 @@ class Routed:
 def prune_experts(
     experts: Experts, statistics: ExpertStatistics, *, sizes: Sequence[int], damping: float, name: str
 ) -> tuple[list[Snapshot], float]:
-    """Remove experts one by one, and refit those that are left at each size.
+    """Remove experts one by one, and refit the remaining ones at each size.
 
     Args:
-        experts: of the layer, float32, on the device to work on.
-        statistics: what they read on the calibration text.
-        sizes: numbers of experts to keep, falling.
-        damping: the least ridge, of the mean of a Gram matrix's diagonal.
-        name: the site's, for people.
+        experts: experts of the layer, float32, on the device to work on.
+        statistics: their inputs on the calibration text.
+        sizes: numbers of experts to keep, descending.
+        damping: minimum ridge, relative to the mean of a Gram matrix's diagonal.
+        name: name of the site, for log lines.
 
     Returns:
-        One snapshot a size, with `weight_OK` of shape kept experts * D * I, or as the model has it; and the error of
-        removing all.
+        One snapshot per size, with `weight_OK` of shape (kept experts, D, I) or as stored in the model; and the error
+        of removing all experts.
     """
     routed = Routed.of(experts, statistics, name)
     sample = _sample(len(routed.x_ND), experts.count)
@@ -118,14 +118,15 @@ def prune_experts(
 
 
 def removal_order(experts: Experts, x_MD: Tensor, logits_ME: Tensor, weights_M: Tensor, count: int) -> list[int]:
-    """The first `count` experts that go, each time the one that moves the layer's output least; of equals the first.
+    """Return the first `count` experts to remove, each time the one that changes the layer's output least; ties go to
+    the lowest index.
 
     Args:
-        experts: of the layer.
-        x_MD: what they read.
-        logits_ME: the router's.
-        weights_M: what the error of each token is multiplied by before it is squared.
-        count: how many go; at least as many as a token goes to must stay.
+        experts: experts of the layer.
+        x_MD: their inputs.
+        logits_ME: logits of the router.
+        weights_M: factor of each token's error before it is squared.
+        count: number of experts to remove; at least as many as each token is routed to must remain.
     """
     products_MEE = _products(experts, x_MD)
     whole_ME, logits_ME = experts.gates(logits_ME), logits_ME.clone()
@@ -152,20 +153,20 @@ def removal_order(experts: Experts, x_MD: Tensor, logits_ME: Tensor, weights_M: 
 
 
 def _tokens_moved(experts: Experts, gates_ME: Tensor, expert: int) -> Tensor:
-    """The tokens whose gates change once `expert` is gone: where gates do not sum to 1, all of them do."""
+    """Return the tokens whose gates change when `expert` is removed: all of them if gates do not sum to 1."""
     if not experts.renormalised:
         return torch.arange(len(gates_ME), device=gates_ME.device)
     return gates_ME[:, expert].nonzero()[:, 0]
 
 
 def _errors(products_MEE: Tensor, lacking_ME: Tensor, weights_M: Tensor) -> Tensor:
-    """The squared error of each token."""
+    """Return the squared error of each token."""
     squares_M = torch.einsum("me,mef,mf->m", lacking_ME, products_MEE, lacking_ME)
     return squares_M.clamp_min(0) * weights_M.square()
 
 
 def _products(experts: Experts, x_MD: Tensor) -> Tensor:
-    """K of each token: M * E * E."""
+    """Return the matrix K of each token: (M, E, E)."""
     size = max(1, OUTPUTS // (experts.count * x_MD.shape[1]))
     parts = []
     for part_MD in x_MD.split(size):
@@ -175,7 +176,7 @@ def _products(experts: Experts, x_MD: Tensor) -> Tensor:
 
 
 def _sample(tokens: int, experts: int) -> Tensor:
-    """Evenly spread tokens, as many as there is room for."""
+    """Return the indices of evenly spaced tokens, as many as fit in memory."""
     count = min(tokens, max(1, PRODUCTS // experts**2))
     return torch.arange(count) * tokens // count
 
@@ -186,16 +187,16 @@ def _sum_of(experts: Experts, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
 
 
 def refit_experts(experts: Experts, routed: Routed, logits_NE: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Refit what is left of a layer's experts, one after another, to what the layer's output lacks.
+    """Refit the remaining experts of a layer, one after another, to the remaining error of the layer's output.
 
     Args:
-        experts: those that are left, or what is left of them.
+        experts: remaining experts, possibly narrowed.
         routed: the whole layer on the calibration text.
-        logits_NE: the router's, of the experts that are left.
-        damping: the least ridge, of the mean of a Gram matrix's diagonal.
+        logits_NE: router logits of the remaining experts.
+        damping: minimum ridge, relative to the mean of a Gram matrix's diagonal.
 
     Returns:
-        Their output projections, E * D * I, and the mean over tokens of the squared error of the layer's output.
+        Their output projections, (E, D, I), and the squared error of the layer's output, averaged over tokens.
     """
     x_ND, wanted_ND, weights_N = routed.x_ND, routed.wanted_ND, routed.weights_N
     gates_NE = experts.gates(logits_NE)
@@ -213,21 +214,21 @@ def refit_experts(experts: Experts, routed: Routed, logits_NE: Tensor, damping: 
 
 
 def _ridge(channels_NI: Tensor, lacking_ND: Tensor, damping: float) -> Tensor:
-    """The change of an output projection, D * I; none where tokens that it was not fitted to would be worse off."""
-    judged = torch.arange(len(channels_NI), device=channels_NI.device) % _JUDGED == 0
-    fitted_MI, aim_MD = channels_NI[~judged], lacking_ND[~judged]
+    """Return the change of an output projection, (D, I); zero if it would increase the error on held-out tokens."""
+    held_out = torch.arange(len(channels_NI), device=channels_NI.device) % _HELD_OUT == 0
+    fitted_MI, target_MD = channels_NI[~held_out], lacking_ND[~held_out]
     values_I, vectors_II = torch.linalg.eigh((fitted_MI.T @ fitted_MI).double())
-    turned_ID = vectors_II.T @ (fitted_MI.T @ aim_MD).double()
+    turned_ID = vectors_II.T @ (fitted_MI.T @ target_MD).double()
     unit = damping * float(values_I.mean().clamp_min(1e-12))
-    best, least = None, float(lacking_ND[judged].square().sum())
+    best, least = None, float(lacking_ND[held_out].square().sum())
     for times in _RIDGES:
         change_ID = (vectors_II @ (turned_ID / (values_I.clamp_min(0) + times * unit)[:, None])).float()
-        error = float((lacking_ND[judged] - channels_NI[judged] @ change_ID).square().sum())
+        error = float((lacking_ND[held_out] - channels_NI[held_out] @ change_ID).square().sum())
         if error < least:
             best, least = times, error
     if best is None:
         return channels_NI.new_zeros(lacking_ND.shape[1], channels_NI.shape[1])
-    # With the ridge that did best, on all tokens.
+    # Refit on all tokens with the best ridge.
     gram_II = (channels_NI.T @ channels_NI).double()
     gram_II.diagonal().add_(best * damping * float(gram_II.diagonal().mean().clamp_min(1e-12)))
     factor_II = torch.linalg.cholesky(gram_II)

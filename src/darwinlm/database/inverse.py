@@ -1,4 +1,4 @@
-"""The inverse of the damped Gram matrix, in float32 where that is good enough.
+"""Inverse of the damped Gram matrix, in float32 if that is accurate enough.
 
 Dimension letters: I columns of the Gram matrix, K some of them, n columns of a part, R random probes, X any rows.
 """
@@ -9,24 +9,26 @@ from torch import Tensor
 from darwinlm.symmetric import add_symmetric, mirror
 
 _INVERSE_ERROR = 1e-4
-"""Relative error of the inverse's entries up to which float32 suffices."""
+"""Maximum relative error of the inverse's entries for which float32 is accepted."""
 _LEAST_RIDGE = 1e-8
-"""Of inputs that are always zero. Any would do, but rounding turns this share of the weights' squares into error."""
+"""Ridge for inputs that are always zero. Any value would do, but rounding turns this share of the squared weights into
+error."""
 _PROBES = 8
 _LEAF, _LEAF_ON_ACCELERATORS = 96, 512
-"""Size up to which a Cholesky factorisation inverts: by halves it is faster on a CPU, but takes more launches."""
+"""Maximum size inverted by Cholesky directly: recursion is faster on a CPU, but needs more kernel launches."""
 _PADDING = 16
-"""Columns of memory beside a big matrix: rows a power of two apart fall on each other in the caches of a CPU."""
+"""Columns that pad the leading dimension of a big matrix, to avoid cache-set conflicts of rows a power of two apart."""
 
 
 def damping_ridge(gram_II: Tensor, damping: float) -> float:
-    """What is added to the diagonal: damping * mean(diag G), or a little where the inputs are always zero."""
+    """Return the addend of the diagonal: damping * mean(diag G), or a small value if the inputs are always zero."""
     mean = gram_II.diagonal().double().mean().item()
     return damping * mean if mean > 0 else _LEAST_RIDGE
 
 
 def damped_inverse(gram_II: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """(G + ridge * I)^-1 in float32, computed in `dtype`, which takes one such matrix and a quarter of another."""
+    """Return (G + ridge * I)^-1 in float32, computed in `dtype`, with memory for one such matrix and a quarter of
+    another."""
     work_II = _padded(gram_II, dtype)
     work_II.diagonal().add_(ridge)
     _invert(work_II)
@@ -34,16 +36,17 @@ def damped_inverse(gram_II: Tensor, ridge: float, dtype: torch.dtype = torch.flo
 
 
 def _padded(matrix_II: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy whose rows lie a little further apart than they are long."""
+    """Copy a matrix with a padded leading dimension."""
     size = len(matrix_II)
     return torch.empty(size, size + _PADDING, dtype=dtype, device=matrix_II.device)[:, :size].copy_(matrix_II)
 
 
 def inverse_if_float32_suffices(gram_II: Tensor, ridge: float) -> Tensor | None:
-    """(G + ridge * I)^-1 computed in float32, or None where rounding has spoilt it.
+    """Return (G + ridge * I)^-1 computed in float32, or None if rounding errors are too large.
 
-    With Q for the inverse P and z random, Q (z - H Q z) is (P - Q) z but for the square of the error. Its entries are
-    measured as those of a correlation matrix, by the roots of Q's diagonal: scores are quotients by that.
+    With Q for the inverse P and random z, Q (z - H Q z) is (P - Q) z up to the square of the error. Errors are measured
+    like entries of a correlation matrix, relative to the square roots of Q's diagonal, because scores are divided by
+    it.
     """
     try:
         inverse_II = damped_inverse(gram_II, ridge, torch.float32)
@@ -58,15 +61,16 @@ def inverse_if_float32_suffices(gram_II: Tensor, ridge: float) -> Tensor | None:
 
 
 def times(rows_XI: Tensor, symmetric_KI: Tensor) -> Tensor:
-    """X S^T for a few rows. As (S X^T)^T, X's rows each in one piece, it is up to three times as fast on a CPU."""
+    """Return X S^T for a few rows. Computed as (S X^T)^T with contiguous rows, it is up to three times as fast on a
+    CPU."""
     return (symmetric_KI @ rows_XI.contiguous().T).T
 
 
 def _invert(matrix_nn: Tensor) -> None:
-    """Invert a positive definite matrix in place, by halves: nearly all of it is matrix products.
+    """Invert a positive definite matrix in place, recursively by halves, which is mostly matrix products.
 
-    With A, B, D the quarters (B above the diagonal) and S = D - B^T A^-1 B, the inverse has S^-1 below,
-    -A^-1 B S^-1 beside it, and A^-1 + A^-1 B S^-1 B^T A^-1 above. What lies below the diagonal is not read.
+    With quarters A, B, D (B above the diagonal) and S = D - B^T A^-1 B, the inverse has the quarters S^-1 for D, -A^-1
+    B S^-1 for B, and A^-1 + A^-1 B S^-1 B^T A^-1 for A. The part below the diagonal is not read.
     """
     if len(matrix_nn) <= (_LEAF if matrix_nn.device.type == "cpu" else _LEAF_ON_ACCELERATORS):
         identity_nn = torch.eye(len(matrix_nn), dtype=matrix_nn.dtype, device=matrix_nn.device)

@@ -1,14 +1,14 @@
-"""The loop that chooses a block's columns, as one kernel for CUDA: what `solver.choose` does, in one launch.
+"""CUDA kernel that chooses the columns of a block: `solver.choose` in a single launch.
 
 Dimension letters as in `solver`: D columns a block is chosen from, B removals in it. Only the solver imports this
-module, and only where Triton may be used: it comes with PyTorch's CUDA builds for Linux, and is needed by nothing else.
+module, and only if Triton is available: it comes with PyTorch's CUDA builds for Linux, and nothing else needs it.
 
-One program chooses one block. A removal depends on the one before it, so there is nothing to do side by side but the
-columns, and those of a block keep the threads of one multiprocessor busy. The two diagonals stay in registers. The
-candidates' parts of P and M (1.2 MB at 384 columns) and the terms so far (0.8 MB for 256 removals) are more than a
-multiprocessor holds, and are read from the second-level cache: 4 B^2 D bytes a block in all, 100 MB at those sizes.
+One program chooses one block. Each removal depends on the previous one, so only columns are processed in parallel, and
+those of a block keep the threads of one multiprocessor busy. The two diagonals stay in registers. The candidates' parts
+of P and M (1.2 MB for 384 columns) and the previous terms (0.8 MB for 256 removals) exceed a multiprocessor's memory
+and are read from the L2 cache: 4 B^2 D bytes per block in total, 100 MB for these sizes.
 
-There is no `tl.dot` here: all products are float32 multiplications and additions, never TF32.
+`tl.dot` is not used: all products are float32 multiplications and additions, never TF32.
 """
 
 import torch
@@ -17,24 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST = 8192
-"""Candidates that one program takes: beyond that its registers would not hold the columns."""
+"""Maximum number of candidates per program; more columns would not fit in its registers."""
 _TILE = 8192
-"""Terms that are read at a time: rows times columns."""
+"""Number of terms read at a time: rows times columns."""
 _LINE = 32
-"""Rows of terms begin at multiples of so many numbers, so that several are read at once."""
+"""Alignment of the rows of terms, in elements, for vectorized reads."""
 _SMALLEST = 256
-"""Columns that the kernel is compiled for, at least: each power of two above is compiled once."""
+"""Minimum number of columns that the kernel is compiled for; each larger power of two is compiled once."""
 
 
 def choose_at_once(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The next `block` of at most `LARGEST` columns, as `solver.choose` returns them."""
+    """Choose the next `block` of at most `LARGEST` columns; returns the same as `solver.choose`."""
     D = len(inverse_DD)
     width, size = triton.cdiv(D, _LINE) * _LINE, max(_SMALLEST, triton.next_power_of_2(D))
     inverse_DD, squares_DD = inverse_DD.contiguous(), squares_DD.contiguous()
     terms_B2W = inverse_DD.new_empty(block, 2, width)
     chosen_B = torch.empty(block, dtype=torch.long, device=inverse_DD.device)
     scores_B = inverse_DD.new_empty(block)
-    with torch.cuda.device_of(inverse_DD):  # Triton launches on the current device, whatever the tensors are on
+    with torch.cuda.device_of(inverse_DD):  # Triton launches on the current device, regardless of the tensors' device.
         _choose[(1,)](
             inverse_DD, squares_DD, terms_B2W, chosen_B, scores_B, D, width, block,
             SIZE=size, ROWS=_TILE // size, num_warps=16, enable_fp_fusion=True,
@@ -47,19 +47,20 @@ def _choose(
     inverse_ptr, squares_ptr, terms_ptr, chosen_ptr, scores_ptr, columns, width, block,
     SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One block. Row t of the terms is u_t and then h_t, each `width` long; what lies beyond `columns` is zero."""
+    """Choose one block. Row t of the terms is u_t and then h_t, each of length `width`; entries beyond `columns` are
+    zero."""
     d = tl.arange(0, SIZE)
     rows = tl.arange(0, ROWS)
     inside = d < columns
     inverse = tl.load(inverse_ptr + d * (columns + 1), mask=inside, other=3.4028234663852886e38)
-    # Half of the squares: these change by -u h.
+    # Half of the squares, which change by -u h.
     halves = 0.5 * tl.load(squares_ptr + d * (columns + 1), mask=inside, other=float("inf"))
     for step in range(block):
-        # Division as IEEE has it, as in the other loops: an approximate one could make equal what is not.
+        # IEEE division, as in the other loops: an approximate one could create ties.
         score = tl.div_rn(halves, inverse)
-        # What is no number goes first, as NumPy and PyTorch have it; the block ends there.
+        # NaN is chosen first, as in NumPy and PyTorch; the block ends there.
         score = tl.where(score == score, score, float("-inf"))
-        # The first of the lowest, in words that the interpreter obeys: it breaks the ties of `tl.argmin` its own way.
+        # First of the lowest scores. `tl.argmin` is avoided, because the interpreter breaks its ties differently.
         s = tl.min(tl.where(score == tl.min(score, 0), d, SIZE - 1), 0)
 
         u = tl.load(inverse_ptr + s * columns + d, mask=inside, other=0.0)
@@ -86,7 +87,7 @@ def _choose(
         root = tl.sqrt_rn(pivot)
         u = tl.div_rn(u, root)
         h = tl.div_rn(h, root) - u * (0.5 * chosen_score)
-        # What rounding leaves of the one that goes cannot turn this, or a score, negative.
+        # Rounding errors of the removed column must not make this value, or a score, negative.
         inverse = tl.where(here, 3.4028234663852886e38, inverse - u * u)
         halves = tl.where(here, float("inf"), halves - h * u)
         row_ptr = terms_ptr + step * (2 * width)
@@ -94,5 +95,5 @@ def _choose(
         tl.store(row_ptr + width + d, h, mask=d < width)
         tl.store(chosen_ptr + step, s)
         tl.store(scores_ptr + step, chosen_score)
-        # The next step reads, in every thread, what the others have just stored.
+        # The next step reads, in every thread, what other threads have stored.
         tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""Which sizes a site gets in the database."""
+"""Sizes of a site at each level of the database."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int, ...]:
-    """Units kept at each level, from all of them down to none, in steps as even as the site allows.
+    """Return the units kept at each level, from all of them down to none, in steps as even as possible.
 
-    MLP sizes are multiples of 256 where that leaves at least four multiples a level, else of the largest smaller power
-    of two that does: tensor cores and the K-quants of llama.cpp want it. A site with fewer units than levels gets one
-    level a unit. All sizes are multiples of `tensor_parallel`, which the number of units must be too. Of experts, which
-    devices share out by width, the last size before none is as many as a token goes to.
+    MLP sizes are multiples of 256 if that leaves at least four multiples per level, otherwise of the largest smaller
+    power of two that does, as required by tensor cores and the K-quants of llama.cpp. A site with fewer units than
+    levels gets one level per unit. All sizes are multiples of `tensor_parallel`, which must divide the number of units.
+    For whole experts, which are split over devices by width, the last size before zero is the number of experts per
+    token.
     """
     units = site.num_units
     multiple = 1
@@ -23,7 +24,7 @@ def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int,
         multiple = next(m for m in _MULTIPLES if units >= 4 * levels * m or m == 1)
     multiple = multiple if site.of_experts else math.lcm(multiple, tensor_parallel)
     if site.experts and units >= 8 * levels:
-        multiple = math.lcm(multiple, 8)  # PyTorch's grouped products of bfloat16 want rows of 16 bytes
+        multiple = math.lcm(multiple, 8)  # PyTorch's grouped bfloat16 products need rows of 16 bytes.
     least = site.routed if site.of_experts else multiple
     sizes = {units, 0} | ({least} if site.of_experts else set())
     for level in range(1, levels):
@@ -32,14 +33,13 @@ def level_sizes(site: Site, levels: int, tensor_parallel: int = 1) -> tuple[int,
 
 
 def check_tensor_parallel(sites: Sequence[Site], tensor_parallel: int) -> None:
-    """Refuse a number of devices that the units of a dense site cannot be shared out to. Raises UserError."""
+    """Reject a tensor-parallel size that does not divide the units of a dense site. Raises UserError."""
     for site in sites:
         if site.num_units % tensor_parallel and not site.of_experts:
             units = "KV heads" if site.kind == "attention" else "MLP channels"
             common = math.gcd(*(other.num_units for other in sites))
             possible = [str(number) for number in range(1, common + 1) if common % number == 0]
             raise UserError(
-                f"export.tensor_parallel={tensor_parallel} does not divide the {site.num_units} {units} of the model's "
-                f"layers; {'it can be ' if len(possible) > 1 else 'for this model it can only be '}"
-                f"{', '.join(possible)}"
+                f"export.tensor_parallel={tensor_parallel} does not divide the {site.num_units} {units} of the "
+                f"model's layers; choose {'one of ' if len(possible) > 1 else ''}{', '.join(possible)}"
             )

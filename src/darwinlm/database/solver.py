@@ -1,8 +1,9 @@
-"""Second-order structured pruning: which units go, in which order, and what the others make up for (paper, section 3).
+"""Second-order structured pruning: which units to remove, in which order, and the refit of the others (paper, section
+3).
 
-Removing the columns S of a unit from W, all others refitted, adds `tr(W_S (P_SS)^-1 W_S^T)` to the squared output error
-(score), where P is the inverse of the damped Gram matrix H; it moves `W <- W - W_S (P_SS)^-1 P_S` (refit) and
-`P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives how that is done in blocks, without another outcome.
+Removing the columns S of a unit from W, with all others refitted, adds `tr(W_S (P_SS)^-1 W_S^T)` to the squared output
+error (score), where P is the inverse of the damped Gram matrix H; it updates `W <- W - W_S (P_SS)^-1 P_S` (refit) and
+`P <- P - P_S^T (P_SS)^-1 P_S` (shrink). `docs/method.md` derives the equivalent algorithm in blocks.
 
 Dimension letters: O output rows, I input columns, U units, C columns of a unit, K kept columns, n columns in the
 working matrices, F of them that move, B removals in a block, D columns it is chosen from, R random probes, X any rows.
@@ -25,13 +26,13 @@ from darwinlm.progress import log
 from darwinlm.symmetric import add_symmetric, mirror
 
 BLOCK = 256
-"""Removals between two updates of the big matrices, at most."""
+"""Maximum number of removals between two updates of the big matrices."""
 _CANDIDATES, _FEWEST = 1.5, 32
-"""Columns that a block is chosen from: so many for each that goes, and at least so many."""
+"""Number of candidate columns per removal in a block, and minimum number of candidates."""
 _MORE = 1.5
-"""Times as many as there were for each that goes, from then on, where they did not suffice for all of a block."""
+"""Factor by which candidates are increased after a block in which they were not enough."""
 _EXCESS = 2e-4
-"""Share of a level's error that rounding may add to it before the inverse is computed anew."""
+"""Maximum share of a level's error caused by rounding, above which the inverse is recomputed."""
 _PROBES = 8
 
 _Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -42,28 +43,28 @@ class Snapshot:
     """A site at one level."""
 
     kept: tuple[int, ...]
-    """Unit indices, ascending."""
+    """Kept unit indices, ascending."""
     weight_OK: Tensor
-    """The output projection's surviving columns, refitted: float32."""
+    """Remaining columns of the output projection, refitted: float32."""
     error: float
-    """tr(dW G dW^T), without the damping."""
+    """Error tr(dW G dW^T), without the damping."""
     channels_EK: Tensor | None = None
-    """Where units are channels of experts, those that each keeps, ascending."""
+    """If units are channels of experts, the channels that each expert keeps, ascending."""
 
 
 @torch.no_grad()
 def prune_site(
     weight_OI: Tensor, gram_II: Tensor, *, columns_per_unit: int, sizes: Sequence[int], damping: float
 ) -> list[Snapshot]:
-    """Remove units one by one, the one whose removal costs least (of equals the lowest); a snapshot at each size.
+    """Remove units one by one, each time the one of lowest score (ties: lowest index), with a snapshot at each size.
 
-    All is float32 and watched. Where random probes find the inverse not good enough, it is computed in float64; at each
-    snapshot others estimate by how much rounding has raised the error, and where that matters, inverse and refit are
-    computed anew.
+    Everything is computed in float32 and checked. If random probes find the inverse not accurate enough, it is computed
+    in float64; at each snapshot other probes estimate the error added by rounding, and if it matters, inverse and refit
+    are recomputed.
 
     Args:
-        weight_OI: the dense output projection.
-        gram_II: the Gram matrix G of its inputs, float32.
+        weight_OI: dense output projection.
+        gram_II: Gram matrix G of its inputs, float32.
         columns_per_unit: unit u owns columns u*C to u*C + C - 1.
         sizes: units kept at each snapshot, descending; neither all nor none of them.
         damping: lambda in H = G + lambda * mean(diag G) * I.
@@ -71,13 +72,13 @@ def prune_site(
     Returns:
         One snapshot for each of `sizes`.
     """
-    if weight_OI.device.type == "mps":  # has no float64
+    if weight_OI.device.type == "mps":  # MPS has no float64.
         weight_OI, gram_II = weight_OI.cpu(), gram_II.cpu()
     ridge = damping_ridge(gram_II, damping)
     dense_IO = weight_OI.T.contiguous().float()
     state = (_Columns if columns_per_unit == 1 else _Blocks)(dense_IO, gram_II, ridge, columns_per_unit)
     snapshots = []
-    with _numpy_threads().limit(limits=1):  # more would keep PyTorch's from running
+    with _numpy_threads().limit(limits=1):  # More threads would compete with PyTorch's.
         for size in sizes:
             state.remove(state.units_left - size)
             snapshots.append(state.snapshot())
@@ -85,13 +86,13 @@ def prune_site(
 
 
 def removal_error(weight_OI: Tensor, gram_II: Tensor) -> float:
-    """tr(W G W^T): the error of removing the whole site."""
+    """Return tr(W G W^T), the error of removing the whole site."""
     weight_OI = weight_OI.float()
     return max(0.0, ((weight_OI @ gram_II) * weight_OI).sum().item())
 
 
 class _State:
-    """A site on its way: `weight_nO` and `inverse_nn` hold the columns that are left, in an order of their own."""
+    """State of a site during pruning: `weight_nO` and `inverse_nn` hold the remaining columns, in their own order."""
 
     def __init__(self, dense_IO: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
         self.C = columns_per_unit
@@ -99,11 +100,11 @@ class _State:
         """Transposed, like the working copy: columns of the projection are moved as rows."""
         self.squares_I = torch.linalg.vector_norm(dense_IO, dim=1).double().square_()
         self.units_n = torch.arange(len(dense_IO) // columns_per_unit, device=dense_IO.device)
-        """Units that are left, in the matrices' order."""
+        """Remaining units, in the order of the matrices."""
         self.weight_nO = dense_IO.clone()
         self.inverse_nn = self._first_inverse()
         self.damped_error = torch.zeros((), dtype=torch.float64, device=dense_IO.device)
-        """tr(dW H dW^T): the sum of the scores of all removals so far."""
+        """Damped error tr(dW H dW^T): the sum of the scores of all removals so far."""
         generator = torch.Generator().manual_seed(0)
         signs_RO = torch.randint(0, 2, (_PROBES, dense_IO.shape[1]), generator=generator) * 2 - 1
         self.signs_RO = signs_RO.to(dense_IO.device, torch.float32)
@@ -118,13 +119,14 @@ class _State:
         return damped_inverse(self.gram_II, self.ridge)
 
     def apply(self, gone_B: Tensor, u_Bn: Tensor, v_BO: Tensor) -> None:
-        """Take units out, then u^T u off P and u^T v off W^T.
+        """Remove units, then subtract u^T u from P and u^T v from W^T.
 
-        The last units that are left take the places of those that go, and the matrices are narrowed, in place.
+        The last remaining units move to the places of the removed ones, and the matrices are narrowed, in place.
         """
         left, B = self.units_left - len(gone_B), len(gone_B)
-        # Holes come first and the last units that stay first: as many. What follows, in both, are gone units among the
-        # last, which are copied onto one another and narrowed off. So no size depends on which they are: no waiting.
+        # Holes come first, and so do the units that fill them, in equal number. The rest of both lists are removed
+        # units at the end, which are copied onto each other and narrowed off. So no size depends on the data, and
+        # nothing synchronizes.
         gone_U = torch.zeros(left + B, dtype=torch.uint8, device=gone_B.device).index_fill_(0, gone_B, 1)
         holes_B = gone_B.index_select(0, (gone_B >= left).to(torch.uint8).argsort(stable=True))
         fillers_B = gone_U[left:].argsort(stable=True).add_(left)
@@ -145,7 +147,7 @@ class _State:
         mirror(self.inverse_nn)
 
     def snapshot(self) -> Snapshot:
-        """What is left, after a look at what rounding has done."""
+        """Return the remaining units and columns, after checking for rounding errors."""
         if self._spoilt():
             self.renew()
         columns_n = _columns_of(self.units_n, self.C)
@@ -157,25 +159,25 @@ class _State:
         return Snapshot(tuple(units_U.tolist()), weight_OK, error)
 
     def _residual(self, columns_K: Tensor) -> Tensor:
-        """W_K H_KK - (W H)_K for the probes' random sums of rows: zero where the refit is exact."""
+        """Return W_K H_KK - (W H)_K for the probes' random sums of rows: zero for an exact refit."""
         rows_RK = (self.weight_nO @ self.signs_RO.T).T
         rows_RI = torch.zeros_like(self.target_RI).index_copy_(1, columns_K, rows_RK)
-        if 2 * len(columns_K) < len(self.gram_II):  # copying these rows takes less than reading all
+        if 2 * len(columns_K) < len(self.gram_II):  # Copying these rows is cheaper than reading all.
             product_RK = times(rows_RI, self.gram_II.index_select(0, columns_K))
         else:
             product_RK = times(rows_RI, self.gram_II).index_select(1, columns_K)
         return product_RK + self.ridge * rows_RK - self.target_RI.index_select(1, columns_K)
 
     def _spoilt(self) -> bool:
-        """Does the error exceed that of the exact refit by much? By tr(R P R^T) of a residual R, from random probes."""
+        """Whether the error exceeds that of the exact refit by too much, estimated by tr(R P R^T) of a residual R."""
         residual_RK = self._residual(_columns_of(self.units_n, self.C))
         allowed = _EXCESS * self.damped_error.item() * _PROBES
-        if residual_RK.norm().square().item() <= allowed * self.ridge:  # no eigenvalue of P exceeds 1 / ridge
+        if residual_RK.norm().square().item() <= allowed * self.ridge:  # No eigenvalue of P exceeds 1 / ridge.
             return False
         return not (times(residual_RK, self.inverse_nn) * residual_RK).sum().item() <= allowed
 
     def renew(self) -> None:
-        """Inverse, refit and error from the Gram matrix."""
+        """Recompute inverse, refit and error from the Gram matrix."""
         columns_K = _columns_of(self.units_n, self.C)
         self.inverse_nn = damped_inverse(self.gram_II[columns_K][:, columns_K], self.ridge)
         target_KO = self.gram_II[columns_K] @ self.dense_IO + self.ridge * self.dense_IO[columns_K]
@@ -187,12 +189,12 @@ class _State:
 
 
 class _Columns(_State):
-    """Units of one column: thousands of removals, so the big matrices are touched once a block.
+    """Units of one column: thousands of removals, so the big matrices are only updated once per block.
 
-    A column's score is |W_j|^2 / P_jj. A block is chosen among the few columns with the lowest scores at its start: of
-    these alone P and M = W^T W are kept up to date, and only by the terms that a removal adds (`choose`). Then P and W
-    take the whole block at once, and the scores that all other columns had at each step are known from the same terms:
-    where one of them would have gone first, the block ends before that step, and the next begins with it.
+    A column's score is |W_j|^2 / P_jj. A block is chosen among the few columns with the lowest scores at its start:
+    only for these are P and M = W^T W kept up to date, and only by the terms that a removal adds (`choose`). Then P and
+    W are updated for the whole block, and the same terms give the scores of all other columns at each step: if one of
+    them would have been removed first, the block ends before that step, and the next block starts with it.
     """
 
     def __init__(self, dense_IO: Tensor, gram_II: Tensor, ridge: float, columns_per_unit: int) -> None:
@@ -200,24 +202,24 @@ class _Columns(_State):
         self.candidates = _CANDIDATES
 
     def _first_inverse(self) -> Tensor:
-        # An MLP's inputs nearly always allow it, those of attention, whose units have several columns, hardly ever.
+        # An MLP's inputs nearly always allow float32, those of attention (several columns per unit) hardly ever.
         inverse_II = inverse_if_float32_suffices(self.gram_II, self.ridge)
         return super()._first_inverse() if inverse_II is None else inverse_II
 
     def remove(self, count: int) -> None:
-        """Remove `count` more columns. Raises LinAlgError if P is not positive definite, however computed."""
-        anew = False
+        """Remove `count` more columns. Raises LinAlgError if P is not positive definite even after recomputation."""
+        renewed = False
         while count > 0:
             removed = self._remove_block(-(-count // -(-count // BLOCK)))
-            if removed == 0 and anew:
+            if removed == 0 and renewed:
                 raise torch.linalg.LinAlgError("the inverse is not positive definite")  # type: ignore[attr-defined]
-            anew = removed == 0
+            renewed = removed == 0
             count -= removed
-            if anew:
+            if renewed:
                 self.renew()
 
     def _remove_block(self, block: int) -> int:
-        """Remove up to `block` columns; how many. None if rounding has left P without a positive pivot."""
+        """Remove up to `block` columns and return their number; 0 if rounding has left P without a positive pivot."""
         inverse_n = self.inverse_nn.diagonal()
         squares_n = torch.linalg.vector_norm(self.weight_nO, dim=1).square_()
         candidates = min(max(_FEWEST, math.ceil(self.candidates * block)), self.units_left)
@@ -245,7 +247,7 @@ class _Columns(_State):
         return len(removed_B)
 
     def _lowest(self, score_n: Tensor, count: int) -> Tensor:
-        """Where the lowest scores are, of equal ones those of the lowest units; in the units' order."""
+        """Return the indices of the lowest scores (ties: lowest units), in the order of the units."""
         by_unit_n = self.units_n.argsort()
         lowest_D = score_n.index_select(0, by_unit_n).sort(stable=True).indices[:count].sort().values
         return by_unit_n.index_select(0, lowest_D)
@@ -253,15 +255,17 @@ class _Columns(_State):
     def _steps_without_others(
         self, u_Bn: Tensor, v_BO: Tensor, scores_B: Tensor, squares_n: Tensor, inverse_n: Tensor
     ) -> int:
-        """At how many of the first steps no column that was not a candidate had a lower score than the one chosen.
+        """Return the number of first steps at which no column outside the candidates had a lower score than the one
+        chosen.
 
-        Step t takes `2 u_t W_t^T v_t - u_t^2 |v_t|^2` off the squares and `u_t^2` off the diagonal of P, where W_t is W
-        less the terms of the steps before.
+        Step t subtracts `2 u_t W_t^T v_t - u_t^2 |v_t|^2` from the squares and `u_t^2` from the diagonal of P, where
+        W_t is W minus the terms of the previous steps.
         """
         products_BB = v_BO @ v_BO.T
         scores_B1 = scores_B.to(u_Bn.dtype)[:, None]
-        # At no step has a column changed by more than |u| times the greatest singular value of v, which this power
-        # bounds from above: most cannot get as low as the last that was chosen. Where it is no number, all are asked.
+        # At no step has a column changed by more than |u| times the largest singular value of v, which this power
+        # bounds from above: most columns cannot get as low as the last one chosen. If the bound is NaN, all are
+        # checked.
         size = products_BB.norm()
         norm = (torch.linalg.matrix_power(products_BB / size, 8).norm() ** (1 / 8) * size).sqrt()
         least_n = squares_n.sqrt() - norm * u_Bn.square().sum(0).sqrt_()
@@ -273,43 +277,43 @@ class _Columns(_State):
         before_BB = products_BB.tril(-1).mul_(2).diagonal_scatter(products_BB.diagonal())
         drops_BA = (v_BO @ weight_AO.T).addmm_(before_BB, u_BA, beta=2, alpha=-1).mul_(u_BA)
         earlier_BB = torch.ones_like(products_BB).tril_(-1)
-        # By how much squares exceed what the chosen score times the diagonal of P would be: one product.
+        # Difference between the squares and the chosen score times the diagonal of P, by one product.
         factors_BX = torch.cat([-earlier_BB, scores_B1 * earlier_BB, -scores_B1], dim=1)
         margins_BA = torch.addmm(squares_A, factors_BX, torch.cat([drops_BA, u_BA.square(), inverse_A[None]]))
-        # The first step is right by choice of the candidates; rounding may say otherwise.
+        # The first step is correct by the choice of the candidates, even if rounding suggests otherwise.
         return max(1, _leading(~(margins_BA.amin(1) < 0)))
 
 
 def _sound_steps(scores_B: Tensor, factor_BB: Tensor) -> int:
-    """How many of the first steps had a finite score and a positive pivot, whose root is a number then."""
+    """Return the number of first steps with a finite score and a positive pivot, whose square root is then finite."""
     return _leading((scores_B + factor_BB.diagonal()).isfinite())
 
 
 def _leading(true_B: Tensor) -> int:
-    """How many of the first are true: one wait for an accelerator."""
+    """Return the number of leading true values, with one device synchronization."""
     return int(true_B.to(torch.uint8).cumprod(0, dtype=torch.long).sum())
 
 
 def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The next `block` of some columns in greedy order, from their parts of P and of M = W^T W.
+    """Choose the next `block` of some columns in greedy order, from their parts of P and of M = W^T W.
 
-    Of equal scores the first goes: the solver has the columns in the order of their units.
+    Of equal scores the first is chosen: the solver orders the columns by unit.
 
-    Returned with their scores and the Cholesky factor L of their P_SS, whose columns are terms below: what stands above
-    its diagonal is not zero but for rounding.
+    Returns the chosen columns, their scores, and the Cholesky factor L of their P_SS, whose columns are terms below;
+    above the diagonal it is zero up to rounding.
 
     Removing column s changes both by low-rank terms: `P - u u^T` with u = P_s / sqrt(P_ss), and `M - h u^T - u h^T`
     with g = M_s / sqrt(P_ss), h = g - (M_ss / P_ss) u / 2. So the two diagonals are enough to choose, and one row of P
     and of M is read per removal and corrected by the terms collected so far.
 
-    For the CPU: a loop of small operations, whose time is the calls, and those are cheapest in NumPy.
+    For the CPU: a loop of small operations, dominated by call overhead, which is lowest in NumPy.
     """
-    # Row s of both matrices side by side, and their diagonals, the squares' halved: these change by -u h.
+    # Row s of both matrices side by side, and their diagonals; the squares are halved, since these change by -u h.
     start_d2d = np.stack([inverse_DD.numpy(), squares_DD.numpy()], axis=1)
     diagonals = np.stack([inverse_DD.numpy().diagonal(), squares_DD.numpy().diagonal() / 2])
     inverse_d, halves_d = diagonals
-    # From the middle, rows u of the removals downwards and rows h upwards. So the terms so far are one piece, and its
-    # column s, read backwards, has their factors in the same order.
+    # From the middle, rows u of the removals downwards and rows h upwards. So the terms so far are contiguous, and
+    # their column s, reversed, has their factors in the same order.
     terms, largest = np.empty((2 * block, len(inverse_DD)), dtype=np.float32), np.finfo(np.float32).max
     rows, scratch = np.empty_like(diagonals), np.empty_like(diagonals)
     u_d, h_d = rows
@@ -320,11 +324,11 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
         for step in range(block):
             s = np.divide(halves_d, inverse_d, out=scratch_d).argmin()
             so_far = terms[block - step : block + step]
-            at_s = so_far[:, s].copy()  # BLAS takes no other
+            at_s = so_far[:, s].copy()  # BLAS needs contiguous memory.
             at_s[step:].dot(so_far[step:], scratch_d)
             at_s[::-1].copy().dot(so_far, other_d)
             np.subtract(start_d2d[s], scratch, out=rows)
-            # NumPy's own numbers, as arrays where arrays are multiplied: others cost as much as the operation.
+            # NumPy scalars, stored in an array for products: other scalars cost as much as the operation.
             pivot = u_d[s]
             score = h_d[s] / pivot
             factor[()] = pivot**-0.5
@@ -335,7 +339,7 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
             np.multiply(h_d, u_d, out=other_d)
             diagonals -= scratch
             terms[block + step], terms[block - 1 - step] = u_d, h_d
-            # What rounding leaves of it cannot turn this, or a score, negative.
+            # Rounding errors of the removed column must not make this value, or a score, negative.
             inverse_d[s], halves_d[s] = largest, np.inf
             chosen.append(s)
             scores.append(score)
@@ -344,14 +348,15 @@ def choose(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, 
 
 
 def _chooser(device: torch.device, candidates: int) -> _Choose:
-    """The quickest way to choose a block on an accelerator: one launch where Triton can, else some 24 a removal."""
+    """Return the fastest way to choose a block on an accelerator: one launch with Triton, otherwise about 24 per
+    removal."""
     kernel = _kernel(device.type)
     return choose_without_waiting if kernel is None or candidates > kernel.LARGEST else kernel.choose_at_once
 
 
 @functools.lru_cache
 def _kernel(device_type: str) -> ModuleType | None:
-    """The module of the kernel, if this device has Triton and Triton has what it needs."""
+    """Import the kernel module if Triton works on this device."""
     if device_type != "cuda":
         return None
     try:
@@ -360,14 +365,16 @@ def _kernel(device_type: str) -> ModuleType | None:
         kernel.choose_at_once(one, one, 1)
     except ImportError:
         return None
-    except Exception as error:  # no C compiler, an old GPU, another version: its errors are of many kinds
-        log.warning("Triton does not work here (%s): columns are chosen by single operations, slowly", error)
+    except Exception as error:  # No C compiler, an old GPU, another version: many kinds of errors.
+        log.warning(
+            "Triton does not work here (%s): falling back to slower PyTorch operations to choose columns", error
+        )
         return None
     return kernel
 
 
 def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for an accelerator without Triton: `s` is a tensor, and nothing in the loop waits for its value."""
+    """Do the same as `choose` on an accelerator without Triton: `s` is a tensor, and the loop never synchronizes."""
     terms_BD = inverse_DD.new_empty(2 * block, len(inverse_DD))
     inverse_D, squares_D = inverse_DD.diagonal().clone(), squares_DD.diagonal().clone()
     score_D = torch.empty_like(inverse_D)
@@ -394,7 +401,7 @@ def choose_without_waiting(inverse_DD: Tensor, squares_DD: Tensor, block: int) -
 
 
 class _Blocks(_State):
-    """Units of several columns, heads: few removals, each of which fills a matrix product by itself."""
+    """Units of several columns (heads): few removals, each a sizable matrix product."""
 
     def remove(self, count: int) -> None:
         """Remove `count` more units."""
@@ -420,7 +427,7 @@ def _numpy_threads() -> ThreadpoolController:
 
 
 def _solve_lower(factor_BB: Tensor, rows_Bn: Tensor) -> Tensor:
-    """L^-1 X for a lower triangular L: as (X^T L^-T)^T, which copies nothing."""
+    """Return L^-1 X for a lower triangular L, computed as (X^T L^-T)^T, which avoids copies."""
     solved_nB: Tensor = torch.linalg.solve_triangular(factor_BB.T, rows_Bn.T, upper=True, left=False)
     return solved_nB.T
 

@@ -1,4 +1,4 @@
-"""The database on disk: `index.json` and one safetensors file a site, with surviving columns only."""
+"""The database on disk: `index.json` and one safetensors file per site, with the remaining columns only."""
 
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
@@ -22,13 +22,13 @@ from darwinlm.plan import SiteBefore, SiteLevels, Space
 
 FORMAT = 2
 _RESIDENT = 4
-"""One so manieth of an accelerator's free memory may hold cuts."""
+"""Divisor of an accelerator's free memory for cached cuts."""
 
 _Count = Annotated[int, Field(ge=0)]
 
 
 class _Entry(BaseModel):
-    """What `index.json` says of a site, by level where it is a list."""
+    """Entry of a site in `index.json`; lists have one element per level."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     layer: _Count
@@ -42,7 +42,7 @@ class _Entry(BaseModel):
 
 
 class _Before(BaseModel):
-    """The fields of `SiteBefore`."""
+    """Fields of `SiteBefore`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     name: str
@@ -53,7 +53,7 @@ class _Before(BaseModel):
 
 
 class _Index(BaseModel):
-    """`index.json`."""
+    """Schema of `index.json`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     format: int
@@ -64,27 +64,27 @@ class _Index(BaseModel):
 
 
 class Database:
-    """Every site at every level; level 0 (dense) and the last (nothing) need no tensors.
+    """Every site at every level; level 0 (dense) and the last (removed) need no tensors.
 
-    Files are read lazily, a level at a time, and checked when first read. A site counts as present once `index.json`
-    names it.
+    Files are read lazily, one level at a time, and verified when first read. A site counts as present once `index.json`
+    lists it.
     """
 
     def __init__(self, folder: Path, kept: Container[str] = ()) -> None:
-        """Open the database in `folder`; of the sites named in `kept` the search space lacks the last level."""
+        """Open the database in `folder`; sites named in `kept` have no last level in the search space."""
         self.folder = folder
         self._kept = kept
         self._index: dict[str, Any] = {"format": FORMAT, "sites": {}}
         self._verified: set[str] = set()
         self._resident: OrderedDict[tuple[str, int], Cut] = OrderedDict()
-        """Cuts on an accelerator, in the dtype that they are stored in, the one asked for last at the end."""
+        """Cuts cached on an accelerator, in their stored dtype, least recently used first."""
         if (folder / "index.json").exists():
             remedy = f"delete {folder} and run the same command again"
             self._index = read_json(folder / "index.json", remedy)
             if self._index.get("format") != FORMAT:
                 raise UserError(
-                    f"{folder} is a database of format {self._index.get('format')!r}, this version reads format "
-                    f"{FORMAT}; build it anew in another run"
+                    f"{folder} is a database of format {self._index.get('format')!r}, but this version reads "
+                    f"format {FORMAT}; rebuild it in a new run"
                 )
             try:
                 sites = _Index.model_validate(self._index).sites.values()
@@ -94,7 +94,7 @@ class Database:
             if any(
                 {len(site.parameters), len(site.kv_elements), len(site.errors)} != {len(site.units)} for site in sites
             ):
-                raise UserError(f"{folder / 'index.json'} is damaged (its lists are of different lengths); {remedy}")
+                raise UserError(f"{folder / 'index.json'} is damaged (its lists have different lengths); {remedy}")
 
     def __contains__(self, site: Site) -> bool:
         return site.name in self._index["sites"]
@@ -110,16 +110,16 @@ class Database:
         shares: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> dict[str, Any]:
-        """Write a site's file and return its entry for the index: `enter` makes it present.
+        """Write a site's file and return its entry for the index; `enter` makes it present.
 
         Args:
             site: the site.
             snapshots: levels 1 to the last but one.
-            shapes: of the dense tensors, to count parameters.
+            shapes: shapes of the dense tensors, to count parameters.
             head_dim: to count KV-cache elements.
-            removal_error: of the last level.
-            shares: of norms over all heads (`SiteStatistics.shares`).
-            dtype: of the stored columns.
+            removal_error: error of the last level.
+            shares: shares of norms over all heads (`SiteStatistics.shares`).
+            dtype: dtype of the stored columns.
         """
         tensors = {f"shares.{name}": shares_G.float().contiguous() for name, shares_G in shares.items()}
         for level, snapshot in enumerate(snapshots, 1):
@@ -141,7 +141,7 @@ class Database:
         }
 
     def enter(self, entries: Mapping[str, Any], *, write: bool) -> None:
-        """Note sites, by name, as present; on disk too where `write` says so (one process writes the index)."""
+        """Add entries of sites, by name, to the index; `write` also writes it to disk (by one process)."""
         sites = self._index["sites"] | entries
         self._index["sites"] = dict(sorted(sites.items(), key=lambda item: (item[1]["layer"], item[1]["kind"])))
         if write:
@@ -150,12 +150,12 @@ class Database:
     def finish(
         self, fixed_parameters: int, before: Sequence[Mapping[str, Any]] = (), reference_parameters: int | None = None
     ) -> None:
-        """Say what all plans have in common; the database is complete from here on.
+        """Add what all plans have in common, which completes the database.
 
         Args:
-            fixed_parameters: that no plan removes.
-            before: the fields of `SiteBefore`, of a model that is pruned already.
-            reference_parameters: of the model that sizes are fractions of, if that is not the one at level 0.
+            fixed_parameters: number of parameters that no plan removes.
+            before: fields of `SiteBefore`, if the model was already pruned.
+            reference_parameters: parameters of the model that sizes are fractions of, if it is not the one at level 0.
         """
         self._index["fixed_parameters"] = fixed_parameters
         if before:
@@ -163,10 +163,10 @@ class Database:
         self._write()
 
     def forget_damaged(self) -> list[Path]:
-        """Read every file, and strike those that are missing or damaged from the index; the next build makes them anew.
+        """Verify every file, and drop missing or damaged ones from the index, so that the next build recreates them.
 
         Returns:
-            These files.
+            The dropped files.
         """
         damaged = {name: self._file(name) for name in self._index["sites"] if not self._intact(name)}
         for name in damaged:
@@ -186,13 +186,13 @@ class Database:
         write_json(self.folder / "index.json", self._index, sealed=True)
 
     def space(self, sites: Sequence[Site]) -> Space:
-        """The search space of a finished database, in the order of `sites`."""
+        """Return the search space of a finished database, in the order of `sites`."""
         return _space(self._index, [site.name for site in sites], self._kept)
 
     def cut(self, site: Site, level: int, device: torch.device) -> Cut:
-        """A site at a level, in float32 on `device`. Level 0 is dense and needs no cut.
+        """Read a site at a level, in float32 on `device`. Level 0 is dense and needs no cut.
 
-        Candidates ask for the same cuts again and again: on an accelerator they stay for as long as there is room.
+        On an accelerator cuts are cached while there is room, because candidates use the same ones repeatedly.
 
         Raises:
             UserError: if the site's file is missing or damaged.
@@ -210,11 +210,11 @@ class Database:
         return replace(found, output_weight=found.output_weight.float())
 
     def free(self) -> None:
-        """Forget the cuts on the device: something else needs its memory."""
+        """Drop the cuts cached on the device, to free its memory."""
         self._resident.clear()
 
     def _keep(self, key: tuple[str, int], cut: Cut, room: int) -> None:
-        """Keep a cut, and no more than `room` bytes of them all."""
+        """Cache a cut, evicting others beyond `room` bytes in total."""
         self._resident[key] = cut
         sizes = {
             name: one.output_weight.nbytes for name, one in self._resident.items() if one.output_weight is not None
@@ -245,11 +245,11 @@ class Database:
                 return Cut(tuple(kept), tensors.get_tensor(f"{level}.output"), factors=factors)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{file} cannot be read ({error}); run the same command again, and this site is built anew"
+                f"{file} cannot be read ({error}); run the same command again to rebuild this site"
             ) from None
 
     def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
-        """All sites that `plan` prunes, by name."""
+        """Read the cuts of all sites that `plan` prunes, by name."""
         return {site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level > 0}
 
     def _file(self, name: str) -> Path:
@@ -257,10 +257,10 @@ class Database:
 
 
 def read_space(folder: Path) -> Space | None:
-    """The search space of the database in `folder`, without a model: attention before MLP, layer by layer.
+    """Read the search space of the database in `folder`, without a model: attention before MLP, layer by layer.
 
     Returns:
-        None if the database is not finished yet.
+        The space, or None if the database is not finished yet.
 
     Raises:
         UserError: if its index is damaged.
@@ -275,7 +275,7 @@ def read_space(folder: Path) -> Space | None:
 
 
 def _space(index: Mapping[str, Any], names: Sequence[str], whole: Container[str] = ()) -> Space:
-    """The space of the sites `names`; those in `whole` cannot be removed as a whole."""
+    """Return the space of the sites `names`; those in `whole` cannot be removed completely."""
     entries = index["sites"]
     return Space(
         sites=tuple(
