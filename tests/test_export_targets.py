@@ -143,7 +143,7 @@ def test_sensitivities_of_the_levels_left_stay_as_they_are(pruned, calibration):
 
 def test_layers_that_devices_cannot_share_out_are_refused_before_anything_is_written(tmp_path, checkpoint, text):
     for parallel, told in (
-        (3, "does not divide the 2 KV heads of the model's layers; it can be 1, 2"),
+        (3, "does not divide the 2 KV heads of the model's layers; choose one of 1, 2"),
         (128, "2 KV heads"),
     ):
         settings = SETTINGS | {"data.source": str(text), "export.tensor_parallel": parallel}

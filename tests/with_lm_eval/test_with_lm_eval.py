@@ -148,7 +148,7 @@ def test_the_papers_tasks_are_tasks_of_lm_eval():
 
 def test_unknown_tasks_and_data_that_cannot_be_had(judged, capsys):
     run, _ = judged
-    with pytest.raises(UserError, match=r"--tasks piqu: lm-eval has no such task; near are .*piqa"):
+    with pytest.raises(UserError, match=r"--tasks piqu: unknown lm-eval task; similar tasks are .*piqa"):
         judging.evaluate(str(run), ["piqu"])
     before = (run / "report" / "tasks.json").read_bytes()
     assert cli._exit_code(["evaluate", str(run), "--tasks", "piqa", "--quiet"]) == 2

@@ -1,1 +1,1 @@
-"""Measuring: KL and perplexity, sizes and speed."""
+"""Evaluation: KL, perplexity, zero-shot tasks, sizes and speed."""

@@ -1,10 +1,10 @@
-"""Zero-shot tasks in JSONL files, as task configs of lm-eval. Three shapes of items are read:
+"""Zero-shot tasks in JSONL files, as task configs of lm-eval. Three formats of items are supported:
 
-- `query`, `choices`, `gold`: the choice that is likeliest after the query;
+- `query`, `choices`, `gold`: the likeliest choice after the query;
 - `context_options`, `continuation`, `gold`: the context after which the continuation is likeliest;
-- `context`, `continuation`: whether the continuation is what the model says after the context.
+- `context`, `continuation`: whether the continuation is the greedy output after the context.
 
-`gold` is the index of the right one. All items of a file have the same shape.
+`gold` is the index of the correct one. All items of a file have the same format.
 """
 
 import json
@@ -24,16 +24,16 @@ _LISTS = ("choices", "context_options")
 
 
 def local_tasks(folder: Path) -> dict[str, dict[str, Any]]:
-    """The task config of every `*.jsonl` file in `folder`, by the file's name without its ending.
+    """Return the task config of every `*.jsonl` file in `folder`, by file name without its suffix.
 
     Raises:
-        UserError: if there is no such file, or one holds something else; the message names file and line.
+        UserError: if there is no such file, or one is not valid; the message names file and line.
     """
     if not folder.is_dir():
-        raise UserError(f"--tasks-dir {folder} is no folder")
+        raise UserError(f"--tasks-dir {folder} is not a folder")
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise UserError(f"--tasks-dir {folder} holds no *.jsonl file")
+        raise UserError(f"--tasks-dir {folder} contains no *.jsonl file")
     return {file.stem: _config(file, _read(file)) for file in files}
 
 
@@ -50,16 +50,16 @@ def _config(file: Path, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     shape = _shape(items[0])
     if shape == ("context", "continuation"):
-        # Here lm-eval puts no delimiter between the two.
+        # lm-eval adds no delimiter between the two here.
         fields = {"doc_to_text": "context", "doc_to_target": "{{' ' + continuation}}"}
         return config | fields | {"output_type": "loglikelihood"}
     if "context_options" in shape:
-        # lm-eval scores one continuation after several contexts where the text is a number.
+        # lm-eval scores one continuation after several contexts if the text is a number.
         fields = {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"}
         return config | fields
     fields = {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold"}
     if all(item["query"].startswith("Question:") for item in items):
-        # As in lm-eval's own ARC and PIQA.
+        # As in lm-eval's ARC and PIQA.
         fields["doc_to_text"] = "{{query | trim}}\nAnswer:"
     return config | fields | {"metric_list": _metrics("acc", "acc_norm")}
 
@@ -84,10 +84,10 @@ def _read(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{where} is not JSON: {error}") from None
         _check(item, where)
         if items and _shape(item) != _shape(items[0]):
-            raise UserError(f"{where}: its keys are not those of the first item; put it into a file of its own")
+            raise UserError(f"{where}: its keys differ from those of the first item; put it into a separate file")
         items.append(item)
     if not items:
-        raise UserError(f"{file} holds no item")
+        raise UserError(f"{file} contains no items")
     return items
 
 

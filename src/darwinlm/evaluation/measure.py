@@ -1,4 +1,4 @@
-"""What a model costs and how it does, side by side with others on the same tokens and the same machine."""
+"""Evaluation of several models on the same tokens and the same machine: quality, size and speed."""
 
 import copy
 import statistics
@@ -28,15 +28,15 @@ def measure(
     recipe: EvaluationRecipe,
     dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """One row a model: parameters, held-out perplexity and KL to the dense model, KV-cache bytes, speed
-    (None where layers are streamed).
+    """Return one row per model: parameters, held-out perplexity and KL from the dense model, KV-cache bytes, speed
+    (None if layers are streamed).
 
     Args:
-        models: by name, in the dtype that they are judged in; `dense` must be among them, and where it is, all are
-            judged, whatever their own place.
-        held_out_BT: token ids, blocks * tokens.
-        recipe: how speed is measured.
-        dtype: that the models are stored in; cache bytes are for it, and speeds for what it is best run in.
+        models: models by name, in the dtype to evaluate them in, including `dense`; all are evaluated on its device,
+            wherever they are.
+        held_out_BT: token ids, (blocks, tokens).
+        recipe: settings of the speed measurement.
+        dtype: stored dtype of the models; used for cache bytes, and to choose the dtype of the speed measurement.
     """
     device = models["dense"].device
     reference = DenseReference(models["dense"], held_out_BT)
@@ -59,7 +59,7 @@ def measure(
             progress.advance(note=name)
     del reference
     if any(map(is_streamed, models.values())):
-        # How fast layers pass through the device says nothing about the model.
+        # The speed of layer streaming says nothing about the model.
         return [row | {"prefill_tokens_per_second": None, "decode_tokens_per_second": None} for row in rows]
     for row, speed in zip(rows, speeds(as_served(models, dtype), recipe).values(), strict=True):
         row |= speed
@@ -68,7 +68,7 @@ def measure(
 
 @contextmanager
 def on_device(model: PrunedModel, device: torch.device) -> Iterator[None]:
-    """Have `model` on `device` for as long as it is used, and then where it was before."""
+    """Move `model` to `device` during the block, and then back."""
     home = model.device
     moved_to(model, device)
     try:
@@ -78,23 +78,23 @@ def on_device(model: PrunedModel, device: torch.device) -> Iterator[None]:
 
 
 def moved_to(model: PrunedModel, device: torch.device) -> PrunedModel:
-    """`model` on `device`; one whose layers are streamed stays as it is."""
+    """Move `model` to `device`; a model with streamed layers is not moved."""
     return model if is_streamed(model) else model.to(device)
 
 
 def as_served(models: Mapping[str, PrunedModel], dtype: torch.dtype) -> dict[str, PrunedModel]:
-    """Models that are stored in `dtype`, in the one that they are best run in where the first of them is."""
+    """Convert models stored in `dtype` to the best dtype to run them in, on the device of the first model."""
     dtype = served_dtype(dtype, next(iter(models.values())).device)
     return {name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()}
 
 
 def parameters_of(model: PrunedModel) -> int:
-    """Parameters of `model`, tied ones once."""
+    """Return the number of parameters of `model`, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def kv_cache_bytes(model: PrunedModel, dtype: torch.dtype) -> int:
-    """Bytes that one token takes in the KV cache of `dtype`."""
+    """Return the KV-cache bytes per token in `dtype`."""
     config = model.config
     heads = sum(
         config.layer(layer).num_key_value_heads
@@ -105,7 +105,7 @@ def kv_cache_bytes(model: PrunedModel, dtype: torch.dtype) -> int:
 
 
 def speeds(models: Mapping[str, PrunedModel], recipe: EvaluationRecipe) -> dict[str, dict[str, float]]:
-    """Median prefill and decode tokens/s at batch 1."""
+    """Measure median prefill and decode tokens/s at batch size 1."""
     workload = WorkloadRecipe(prompt_tokens=recipe.prefill_tokens, new_tokens=recipe.decode_tokens)
     return {
         name: {
@@ -119,9 +119,9 @@ def speeds(models: Mapping[str, PrunedModel], recipe: EvaluationRecipe) -> dict[
 def request_seconds(
     models: Mapping[str, PrunedModel], workload: WorkloadRecipe, repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds for a request's prompt and for its new tokens; all models in turns, after one untimed pass.
+    """Measure median seconds for a request's prompt and for its new tokens; models alternate, after an untimed pass.
 
-    All are timed where the first one is.
+    All models are timed on the device of the first.
     """
     device = next(iter(models.values())).device
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
@@ -145,7 +145,7 @@ def request_seconds(
 
 
 def write_sample(model: PrunedModel, tokenizer: Any) -> str:
-    """What `model` says after `SAMPLE_PROMPT`, greedily."""
+    """Generate a continuation of `SAMPLE_PROMPT` by greedy decoding."""
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt").to(model.device)
     generate: Any = model.generate
     ids = generate(

@@ -1,4 +1,4 @@
-"""Two models on the same items: accuracies, their difference, and whether it could be chance."""
+"""Paired comparison of two models on the same items: accuracies, their difference, and its significance."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,20 +7,21 @@ from typing import Any
 
 
 def accuracy(items: Sequence[float]) -> dict[str, float]:
-    """The mean of `items` (1 right, 0 wrong) and its standard error, `sd / sqrt(n)` with n - 1 in the variance."""
+    """Return the mean of `items` (1 correct, 0 wrong) and its standard error, `sd / sqrt(n)` with n - 1 in the
+    variance."""
     return {"accuracy": math.fsum(items) / len(items), "stderr": _standard_error(items)}
 
 
 def paired(items: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
-    """What a model does worse or better than the dense one on the same items.
+    """Compare a model with the dense model on the same items.
 
     Args:
-        items: of the model, 1 right and 0 wrong.
-        dense: of the dense model, in the same order.
+        items: results of the model, 1 correct and 0 wrong.
+        dense: results of the dense model, in the same order.
 
     Returns:
-        `difference` of the accuracies and `difference_stderr`, both from the items' own differences; `only_this` and
-        `only_dense`, the items that one model alone gets right; `p`, of `mcnemar`.
+        `difference` of the accuracies and `difference_stderr`, both from differences per item; `only_this` and
+        `only_dense`, the numbers of items that only one model gets right; `p`, the p-value of `mcnemar`.
     """
     differences = [one - other for one, other in zip(items, dense, strict=True)]
     only_this, only_dense = (sum(sign * d > 0 for d in differences) for sign in (1, -1))
@@ -34,10 +35,10 @@ def paired(items: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
 
 
 def mcnemar(ones: int, others: int) -> float:
-    """The exact two-sided p-value of McNemar's test (1947).
+    """Return the exact two-sided p-value of McNemar's test (1947).
 
-    If both models were equally good, each item that one alone gets right would be a fair coin: the probability that
-    `ones + others` tosses come out at least as unevenly as `ones` to `others`.
+    If both models were equally good, each item that only one gets right would be a fair coin toss: this is the
+    probability that `ones + others` tosses come out at least as unevenly as `ones` to `others`.
     """
     tosses, fewer = ones + others, min(ones, others)
     ways = sum(math.comb(tosses, heads) for heads in range(fewer + 1))
@@ -46,10 +47,10 @@ def mcnemar(ones: int, others: int) -> float:
 
 
 def mean_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean over tasks, each with the same weight, by model; `p` is of all their items together.
+    """Return the mean over tasks with equal weights, by model; `p` is computed from the items of all tasks.
 
     Args:
-        tasks: each with `models`, by name what `accuracy` and (but for `dense`) `paired` return.
+        tasks: tasks with `models`: by name, the results of `accuracy` and (except for `dense`) `paired`.
     """
     found: dict[str, Any] = {}
     for name in tasks[0]["models"]:

@@ -16,30 +16,30 @@ PAPER = (
     *(("sciq", 0), ("piqa", 0), ("winogrande", 0), ("arc_easy", 0), ("arc_challenge", 0)),
     *(("hellaswag", 0), ("logiqa", 0), ("boolq", 0), ("mmlu", 5)),
 )
-"""The tasks of arXiv 2502.07780, by lm-eval's names, with the number of examples in the prompt."""
+"""Tasks of arXiv 2502.07780, by lm-eval's names, with the number of few-shot examples."""
 _METRICS = ("acc", "acc_norm", "exact_match")
 _BATCH = 8
 _FEWSHOT_SEED = 1234
-"""lm-eval's own."""
+"""Few-shot seed, the default of lm-eval."""
 
 Items = dict[str, list[float]]
-"""By metric, 1 (right) or 0 (wrong) for every item."""
+"""Results by metric: 1 (correct) or 0 (wrong) for every item."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A task to be run: a name that lm-eval knows, or a config of ours."""
+    """A task to run: an lm-eval task name, or a local config."""
 
     name: str
     spec: str | Mapping[str, Any]
     shots: int | None
-    """Examples in the prompt; None leaves it to the task."""
+    """Number of few-shot examples; None uses the task's default."""
 
 
 def choose_tasks(names: Sequence[str], local: Mapping[str, Mapping[str, Any]]) -> list[Task]:
-    """The tasks called `names`, each once: of `local`, of lm-eval, or `paper` for all of `PAPER`.
+    """Return the tasks called `names`, each once: from `local`, from lm-eval, or `paper` for all of `PAPER`.
 
-    Without names, all of `local`; with local tasks, lm-eval's are not looked for.
+    Without names, returns all of `local`; with local tasks, lm-eval's tasks are not available.
 
     Raises:
         UserError: if a name is unknown, or lm-eval is not installed.
@@ -47,7 +47,7 @@ def choose_tasks(names: Sequence[str], local: Mapping[str, Mapping[str, Any]]) -
     if local:
         for name in names:
             if name not in local:
-                raise UserError(f"--tasks {name}: no {name}.jsonl in --tasks-dir, which holds {', '.join(local)}")
+                raise UserError(f"--tasks {name}: no {name}.jsonl in --tasks-dir, which contains {', '.join(local)}")
         return [Task(name=name, spec=local[name], shots=0) for name in dict.fromkeys(names or local)]
     require_lm_eval()
     chosen: dict[str, Task] = {}
@@ -58,7 +58,7 @@ def choose_tasks(names: Sequence[str], local: Mapping[str, Mapping[str, Any]]) -
     for name in chosen:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-            raise UserError(f"--tasks {name}: lm-eval has no such task; near are {', '.join(near)}")
+            raise UserError(f"--tasks {name}: unknown lm-eval task; similar tasks are {', '.join(near)}")
     return list(chosen.values())
 
 
@@ -69,7 +69,7 @@ def require_lm_eval() -> None:
 
 
 def check_data(tasks: Sequence[Task]) -> None:
-    """Load the data of all `tasks`, before any model is. Raises UserError that names the first that has none."""
+    """Load the data of all `tasks`, before any model. Raises UserError that names the first task without data."""
     for task in tasks:
         _load(task)
 
@@ -81,20 +81,20 @@ def run_tasks(
     limit: int | None,
     after_task: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Items]:
-    """Run `tasks` with `model`, where it lies and in its dtype.
+    """Run `tasks` with `model`, on its device and in its dtype.
 
     Args:
-        model: any model that transformers would call a causal language model.
+        model: a causal language model of transformers.
         tokenizer: its tokenizer.
-        tasks: what to run.
-        limit: the first so many items of each task (of each part, where a task has parts); None: all.
-        after_task: called with the name of each task that is done.
+        tasks: tasks to run.
+        limit: use only the first items of each task (of each subtask, if there are any); None uses all.
+        after_task: called with the name of each finished task.
 
     Returns:
-        By task, every metric of `_METRICS` that it has, for every item in the same order for any model.
+        By task, each available metric of `_METRICS` for every item, in the same order for all models.
 
     Raises:
-        UserError: if a task's data cannot be loaded, or it has no such metric.
+        UserError: if a task's data cannot be loaded, or it has none of these metrics.
     """
     require_lm_eval()
     from lm_eval.evaluator import evaluate
@@ -105,7 +105,7 @@ def run_tasks(
         setattr(engine, method, partial(getattr(engine, method), disable_tqdm=True))
     found = {}
     for task in tasks:
-        # No bootstrap: standard errors are computed from the items here.
+        # No bootstrap: standard errors are computed from the items.
         results = evaluate(engine, _load(task), limit=limit, bootstrap_iters=0, log_samples=True)
         found[task.name] = _items(task.name, results["samples"])
         after_task(task.name)
@@ -114,17 +114,17 @@ def run_tasks(
 
 def _items(name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Items:
     ordered = [one for part in sorted(samples) for one in sorted(samples[part], key=lambda one: int(one["doc_id"]))]
-    # A task may look at the same answers through several filters; the first is the one it is known by.
+    # A task may score the same answers with several filters; the first is its default.
     ordered = [one for one in ordered if one["filter"] == ordered[0]["filter"]]
     metrics = [metric for metric in _METRICS if all(metric in one for one in ordered)]
     if not metrics:
-        raise UserError(f"--tasks {name}: it is not judged by {', '.join(_METRICS)}; leave it out")
+        raise UserError(f"--tasks {name}: it reports none of the supported metrics ({', '.join(_METRICS)}); remove it")
     return {metric: [float(one[metric]) for one in ordered] for metric in metrics}
 
 
 @cache
 def _manager(with_tasks: bool) -> Any:
-    """lm-eval's reader of tasks; to read all of its own task files takes seconds."""
+    """Return lm-eval's task manager; reading all of its task files takes seconds."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -132,7 +132,7 @@ def _manager(with_tasks: bool) -> Any:
 
 
 def _load(task: Task) -> Any:
-    """What `lm_eval.evaluate` takes; a new one each time, since it keeps what a model has answered."""
+    """Load a task for `lm_eval.evaluate`; always a new one, because it stores a model's answers."""
     spec = task.spec if isinstance(task.spec, str) else dict(task.spec)
     try:
         loaded = _manager(isinstance(spec, str)).load([spec])
@@ -140,7 +140,7 @@ def _load(task: Task) -> Any:
             if one.get_config("num_fewshot") is None or task.shots is not None:
                 one.set_config(key="num_fewshot", value=task.shots or 0)
             one.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    except Exception as error:  # data sets, the Hub's client and task files raise many kinds
+    except Exception as error:  # Datasets, the Hub client and task files raise many kinds of errors.
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(
             f"--tasks {task.name}: its data cannot be loaded ({reason}); without the Hub, use --tasks-dir"
@@ -149,15 +149,15 @@ def _load(task: Task) -> Any:
 
 
 def compare(answers: Mapping[str, Mapping[str, Items]], tasks: Sequence[Task], limit: int | None) -> dict[str, Any]:
-    """Accuracies side by side, for `tasks.json`.
+    """Return the accuracies side by side, for `tasks.json`.
 
     Args:
-        answers: by model, what `run_tasks` returned; where `dense` is among them, the others are compared with it.
-        tasks: those that were run.
-        limit: with which they were run.
+        answers: results of `run_tasks` by model; if `dense` is among them, the others are compared with it.
+        tasks: tasks that were run.
+        limit: limit with which they were run.
 
     Returns:
-        `tasks`: one entry a task and metric, its `models` by name; `mean`: by metric, over all tasks, where there are
+        `tasks`: one entry per task and metric, with `models` by name; `mean`: by metric, over all tasks, if there are
         several.
     """
     entries = []
@@ -175,7 +175,7 @@ def compare(answers: Mapping[str, Mapping[str, Items]], tasks: Sequence[Task], l
 
 
 def with_means(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of `tasks.json` for `entries`."""
+    """Return the content of `tasks.json` for `entries`."""
     means = {}
     for metric in dict.fromkeys(entry["metric"] for entry in entries):
         same = [entry for entry in entries if entry["metric"] == metric]
