@@ -303,7 +303,7 @@ def test_an_unfinished_run_shows_what_there_is_so_far(copied):
     (copied / "search" / "state.json").unlink()
     metrics = write_report(copied)
     assert metrics["search"]["generations"] == [] and len(metrics["search"]["descent"]) > 0
-    assert "Downhill" in render(metrics)
+    assert "Descent, without training" in render(metrics)
 
     (copied / "search" / "descent.json").unlink()
     assert "layers" not in write_report(copied)
@@ -345,7 +345,7 @@ def test_a_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(copied):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: shutil.rmtree(run), "holds no run"),
+        (lambda run: shutil.rmtree(run), "is not a run directory"),
         (lambda run: (run / "manifest.json").write_text("[]"), "is damaged"),
         (lambda run: (run / "manifest.json").write_text('{"recipe": {}}'), "recipe|damaged"),
         (lambda run: (run / "search" / "state.json").write_text("{"), "state.json is damaged"),

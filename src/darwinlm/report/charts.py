@@ -1,6 +1,6 @@
 """Charts as inline SVG. Positions are percentages, so that a chart fills any width and its text keeps its size.
 
-Every text given here is escaped. What a mark says when it is pointed at stands in its `<title>`.
+All text arguments are escaped. The tooltip of a mark is its `<title>`.
 """
 
 import math
@@ -12,47 +12,47 @@ from markupsafe import Markup
 
 _TICKS = 4
 _NARROW = 40
-"""With more columns than that, outlines have no edge on small screens."""
+"""Number of columns above which outlines have no border on small screens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """One column of `columns`: the part that is left, in an outline of the whole."""
+    """Column of `columns`: the remaining part, within an outline of the whole."""
 
     share: float
-    """0 to 1, of the outline's height."""
+    """Share of the outline's height, 0 to 1."""
     title: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One place of a `curve`, pointed at as a whole."""
+    """Point of a `curve`, with a tooltip."""
 
     x: float
     y: float | None
-    """None leaves a gap."""
+    """Value; None leaves a gap."""
     others: Sequence[float] = ()
-    """Further values here, drawn as faint dots."""
+    """Further values at this position, drawn as faint dots."""
     low: float | None = None
     high: float | None = None
-    """The ends of the band, where there is one."""
+    """Limits of the band, if there is one."""
     strong: bool = False
-    """Whether it has a filled dot."""
+    """Whether the dot is filled."""
     title: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """A line of a `curve`, in a colour class of the style sheet."""
+    """Line of a `curve`, in a color class of the style sheet."""
 
     points: Sequence[Point]
     colour: str
     dots: bool = True
-    """Whether all points have a dot; strong ones always have."""
+    """Whether all points have a dot; strong points always have one."""
 
 
 def columns(values: Sequence[Column], *, colour: str, label: str, height: int) -> Markup:
-    """One column for each of `values`, all equally high outlines; numbers of some columns, from 0, stand below."""
+    """Draw one column for each of `values`, with outlines of equal height and some column numbers, from 0, below."""
     step = 100 / max(len(values), 1)
     gap = min(step * 0.22, 1.2)
     narrow = " narrow" if len(values) > _NARROW else ""
@@ -71,7 +71,7 @@ def columns(values: Sequence[Column], *, colour: str, label: str, height: int) -
 
 
 def curve(series: Sequence[Series], *, label: str, height: int, from_zero: bool = False) -> Markup:
-    """Lines over common axes; `from_zero` begins the vertical one at 0."""
+    """Draw lines over common axes; `from_zero` starts the vertical axis at 0."""
     points = [point for one in series for point in one.points]
     xs = [point.x for point in points]
     ys = [
@@ -101,7 +101,7 @@ def curve(series: Sequence[Series], *, label: str, height: int, from_zero: bool 
 
 
 def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round numbers from at most `low` to at least `high`; with `whole`, integers."""
+    """Return round numbers from at most `low` to at least `high`; with `whole`, integers."""
     low, high = _apart(low, high)
     raw = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(raw))
@@ -113,7 +113,7 @@ def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    """`low` and `high`, moved apart where there is nothing between them."""
+    """Return `low` and `high`, moved apart if they are equal."""
     if high - low > 1e-12 * max(abs(low), abs(high), 1e-300):
         return low, high
     return (low - 0.5, high + 0.5) if low else (0.0, 1.0)
@@ -146,7 +146,7 @@ def _dot(name: str, x: float, y: float, radius: float) -> Markup:
 
 
 def _hits(places: Sequence[tuple[float, str]]) -> Markup:
-    """Strips that reach half the way to their neighbours; places less than a percent apart share one."""
+    """Draw hover strips up to halfway between neighbors; points less than a percent apart share a strip."""
     strips: list[tuple[float, list[str]]] = []
     for x, title in sorted(places, key=lambda place: place[0]):
         if strips and x - strips[-1][0] < 1:
@@ -171,7 +171,7 @@ def _frame(
     x_ticks: Sequence[tuple[float, float]],
     y_ticks: Sequence[tuple[float, float]],
 ) -> Markup:
-    """`marks` with their axes: ticks are a number and its place in percent."""
+    """Add axes to `marks`: ticks are numbers with their positions in percent."""
 
     def axis(side: str, edge: str, ticks: Sequence[tuple[float, float]]) -> Markup:
         spans = (Markup('<span style="{}:{}">{}</span>').format(edge, _percent(at), _tick(tick)) for tick, at in ticks)

@@ -1,4 +1,4 @@
-"""Checks with a difference and the most that it may be, as a table: what `darwinlm doctor` shows."""
+"""Results of `darwinlm doctor`: checks with their differences and tolerances, as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,34 +15,34 @@ _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What one check came to."""
+    """Result of one check."""
 
     name: str
     result: Literal["passed", "failed", "skipped"]
     difference: float | None = None
-    """The largest between two values, over the largest expected; None if nothing was compared."""
+    """Largest difference between two values, relative to the largest expected; None if nothing was compared."""
     tolerance: float | None = None
-    """The most that the difference may be."""
+    """Maximum accepted difference."""
     note: str = ""
-    """Why it was skipped or what went wrong; the engine of an export."""
+    """Reason of a skip or failure; the engine of an export."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What the checks of a model came to."""
+    """Results of the checks of a model."""
 
     title: str
     reduced: tuple[str, ...]
-    """What was made smaller, so that the checks are cheap."""
+    """What was reduced to keep the checks cheap."""
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed; one that was skipped has not."""
+        """Whether no check failed; skipped checks do not count as failed."""
         return not self._count("failed")
 
     def summary(self) -> str:
-        """The last line."""
+        """Return the counts of results, for the last line."""
         parts = [f"{count} {result}" for result in _STYLES if (count := self._count(result))]
         return ", ".join(parts)
 
@@ -51,7 +51,7 @@ class Examination:
 
 
 def show_checks(examination: Examination, console: Console) -> None:
-    """Print a line a check."""
+    """Print one line per check."""
     table = Table(title=escape(printable(examination.title)), title_justify="left")
     table.add_column("check", overflow="fold")
     for title in ("difference", "at most"):

@@ -1,4 +1,4 @@
-"""What a run directory holds so far, as one JSON object (`metrics.json`). The page shows nothing that is not in it."""
+"""State of a run directory as one JSON object (`metrics.json`). The page only shows what is in it."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,29 +20,29 @@ _MEASURED = (
     *("parameters", "kv_cache_bytes_per_token"),
     *("prefill_tokens_per_second", "decode_tokens_per_second", "perplexity"),
 )
-"""Of a row: what is compared with the dense model by a quotient."""
-_HOPELESS = 1e8
-"""Scores above it are those of candidates whose trial diverged."""
+"""Values of a row that are also given relative to the dense model."""
+_DIVERGED = 1e8
+"""Scores above this threshold belong to candidates whose trial diverged."""
 _POINTS = 200
-"""A longer curve is drawn by means over equal stretches."""
+"""Maximum number of points of a curve; longer ones are averaged over equal intervals."""
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """Everything that can be told about the run in the folder `run`, finished or not.
+    """Collect everything known about the run in the folder `run`, finished or not.
 
     Returns:
-        For a single size: what was asked for, stages and their costs, and the facts of `_size_facts`. For a family: the
-        dense model's row and the last row of each size, and these facts under `sizes`.
+        For a single size: the requested size, stages and their costs, and the result of `_size_facts`. For a family:
+        the dense model's row and the last row of each size, with the result of `_size_facts` per size under `sizes`.
 
     Raises:
-        UserError: if `run` is no run, or a file in it is damaged.
+        UserError: if `run` is not a run, or a file in it is damaged.
     """
     recipe, stages = read_manifest(run)
     steps = run_steps(recipe, run)
     sizes = steps[-1].sizes
     wanted = _stages(recipe, steps)
     pending = [name for name in wanted if not stages.get(name, {}).get("done")]
-    # Of a gradual run, what the last step that has a database has found.
+    # For a gradual run, use the last step that has a database.
     spaces = [(step, read_space(step.folder / "database")) for step in steps]
     step, space = next((pair for pair in reversed(spaces) if pair[1] is not None), (steps[-1], None))
     facts: dict[str, Any] = {
@@ -72,14 +72,15 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def read_manifest(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of the run in the folder `run`, and what is known of its stages. Raises UserError if it is no run."""
+    """Return the recipe of the run in the folder `run`, and the entries of its stages. Raises UserError if it is not a
+    run."""
     if not (run / "manifest.json").is_file():
-        raise UserError(f"{run} holds no run (manifest.json is missing); name the folder given to --out")
+        raise UserError(f"{run} is not a run directory (manifest.json is missing); give the folder passed to --out")
     manifest = read_json(run / "manifest.json")
     try:
         return make_recipe(manifest["recipe"]), dict(manifest["stages"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{run / 'manifest.json'} is damaged (it lacks recipe or stages)") from None
+        raise UserError(f"{run / 'manifest.json'} is damaged (recipe or stages are missing)") from None
 
 
 def _stages(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
@@ -97,7 +98,7 @@ def _stages(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
 
 
 def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, Any]:
-    """Of one size, as far as known: what was measured (`rows`, `limits`, `sample`), `layers`, `search`, `recovery`."""
+    """Return what is known of one size: measurements (`rows`, `limits`, `sample`), `layers`, `search`, `recovery`."""
     facts: dict[str, Any] = {}
     measured_file = size.folder / "evaluation" / "measured.json"
     if measured_file.exists():
@@ -124,7 +125,7 @@ def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, An
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Files of `path` that are JSON but not what this package writes are damaged: one clear line."""
+    """Report JSON files of `path` with unexpected content as damaged, in one line."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -133,7 +134,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`rows` with what each is of the dense model's, and its KL of the uniform plan's, as quotients."""
+    """Add to each of `rows` its values relative to the dense model, and its KL relative to the uniform plan's."""
     dense = next(row for row in rows if row["name"] == "dense")
     uniform = next((row for row in rows if row["name"] == "uniform"), None)
     more = []
@@ -146,7 +147,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_shares(limit: Mapping[str, Any]) -> dict[str, Any]:
-    """`limit` with what was found of the dense model's, as planned and, where that was done, as measured."""
+    """Add to `limit` the cost of the plan found relative to the dense model, predicted and, if available, measured."""
     more = {**limit, "share": limit["found"] / limit["dense"]}
     if "measured" in limit:
         more["measured_share"] = limit["measured"]["found"] / limit["measured"]["dense"]
@@ -163,9 +164,10 @@ def _family(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
-    """By layer, what `plan` keeps of attention and MLP: units and parameters, and those before anything was pruned.
+    """Return what `plan` keeps of attention and MLP in each layer: units and parameters, and those of the original
+    model.
 
-    Of a part that cannot be pruned, such as linear attention, all are 0. Units of an MLP are `channels` or `experts`.
+    For parts that cannot be pruned, such as linear attention, all are 0. Units of an MLP are `channels` or `experts`.
     """
     mixtures = {site.name for site in space.sites if site.experts}
     kept = {
@@ -192,7 +194,7 @@ def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any], Plan | None]:
-    """What the search in `folder` has done, and the plan found or the best so far."""
+    """Return the progress of the search in `folder`, and the plan found or the best so far."""
     state = read_json(folder / "state.json") if (folder / "state.json").exists() else None
     rounds = read_json(folder / "descent.json")["rounds"] if (folder / "descent.json").exists() else []
     plan = Plan(levels=tuple(rounds[-1]["levels"])) if rounds else None
@@ -203,7 +205,7 @@ def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any],
     history = state["history"] if state is not None else []
     asked = len(history) - 1 if (folder / "best_plan.json").exists() else recipe.search.generations
     facts = _steps(asked, space, history, rounds)
-    # Runs of earlier versions do not know what their trials were good for.
+    # Runs of earlier versions do not record trial statistics.
     if history and all("trials" in entry for entry in history):
         rates = read_json(folder / "trials.json")["rates"] if (folder / "trials.json").exists() else []
         facts["trials"] = _trials(recipe.search, history, {one["tokens"]: one["rate"] for one in rates})
@@ -261,7 +263,7 @@ def _steps(
 def _trials(
     recipe: SearchRecipe, history: Sequence[Mapping[str, Any]], rates: Mapping[int, float]
 ) -> list[dict[str, Any]]:
-    """By step that trains: at what rate, how many candidates, and how many of them it made better."""
+    """Return the learning rate, number of candidates and number of improved candidates of each step with trials."""
     return [
         {
             "step": number,
@@ -276,11 +278,11 @@ def _trials(
 
 
 def _finite(scores: Sequence[float]) -> list[float]:
-    return [score for score in scores if score < _HOPELESS]
+    return [score for score in scores if score < _DIVERGED]
 
 
 def _changed(space: Space, before: Sequence[int], after: Sequence[int]) -> dict[str, int]:
-    """How many sites of each kind have another level."""
+    """Return how many sites of each kind have changed their level."""
     counts = {"attention": 0, "mlp": 0}
     for site, old, new in zip(space.sites, before, after, strict=True):
         counts[site.kind] += old != new
@@ -295,7 +297,7 @@ def _forecast(forecast: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(folder: Path) -> tuple[list[float], list[dict[str, float]]]:
-    """Of a recovery: the loss of every step, and its evaluations; while it runs, up to its last checkpoint."""
+    """Return the loss of every recovery step, and the evaluations; during a recovery, up to its last checkpoint."""
     if (folder / "losses.json").exists():
         history = read_json(folder / "losses.json")
         return list(history["loss"]), [_evaluation(one, "") for one in history["evaluations"]]
@@ -310,13 +312,13 @@ def _training(folder: Path) -> tuple[list[float], list[dict[str, float]]]:
 
 
 def _evaluation(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """`step`, `loss`, `next_token` and, with distillation, `kl`."""
+    """Return `step`, `loss`, `next_token` and, with distillation, `kl`."""
     names = [name for name in ("loss", "next_token", "kl") if prefix + name in entry]
     return {"step": int(entry["step"]), **{name: float(entry[prefix + name]) for name in names}}
 
 
 def thinned(values: Sequence[float], points: int = _POINTS) -> list[dict[str, Any]]:
-    """Means over at most `points` equal stretches of steps, counted from 1, with the least and the largest value."""
+    """Average over at most `points` equal intervals of steps, counted from 1, with minimum and maximum."""
     length = -(-len(values) // points)
     stretches = [(start, values[start : start + length]) for start in range(0, len(values), length)]
     return [

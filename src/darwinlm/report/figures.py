@@ -1,4 +1,4 @@
-"""The charts of the report: what of `metrics.json` each of them draws."""
+"""Charts of the report, drawn from `metrics.json`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from darwinlm.report.numbers import kl, percent, plain, short
 
 
 def task_colour(model: str) -> str:
-    """The colour class of a model in the chart of tasks."""
+    """Return the color class of a model in the chart of tasks."""
     return model if model == "dense" else "recovered"
 
 
 def task_key(models: Sequence[str]) -> list[tuple[str, str]]:
-    """The legend of the chart of tasks."""
+    """Return the legend of the chart of tasks."""
     return [(task_colour(name), name) for name in models]
 
 
 def layer_charts(layers: Sequence[Mapping[str, Any]], attention_unit: str) -> dict[str, Markup]:
-    """By kind of site, one column a layer: what is left, in the outline of the dense size."""
+    """Draw one column per layer, for each kind of site: the remaining part, in the outline of the dense size."""
     charts = {}
     for kind, height in (("attention", 96), ("mlp", 150)):
         values = [
@@ -38,7 +38,7 @@ def layer_charts(layers: Sequence[Mapping[str, Any]], attention_unit: str) -> di
 
 
 def descent_chart(search: Mapping[str, Any]) -> Markup:
-    """KL of the plan that each round of the descent begins and ends with, and of all that it judged."""
+    """Draw the KL of the best plan after each round of the descent, and of all plans compared."""
     rounds = search["descent"]
     begin = Point(x=0, y=rounds[0]["before"], title=f"start: KL {kl(rounds[0]['before'])}")
     points = [
@@ -61,7 +61,7 @@ def descent_chart(search: Mapping[str, Any]) -> Markup:
 
 
 def generations_chart(search: Mapping[str, Any]) -> Markup:
-    """KL after a trial: the best of each generation, and all that reached its last step."""
+    """Draw the KL after trials: the best of each generation, and all plans of its last step."""
     generations = search["generations"]
     points = [
         Point(
@@ -73,7 +73,7 @@ def generations_chart(search: Mapping[str, Any]) -> Markup:
             + f"{one['plans']} plans in the last step, up to {kl(one['worst'])}"
             + (f"\n{one['diverged']} diverged" if one["diverged"] else "")
             + (
-                f"\nmoved: {one['changed']['attention']} attention, {one['changed']['mlp']} MLP sites"
+                f"\nchanged: {one['changed']['attention']} attention, {one['changed']['mlp']} MLP sites"
                 if any(one["changed"].values())
                 else ""
             ),
@@ -85,7 +85,7 @@ def generations_chart(search: Mapping[str, Any]) -> Markup:
 
 
 def recovery_chart(recovery: Mapping[str, Any]) -> Markup:
-    """The training loss by step, as means over stretches where there are many steps."""
+    """Draw the training loss by step, averaged over intervals if there are many steps."""
     points = [
         Point(
             x=(one["first"] + one["last"]) / 2,
@@ -103,7 +103,7 @@ def recovery_chart(recovery: Mapping[str, Any]) -> Markup:
 
 
 def evaluations_chart(recovery: Mapping[str, Any], name: str, title: str) -> Markup:
-    """What the evaluations of a training have measured, by step: `next_token` or `kl`."""
+    """Draw a value of the training's evaluations by step: `next_token` or `kl`."""
     points = [
         Point(x=one["step"], y=one[name], strong=True, title=f"step {one['step']:,}: {title} {one[name]:.3f}")
         for one in recovery["evaluations"]
@@ -112,7 +112,7 @@ def evaluations_chart(recovery: Mapping[str, Any], name: str, title: str) -> Mar
 
 
 def family_chart(sizes: Mapping[str, Mapping[str, Any]]) -> Markup:
-    """KL by parameters: a line for each kind of plan through all sizes that have been measured."""
+    """Draw KL by parameters: a line for each kind of plan over all measured sizes."""
     lines = []
     for kind in ("uniform", "found", "recovered"):
         rows = [(name, row) for name, facts in sizes.items() for row in facts.get("rows", []) if row["name"] == kind]

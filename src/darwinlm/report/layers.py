@@ -1,4 +1,4 @@
-"""The sizes of a model's layers as a table: of a run, of a pruned model, or of any model that could be pruned."""
+"""Layer sizes as a table: of a run, of a pruned model, or of any model that can be pruned."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -21,17 +21,17 @@ _BAR = 14
 
 
 def inspect(source: str) -> list[dict[str, Any]]:
-    """What `show_layers` shows of a run, or of a model from its config alone.
+    """Return the layer sizes of a run, or of a model from its config only, for `show_layers`.
 
     Args:
-        source: a run directory, a model's folder (`RUN/model` too), or a Hub id.
+        source: run directory, model folder (also `RUN/model`), or Hub model id.
 
     Returns:
-        One entry; of a family, one a size. `layers` is as in `metrics.json`, attention in query heads or, of a run
-        without a model yet, in the units of its search.
+        One entry, or one per size for a family. `layers` is as in `metrics.json`, with attention in query heads or, for
+        a run without a model yet, in the units of its search.
 
     Raises:
-        UserError: if it is none of these, or a run that knows no plan yet.
+        UserError: if it is none of these, or a run without a plan so far.
     """
     if not (Path(source) / "manifest.json").is_file():
         return [{"title": source, **model_sizes(load_sizes(resolve(source)))}]
@@ -40,7 +40,7 @@ def inspect(source: str) -> list[dict[str, Any]]:
     for name, size in (facts.get("sizes") or {facts["target"]: facts}).items():
         folder = Path(source) / "sizes" / name if "sizes" in facts else Path(source)
         if "layers" not in size:
-            raise UserError(f"{source}: the run has no plan for {name} yet; try again when its search has begun")
+            raise UserError(f"{source}: the run has no plan for {name} yet; try again after its search has started")
         entry = {"title": f"{facts['model']} at {name}", "limits": size.get("limits", [])}
         if (folder / "model" / "config.json").is_file():
             entry |= model_sizes(load_sizes(str(folder / "model")))
@@ -52,7 +52,7 @@ def inspect(source: str) -> list[dict[str, Any]]:
 
 
 def model_sizes(config: PrunedConfig) -> dict[str, Any]:
-    """`layers`, `parameters` and `dense_parameters` of a model, counted in the shapes of its weights."""
+    """Return `layers`, `parameters` and `dense_parameters` of a model, from the shapes of its weights."""
     shapes, dense = expected_shapes(config), expected_shapes(dense_again(config))
     layers = []
     for number in range(config.num_hidden_layers):
@@ -66,7 +66,7 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
             experts = f"{LAYERS}{number}.{family.mlp}.{family.experts}.down_proj"
             unit = "channels"
             if kind == "mlp" and experts in dense:
-                # What was removed of it: experts, or channels of each.
+                # Units that were removed: experts, or channels of each expert.
                 sizes = [_experts_of(config, some.get(experts, (0, 0, 0))) for some in (shapes, dense)]
                 unit = "experts" if sizes[0][0] < sizes[1][0] or sizes[0][1] == sizes[1][1] else "channels"
                 kept, full = (size[unit == "channels"] for size in sizes)
@@ -89,12 +89,12 @@ def model_sizes(config: PrunedConfig) -> dict[str, Any]:
 
 
 def _experts_of(config: PrunedConfig, down: Sequence[int]) -> tuple[int, int]:
-    """How many experts a layer has, and channels each of them, by the shape of their output projections."""
+    """Return the number of experts of a layer, and their channels, from the shape of their output projections."""
     return down[0], down[1 if family_of(config).experts_transposed else 2]
 
 
 def mlp_unit(layers: Sequence[Mapping[str, Any]]) -> str:
-    """What the MLPs of all these layers are measured in: channels, experts, or both."""
+    """Return the unit of the MLPs of all these layers: channels, experts, or both."""
     # Runs of earlier versions had no experts.
     return ", ".join(sorted({layer["mlp"].get("unit", "channels") for layer in layers}))
 
@@ -104,7 +104,7 @@ def _count(shapes: Mapping[str, Sequence[int]], prefixes: str | tuple[str, ...])
 
 
 def show_layers(entry: Mapping[str, Any], console: Console) -> None:
-    """Print one entry of `inspect`: a line with two bars for each layer, and what they come to."""
+    """Print one entry of `inspect`: a line with two bars for each layer, and totals."""
     table = Table(title=entry["title"], title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     for name in (f"attention ({entry['attention_unit']})", f"MLP ({mlp_unit(entry['layers'])})"):
@@ -129,7 +129,7 @@ def show_layers(entry: Mapping[str, Any], console: Console) -> None:
     fixed = left - sum(part["parameters"] for part in parts)
     full = fixed + sum(part["dense_parameters"] for part in parts)
     lines = [
-        f"all: {left:,} of {full:,} parameters ({left / full:.1%}), {fixed:,} of them outside the layers",
+        f"total: {left:,} of {full:,} parameters ({left / full:.1%}), {fixed:,} of them outside the layers",
         *(
             f"limit on {limit['name']}: {limit['found']:,} of {limit['dense']:,} {limit['unit']} ({limit['share']:.1%})"
             for limit in entry.get("limits", [])

@@ -1,4 +1,4 @@
-"""The report: one page that opens without a network, made of `metrics.json` alone."""
+"""The report: one self-contained page, generated only from `metrics.json`."""
 
 import base64
 import hashlib
@@ -40,17 +40,17 @@ _WATCH_SECONDS = 2.0
 def write_report(run: Path, *, refresh: bool = False) -> dict[str, Any]:
     """Write `report/metrics.json` and `report/index.html` of the run in the folder `run`, finished or not.
 
-    Files that would not change are left alone.
+    Unchanged files are not written again.
 
     Args:
-        run: the run directory.
-        refresh: whether the page loads itself again every few seconds while the run is unfinished.
+        run: run directory.
+        refresh: whether the page reloads itself every few seconds while the run is unfinished.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
-        UserError: if `run` is no run, a file in it is damaged, or the report cannot be written.
+        UserError: if `run` is not a run, a file in it is damaged, or the report cannot be written.
     """
     metrics = collect(run)
     page = render(metrics, refresh=refresh and not metrics["finished"])
@@ -63,10 +63,10 @@ def write_report(run: Path, *, refresh: bool = False) -> dict[str, Any]:
 
 
 def watch_report(run: Path, wait: Callable[[], None] = lambda: time.sleep(_WATCH_SECONDS)) -> dict[str, Any]:
-    """Write the report of the run in the folder `run` again and again until it is finished, or until interrupted.
+    """Update the report of the run in the folder `run` until it is finished, or until interrupted.
 
     Raises:
-        UserError: as `write_report`.
+        UserError: see `write_report`.
     """
     try:
         while not (metrics := write_report(run, refresh=True))["finished"]:
@@ -78,7 +78,7 @@ def watch_report(run: Path, wait: Callable[[], None] = lambda: time.sleep(_WATCH
 
 
 def render(metrics: Mapping[str, Any], *, refresh: bool = False) -> str:
-    """The page for what `facts.collect` gives. All text in it is escaped, and no script but the page's own can run."""
+    """Render the page for the result of `facts.collect`. All text is escaped, and only its own scripts can run."""
     scripts = [_read("page.js"), *([_read("refresh.js")] if refresh else [])]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     return (
@@ -89,7 +89,7 @@ def render(metrics: Mapping[str, Any], *, refresh: bool = False) -> str:
             sizes=metrics.get("sizes") or {metrics["target"]: metrics},
             family="sizes" in metrics,
             recipe_yaml=yaml.safe_dump(metrics["recipe"], sort_keys=False),
-            # Both are files of this package, not text of anybody else.
+            # Both are files of this package, not user text.
             style=Markup(_read("page.css")),
             scripts=[Markup(script) for script in scripts],
             script_hashes=hashes,

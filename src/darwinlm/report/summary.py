@@ -1,4 +1,4 @@
-"""The table at the end of a run, and that of what one would cost."""
+"""Summary tables: results of a run, predicted costs, zero-shot tasks and speeds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def show(metrics: Mapping[str, Any], console: Console) -> None:
-    """Print the rows of `metrics.json` as a table and what the models say."""
+    """Print the rows of `metrics.json` as a table, and the sample outputs."""
     environment = metrics["environment"]
     title = f"{metrics['model']} at {metrics['target']}: held-out text; speeds on {environment['device']}"
     if "speed_dtype" in environment:
@@ -44,7 +44,7 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     for limit in metrics.get("limits", []):
-        line = f"{limit['name']}: {limit['found'] / limit['dense']:.4f} of the dense model's"
+        line = f"{limit['name']}: {limit['found'] / limit['dense']:.4f} of the dense model"
         if "measured" in limit:
             line += f" predicted, {limit['measured']['found'] / limit['measured']['dense']:.4f} measured"
         console.print(line, highlight=False)
@@ -55,7 +55,7 @@ def show(metrics: Mapping[str, Any], console: Console) -> None:
 
 
 def show_costs(costs: Costs, machine: Machine, console: Console) -> None:
-    """Print predicted time and memory by stage, and what to change where memory does not suffice."""
+    """Print predicted time and memory by stage, and what to change if there is not enough memory."""
     each = " each" if machine.devices > 1 else ""
     table = Table(title=f"on {machine.name}, {machine.memory / 1e9:.0f} GB{each}: predicted, not measured")
     table.add_column("stage")
@@ -66,15 +66,14 @@ def show_costs(costs: Costs, machine: Machine, console: Console) -> None:
         table.add_row(stage.name, _duration(stage.seconds), f"{stage.memory / 1e9:.1f} GB", fits)
     table.add_row("all", _duration(sum(stage.seconds for stage in costs.stages)), "", "")
     console.print(
-        f"{costs.dense_parameters:,} parameters, of which {costs.target_parameters:,} are to be left; "
-        f"{costs.smallest_parameters:,} (embeddings, head, last norm) cannot be removed",
+        f"{costs.dense_parameters:,} parameters, target {costs.target_parameters:,}; "
+        f"{costs.smallest_parameters:,} (embeddings, head, final norm) cannot be removed",
         highlight=False,
     )
     console.print(table)
     if costs.host_memory:
         console.print(
-            f"CPU memory: {costs.host_memory / 1e9:.0f} GB for what the device cannot hold (search.offload, "
-            "recovery.sharding=fsdp_offload)",
+            f"CPU memory: {costs.host_memory / 1e9:.0f} GB for layers streamed through the device (search.offload)",
             highlight=False,
         )
     console.print(f"disk: {costs.disk / 1e9:.1f} GB", highlight=False)
@@ -89,7 +88,7 @@ def _duration(seconds: float) -> str:
 
 
 def show_tasks(results: Mapping[str, Any], console: Console) -> None:
-    """Print what `tasks.json` holds: accuracies with standard errors, differences and p-values."""
+    """Print the content of `tasks.json`: accuracies with standard errors, differences and p-values."""
     names = list(results["tasks"][0]["models"])
     table = Table(title="zero-shot tasks: accuracy in % ± standard error", title_justify="left")
     for title in ("task", "metric"):
@@ -108,7 +107,7 @@ def show_tasks(results: Mapping[str, Any], console: Console) -> None:
 
 
 def show_speeds(results: Mapping[str, Any], console: Console) -> None:
-    """Print what `speed.json` holds: tokens per second, and how many times the first model's, by engine."""
+    """Print the content of `speed.json`: tokens per second by engine, and the ratio to the first model."""
     for engine in results["engines"]:
         if "skipped" in engine:
             console.print(_shown(f"{engine['engine']}: skipped: {engine['skipped']}"), highlight=False)
@@ -141,5 +140,5 @@ def _accuracies(models: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """Text as it is: neither markup nor commands to the terminal."""
+    """Escape markup and control characters."""
     return escape(printable(text))

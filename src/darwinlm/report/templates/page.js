@@ -1,4 +1,4 @@
-// Shows at once what a browser shows of a <title> only after a while, and never on a phone.
+// Shows tooltips immediately: browsers delay those of <title>, and phones do not show them.
 (() => {
   const tip = document.getElementById("tip");
   for (const title of document.querySelectorAll("svg.plot title")) {
