@@ -704,7 +704,7 @@ def test_a_new_run_that_another_process_has_just_begun(refused, tmp_path):
         (lambda manifest: {"name": "some web page"}, "--out .* contains something that is not a DarwinLM run; give a"),
         (
             lambda manifest: {**manifest, "format": 9},
-            "is a run of format 9, this version reads format 1; name a new folder",
+            "is a run of format 9, but this version reads format 1; give a new folder",
         ),
         (lambda manifest: {"format": 1}, "manifest.json is damaged .*recipe, facts or stages are missing"),
         (
@@ -838,8 +838,8 @@ API = {
         lambda model, text, out: prune(model, target=0.8, out=text),
         "^--out .*good.txt is a file; give",
     ),
-    "load: nowhere": (lambda model, text, out: load(out), r"^.*out holds no model \(config.json is missing\)$"),
-    "load: a dense model": (lambda model, text, out: load(model), "holds no pruned model; load it with transformers$"),
+    "load: nowhere": (lambda model, text, out: load(out), r"^.*out contains no model \(config.json is missing\)$"),
+    "load: a dense model": (lambda model, text, out: load(model), "contains no pruned model; load it with"),
     "load: a file": (lambda model, text, out: load(text), "good.txt/config.json cannot be read: .*Not a directory"),
 }
 

@@ -253,7 +253,7 @@ def test_a_model_that_is_not_read_back_as_it_was_is_not_left(again, monkeypatch)
     shutil.rmtree(out / "model")
     with monkeypatch.context() as patch:
         patch.setattr("darwinlm.export.hf._largest_difference", lambda model, folder: float("nan"))
-        with pytest.raises(UserError, match=r"the written model gives other logits \(relative difference nan\)"):
+        with pytest.raises(UserError, match=r"logits of the written model differ \(relative difference nan\)"):
             same_command()
     assert not (out / "model").exists()
     same_command()
@@ -265,14 +265,14 @@ def test_a_model_that_is_not_read_back_as_it_was_is_not_left(again, monkeypatch)
 def test_a_damaged_model_cannot_be_loaded(name, damage, again):
     out, _ = again
     damage(out / "model" / name)
-    with pytest.raises(UserError, match=r"cannot be (loaded|read)|holds no model"):
+    with pytest.raises(UserError, match=r"cannot be (loaded|read)|contains no model"):
         darwinlm.load(out / "model")
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float99"}, {"device": "abacus"}])
 def test_a_pruned_model_asked_for_in_a_way_that_is_not(options, run):
     with pytest.raises(
-        UserError, match=r"dtype 'float99' is no type of numbers|device 'abacus' is not available"
+        UserError, match=r"dtype 'float99' is not supported|device 'abacus' is not available"
     ) as caught:
         darwinlm.load(run[0].path, **options)
     assert "\n" not in str(caught.value)

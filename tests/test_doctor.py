@@ -261,7 +261,7 @@ def test_an_engine_that_is_missing_or_cannot_run_the_model_is_a_reason_and_no_fa
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     notes = {check.name: check for check in examine(str(folder)).checks}
     assert notes["export --to gguf"].result == "skipped"
-    assert "cannot run a qwen3 model with a head of its own" in notes["export --to gguf"].note
+    assert "cannot run a qwen3 model with an untied head" in notes["export --to gguf"].note
     monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
     healthy = examine(str(make_checkpoint("qwen3", tmp_path / "tied")))
     notes = {check.name: check for check in healthy.checks}

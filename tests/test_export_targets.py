@@ -45,7 +45,7 @@ def test_the_code_in_a_run_is_renewed_and_the_run_stays_finished(run, tmp_path, 
     with pytest.raises(RuntimeError, match="an earlier version"):
         AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True)
     assert _exit_code(["export", str(copied), "--to", "hf"]) == 0
-    assert "proved: largest logit difference" in capsys.readouterr().out
+    assert "verified: largest logit difference" in capsys.readouterr().out
     assert code.read_bytes() == Path(modeling_darwinlm.__file__).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True).num_parameters() > 0
     assert json.loads((copied / "model" / "config.json").read_text())["auto_map"] == auto_map
@@ -70,7 +70,7 @@ def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, ca
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == weights
     (tmp_path / "model" / CODE).unlink()
     assert _exit_code(["export", str(tmp_path / "model"), "--to", "hf"]) == 2
-    assert f"model holds no {CODE} to renew" in capsys.readouterr().err
+    assert f"model holds no {CODE} to update" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_model_that_an_engine_cannot_run_is_refused_before_anything_is_written
     config.tie_word_embeddings = False
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     settings = SETTINGS | {"data.source": str(text), "export.targets": ["vllm", "gguf"]}
-    with pytest.raises(UserError, match=r"llama\.cpp cannot run a qwen3 model with a head of its own"):
+    with pytest.raises(UserError, match=r"llama\.cpp cannot run a qwen3 model with an untied head"):
         prune(folder, target=0.7, out=tmp_path / "run", settings=settings)
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 

@@ -120,5 +120,5 @@ def test_other_families_are_refused(family):
 
 
 def test_bounded_attention_scores_are_refused():
-    with pytest.raises(UserError, match="an engine cannot bound the attention scores of a gemma3_text model"):
+    with pytest.raises(UserError, match="an engine does not support the attention softcap of a gemma3_text model"):
         read_form(make_config("gemma3_text", attn_logit_softcapping=50.0), "an engine")

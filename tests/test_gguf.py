@@ -136,10 +136,10 @@ def test_without_stubs_the_file_is_wrong_or_kills_the_engine(tmp_path, monkeypat
     last.per_layer_config = SHAPES["last without MLP"]
     with pytest.raises(EngineError):
         ask(write(last, tmp_path / "last"), TOKENS)
-    with pytest.raises(UserError, match="cannot run the file, which was not kept"):
+    with pytest.raises(UserError, match="cannot run the file; export discarded"):
         export_model(tmp_path / "last", "gguf", tmp_path / "new.gguf")
     save_pruned(middle, tmp_path / "middle")
-    with pytest.raises(UserError, match="other logits than the pruned model, and was not kept"):
+    with pytest.raises(UserError, match="logits differ from the pruned model; export discarded"):
         export_model(tmp_path / "middle", "gguf", tmp_path / "new.gguf")
     assert not list(tmp_path.glob("new*"))
 
@@ -193,7 +193,7 @@ def test_k_quants_are_made_by_llama_cpp_and_proved(stand_in, tmp_path):
     config = make_config("llama")
     config.per_layer_config = SHAPES["middle without MLP"]
     save_pruned(config, tmp_path / "model")
-    with pytest.raises(UserError, match=r"neither its program llama-quantize is on the PATH nor is .* pip install"):
+    with pytest.raises(UserError, match=r"its program llama-quantize is not on the PATH and .* pip install"):
         export_model(tmp_path, "gguf", dtype="q4_k_m")
     stand_in("shutil.copyfile(source, file)")
     exported = export_model(tmp_path, "gguf", dtype="q4_k_m")
@@ -204,12 +204,12 @@ def test_k_quants_are_made_by_llama_cpp_and_proved(stand_in, tmp_path):
 @pytest.mark.parametrize(
     ("body", "match"),
     [
-        ("sys.exit('llama_model_quantize: failed to quantize: no room')", "did not make q4_k_m: .*no room"),
-        ("", "did not make q4_k_m: exit code 0"),
-        ("open(file, 'wb').write(open(source, 'rb').read()[:-400])", "cannot run the file, which was not kept"),
+        ("sys.exit('llama_model_quantize: failed to quantize: no room')", "failed to write q4_k_m: .*no room"),
+        ("", "failed to write q4_k_m: exit code 0"),
+        ("open(file, 'wb').write(open(source, 'rb').read()[:-400])", "cannot run the file; export discarded"),
         (
             "d = bytearray(open(source, 'rb').read()); d[-9000:] = bytes(9000); open(file, 'wb').write(d)",
-            "other logits",
+            "logits differ",
         ),
     ],
 )
@@ -239,29 +239,29 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
     save_pruned(config, tmp_path / "model")
     assert _exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
     told = capsys.readouterr().out
-    assert "proved: largest logit difference" in told
+    assert "verified: largest logit difference" in told
     assert f"exported: {tmp_path / 'a.gguf'}" in told
     kept = json.loads((tmp_path / "a.gguf.json").read_text())
     assert kept["architecture"] == "deci" and kept["proof"]["difference"] < 1e-4
     assert kept["proof"]["agreeing"] == kept["proof"]["positions"] > 100
     monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
     assert _exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
-    assert "not proved: run pip install xllamacpp" in capsys.readouterr().out
+    assert "not verified: run pip install xllamacpp" in capsys.readouterr().out
     assert json.loads((tmp_path / "a.gguf.json").read_text())["proof"] is None
 
 
 @pytest.mark.parametrize(
     ("settings", "shape", "match"),
     [
-        (("qwen3", {"tie_word_embeddings": False}), {}, "a head of its own.*--to vllm.*hf-native"),
+        (("qwen3", {"tie_word_embeddings": False}), {}, "an untied head.*--to vllm.*hf-native"),
         (("qwen3", {"attention_bias": True}), {}, "openelm.*has no biases .qkv_bias"),
-        (("qwen3", {"rope_parameters": {**ROPES["llama3"], "rope_theta": 1e4}}), {}, "cannot scale rope so.*llama3"),
-        (("qwen3", {"rope_parameters": {**YARN, "beta_slow": 2.0, "rope_theta": 1e4}}), {}, "cannot scale.*beta_slow"),
-        (("llama", {"hidden_act": "gelu"}), {}, "computes silu, the model gelu"),
-        (("gemma3_text", {}), {}, "no norms of what attention and MLP add.*--to vllm or mlx"),
+        (("qwen3", {"rope_parameters": {**ROPES["llama3"], "rope_theta": 1e4}}), {}, "rope scaling.*llama3"),
+        (("qwen3", {"rope_parameters": {**YARN, "beta_slow": 2.0, "rope_theta": 1e4}}), {}, "rope scaling.*beta_slow"),
+        (("llama", {"hidden_act": "gelu"}), {}, "uses silu, but the model uses gelu"),
+        (("gemma3_text", {}), {}, "no norms of the outputs of attention and MLP.*--to vllm or mlx"),
         (("gemma", {}), {}, r"no norms that multiply by 1 \+ their weight"),
-        (("smollm3", {}), {}, "alike in all layers, and layer 1 of the model does not; export --to vllm or mlx"),
-        (("glm", {"rope_parameters": HALF_A_HEAD["rope_parameters"] | YARN}), {}, "cannot scale rope so: .*yarn"),
+        (("smollm3", {}), {}, "the same rope in all layers, and layer 1 of the model differs; export --to vllm"),
+        (("glm", {"rope_parameters": HALF_A_HEAD["rope_parameters"] | YARN}), {}, "rope scaling: .*yarn"),
         (
             ("llama", {}),
             {1: {"num_attention_heads": 4, "num_key_value_heads": 2, "query_heads_per_kv_head": [1, 3]}},
@@ -282,10 +282,10 @@ def test_what_llama_cpp_cannot_run_is_refused(settings, shape, match, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--to", "openvino"], "there is no such target; known are gguf"),
+        (["--to", "openvino"], "unknown target; choose one of gguf"),
         (["--to", "gguf", "--dtype", "q4"], "known are f32, f16, q8_0, bf16, q4_k_m"),
         (["--to", "gguf", "--out", "."], "is a folder"),
-        (["--to", "gguf", "--out", "notes.txt"], "is there already and is no GGUF file"),
+        (["--to", "gguf", "--out", "notes.txt"], "already exists and is not a GGUF file"),
     ],
 )
 def test_mistakes_are_one_line(arguments, match, tmp_path, capsys, monkeypatch):
@@ -301,7 +301,7 @@ def test_mistakes_are_one_line(arguments, match, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_damaged_or_incomplete_model_is_one_line(target, tmp_path):
     folder = tmp_path / "model"
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="contains no model"):
         export_model(folder, target)
     save_pruned(make_config("llama"), folder)
     weights = load_file(folder / "model.safetensors")
@@ -324,7 +324,7 @@ def test_weights_beyond_float16_are_refused(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e6
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"output.weight holds values beyond the range of float16; use --dtype bf16"):
+    with pytest.raises(UserError, match=r"output.weight contains values beyond the range of float16; use --dtype bf16"):
         export_model(tmp_path, "gguf", dtype="f16")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -433,7 +433,7 @@ def test_another_tokenizer_than_the_models_is_noticed(tmp_path, monkeypatch):
         "darwinlm.export.targets.read_vocabulary", lambda *args: dataclasses.replace(read(*args), add_bos=True)
     )
     save_pruned(make_config("llama"), tmp_path / "model")
-    with pytest.raises(UserError, match=r"makes other tokens of some text: after '' \['<s>', 'T'.*not kept"):
+    with pytest.raises(UserError, match=r"tokenizes some text differently: after '' \['<s>', 'T'.*export discarded"):
         export_model(tmp_path, "gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -444,29 +444,29 @@ def test_what_llama_cpp_itself_splits_otherwise_is_said(tmp_path):
     save_pruned(make_config("llama", vocab_size=len(tokenizer)), tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     exported = export_model(tmp_path, "gguf")
-    assert "makes other tokens of some text" in exported.notes[0]
+    assert "tokenizes some text differently" in exported.notes[0]
     assert exported.proof.difference < 1e-4
 
 
 def test_an_engine_of_another_layout_is_not_asked(tmp_path, monkeypatch):
     file = write(make_config("llama"), tmp_path)
     monkeypatch.setitem(llama_cpp._DEFAULTS, "n_ctx", 4096)
-    with pytest.raises(EngineError, match="another programming interface"):
+    with pytest.raises(EngineError, match="the API of .* is not supported"):
         Engine(file).logits(TOKENS)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, r"does not know \(Whitespace"),
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, r"is not supported by the export to GGUF \(Whitespace"),
         (
             {"pre_tokenizer": pre_tokenizers.Split(Regex("a+"), "isolated")},
-            r"does not know \(a\+\); known are those of",
+            r"is not supported by the export to GGUF \(a\+\); supported are those",
         ),
-        ({"model": models.WordLevel({"a": 0}, unk_token="a")}, "of kind WordLevel; the export to GGUF knows BPE only"),
+        ({"model": models.WordLevel({"a": 0}, unk_token="a")}, "type WordLevel is not supported; export to GGUF"),
         (
             {"post_processor": processors.TemplateProcessing(single="a $A", special_tokens=[("a", 3)])},
-            "adds more than a beginning and an end",
+            "adds more than beginning- and end-of-text",
         ),
     ],
 )
@@ -476,5 +476,5 @@ def test_unknown_tokenizers_are_refused(change, match, tmp_path):
         setattr(tokenizer.backend_tokenizer, name, value)
     with pytest.raises(UserError, match=match):
         read_vocabulary(tokenizer, VOCABULARY, tmp_path)
-    with pytest.raises(UserError, match="has 259 tokens, its embeddings hold 100"):
+    with pytest.raises(UserError, match="has 259 tokens, but there are only 100 embeddings"):
         read_vocabulary(make_tokenizer(), 100, tmp_path)

@@ -65,14 +65,14 @@ def test_what_is_missing_for_onnx_is_said(exported, tmp_path, monkeypatch):
         export_model(source, "onnx", tmp_path / "new")
     monkeypatch.undo()
     monkeypatch.setattr(onnx, "write_onnx", lambda model, folder: (folder / "model.onnx").write_bytes(b"not a graph"))
-    with pytest.raises(UserError, match=r"onnxruntime .* cannot run the folder, which was not kept"):
+    with pytest.raises(UserError, match=r"onnxruntime .* cannot run the folder; export discarded"):
         export_model(source, "onnx", tmp_path / "new")
     monkeypatch.setattr(onnx, "onnx_logits", lambda folder, tokens: np.zeros((len(tokens), 259), np.float32))
-    with pytest.raises(UserError, match="the folder gives other logits than the pruned model, and was not kept"):
+    with pytest.raises(UserError, match="folder: logits differ from the pruned model; export discarded"):
         export_model(source, "onnx", tmp_path / "new")
     monkeypatch.setattr(onnx, "engine_version", lambda: None)
     told = export_model(source, "onnx", tmp_path / "new")
-    assert told.proof is None and told.notes[0].startswith("not proved: run pip install onnxruntime")
+    assert told.proof is None and told.notes[0].startswith("not verified: run pip install onnxruntime")
 
 
 @pytest.mark.parametrize("shape", ["groups differ", "only half layers", "middle without both"])
@@ -119,7 +119,7 @@ def test_rope_periods_are_those_of_transformers(rope, tmp_path, monkeypatch, cap
     config = make_config("llama", **({"rope_parameters": rope} if rope else {}))
     model = save_pruned(config, tmp_path / "model")
     assert _exit_code(["export", str(tmp_path), "--to", "mlx"]) == 0
-    assert "not proved: run pip install mlx-lm 'mlx[cpu]'" in capsys.readouterr().out
+    assert "not verified: run pip install mlx-lm 'mlx[cpu]'" in capsys.readouterr().out
     settings = json.loads((tmp_path / "model-mlx" / "config.json").read_text())
     positions = torch.arange(100.0)[None]
     cos, _ = model.model.rotary_emb(torch.zeros(1), positions)
@@ -133,12 +133,12 @@ def test_rope_periods_are_those_of_transformers(rope, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("changes", "shape", "match"),
     [
-        ({"hidden_act": "gelu"}, {}, "computes silu or gelu_pytorch_tanh, the model gelu"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}, "the model's is dynamic"),
+        ({"hidden_act": "gelu"}, {}, "supports silu and gelu_pytorch_tanh; the model uses gelu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}, "the model uses dynamic"),
         (
             {},
             {1: {"num_attention_heads": 4, "num_key_value_heads": 2, "query_heads_per_kv_head": [1, 3]}},
-            "serve 1 and 3 query heads, and MLX can only run equal",
+            "serve 1 and 3 query heads, but MLX only supports equal",
         ),
     ],
 )

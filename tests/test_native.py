@@ -80,7 +80,7 @@ def test_a_dense_model_comes_back_as_it_was(tmp_path, checkpoint, pruned):
             {1: SMALL},
             "layers differ in size.*layer 0: 6 query and 2 KV heads, 64 MLP channels; layer 1: 3",
         ),
-        ({}, {0: MLP, 1: MLP, 2: MLP}, "or lack a part .layer 0: 6 query and 2 KV heads, 0 MLP channels"),
+        ({}, {0: MLP, 1: MLP, 2: MLP}, "or a part is missing .layer 0: 6 query and 2 KV heads, 0 MLP channels"),
         ({}, dict.fromkeys(range(3), INDIVISIBLE), r"5 heads do not divide the hidden size 48.*no biases .qkv_bias"),
         (
             {},
@@ -176,12 +176,12 @@ def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsy
     assert len(history) == 1 and history[0]["score"] == min(history[0]["scores"])
     assert 1 < len(history[0]["scores"]) <= SETTINGS["search.offspring"]
     # There were none to be asked for.
-    assert "moves of the evolution" not in (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "mutations of the evolution" not in (tmp_path / "run" / "report" / "index.html").read_text()
     found = run.metrics["rows"][-1]["parameters"]
     assert 0.6 < found / run.metrics["rows"][0]["parameters"] <= 0.8
 
     assert _exit_code(["export", str(tmp_path / "run"), "--to", "hf-native", "--out", str(tmp_path / "native")]) == 0
-    assert "proved: largest logit difference" in capsys.readouterr().out
+    assert "verified: largest logit difference" in capsys.readouterr().out
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert sum(p.numel() for p in native.parameters()) == found
     assert torch.allclose(logits(native), logits(run.load()), atol=1e-4)

@@ -170,7 +170,7 @@ def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(extra, run, 
     assert changed == {"recovery/losses.json", "recovery/weights.safetensors", "model/model.safetensors"}
     assert "tokens: 128" in (out / "recipe.yaml").read_text()
     assert recover_again(out).metrics == again.metrics
-    with pytest.raises(darwinlm.UserError, match=r"recover cannot change search.offspring: 3 -> 4; name a new run"):
+    with pytest.raises(darwinlm.UserError, match=r"recover cannot change search.offspring: 3 -> 4; start a new run"):
         recover_again(out, {"search.offspring": 4})
     with pytest.raises(darwinlm.UserError, match="is not a DarwinLM run"):
         recover_again(tmp_path)

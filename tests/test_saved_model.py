@@ -192,7 +192,7 @@ def test_a_tokenizer_that_comes_out_otherwise_is_told(result, checkpoint, caplog
     assert not caplog.messages
     dense.add_tokens(["café"])
     _check_tokenizer(dense, result[0])
-    assert len(caplog.messages) == 1 and "gives other tokens): load the dense model's" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "gives other tokens): use the dense model's tokenizer" in caplog.messages[0]
 
 
 def test_without_its_code_no_model_is_made_of_it(result, tmp_path):
@@ -224,9 +224,9 @@ def test_darwinlm_load_needs_no_flag_and_refuses_other_folders(result, tmp_path,
     folder, _, _, (logits, _) = result
     with torch.no_grad():
         assert torch.allclose(darwinlm.load(folder)(TOKENS).logits, logits, atol=1e-4)
-    with pytest.raises(darwinlm.UserError, match="holds no model"):
+    with pytest.raises(darwinlm.UserError, match="contains no model"):
         darwinlm.load(tmp_path)
-    with pytest.raises(darwinlm.UserError, match="holds no pruned model"):
+    with pytest.raises(darwinlm.UserError, match="contains no pruned model"):
         darwinlm.load(checkpoint("llama"))
 
 

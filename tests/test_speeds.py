@@ -245,8 +245,8 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
     [
         (["--batches", "0"], "--batches '0': expected whole numbers >= 1 separated by commas, such as 1,4"),
         (["--lengths", "8;16"], "--lengths '8;16': expected whole numbers"),
-        (["--vllm", sys.executable], "this Python has no vLLM"),
-        (["--vllm", "no-such-python"], "--vllm no-such-python: it cannot be run: No such file or directory"),
+        (["--vllm", sys.executable], "vLLM is not installed for this Python"),
+        (["--vllm", "no-such-python"], "--vllm no-such-python cannot be run: No such file or directory"),
         (["--lengths", "8,120"], "--lengths 120 and 32 new tokens exceed the model's maximum of 128"),
     ],
 )

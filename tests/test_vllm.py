@@ -64,7 +64,7 @@ def test_devices_share_out_the_stubs_too(tmp_path):
     assert written.config.per_layer_config[1].num_key_value_heads == 2
     with torch.no_grad():
         assert torch.equal(written(TOKENS).logits, model(TOKENS).logits)
-    with pytest.raises(UserError, match="--tensor-parallel is for --to vllm"):
+    with pytest.raises(UserError, match="--tensor-parallel only applies to --to vllm"):
         export_model(tmp_path / "even", "gguf", tensor_parallel=2)
 
 
@@ -76,7 +76,7 @@ def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
     (tmp_path / "model" / "plan.json").write_text("{}")
     assert _exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
     told = capsys.readouterr().out
-    assert "vLLM itself was not run" in told and "proved: largest logit difference 0.0e+00" in told
+    assert "not run in vLLM itself" in told and "verified: largest logit difference 0.0e+00" in told
     folder = tmp_path / "model-vllm"
     settings = json.loads((folder / "config.json").read_text())
     assert settings["auto_map"] == auto_map(model.config, MODULE)
@@ -115,11 +115,11 @@ def test_what_vllm_cannot_run_and_foreign_folders_are_refused(tmp_path):
         1: {"num_attention_heads": 4, "num_key_value_heads": 2, "query_heads_per_kv_head": [1, 3]}
     }
     save_pruned(config, tmp_path / "uneven")
-    with pytest.raises(UserError, match="serve 1 and 3 query heads, and vLLM can only run equal numbers"):
+    with pytest.raises(UserError, match="serve 1 and 3 query heads, but vLLM only supports equal numbers"):
         export_model(tmp_path / "uneven", "vllm")
     save_pruned(make_config("llama"), tmp_path / "model")
-    with pytest.raises(UserError, match="is there already and is no earlier export"):
+    with pytest.raises(UserError, match="already exists and is not an earlier export"):
         export_model(tmp_path / "model", "vllm", tmp_path / "uneven")
-    with pytest.raises(UserError, match="--dtype is for --to gguf"):
+    with pytest.raises(UserError, match="--dtype only applies to --to gguf"):
         export_model(tmp_path / "model", "vllm", dtype="f16")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "uneven"]

@@ -21,7 +21,7 @@ _Value = TypeVar("_Value")
 _PATIENCE = timedelta(days=30)
 _ASKING = timedelta(seconds=5)
 _LOST = re.compile(r"connection (closed|reset|refused)|remote (worker|process)|broken pipe|\bgloo\b|\bnccl\b", re.I)
-"""What errors say, whose classes differ between backends, if another rank cannot be reached any more."""
+"""Error messages of a lost rank; the exception classes differ between backends."""
 
 
 def start() -> None:
@@ -96,7 +96,7 @@ def main_first() -> Iterator[None]:
 
 @contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Turn the loss of another rank into one line: a UserError in place of what the backend raises."""
+    """Turn backend errors caused by the loss of another rank into a UserError."""
     try:
         yield
     except RuntimeError as error:

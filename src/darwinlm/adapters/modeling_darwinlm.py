@@ -360,9 +360,9 @@ def check_transformers():
     except Exception as failure:
         error, reason = float("inf"), failure
     if not error < 1e-3:
-        told = f"{type(reason).__name__}: {reason}" if reason is not None else f"logits differ by {error:.1e}"
+        details = f"{type(reason).__name__}: {reason}" if reason is not None else f"logits differ by {error:.1e}"
         raise ImportError(
-            f"this pruned model's code does not work with transformers {transformers.__version__} ({told}): "
+            f"this pruned model's code does not work with transformers {transformers.__version__} ({details}): "
             "install another version of transformers, or a newer darwinlm and update the code: darwinlm export "
             "FOLDER --to hf",
             name="transformers",

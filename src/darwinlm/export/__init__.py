@@ -1,1 +1,1 @@
-"""The pruned model in the form that others load."""
+"""Export of pruned models to the formats of other engines."""

@@ -1,4 +1,4 @@
-"""The model card: what was pruned, how, and what was measured."""
+"""Model card: what was pruned, how, and the measurements."""
 
 import html
 import re
@@ -8,16 +8,16 @@ from typing import Any
 from darwinlm.progress import printable
 from darwinlm.recipe import Recipe
 
-_SIZES = "The layers' sizes are in `pruned.per_layer_config` of `config.json`. "
+_SIZES = "Layer sizes are in `pruned.per_layer_config` of `config.json`. "
 _FLAG = ", trust_remote_code=True"
 _CODE = (
-    "The flag runs `modeling_darwinlm.py`, the one code file here; with the `darwinlm` package installed, "
+    "The flag runs `modeling_darwinlm.py`, the only code file here; with the `darwinlm` package installed, "
     '`darwinlm.load("this-folder")` needs no flag.'
 )
 
 
 def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Markdown for `README.md`, with the table of `metrics["rows"]` and the whole recipe."""
+    """Return Markdown for `README.md`, with a table of `metrics["rows"]` and the complete recipe."""
     base = recipe.model.rstrip("/").split("/")[-1] if recipe.model.count("/") != 1 else recipe.model
     share = plan["parameters"] / plan["dense_parameters"]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [darwinlm, pruned]", "---"]
@@ -26,8 +26,8 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
         "",
         f"# {_plain(base)}, pruned to {share:.1%} of its parameters",
         "",
-        f"{plan['parameters']:,} of {plan['dense_parameters']:,} parameters are left; `plan.json` holds the plan. "
-        f"{_SIZES}Made with DarwinLM.",
+        f"{plan['parameters']:,} of {plan['dense_parameters']:,} parameters are kept; the plan is in "
+        f"`plan.json`. {_SIZES}Made with DarwinLM.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -40,8 +40,8 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
         "",
         "## Measured",
         "",
-        "| model | parameters | perplexity | KL to dense (nats) | KV cache (bytes a token) | prefill (tokens/s) | "
-        "decode (tokens/s) |",
+        "| model | parameters | perplexity | KL to dense (nats) | KV cache (bytes per token) | prefill "
+        "(tokens/s) | decode (tokens/s) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in metrics["rows"]:
@@ -70,14 +70,14 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
 
 
 def without_code(card: str) -> str:
-    """The card of a folder that holds no code of ours."""
+    """Return the card for a folder without our code."""
     for text in (_SIZES, _FLAG, f"{_CODE}\n\n"):
         card = card.replace(text, "")
     return card
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line: names come from whoever made a model or a data set."""
+    """Escape text for Markdown and HTML, on one line: names come from the authors of a model or dataset."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~:])", r"\\\1", html.escape(printable(text)))
 
 
@@ -86,12 +86,12 @@ def _speed(value: float | None) -> str:
 
 
 def _dtype(environment: Mapping[str, Any]) -> str:
-    """The dtype that speeds are of; runs of earlier versions do not say it."""
+    """Return the dtype of the speeds; runs of earlier versions do not record it."""
     return f" in {environment['speed_dtype']}" if "speed_dtype" in environment else ""
 
 
 def _name(source: str) -> str:
-    """A Hub id as it is; of a local path the last part only: the rest is nobody's business."""
+    """Return a Hub id unchanged, and only the last part of a local path, for privacy."""
     if source.count("/") <= 1 and not source.startswith((".", "/", "~")):
         return source
     return source.rstrip("/").split("/")[-1]

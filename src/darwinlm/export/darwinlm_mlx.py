@@ -1,9 +1,8 @@
 # Copyright the DarwinLM authors. Licensed under the Apache License, Version 2.0.
-"""A pruned model in MLX, for mlx-lm, which runs this file by the key `model_file` of `config.json`.
+"""A pruned model in MLX, for mlx-lm, which runs this file because of the key `model_file` in `config.json`.
 
-It travels with the folder and needs mlx and mlx-lm only. Sizes stand in `config.json` as `per_layer_config`; tensors
-have the names that they have in a Llama, whatever the family. A skipped part has no tensors, and a layer without
-attention no cache.
+It is part of the exported folder and only needs mlx and mlx-lm. Sizes are in `per_layer_config` of `config.json`;
+tensors have Llama's names, whatever the family. A removed part has no tensors, and a layer without attention no cache.
 """
 
 from dataclasses import dataclass
@@ -175,7 +174,7 @@ class DarwinLMModel(nn.Module):
         for layer in self.layers:
             own = next(caches) if "self_attn" in layer else None
             if "self_attn" in layer and layer.window not in masks:
-                # Made by the first cache of its kind, before that is filled.
+                # Created by the first cache of its kind, before that is filled.
                 masks[layer.window] = create_attention_mask(x, own, window_size=layer.window)
             x = layer(x, masks.get(layer.window), own)
         return self.norm(x)

@@ -1,7 +1,7 @@
-"""What the layers of a model compute, in terms that engines share, and its tensors under the names that Llama's have.
+"""The computation of a model's layers in terms that engines share, and its tensors under Llama's names.
 
-Engines have code for some forms of layers. Many families differ from one of them only in how tensors are laid out: rows
-of several projections in one tensor, pairs of neighbours turned by rope, rope for a part of each head.
+Engines implement certain forms of layers. Many families differ from one of them only in the layout of tensors: several
+projections fused in one tensor, rotary embeddings of neighboring pairs, or of only a part of each head.
 """
 
 from collections.abc import Mapping
@@ -18,72 +18,73 @@ from darwinlm.errors import UserError
 
 _PLAIN = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "cwm", "phi3", "granite", "smollm3")
 _NEIGHBOURS = ("ernie4_5", "glm", "glm4")
-"""Rope turns rows 2i and 2i + 1 of a head together; in all others i and i + (rows that are turned) / 2."""
+"""Model types whose rotary embedding rotates rows 2i and 2i + 1 of a head together; others rotate i and i + rotated/2.
+"""
 _OFFSET_NORMS = ("gemma", "gemma3_text")
-"""Norms multiply by 1 + their weight."""
+"""Model types whose norms multiply by 1 + their weight."""
 _NORMS_AFTER = ("olmo2", "olmo3", "exaone4")
 _KNOWN = (*_PLAIN, *_NEIGHBOURS, *_OFFSET_NORMS, *_NORMS_AFTER)
-"""Model types of which everything is said by a `Form`: their norms are root mean squares, their MLPs gated."""
+"""Model types fully described by a `Form`: with RMS norms and gated MLPs."""
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Kinds of rope whose angles do not depend on the length of the text."""
+"""Rope types whose angles do not depend on the length of the text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """What all layers of a model have in common, besides sizes and rope."""
+    """What all layers of a model have in common, except sizes and rope."""
 
     activation: str
-    """The function of the gates: `silu`, `gelu_pytorch_tanh`."""
+    """Activation function of the gates: `silu` or `gelu_pytorch_tanh`."""
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
     qk_norm: Literal["none", "head", "all"]
-    """Norms of queries and keys: over each head, or over all heads at once."""
+    """Norms of queries and keys: per head, or over all heads at once."""
     norm_before: bool
     """Whether attention and MLP each read the stream through a norm."""
     norm_after: bool
-    """Whether what they add to the stream goes through a norm."""
+    """Whether the outputs of attention and MLP go through a norm before they are added to the stream."""
     norm_offset: float
-    """What is added to the weights of all norms."""
+    """Addend of all norm weights."""
     attention_scale: float
-    """What products of queries and keys are multiplied by."""
+    """Factor of query-key products."""
     embedding_scale: float
     residual_scale: float
-    """What the output of attention and MLP is multiplied by."""
+    """Factor of the outputs of attention and MLP."""
     logit_scale: float
     logit_softcap: float | None
 
     @property
     def biases(self) -> list[str]:
-        """The names of those that are there."""
+        """Names of the bias groups that are present."""
         return [name for name in ("qkv_bias", "attention_output_bias", "mlp_bias") if getattr(self, name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """How a layer turns queries and keys by position: pair i of a head, rows i and i + head_dim / 2 of the tensors
-    that `layer_tensors` gives, by `position * turns[i]`."""
+    """Rotary embedding of a layer: pair i of a head, rows i and i + head_dim / 2 of the tensors of `layer_tensors`, is
+    rotated by the angle `position * turns[i]`."""
 
     turns: tuple[float, ...]
-    """head_dim / 2 numbers; 0 for pairs that stay as they are."""
+    """Angle per position of each of head_dim / 2 pairs; 0 for pairs that are not rotated."""
     scaling: float
-    """What the turned rows are multiplied by."""
+    """Factor of the rotated rows."""
     settings: Mapping[str, Any]
-    """As transformers has them: `rope_type`, `rope_theta`, …"""
+    """Rope settings of transformers: `rope_type`, `rope_theta`, …"""
 
 
 def read_form(config: PrunedConfig, engine: str) -> Form:
-    """The form of a model's layers. Raises UserError if it has another than can be said."""
+    """Return the form of a model's layers. Raises UserError if a `Form` cannot describe it."""
     kind = config.model_type
     if kind not in _KNOWN:
         raise UserError(
-            f"{engine} cannot run a {kind} model whose layers differ in size: it has none that compute the same; "
-            f"{'' if family_of(config).experts else 'export --to vllm, or '}prune with --set search.uniform=true and "
-            "export --to hf-native"
+            f"{engine} cannot run a {kind} model whose layers differ in size: it has no equivalent layers; "
+            f"{'' if family_of(config).experts else 'export --to vllm, or '}prune with --set "
+            "search.uniform=true and export --to hf-native"
         )
     if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(f"{engine} cannot bound the attention scores of a {kind} model (attn_logit_softcapping)")
+        raise UserError(f"{engine} does not support the attention softcap of a {kind} model (attn_logit_softcapping)")
     family, layer = family_of(config), empty_layer(dense_again(config), 0)
     attention, names = getattr(layer, family.attention), layer.state_dict()
     norm = names.get(f"{family.attention}.q_norm.weight")
@@ -111,7 +112,7 @@ def _embedding_scale(config: PrunedConfig) -> float:
 
 
 def read_rope(config: PrunedConfig, layer: int) -> Rope | None:
-    """How a layer turns queries and keys; None if it does not."""
+    """Return the rotary embedding of a layer; None if it has none."""
     kinds: Any = getattr(config, "layer_types", None)
     unturned = getattr(config, "no_rope_layers", None)
     if unturned and not unturned[layer]:
@@ -129,15 +130,15 @@ def read_rope(config: PrunedConfig, layer: int) -> Rope | None:
 
 
 def layer_tensors(config: PrunedConfig, weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
-    """The tensors of a layer by their names in a layer of Llama's: `self_attn.q_proj.weight`.
+    """Return the tensors of a layer by their names in Llama's layer, such as `self_attn.q_proj.weight`.
 
-    Norms of what attention and MLP add to the stream are `attention_output_norm.weight` and `mlp_output_norm.weight`.
-    Values are those of the model; meta tensors give meta tensors.
+    Norms of the outputs of attention and MLP are `attention_output_norm.weight` and `mlp_output_norm.weight`. Values
+    are those of the model; meta tensors give meta tensors.
 
     Args:
-        config: of the pruned model.
+        config: config of the pruned model.
         weights: its state dict.
-        layer: the layer's number.
+        layer: index of the layer.
     """
     family, prefix, sizes = family_of(config), f"{LAYERS}{layer}.", config.layer(layer)
     found: dict[str, Tensor] = {}
@@ -156,7 +157,7 @@ def layer_tensors(config: PrunedConfig, weights: Mapping[str, Tensor], layer: in
 
 
 def _split(family: Family, sizes: Any, head_dim: int, module: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor of the module `module` as those that Llama's layer has in its place."""
+    """Split or rename a tensor of the module `module` as in Llama's layer."""
     queries, *others = family.queries_keys_values
     heads, kv_heads = sizes.num_attention_heads * head_dim, sizes.num_key_value_heads * head_dim
     renamed = {
@@ -176,8 +177,8 @@ def _split(family: Family, sizes: Any, head_dim: int, module: str, tensor: Tenso
 
 
 def _row_order(config: PrunedConfig, layer: int) -> Tensor | None:
-    """Where each row of a head is in the model's tensors, such that rope turns rows i and i + head_dim / 2 together;
-    None if they are so already."""
+    """Return the order of a head's rows in the model's tensors such that rope rotates rows i and i + head_dim / 2
+    together; None if that is already the case."""
     rope, head_dim = read_rope(config, layer), config.head_dim
     if rope is None:
         return None

@@ -1,9 +1,9 @@
-"""A GGUF file for llama.cpp, whose layers may differ in size as ours do.
+"""GGUF files for llama.cpp with layers of different sizes.
 
-Two of llama.cpp's architectures read heads and widths by layer in every place that matters: `deci` (the shape of Llama)
-and `openelm` (with norms on queries and keys, and a head tied to the embeddings). Where such an architecture needs a
-part that a layer lacks, a stub of zeros stands in, which adds exactly nothing; a layer that lacks both is left out.
-What such an architecture would have to multiply by (Granite's multipliers) is multiplied into the weights.
+Two of llama.cpp's architectures read heads and widths per layer everywhere: `deci` (like Llama) and `openelm` (with
+norms on queries and keys, and a head tied to the embeddings). Where such an architecture needs a part that a layer does
+not have, a stub of zeros is written, which adds exactly nothing; a layer without both parts is omitted. Factors that
+the architecture does not support (Granite's multipliers) are multiplied into the weights.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from darwinlm.export.gguf_tokenizer import Vocabulary, write_vocabulary
 from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
 
 STUB_WIDTH = 32
-"""Channels of an MLP that stands in: the smallest width that every quantisation can hold."""
+"""Channels of a stub MLP: the smallest width that every quantization supports."""
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-"""`general.file_type` by what weight matrices are stored in; vectors are float32 always."""
+"""`general.file_type` by the type of weight matrices; vectors are always float32."""
 
 _RENAMED = {
     "input_layernorm": "attn_norm",
@@ -50,23 +50,24 @@ _FUSED = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """One of llama.cpp's, and what it asks for."""
+    """One of llama.cpp's architectures, and its requirements."""
 
     name: str
     rope_factors: bool
-    """Whether it takes a factor for every frequency, and so any scaling of rope that does not depend on the length;
-    else it knows linear scaling, and YaRN with its usual settings."""
+    """Whether it supports a factor per frequency, and so any rope scaling that does not depend on the length; otherwise
+    it supports linear scaling, and YaRN with its default settings."""
     attention_everywhere: bool
-    """Whether every layer needs attention; else only the first."""
+    """Whether every layer needs attention; otherwise only the first."""
     interleaved: bool
-    """Whether rope turns neighbouring rows (2i, 2i + 1) of a head, where transformers turns (i, i + head_dim / 2)."""
+    """Whether rope rotates neighboring rows (2i, 2i + 1) of a head, where transformers rotates (i, i + head_dim / 2).
+    """
     fused: bool
     """Whether queries, keys and values are one matrix."""
     biases: bool
     qk_norm: bool
     """Whether it has norms on queries and keys."""
     untied: bool
-    """Whether it can hold an output head of its own."""
+    """Whether it supports an output head that is not tied to the embeddings."""
 
 
 DECI = Architecture(
@@ -92,67 +93,70 @@ OPENELM = Architecture(
 
 
 def choose_architecture(config: PrunedConfig) -> Architecture:
-    """The architecture for a model. Raises UserError where llama.cpp has none."""
+    """Return the architecture for a model. Raises UserError if llama.cpp has none."""
     form = read_form(config, "llama.cpp")
     chosen = DECI if form.qk_norm == "none" else OPENELM
     lacks = {
-        "norms of what attention and MLP add to the stream": form.norm_after,
+        "norms of the outputs of attention and MLP": form.norm_after,
         "norms over all heads at once": form.qk_norm == "all",
         "norms that multiply by 1 + their weight": form.norm_offset != 0,
-        "a bound of logits": form.logit_softcap is not None,
+        "logit softcap": form.logit_softcap is not None,
     }
     for what, needed in lacks.items():
         if needed:
             raise UserError(
-                f"llama.cpp cannot run a {config.model_type} model whose layers differ in size: its architectures that "
-                f"read sizes by layer have no {what}; export --to vllm or mlx, or prune with --set search.uniform=true "
-                "and export --to hf-native"
+                f"llama.cpp cannot run a {config.model_type} model whose layers differ in size: its "
+                f"architectures with sizes per layer have no {what}; export --to vllm or mlx, or prune with "
+                "--set search.uniform=true and export --to hf-native"
             )
     if not _tied(config, form) and not chosen.untied:
         raise UserError(
-            f"llama.cpp cannot run a {config.model_type} model with a head of its own (tie_word_embeddings is "
-            "false) whose layers differ in size: its one architecture with norms on queries and keys and sizes by "
-            f"layer ({chosen.name}) takes the embeddings as head; export --to vllm, or prune with --set "
-            "search.uniform=true, export --to hf-native and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+            f"llama.cpp cannot run a {config.model_type} model with an untied head (tie_word_embeddings is "
+            "false) whose layers differ in size: its only architecture with norms on queries and keys and "
+            f"sizes per layer ({chosen.name}) uses the embeddings as head; export --to vllm, or prune with "
+            "--set search.uniform=true, export --to hf-native and convert that folder with llama.cpp's "
+            "convert_hf_to_gguf.py"
         )
     if form.biases and not chosen.biases:
         raise UserError(
-            f"llama.cpp's architecture {chosen.name}, the one for this model, has no biases ({form.biases[0]})"
+            f"llama.cpp's architecture {chosen.name}, the one for this model, does not support biases "
+            f"({form.biases[0]})"
         )
     if form.activation != "silu":
-        raise UserError(f"llama.cpp's architecture {chosen.name} computes silu, the model {form.activation}")
+        raise UserError(f"llama.cpp's architecture {chosen.name} uses silu, but the model uses {form.activation}")
     rope = _rope(config)
     if not _can_scale(rope, chosen):
         settings = ", ".join(f"{name} {value}" for name, value in rope.settings.items() if name != "rope_theta")
         raise UserError(
-            f"llama.cpp's architecture {chosen.name}, the one for this model, cannot scale rope so: {settings}"
+            f"llama.cpp's architecture {chosen.name}, the one for this model, does not support this rope "
+            f"scaling: {settings}"
         )
     check_equal_groups(config, "llama.cpp")
     return chosen
 
 
 def _tied(config: PrunedConfig, form: Form) -> bool:
-    """Whether the file needs no head: it is the embeddings, and neither is multiplied by anything."""
+    """Whether the file needs no head, because it equals the embeddings and neither is scaled."""
     return bool(config.tie_word_embeddings) and form.embedding_scale == form.logit_scale == 1
 
 
 def _rope(config: PrunedConfig) -> Rope:
-    """The rope that all layers have. Raises UserError if some differ."""
+    """Return the rope that all layers share. Raises UserError if some differ."""
     layers = [index for index in range(config.num_hidden_layers) if "attention" not in config.skipped(index)] or [0]
     found = {layer: read_rope(config, layer) for layer in layers}
     first = found[layers[0]]
     others = [layer for layer, rope in found.items() if rope != first or rope is None]
     if others or first is None:
         raise UserError(
-            f"llama.cpp cannot run a {config.model_type} model whose layers differ in size: its architectures that "
-            f"read sizes by layer turn queries and keys alike in all layers, and layer {others[0]} of the model does "
-            "not; export --to vllm or mlx"
+            f"llama.cpp cannot run a {config.model_type} model whose layers differ in size: its architectures "
+            f"with sizes per layer use the same rope in all layers, and layer {others[0]} of the model differs; "
+            "export --to vllm or mlx"
         )
     return first
 
 
 def file_shapes(config: PrunedConfig, architecture: Architecture) -> list[LayerShape]:
-    """The sizes of the layers in the file, stubs included."""
+    """Return the sizes of the layers in the file, including stubs."""
     shapes = layer_shapes(config)
     found = []
     for number, index in enumerate(kept_layers(config)):
@@ -164,7 +168,7 @@ def file_shapes(config: PrunedConfig, architecture: Architecture) -> list[LayerS
 
 
 def context_length(config: PrunedConfig) -> int:
-    """The positions for which the file is exact: llama.cpp's architectures see all of them, without sliding windows."""
+    """Return the number of positions for which the file is exact: these architectures have no sliding windows."""
     sliding = any(
         window_of(config, index) and "attention" not in config.skipped(index)
         for index in range(config.num_hidden_layers)
@@ -176,12 +180,12 @@ def context_length(config: PrunedConfig) -> int:
 def file_tensors(
     config: PrunedConfig, weights: Mapping[str, Tensor], architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file by its name there, one at a time; meta tensors give meta tensors.
+    """Yield every tensor of the file with its name there, one at a time; meta tensors give meta tensors.
 
     Args:
-        config: of the pruned model.
-        weights: its state dict; of a tied head none is needed.
-        architecture: that it is written for.
+        config: config of the pruned model.
+        weights: its state dict; a tied head may be missing.
+        architecture: architecture of the file.
     """
     form, embeddings = read_form(config, "llama.cpp"), weights[EMBEDDINGS]
     yield "token_embd.weight", _times(embeddings, form.embedding_scale)
@@ -192,7 +196,7 @@ def file_tensors(
     factors = _rope_factors(config) if architecture.rope_factors else None
     if factors is not None:
         yield "rope_freqs.weight", factors.to(embeddings.device)
-    # A score is a product of queries and keys by head_dim ** -0.5 in llama.cpp.
+    # llama.cpp scales query-key products by head_dim ** -0.5.
     queries = "attn_q_norm" if architecture.qk_norm else "attn_q"
     scales = {queries: form.attention_scale * config.head_dim**0.5}
     scales |= dict.fromkeys(("attn_output", "ffn_down"), form.residual_scale)
@@ -211,16 +215,16 @@ def file_tensors(
 
 
 def _times(tensor: Tensor, scale: float) -> Tensor:
-    """In float32 if anything changes: the product is rounded once, to what the file stores."""
+    """Scale a tensor in float32, so that the product is only rounded once, to the file's type."""
     return tensor if math.isclose(scale, 1, rel_tol=1e-6) else tensor.float() * scale
 
 
 def gguf_package() -> Any:
-    """The package that writes such files. Raises UserError if it is not installed."""
+    """Import the `gguf` package. Raises UserError if it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise UserError("the export to GGUF needs the package gguf; run: pip install gguf") from None
+        raise UserError("export to GGUF needs the gguf package; run: pip install gguf") from None
     return gguf
 
 
@@ -232,13 +236,13 @@ def write_gguf(
     Args:
         model: the pruned model.
         vocabulary: its tokenizer.
-        file: replaced, if it is there.
-        dtype: of weight matrices, one of `FILE_TYPES`; where a row is no multiple of 32, q8_0 gives way to f16.
-        name: of the model, for people.
-        architecture: what `choose_architecture` says.
+        file: output file, replaced if it exists.
+        dtype: type of weight matrices, one of `FILE_TYPES`; q8_0 falls back to f16 if rows are not multiples of 32.
+        name: name of the model, for display.
+        architecture: result of `choose_architecture`.
 
     Raises:
-        UserError: if a weight does not fit into float16, or `gguf` is not installed.
+        UserError: if a weight exceeds the range of float16, or `gguf` is not installed.
     """
     gguf = gguf_package()
     config, weights = cast(PrunedConfig, model.config), model.state_dict()
@@ -249,7 +253,7 @@ def write_gguf(
         _write_sizes(config, architecture, writer)
         _write_rope(config, architecture, writer, gguf.RopeScalingType)
         write_vocabulary(vocabulary, writer)
-        # Twice over the same tensors: a file begins with all names and shapes, which meta tensors tell.
+        # Twice over the same tensors: a file starts with all names and shapes, which meta tensors provide.
         shapes = {key: torch.empty(shape, device="meta") for key, shape in expected_shapes(config).items()}
         for key, tensor in file_tensors(config, shapes, architecture):
             kind = _storage(tensor.shape, dtype, gguf)
@@ -262,7 +266,7 @@ def write_gguf(
             kind = _storage(tensor.shape, dtype, gguf)
             values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
             if kind == gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-                raise UserError(f"{key} holds values beyond the range of float16; use --dtype bf16 or f32")
+                raise UserError(f"{key} contains values beyond the range of float16; use --dtype bf16 or f32")
             writer.write_tensor_data(gguf.quantize(values, kind))
 
 
@@ -293,7 +297,7 @@ def _write_rope(config: PrunedConfig, architecture: Architecture, writer: Any, s
         writer.add_rope_scaling_type(scaling.YARN)
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        # This much llama.cpp's YaRN does by itself.
+        # llama.cpp's YaRN applies this factor itself.
         attention /= 0.1 * math.log(max(factor, 1)) + 1
     if attention != 1:
         writer.add_rope_scaling_attn_factors(attention)
@@ -303,17 +307,17 @@ def _can_scale(rope: Rope, architecture: Architecture) -> bool:
     settings, partial = rope.settings, 0 in rope.turns
     kind = settings["rope_type"]
     if architecture.rope_factors:
-        # What turned rows are multiplied by, llama.cpp would multiply all rows by.
+        # llama.cpp would apply the factor of rotated rows to all rows.
         return kind in STATIC_ROPE and not (partial and rope.scaling != 1)
-    # The keys for other settings of YaRN exist, but this architecture of llama.cpp does not read them.
+    # This architecture of llama.cpp ignores the keys for other YaRN settings.
     usual = (settings.get("beta_fast") or 32, settings.get("beta_slow") or 1, settings.get("truncate", True))
     return not partial and (kind in ("default", "linear") or (kind == "yarn" and usual == (32, 1, True)))
 
 
 def _rope_factors(config: PrunedConfig) -> Tensor | None:
-    """By what llama.cpp is to divide each of the head_dim / 2 frequencies, float32; None if by nothing.
+    """Return the divisors of the head_dim / 2 frequencies in llama.cpp, float32; None if all are 1.
 
-    A pair that is not to be turned gets a factor so large that it is turned by less than float32 can tell from 0.
+    Pairs that are not rotated get a divisor so large that their angle is 0 in float32.
     """
     rope = _rope(config)
     turns = torch.tensor(rope.turns)
@@ -327,12 +331,12 @@ def _rename(name: str) -> str:
 
 
 def _has_part(layer: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the layer has the part, attention or MLP, that the tensor `name` belongs to."""
+    """Whether the layer has the part (attention or MLP) of the tensor `name`."""
     return f"{name.split('_')[0]}_norm.weight" in layer
 
 
 def _stub(config: PrunedConfig, architecture: Architecture, shape: LayerShape, like: Tensor) -> dict[str, Tensor]:
-    """A layer of zeros with norms of ones, of the parts that `shape` has."""
+    """Create a layer of zeros with norms of ones, with the parts of `shape`."""
     hidden, queries, keys = config.hidden_size, shape.heads * config.head_dim, shape.kv_heads * config.head_dim
     sizes: dict[str, Sequence[int]] = {"ffn_norm": [hidden]}
     sizes |= {"ffn_gate": [shape.width, hidden], "ffn_up": [shape.width, hidden], "ffn_down": [hidden, shape.width]}
@@ -348,7 +352,7 @@ def _stub(config: PrunedConfig, architecture: Architecture, shape: LayerShape, l
 
 
 def _interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head (i, i + head_dim / 2) as neighbours; `rows` are a projection's weight or bias."""
+    """Interleave the rows (i, i + head_dim / 2) of each head; `rows` is a projection's weight or bias."""
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 

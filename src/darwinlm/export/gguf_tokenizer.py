@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer in llama.cpp's terms: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
+"""Conversion of Hugging Face tokenizers to llama.cpp: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-llama.cpp knows the ways of splitting text before BPE by name (`tokenizer.ggml.pre`) and has no other, so the way that a
-tokenizer splits must be one of those; it is read from the tokenizer itself. Unicode normalisation is not llama.cpp's: a
-tokenizer with NFC gives other ids there for text that is not in that form.
+llama.cpp only supports a fixed set of pre-tokenizers, by name (`tokenizer.ggml.pre`), so the pre-tokenizer must be one
+of them; it is identified from the tokenizer itself. llama.cpp does no Unicode normalization: a tokenizer with NFC gives
+other ids there for text that is not normalized.
 """
 
 import json
@@ -30,29 +30,29 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_WORDS + r"|\p{N}" + _REST, _BYTES), False): "qwen2",
     ((_CASED + r"|\p{N}" + _REST.replace(r"[\r\n]*|", r"[\r\n/]*|", 1), _BYTES), True): "tekken",
 }
-"""llama.cpp's name by the steps of a byte-level pre-tokenizer, and whether words in the vocabulary skip the merges."""
+"""llama.cpp's name by the steps of a byte-level pre-tokenizer, and whether vocabulary words skip the merges."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _NO_MERGE = "ÿ ÿ"
-"""A merge of a byte that UTF-8 does not have: llama.cpp refuses a vocabulary without any."""
+"""A merge that never applies (a byte invalid in UTF-8): llama.cpp rejects a vocabulary without merges."""
 _NO_SCORE = -1e6
-"""Of a SentencePiece token that no merge makes."""
+"""Score of a SentencePiece token that no merge produces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What the `tokenizer.*` keys of a GGUF file say."""
+    """Content of the `tokenizer.*` keys of a GGUF file."""
 
     model: Literal["gpt2", "llama"]
     pre: str
     tokens: Sequence[str]
     types: Sequence[int]
     merges: Sequence[str]
-    """Of `gpt2` alone."""
+    """Merges, only for `gpt2`."""
     scores: Sequence[float]
-    """Of `llama` alone."""
+    """Scores, only for `llama`."""
     special: Mapping[str, int]
-    """Ids of `bos`, `eos`, `unk` and `pad`, as far as there are any."""
+    """Ids of `bos`, `eos`, `unk` and `pad`, if they exist."""
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
@@ -60,32 +60,34 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`. Raises UserError."""
+    """Load the tokenizer in `folder`. Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # Transformers raises many kinds of errors.
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
 def read_vocabulary(tokenizer: Any, size: int, folder: Path) -> Vocabulary:
-    """The vocabulary of `tokenizer`.
+    """Convert the vocabulary of `tokenizer`.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
         size: rows of the embeddings; ids that the tokenizer does not use get placeholders.
-        folder: named in errors.
+        folder: named in error messages.
 
     Raises:
-        UserError: if llama.cpp has no such tokenizer.
+        UserError: if llama.cpp does not support the tokenizer.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{folder}: its tokenizer has no tokenizer.json, which the export reads; save it as a fast one")
+        raise UserError(
+            f"{folder}: its tokenizer has no tokenizer.json, which the export needs; save it as a fast tokenizer"
+        )
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":
-        raise UserError(f"{folder}: its tokenizer is of kind {model['type']}; the export to GGUF knows BPE only")
+        raise UserError(f"{folder}: its tokenizer type {model['type']} is not supported; export to GGUF needs BPE")
     if len(tokenizer) > size:
-        raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its embeddings hold {size}")
+        raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, but there are only {size} embeddings")
     tokens, types = _tokens(tokenizer, model, size)
     begins, ends = _added_ends(tokenizer, folder)
     template = tokenizer.chat_template
@@ -128,13 +130,14 @@ def write_vocabulary(vocabulary: Vocabulary, writer: Any) -> None:
 
 
 def _pre(described: Mapping[str, Any], folder: Path) -> str:
-    """llama.cpp's name for the way in which a byte-level tokenizer splits text. Raises UserError."""
+    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer. Raises UserError."""
     steps = tuple(_steps(described["pre_tokenizer"]))
     pre = PRE_TOKENIZERS.get((steps, bool(described["model"].get("ignore_merges"))))
     if pre is None:
         raise UserError(
-            f"{folder}: its tokenizer splits text in a way that the export to GGUF does not know "
-            f"({' then '.join(steps) or 'not at all'}); known are those of {', '.join(sorted(PRE_TOKENIZERS.values()))}"
+            f"{folder}: its pre-tokenizer is not supported by the export to GGUF "
+            f"({' then '.join(steps) or 'not at all'}); supported are those of "
+            f"{', '.join(sorted(PRE_TOKENIZERS.values()))}"
         )
     return pre
 
@@ -152,23 +155,25 @@ def _tokens(tokenizer: Any, model: Mapping[str, Any], size: int) -> tuple[list[s
 
 
 def _added_ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its beginning and its end of text around what it reads. Raises UserError."""
+    """Whether the tokenizer adds beginning- and end-of-text tokens. Raises UserError."""
     plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     for begins in (False, True):
         for ends in (False, True):
             if whole == [tokenizer.bos_token_id] * begins + plain + [tokenizer.eos_token_id] * ends:
                 return begins, ends
-    raise UserError(f"{folder}: its tokenizer adds more than a beginning and an end of text, which llama.cpp cannot")
+    raise UserError(
+        f"{folder}: its tokenizer adds more than beginning- and end-of-text tokens, which llama.cpp does not support"
+    )
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
-    """SentencePiece scores that make llama.cpp merge in the order of `merges`: the earlier, the higher."""
+    """Return SentencePiece scores that make llama.cpp apply `merges` in order: earlier merges score higher."""
     made = {merge.replace(" ", "", 1): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
     return [made.get(token, _NO_SCORE) for token in tokens]
 
 
 def _steps(described: Mapping[str, Any] | None) -> list[str]:
-    """A pre-tokenizer, step by step, in the words of `PRE_TOKENIZERS`."""
+    """Return the steps of a pre-tokenizer in the terms of `PRE_TOKENIZERS`."""
     if described is None:
         return []
     kind = described["type"]

@@ -1,4 +1,4 @@
-"""The Hugging Face folder: safetensors, config, tokenizer, plan, model card and the one modelling file."""
+"""Hugging Face folder: safetensors, config, tokenizer, plan, model card and the modelling file."""
 
 import contextlib
 import json
@@ -24,22 +24,22 @@ from darwinlm.progress import log
 
 MODULE = "modeling_darwinlm"
 SHARD = "5GB"
-"""The largest file of weights."""
+"""Maximum size of a weights file."""
 _PROOF_TOKENS = 16
 
 
 def export_hf(model: PrunedModel, dense: DenseModel, plan: Mapping[str, Any], card: str, folder: Path) -> None:
-    """Write `model` to `folder` in the checkpoint's dtype, and prove it before it takes its place.
+    """Write `model` to `folder` in the checkpoint's dtype, verified before it replaces an existing folder.
 
     Args:
-        model: the pruned model; it is not changed.
-        dense: where tokenizer and generation settings come from.
-        plan: the content of `plan.json`.
-        card: the content of `README.md`.
-        folder: replaced as a whole, only by a complete one.
+        model: the pruned model; not changed.
+        dense: source of tokenizer and generation settings.
+        plan: content of `plan.json`.
+        card: content of `README.md`.
+        folder: output folder, only replaced by a complete one.
 
     Raises:
-        UserError: if the folder cannot be written, or the written model does not give the logits of `model`.
+        UserError: if the folder cannot be written, or the logits of the written model differ from those of `model`.
     """
     with new_folder(folder) as draft:
         save_model(model, dense.dtype, draft)
@@ -51,7 +51,9 @@ def export_hf(model: PrunedModel, dense: DenseModel, plan: Mapping[str, Any], ca
         _check_tokenizer(dense.tokenizer, draft)
         difference = _largest_difference(model, draft)
         if not difference < (1e-4 if dense.dtype == torch.float32 else 0.1):
-            raise UserError(f"{folder}: the written model gives other logits (relative difference {difference:.1e})")
+            raise UserError(
+                f"{folder}: logits of the written model differ (relative difference {difference:.1e}); export discarded"
+            )
 
 
 def save_model(model: PrunedModel, dtype: torch.dtype, folder: Path) -> None:
@@ -66,8 +68,8 @@ def save_model(model: PrunedModel, dtype: torch.dtype, folder: Path) -> None:
 
 
 def _name_tokenizer(file: Path) -> None:
-    """Call a tokenizer of transformers' own general class by the name that versions 4 and 5 both know, and say what it
-    gives, where the versions differ: in 4 token types too, which no model here takes."""
+    """Use a tokenizer class name that transformers 4 and 5 both support for generic tokenizers, and set
+    `model_input_names`, whose defaults differ: version 4 adds token types, which no model here uses."""
     if file.exists():
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
@@ -76,10 +78,10 @@ def _name_tokenizer(file: Path) -> None:
 
 
 def renew_code(folder: Path, draft: Path) -> None:
-    """Copy the pruned model in `folder` to `draft`, with the modelling file of this version; weights are linked where
-    the file system can."""
+    """Copy the pruned model in `folder` to `draft` with this version's modelling file; weights are hard-linked if
+    possible."""
     shutil.copytree(folder, draft, dirs_exist_ok=True, copy_function=_link_weights)
-    # Written anew: those of earlier versions had another form.
+    # Rewritten, because earlier versions used another format.
     settings, config = json.loads((draft / "config.json").read_text(encoding="utf-8")), load_config(str(folder))
     kept = {name: settings[name] for name in ("dtype", "transformers_version") if name in settings}
     kept |= {"architectures": [causal_lm(config).__name__], "auto_map": auto_map(config, MODULE)}
@@ -97,19 +99,22 @@ def _link_weights(source: str, target: str) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Say so if AutoTokenizer, which goes by names in `folder`, makes other tokens of text than `tokenizer`."""
+    """Warn if AutoTokenizer, which relies on names in `folder`, tokenizes differently from `tokenizer`."""
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         alike = all(found(text).input_ids == tokenizer(text).input_ids for text in (LATIN, TEXT))
         reason = f"its {type(found).__name__} gives other tokens" if not alike else ""
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # Transformers raises many kinds of errors.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
     if reason:
-        log.warning("AutoTokenizer does not load the pruned model's tokenizer (%s): load the dense model's", reason)
+        log.warning(
+            "AutoTokenizer cannot load the pruned model's tokenizer correctly (%s): use the dense model's tokenizer",
+            reason,
+        )
 
 
 def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:
-    """Copy to `folder` what is in `source` besides weights and code, and besides the files named in `without`."""
+    """Copy everything except weights, code and the files named in `without` from `source` to `folder`."""
     for file in source.iterdir():
         weights_or_code = file.name.endswith((".safetensors", ".index.json", ".py"))
         if file.is_file() and not weights_or_code and file.name not in without:
@@ -117,48 +122,48 @@ def copy_rest(source: Path, folder: Path, without: Container[str]) -> None:
 
 
 def find_model(source: str | Path) -> Path:
-    """The folder of the pruned model in `source`: `RUN/model`, or `RUN`. Raises UserError if there is none."""
+    """Return the folder of the pruned model, `source/model` or `source`. Raises UserError if there is none."""
     path = Path(source)
     path = path / "model" if (path / "model" / "config.json").exists() else path
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} holds no model (config.json is missing)") from None
+        raise UserError(f"{path} contains no model (config.json is missing)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict) or (PRUNED not in config and config.get("model_type") != OLD_TYPE):
-        raise UserError(f"{path} holds no pruned model; load it with transformers")
+        raise UserError(f"{path} contains no pruned model; load it with transformers")
     return path
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PrunedModel:
-    """Load a pruned model that this package wrote. No code from the folder is run.
+    """Load a pruned model written by this package. No code from the folder is run.
 
     Args:
         folder: `RUN/model`, or `RUN`.
-        dtype: of the weights; by default the one they are stored in.
-        device: where to put them.
+        dtype: dtype of the weights; by default their stored dtype.
+        device: device of the model.
 
     Returns:
         The model, a transformers model in evaluation mode.
 
     Raises:
-        UserError: if the folder holds no model of ours, or not the whole of it.
+        UserError: if the folder contains no pruned model, or an incomplete one.
     """
     path = find_model(folder)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"dtype {dtype!r} is no type of numbers; give float32, bfloat16 or float16")
+        raise UserError(f"dtype {dtype!r} is not supported; use float32, bfloat16 or float16")
     try:
         config = load_config(str(path))
         read: Any = causal_lm(config).from_pretrained
         model, facts = read(path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # Transformers raises many kinds of errors.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{path}: the model cannot be loaded: {reason}; the command of its run makes it again"
+            f"{path}: the model cannot be loaded: {reason}; run the command of its run again to recreate it"
         ) from None
     if facts["missing_keys"]:
-        raise UserError(f"{path}: its files lack {sorted(facts['missing_keys'])[0]}; get the whole model")
+        raise UserError(f"{path}: its files are missing {sorted(facts['missing_keys'])[0]}; download the whole model")
     model.to(choose_device(device))
     model.eval()
     return cast(PrunedModel, model)

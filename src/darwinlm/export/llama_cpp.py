@@ -1,8 +1,7 @@
-"""llama.cpp as a judge of a GGUF file: logits and token ids, by the C API inside the wheel `xllamacpp`.
+"""Verification and timing of GGUF files in llama.cpp: logits and token ids, by the C API of the wheel `xllamacpp`.
 
-The engine runs in a process of its own (`python -m darwinlm.export.llama_cpp`): it answers a file that it cannot
-run by ending the process. The KV cache is float32 and flash attention is off, so that a float32 file is computed in
-float32 throughout.
+The engine runs in a separate process (`python -m darwinlm.export.llama_cpp`), because it aborts on files that it cannot
+run. The KV cache is float32 and flash attention is off, so that a float32 file is computed in float32 throughout.
 """
 
 import ctypes
@@ -27,11 +26,11 @@ from darwinlm.errors import EngineError
 PACKAGE = "xllamacpp"
 _FLOAT32 = 0
 _TEXT_ROOM = 64
-"""More tokens than a text has bytes: beginning and end of text, and a little room."""
+"""Additional tokens beyond the bytes of a text: beginning and end of text, and some margin."""
 
 
 class _ModelParameters(ctypes.Structure):
-    """The beginning of `llama_model_params`; the library reads as much of it as it knows."""
+    """Beginning of `llama_model_params`; the library reads as much of it as it needs."""
 
     _fields_ = (
         ("devices", ctypes.c_void_p),
@@ -42,7 +41,7 @@ class _ModelParameters(ctypes.Structure):
 
 
 class _ContextParameters(ctypes.Structure):
-    """The beginning of `llama_context_params`, as in llama.cpp since 2026."""
+    """Beginning of `llama_context_params`, as in llama.cpp since 2026."""
 
     _fields_ = (
         *((name, ctypes.c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
@@ -70,7 +69,7 @@ class _Batch(ctypes.Structure):
 
 _DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "flash_attn_type": -1}
 _DEFAULTS |= {"type_k": 1, "type_v": 1, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1}
-"""What `llama_context_default_params` gives: where it gives something else, the structure is another one."""
+"""Values of `llama_context_default_params`; different values mean that the structure has changed."""
 
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
@@ -100,16 +99,16 @@ _LOG_ERROR = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What llama.cpp makes of a file."""
+    """Output of llama.cpp for a file."""
 
     logits_TV: np.ndarray
-    """Float32, by position and vocabulary entry."""
+    """Float32 logits, by position and vocabulary entry."""
     token_ids: list[list[int]]
-    """Of each text."""
+    """Token ids of each text."""
 
 
 def engine_version() -> str | None:
-    """The name and version of the engine, or None where none is installed."""
+    """Return the name and version of the engine, or None if it is not installed."""
     try:
         return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
@@ -117,10 +116,10 @@ def engine_version() -> str | None:
 
 
 def ask(file: Path, tokens: Sequence[int], texts: Sequence[str] = ()) -> Answer:
-    """Run `file` in llama.cpp on `tokens`, and let it tokenise `texts` (special tokens added and read).
+    """Run `file` in llama.cpp on `tokens`, and tokenize `texts` (special tokens added and parsed).
 
     Raises:
-        EngineError: if llama.cpp refuses the file or dies of it, or the engine is none that we can talk to.
+        EngineError: if llama.cpp rejects the file or crashes, or the engine's API is not supported.
     """
     with tempfile.TemporaryDirectory() as scratch:
         logits_file = Path(scratch) / "logits.npy"
@@ -133,15 +132,15 @@ def ask(file: Path, tokens: Sequence[int], texts: Sequence[str] = ()) -> Answer:
 def time_requests(
     files: Mapping[str, Path], requests: Sequence[tuple[int, int]], repeats: int
 ) -> list[dict[str, tuple[float, float]]]:
-    """Median seconds for prompt and new tokens of each request, by file; all files in turns, after one untimed pass.
+    """Return median seconds for prompt and new tokens of each request, by file; files alternate, after an untimed pass.
 
     Args:
-        files: by name.
-        requests: of each its prompt tokens and its new tokens.
-        repeats: timed passes.
+        files: files by name.
+        requests: prompt tokens and new tokens of each request.
+        repeats: number of timed passes.
 
     Raises:
-        EngineError: as `ask` does.
+        EngineError: see `ask`.
     """
     paths = {name: str(file) for name, file in files.items()}
     times = _in_a_process({"files": paths, "requests": list(requests), "repeats": repeats})
@@ -149,7 +148,7 @@ def time_requests(
 
 
 def _in_a_process(question: Mapping[str, Any]) -> Any:
-    """What `_answer` prints. Raises EngineError."""
+    """Run `_answer` in a separate process and return its output. Raises EngineError."""
     done = subprocess.run(
         [sys.executable, "-m", __name__],
         input=json.dumps(question).encode(),
@@ -164,7 +163,7 @@ def _in_a_process(question: Mapping[str, Any]) -> Any:
 
 
 class Engine:
-    """A GGUF file in llama.cpp, in this process.
+    """A GGUF file loaded in llama.cpp, in this process.
 
     Raises:
         EngineError: if it cannot be loaded.
@@ -188,7 +187,7 @@ class Engine:
         self._library.llama_model_free(self._model)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Float32 logits by position and vocabulary entry, computed in one batch. Raises EngineError."""
+        """Return float32 logits by position and vocabulary entry, computed in one batch. Raises EngineError."""
         context = self._context(len(tokens), exact=True)
         try:
             logits_TV: np.ndarray = self._decode(context, tokens, 0, outputs=len(tokens)).copy()
@@ -197,9 +196,8 @@ class Engine:
             self._library.llama_free(context)
 
     def request_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-        """Seconds for a prompt, and for the new tokens one by one (greedy), as llama.cpp runs by itself: the cache in
-        float16, flash attention where it knows it. Raises EngineError.
-        """
+        """Return the seconds for a prompt, and for the new tokens one by one (greedy), with llama.cpp's defaults: a
+        float16 cache, and flash attention where supported. Raises EngineError."""
         context = self._context(prompt_tokens + new_tokens, exact=False)
         try:
             size = self._library.llama_vocab_n_tokens(self._vocabulary)
@@ -213,10 +211,10 @@ class Engine:
             self._library.llama_free(context)
 
     def _context(self, positions: int, *, exact: bool) -> Any:
-        """Room for `positions` tokens; `exact`: a float32 cache, no flash attention, all in one batch."""
+        """Create a context for `positions` tokens; `exact`: a float32 cache, no flash attention, all in one batch."""
         parameters = self._library.llama_context_default_params()
         if any(getattr(parameters, name) != value for name, value in _DEFAULTS.items()):
-            raise EngineError(f"{engine_version()} has another programming interface than the one known here")
+            raise EngineError(f"the API of {engine_version()} is not supported")
         parameters.n_ctx = parameters.n_batch = positions
         if exact:
             parameters.n_ubatch = positions
@@ -225,11 +223,11 @@ class Engine:
         parameters.n_threads = parameters.n_threads_batch = threads()
         context = self._library.llama_init_from_model(self._model, parameters)
         if not context:
-            raise EngineError(self._errors[0] if self._errors else "no context can be made")
+            raise EngineError(self._errors[0] if self._errors else "no context can be created")
         return context
 
     def _decode(self, context: Any, tokens: Sequence[int], first: int, *, outputs: int) -> np.ndarray:
-        """Run `tokens` from position `first` on; logits of the last `outputs` of them, in the engine's own memory."""
+        """Run `tokens` from position `first` on; returns logits of the last `outputs`, in the engine's memory."""
         library, count = self._library, len(tokens)
         batch = library.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
@@ -239,13 +237,13 @@ class Engine:
         failed = library.llama_decode(context, batch)
         library.llama_batch_free(batch)
         if failed:
-            raise EngineError(self._errors[-1] if self._errors else f"llama_decode gives {failed}")
+            raise EngineError(self._errors[-1] if self._errors else f"llama_decode returned {failed}")
         size = library.llama_vocab_n_tokens(self._vocabulary)
         logits_TV: np.ndarray = np.ctypeslib.as_array(library.llama_get_logits(context), (outputs, size))
         return logits_TV
 
     def token_ids(self, text: str) -> list[int]:
-        """The ids of `text`, special tokens added and read. Raises EngineError."""
+        """Return the ids of `text`, special tokens added and parsed. Raises EngineError."""
         data = text.encode()
         room = len(data) + _TEXT_ROOM
         ids = (ctypes.c_int32 * room)()
@@ -260,9 +258,9 @@ class Engine:
 
 
 def threads() -> int:
-    """How many llama.cpp may use: `OMP_NUM_THREADS`, or all cores."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdecimal() and int(told) else os.cpu_count() or 1
+    """Return the number of threads for llama.cpp: `OMP_NUM_THREADS`, or all cores."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdecimal() and int(value) else os.cpu_count() or 1
 
 
 def _library() -> Any:
@@ -279,14 +277,14 @@ def _library() -> Any:
         library.llama_log_set.restype = None
         library.llama_log_set.argtypes = (_LOG, ctypes.c_void_p)
     except AttributeError:
-        raise EngineError(f"{engine_version()} has another programming interface than the one known here") from None
+        raise EngineError(f"the API of {engine_version()} is not supported") from None
     return library
 
 
 def _open(file: Path) -> Any:
     try:
         return ctypes.CDLL(str(file))
-    except OSError as error:  # a slim system without OpenMP's library; PyTorch brings one
+    except OSError as error:  # Minimal systems have no OpenMP library; PyTorch includes one.
         torch = importlib.util.find_spec("torch")
         openmp = Path(torch.origin).parent / "lib" / "libgomp.so.1" if torch and torch.origin else None
         if openmp is None or not openmp.exists():

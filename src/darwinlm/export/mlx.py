@@ -1,4 +1,4 @@
-"""A folder for mlx-lm: the same tensors, and the one file of code that mlx-lm runs in place of a model of its own."""
+"""Folders for mlx-lm: the same tensors, and a code file that mlx-lm runs instead of one of its own models."""
 
 import importlib.metadata
 import importlib.util
@@ -24,26 +24,29 @@ PACKAGE = "mlx-lm"
 _MODULE = "darwinlm_mlx.py"
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _LONGEST = 1e30
-"""The period of what rope does not turn: in float32 any position over it is as good as 0."""
+"""Period of pairs that are not rotated: in float32 any position divided by it is 0."""
 
 
 def check_mlx(config: PrunedConfig) -> None:
-    """Refuse a model that the file of code cannot run. Raises UserError."""
-    form = read_form(config, "the export to MLX")
+    """Reject a model that the code file cannot run. Raises UserError."""
+    form = read_form(config, "export to MLX")
     check_equal_groups(config, "MLX")
     for layer in range(config.num_hidden_layers):
         rope = read_rope(config, layer)
         kind = rope.settings["rope_type"] if rope else "default"
         if kind not in STATIC_ROPE:
-            raise UserError(f"the export to MLX knows rope of kind {', '.join(STATIC_ROPE)}; the model's is {kind}")
+            raise UserError(f"export to MLX supports the rope types {', '.join(STATIC_ROPE)}; the model uses {kind}")
         if rope and rope.scaling != 1 and 0 in rope.turns:
-            raise UserError(f"the export to MLX cannot scale rope that turns only a part of each head (kind {kind})")
+            raise UserError(
+                "export to MLX does not support scaling of rope that rotates only a part of each head (rope type "
+                f"{kind})"
+            )
     if form.activation not in _ACTIVATIONS:
-        raise UserError(f"the export to MLX computes {' or '.join(_ACTIVATIONS)}, the model {form.activation}")
+        raise UserError(f"export to MLX supports {' and '.join(_ACTIVATIONS)}; the model uses {form.activation}")
 
 
 def write_mlx(model: PrunedModel, source: Path, folder: Path) -> None:
-    """Write `model`, loaded from `source`, to `folder`, with everything else that is in `source` but code."""
+    """Write `model`, loaded from `source`, to `folder`, with all other files of `source` except code."""
     copy_rest(source, folder, ("config.json",))
     pruned, weights = cast(PrunedConfig, model.config), model.state_dict()
     if pruned.tie_word_embeddings:
@@ -51,18 +54,18 @@ def write_mlx(model: PrunedModel, source: Path, folder: Path) -> None:
     state = {name: tensor for name, tensor in weights.items() if not name.startswith(LAYERS)}
     for layer in range(pruned.num_hidden_layers):
         found = layer_tensors(pruned, weights, layer)
-        # Rows of a larger tensor as a tensor of their own: the whole of it would be written.
+        # Cloned, because views would be written with the whole underlying tensor.
         state |= {f"{LAYERS}{layer}.{name}": tensor.clone() for name, tensor in found.items()}
     save_torch_state_dict(state, folder, max_shard_size=SHARD)
     shutil.copyfile(Path(__file__).with_name(_MODULE), folder / _MODULE)
 
-    # There is one code for it, which reads all settings in one place.
+    # A single code file reads all settings in one place.
     config = whole_settings(json.loads(pruned.to_json_string()))
     del config["layer_parts"]
     layers = range(pruned.num_hidden_layers)
     windows, ropes = [window_of(pruned, layer) for layer in layers], [read_rope(pruned, layer) for layer in layers]
     kinds = list(dict.fromkeys(rope for rope in map(_periods, ropes) if rope))
-    config |= asdict(read_form(pruned, "the export to MLX"))
+    config |= asdict(read_form(pruned, "export to MLX"))
     config |= {"layer_types": ["sliding_attention" if window else "full_attention" for window in windows]}
     config |= {"model_file": _MODULE, "ropes": [{"periods": periods, "scaling": scaling} for periods, scaling in kinds]}
     config |= {"layer_ropes": [kinds.index(periods) if (periods := _periods(rope)) else None for rope in ropes]}
@@ -71,15 +74,15 @@ def write_mlx(model: PrunedModel, source: Path, folder: Path) -> None:
 
 
 def _periods(rope: Rope | None) -> tuple[tuple[float, ...], float] | None:
-    """Positions to a turn of 1 for each pair of rows, which MLX asks for, and the scaling: of every kind of rope the
-    same numbers that transformers computes with."""
+    """Return the position period of each pair of rows, as MLX needs it, and the scaling: for every rope type the same
+    numbers as in transformers."""
     if rope is None:
         return None
     return tuple(1 / turn if turn else _LONGEST for turn in rope.turns), rope.scaling
 
 
 def engine_version() -> str | None:
-    """The name and version of mlx-lm, or None where it is not installed."""
+    """Return the name and version of mlx-lm, or None if it is not installed."""
     try:
         return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
@@ -87,9 +90,9 @@ def engine_version() -> str | None:
 
 
 def mlx_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
-    """What mlx-lm makes of `folder` in float32 on the CPU: logits by position and vocabulary entry.
+    """Compute the logits of `folder` in mlx-lm, in float32 on the CPU, by position and vocabulary entry.
 
-    The first half of the tokens is read at once, and the rest one by one out of the caches.
+    The first half of the tokens is processed at once, and the rest one by one with the caches.
     """
     mx: Any = importlib.import_module("mlx.core")
     load: Any = importlib.import_module("mlx_lm.utils").load_model

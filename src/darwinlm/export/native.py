@@ -1,4 +1,4 @@
-"""A folder of transformers' own model, without any code in it: for models whose layers are all of one size."""
+"""Folders of transformers' own models, without code: for models whose layers all have the same size."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -28,17 +28,17 @@ _OF_MISTRAL = (
     *("initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings", "rope_parameters"),
     *("attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
-"""What Llama and Mistral have in common."""
+"""Settings that Llama and Mistral have in common."""
 
 
 def native_config(config: PrunedConfig) -> Any:
-    """The config of the same model in transformers' own words.
+    """Return the config of the same model for transformers' own classes.
 
-    Layers without any part are left out. A Llama whose heads no longer divide its hidden size becomes a Mistral, which
-    is the same function: transformers' Llama refuses such sizes.
+    Layers without any part are omitted. A Llama whose heads no longer divide its hidden size becomes a Mistral, which
+    computes the same function: transformers' Llama rejects such sizes.
 
     Raises:
-        UserError: if the layers differ in size, or no model of transformers has such sizes.
+        UserError: if the layers differ in size, or no model of transformers supports these sizes.
     """
     check_equal_groups(config, "transformers' own models")
     kept = kept_layers(config)
@@ -49,8 +49,9 @@ def native_config(config: PrunedConfig) -> Any:
         biases = read_form(config, "transformers' Llama").biases
         if biases:
             raise UserError(
-                f"{heads} heads do not divide the hidden size {config.hidden_size}, which transformers' Llama "
-                f"asks for, and its Mistral, which does not, has no biases ({biases[0]}); use --to gguf or vllm"
+                f"{heads} heads do not divide the hidden size {config.hidden_size}, as transformers' Llama "
+                f"requires, and its Mistral, which does not require it, has no biases ({biases[0]}); use --to "
+                "gguf or vllm"
             )
         kind = "mistral"
         settings = {name: value for name, value in settings.items() if name in _OF_MISTRAL} | {"sliding_window": None}
@@ -58,17 +59,17 @@ def native_config(config: PrunedConfig) -> Any:
     left_out = ("model_type", "layer_parts", "architectures", "auto_map", "_name_or_path", "transformers_version")
     try:
         return AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if name not in left_out})
-    except Exception as error:  # transformers' own checks of a config are of many kinds
+    except Exception as error:  # Transformers' config validation raises many kinds of errors.
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"transformers' {kind} refuses these sizes ({reason}); use --to vllm") from None
+        raise UserError(f"transformers' {kind} rejects these sizes ({reason}); use --to vllm") from None
 
 
 def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) -> None:
-    """Write `model`, loaded from `source`, with the config `native` to `folder`, with everything else in `source`."""
+    """Write `model`, loaded from `source`, with the config `native` to `folder`, with all other files of `source`."""
     config = cast(PrunedConfig, model.config)
     tensors: dict[str, Tensor] = model.state_dict()
     for number, index in enumerate(kept_layers(config)):
-        # In rising order: a layer only ever moves to a place that is free.
+        # In ascending order, so that a layer only moves to a free place.
         old, new = f"{LAYERS}{index}.", f"{LAYERS}{number}."
         for name in [name for name in tensors if name.startswith(old)]:
             tensors[new + name.removeprefix(old)] = tensors.pop(name)
@@ -79,7 +80,9 @@ def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) ->
         whole.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-200:]
-        raise UserError(f"transformers' {native.model_type} has no layers of these sizes ({reason})") from None
+        raise UserError(
+            f"transformers' {native.model_type} does not support layers of these sizes ({reason})"
+        ) from None
     whole.tie_weights()
     whole.save_pretrained(folder, max_shard_size=SHARD)
     copy_rest(source, folder, ("config.json", "README.md"))
@@ -89,8 +92,8 @@ def write_native(model: PrunedModel, native: Any, source: Path, folder: Path) ->
 
 
 def _common_sizes(config: PrunedConfig, kept: list[int]) -> dict[str, int]:
-    """The settings of the one size that all layers have, those with experts and those without, and of attention those
-    that have any. Raises UserError that names two layers which differ."""
+    """Return the size settings shared by all layers: by those with and without experts, and by all that have attention.
+    Raises UserError that names two layers which differ."""
     shapes = layer_shapes(config)
     attending = next((index for index in kept if has_attention(config, index)), kept[0])
     first = shapes[attending]
@@ -105,9 +108,9 @@ def _common_sizes(config: PrunedConfig, kept: list[int]) -> dict[str, int]:
         if not same_mlp or not (same_heads or linear) or not (shape.heads and shape.width):
             others = "" if family_of(config).experts else "use --to gguf or vllm, or "
             raise UserError(
-                f"the layers differ in size, or lack a part ({_words(attending, first)}; "
-                f"{_words(index, shape)}), which transformers' own models cannot have; {others}"
-                "prune with --set search.uniform=true"
+                f"the layers differ in size, or a part is missing ({_words(attending, first)}; "
+                f"{_words(index, shape)}), which transformers' own models do not support; {others}prune with "
+                "--set search.uniform=true"
             )
         if shape.experts:
             found |= {expert_setting(config): shape.experts, expert_width_setting(config): shape.width}

@@ -1,4 +1,4 @@
-"""An ONNX file of the prefill: token ids in, logits out, batch and length free, without a KV cache."""
+"""ONNX files of the prefill: token ids in, logits out, with free batch size and length, without a KV cache."""
 
 import importlib.metadata
 import importlib.util
@@ -19,11 +19,11 @@ FILE = "model.onnx"
 ENGINE = "onnxruntime"
 _WRITERS = ("onnx", "onnxscript")
 _LENGTH = 6
-"""Of the example that the graph is traced with."""
+"""Length of the example for tracing the graph."""
 
 
 class _Prefill(nn.Module):
-    """Token ids to logits, and nothing else."""
+    """Module that maps token ids to logits."""
 
     def __init__(self, model: PrunedModel) -> None:
         super().__init__()
@@ -35,18 +35,18 @@ class _Prefill(nn.Module):
 
 
 def check_writer() -> None:
-    """Raises UserError where what writes ONNX is not installed."""
+    """Raise UserError if packages for writing ONNX are not installed."""
     missing = [name for name in _WRITERS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"the export to ONNX needs {' and '.join(missing)}; run: pip install onnxscript onnxruntime")
+        raise UserError(f"export to ONNX needs {' and '.join(missing)}; run: pip install onnxscript onnxruntime")
 
 
 def write_onnx(model: PrunedModel, folder: Path) -> None:
-    """Write `model`, float32, to `FILE` in `folder`; its weights lie beside it in `model.onnx.data`."""
+    """Write `model`, float32, to `FILE` in `folder`; its weights are in `model.onnx.data` next to it."""
     example_BT = torch.arange(2 * _LENGTH).view(2, _LENGTH) % model.config.vocab_size
     free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
     with warnings.catch_warnings(), torch.no_grad():
-        # About the exporter's own use of PyTorch.
+        # Warnings about the exporter's own use of PyTorch.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
@@ -62,15 +62,16 @@ def write_onnx(model: PrunedModel, folder: Path) -> None:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            # Its message is pages; what went wrong stands first, or in its cause.
+            # The message is pages long; the cause is at its beginning, or in `__cause__`.
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(
-                f"torch {torch.__version__} cannot write this model as ONNX ({reason}); install another version of it"
+                f"torch {torch.__version__} cannot export this model to ONNX ({reason}); install another "
+                "version of torch"
             ) from None
 
 
 def engine_version() -> str | None:
-    """The name and version of onnxruntime, or None where it is not installed."""
+    """Return the name and version of onnxruntime, or None if it is not installed."""
     try:
         return f"{ENGINE} {importlib.metadata.version(ENGINE)}"
     except importlib.metadata.PackageNotFoundError:
@@ -78,9 +79,9 @@ def engine_version() -> str | None:
 
 
 def onnx_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
-    """What onnxruntime makes of the file in `folder` on the CPU: logits by position and vocabulary entry.
+    """Compute the logits of the file in `folder` in onnxruntime on the CPU, by position and vocabulary entry.
 
-    The tokens are the second row of a batch, beside themselves in reverse.
+    The tokens are the second row of a batch, with their reverse as the first.
     """
     runtime: Any = importlib.import_module(ENGINE)
     session = runtime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""How an exported model is proved: its logits beside the pruned model's, on a text that is hard to tokenise."""
+"""Verification of exported models: comparison of logits with the pruned model, on a text that is hard to tokenize."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,33 +16,33 @@ LATIN = (
     "def f(x: int) -> dict:\n\treturn {'a': [1, 22, 333, 4444], \"b\": x**2 % 7}  # 100%\r\n\n\n"
     "   leading    spaces, a\u00a0hard one, and trailing   \n \n"
 )
-"""English, code, digits, runs of spaces: no tokenizer may take these differently."""
+"""English, code, digits, runs of spaces: all tokenizers must agree on these."""
 
 TEXT = LATIN + (
     "Привет, мир! 你好、世界。 こんにちは 안녕하세요 مرحبا بالعالم नमस्ते दुनिया שלום ไทย ½ ² Ⅷ ٣٤٥ CamelCaseHTTPServer2\n"
     "👩\u200d👩\u200d👧\u200d👦 🇩🇪 👍🏽 ✨ <b>&amp;</b> https://example.org/a?b=c&d=%20 ----====#### x\u0302 \u200b…  "
 )
-"""Emoji, code, runs of spaces, other scripts, digits; composed (NFC), since llama.cpp does not normalise."""
+"""Emoji, code, runs of spaces, other scripts, digits; composed (NFC), since llama.cpp does not normalize."""
 
 _MOST_TOKENS = 256
 
 
 class ProofError(UserError):
-    """An engine does something else with what was written than the pruned model does."""
+    """The output of an engine differs from that of the pruned model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What a comparison came to."""
+    """Result of a comparison."""
 
     engine: str
-    """What computed the exported model, with its version."""
+    """Engine that ran the exported model, with its version."""
     positions: int
-    """That were compared, each over the whole vocabulary."""
+    """Number of compared positions, each over the whole vocabulary."""
     difference: float
-    """The largest between two logits, over the largest logit."""
+    """Largest difference between two logits, relative to the largest logit."""
     agreeing: int
-    """Positions with the same most likely token."""
+    """Number of positions with the same most likely token."""
 
     def __str__(self) -> str:
         return (
@@ -52,7 +52,7 @@ class Proof:
 
 
 def compare(expected_TV: np.ndarray, found_TV: np.ndarray, engine: str) -> Proof:
-    """Two models' logits by position and vocabulary entry."""
+    """Compare two models' logits, by position and vocabulary entry."""
     return Proof(
         engine=engine,
         positions=len(expected_TV),
@@ -62,21 +62,21 @@ def compare(expected_TV: np.ndarray, found_TV: np.ndarray, engine: str) -> Proof
 
 
 def check(proof: Proof, most: float, what: str) -> Proof:
-    """`proof`, if the difference is at most `most`. Raises ProofError."""
+    """Return `proof` if the difference is at most `most`. Raises ProofError."""
     if not proof.difference <= most:
-        raise ProofError(f"{what} gives other logits than the pruned model, and was not kept: {proof}")
+        raise ProofError(f"{what}: logits differ from the pruned model; export discarded: {proof}")
     return proof
 
 
 def proof_tokens(tokenizer: Any, longest: int) -> list[int]:
-    """The ids of `TEXT`, at most `longest`, and no more than a comparison needs."""
+    """Return the ids of `TEXT`, at most `longest`, and no more than a comparison needs."""
     ids: list[int] = tokenizer(TEXT).input_ids
     return ids[: min(_MOST_TOKENS, longest)]
 
 
 @torch.no_grad()
 def logits_of(model: Callable[[Tensor], Any] | PrunedModel, tokens: Sequence[int]) -> np.ndarray:
-    """Of a model of transformers, by position and vocabulary entry, float32."""
+    """Return the logits of a transformers model, by position and vocabulary entry, float32."""
     logits_TV: Tensor = model(torch.tensor([list(tokens)])).logits[0]
     found: np.ndarray = logits_TV.float().numpy()
     return found

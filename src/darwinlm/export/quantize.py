@@ -1,7 +1,7 @@
-"""K-quants of a GGUF file, made by llama.cpp itself: by its program `llama-quantize`, or by llama-cpp-python's library.
+"""K-quants of GGUF files by llama.cpp: with its program `llama-quantize`, or the library of llama-cpp-python.
 
-The library runs in a process of its own (`python -m darwinlm.export.quantize SOURCE FILE KIND`): llama.cpp ends the
-process over what it cannot do.
+The library runs in a separate process (`python -m darwinlm.export.quantize SOURCE FILE KIND`), because llama.cpp aborts
+on errors.
 """
 
 import importlib.metadata
@@ -16,13 +16,14 @@ from darwinlm.errors import UserError
 from darwinlm.export.llama_cpp import threads
 
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
-"""llama.cpp's number (`llama_ftype`) of each mixture; rows that are no multiple of 256 it stores in other types."""
+"""llama.cpp's number (`llama_ftype`) of each mixture; rows that are not multiples of 256 are stored in other types."""
 PROGRAM = "llama-quantize"
 _LIBRARY = "llama-cpp-python"
 
 
 def quantizer() -> tuple[str, list[str]]:
-    """What makes K-quants here: its name, and the command without its arguments. Raises UserError if nothing does."""
+    """Return the name of the quantizer on this system, and its command without arguments. Raises UserError if there is
+    none."""
     program = shutil.which(PROGRAM)
     if program is not None:
         return PROGRAM, [program]
@@ -30,14 +31,14 @@ def quantizer() -> tuple[str, list[str]]:
         version = importlib.metadata.version(_LIBRARY)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"K-quants are made by llama.cpp, and neither its program {PROGRAM} is on the PATH nor is {_LIBRARY} "
+            f"K-quants need llama.cpp, but its program {PROGRAM} is not on the PATH and {_LIBRARY} is not "
             f"installed; install llama.cpp, or run: pip install {_LIBRARY}"
         ) from None
     return f"{_LIBRARY} {version}", [sys.executable, "-m", __name__]
 
 
 def quantize(source: Path, file: Path, kind: str) -> None:
-    """Write `source`, a GGUF file of f32, f16 or bf16, to `file` as `kind`, one of `K_QUANTS`. Raises UserError."""
+    """Quantize `source`, a GGUF file of f32, f16 or bf16, to `file` as `kind`, one of `K_QUANTS`. Raises UserError."""
     name, command = quantizer()
     done = subprocess.run(
         [*command, str(source), str(file), kind.upper(), str(threads())],
@@ -47,14 +48,14 @@ def quantize(source: Path, file: Path, kind: str) -> None:
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},
     )
     if done.returncode or not file.exists():
-        told = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
-        faults = [line for line in told if "failed" in line or "error" in line] or told[-1:]
+        output = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
+        faults = [line for line in output if "failed" in line or "error" in line] or output[-1:]
         reason = " ".join(faults[0].split()) if faults else f"exit code {done.returncode}"
-        raise UserError(f"{name} did not make {kind}: {reason}")
+        raise UserError(f"{name} failed to write {kind}: {reason}")
 
 
 def _by_library(arguments: Sequence[str]) -> int:
-    """What `llama-quantize` does, with its arguments."""
+    """Do the same as `llama-quantize`, with its arguments."""
     import ctypes
 
     import llama_cpp

@@ -1,4 +1,4 @@
-"""The sizes of a pruned model's layers, as the exports see them."""
+"""Sizes of a pruned model's layers, as needed by exports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from darwinlm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
-    """What a layer holds; 0 where it lacks the part."""
+    """Sizes of a layer; 0 if it does not have the part."""
 
     heads: int
     kv_heads: int
     width: int
     """Channels of the MLP, or of each of its experts."""
     experts: int = 0
-    """0 where the MLP is no mixture."""
+    """Number of experts; 0 if the MLP is not a mixture."""
 
 
 def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
-    """Of every layer, in order."""
+    """Return the sizes of every layer, in order."""
     shapes = []
     for index in range(config.num_hidden_layers):
         layer, skipped, experts = config.layer(index), config.skipped(index), experts_in(config, index)
@@ -39,30 +39,31 @@ def layer_shapes(config: PrunedConfig) -> list[LayerShape]:
 
 
 def kept_layers(config: PrunedConfig) -> list[int]:
-    """The layers that do anything, and at least one: engines want that."""
+    """Return the layers with any part, and at least one layer, as engines require."""
     return [index for index, shape in enumerate(layer_shapes(config)) if shape.heads or shape.width] or [0]
 
 
 def check_no_experts(config: PrunedConfig, engine: str) -> None:
-    """Refuse a mixture of experts. Raises UserError."""
+    """Reject a mixture of experts. Raises UserError."""
     if family_of(config).experts:
         raise UserError(
-            f"{engine} cannot run a {config.model_type} model whose layers differ in size: it takes one number of "
-            "experts for all; prune with --set search.uniform=true and export --to hf-native, which vLLM loads"
+            f"{engine} cannot run a {config.model_type} model whose layers differ in size: it supports only one "
+            "number of experts for all layers; prune with --set search.uniform=true and export --to hf-native, "
+            "which vLLM loads"
         )
 
 
 def check_no_linear_attention(config: PrunedConfig, engine: str) -> None:
-    """Refuse a hybrid model. Raises UserError."""
+    """Reject a hybrid model. Raises UserError."""
     if is_hybrid(config):
         raise UserError(
-            f"{engine} cannot run a {config.model_type} model: what is written of linear attention takes texts of one "
-            "length alone; export --to vllm"
+            f"{engine} cannot run a {config.model_type} model: exported linear attention only supports texts of "
+            "one length; export --to vllm"
         )
 
 
 def check_equal_groups(config: PrunedConfig, engine: str) -> None:
-    """Refuse a model in which the KV heads of a layer serve unequal numbers of query heads. Raises UserError."""
+    """Reject a model in which the KV heads of a layer serve unequal numbers of query heads. Raises UserError."""
     uneven = [
         (index, counts)
         for index in range(config.num_hidden_layers)
@@ -72,8 +73,8 @@ def check_equal_groups(config: PrunedConfig, engine: str) -> None:
     if uneven:
         index, counts = uneven[0]
         raise UserError(
-            f"layer {index} has KV heads that serve {_words(counts)} query heads, and {engine} can only run equal "
-            "numbers; prune with --set database.granularity=kv_group"
+            f"layer {index} has KV heads that serve {_words(counts)} query heads, but {engine} only supports "
+            "equal numbers; prune with --set database.granularity=kv_group"
         )
 
 

@@ -1,4 +1,5 @@
-"""`darwinlm export`: a pruned model in the form that an engine wants, proved before it takes its place."""
+"""`darwinlm export`: export a pruned model to the format of an engine, and verify it before it replaces earlier
+exports."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -31,33 +32,33 @@ from darwinlm.run_directory import RunDirectory, run_of
 
 _STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 DTYPES = (*FILE_TYPES, *K_QUANTS)
-"""In which a GGUF file can hold weight matrices."""
+"""Types of weight matrices in a GGUF file."""
 _MOST_DIFFERENCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, **dict.fromkeys(K_QUANTS, 0.5)}
-"""Over the largest logit. Only float32 is computed without rounding, which a model pruned hard minds; a wrong file is
-off by half and more."""
+"""Maximum difference relative to the largest logit. Only float32 has no rounding, to which strongly pruned models are
+sensitive; a wrong file differs by half and more."""
 _MAGIC = b"GGUF"
 _FACTS = "export.json"
-"""In a folder that was exported: what it is and how it was proved."""
+"""File in an exported folder with its target and verification."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export left."""
+    """Result of an export."""
 
     path: Path
     proof: Proof | None
     notes: tuple[str, ...] = ()
-    """What the user should know: what was not proved, what the engine cannot do."""
+    """Notes for the user: what was not verified, what the engine does not support."""
 
     def lines(self) -> list[str]:
-        """All of it, in words."""
-        proved = [f"proved: {self.proof}"] if self.proof else []
+        """Return all of it as text lines."""
+        proved = [f"verified: {self.proof}"] if self.proof else []
         return [*proved, *self.notes, f"exported: {self.path}"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """Of one engine alone."""
+    """Options of single engines."""
 
     dtype: str | None
     tensor_parallel: int
@@ -66,36 +67,36 @@ class _Options:
 def export_model(
     source: Path, target: str, out: Path | None = None, dtype: str | None = None, tensor_parallel: int = 1
 ) -> Exported:
-    """Write the pruned model in `source` for another engine.
+    """Export the pruned model in `source` for another engine.
 
     Args:
-        source: a run directory, or the folder of a pruned model.
-        target: one of `TARGETS`; or `hf`, which writes the folder again with the modelling file of this version.
-        out: where to; by default beside the model's folder, and for `hf` in its place.
-        dtype: of a GGUF file's weight matrices (`DTYPES`); by default the model's.
-        tensor_parallel: the number of devices that vLLM is to share out each layer to.
+        source: run directory, or the folder of a pruned model.
+        target: one of `TARGETS`; or `hf`, which writes the folder again with this version's modelling file.
+        out: output path; by default next to the model's folder, and for `hf` the folder itself.
+        dtype: type of a GGUF file's weight matrices (`DTYPES`); by default the model's dtype.
+        tensor_parallel: tensor-parallel size in vLLM.
 
     Raises:
-        UserError: if there is no pruned model, the engine cannot run it, or what was written gives other logits.
+        UserError: if there is no pruned model, the engine cannot run it, or the logits of the export differ.
     """
     if target not in (*TARGETS, "hf"):
-        raise UserError(f"--to {target}: there is no such target; known are {', '.join(TARGETS)}, hf")
+        raise UserError(f"--to {target}: unknown target; choose one of {', '.join(TARGETS)}, hf")
     if dtype is not None and target != "gguf":
-        raise UserError(f"--dtype is for --to gguf; {target} keeps the model's")
+        raise UserError(f"--dtype only applies to --to gguf; {target} keeps the model's dtype")
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {dtype}: unknown type; choose one of {', '.join(DTYPES)}")
     if tensor_parallel > 1 and target != "vllm":
-        raise UserError("--tensor-parallel is for --to vllm")
+        raise UserError("--tensor-parallel only applies to --to vllm")
     if target == "hf":
         return _renew(source, out)
     return TARGETS[target](find_model(source), out, _Options(dtype=dtype, tensor_parallel=tensor_parallel))
 
 
 def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
-    """Refuse, before anything is done, engines that cannot run what `dense` is pruned to. Raises UserError."""
+    """Reject engines that cannot run the pruned `dense`, before any work. Raises UserError."""
     if "onnx" in targets:
         onnx.check_writer()
-        check_no_linear_attention(dense.config, "the export to ONNX")
+        check_no_linear_attention(dense.config, "export to ONNX")
     for target in {"vllm", "onnx"} & set(targets):
         check_no_experts(dense.config, target)
     if "mlx" in targets:
@@ -107,7 +108,7 @@ def check_targets(targets: Sequence[str], dense: DenseModel) -> None:
 
 
 def sites_kept_for(targets: Sequence[str]) -> set[str]:
-    """The sites that no plan may remove whole, so that the engines need no stub in their place."""
+    """Return the sites that no plan may remove completely, so that the engines need no stubs."""
     return {"layers.0.attention"} if "gguf" in targets else set()
 
 
@@ -126,7 +127,7 @@ def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
         if dtype in K_QUANTS:
             whole = file.with_name(f"{file.name}.whole.draft")
             try:
-                # In the dtype that the weights are stored in: nothing is rounded twice.
+                # In the stored dtype of the weights, so that nothing is rounded twice.
                 write_gguf(model, vocabulary, whole, _STORED_AS[model.dtype], file.stem, architecture)
                 quantize(whole, draft, dtype)
             finally:
@@ -136,8 +137,8 @@ def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
         proof, notes = _prove_gguf(model, tokenizer, draft, dtype)
     if context_length(config) < config.max_position_embeddings:
         notes.append(
-            f"llama.cpp has no sliding windows here: the file is for {context_length(config):,} positions, the window, "
-            f"and not for all {config.max_position_embeddings:,}"
+            "llama.cpp has no sliding windows in this architecture: the file supports "
+            f"{context_length(config):,} positions (the window) instead of {config.max_position_embeddings:,}"
         )
     write_json(
         file.with_name(f"{file.name}.json"),
@@ -147,42 +148,42 @@ def _export_gguf(folder: Path, out: Path | None, options: _Options) -> Exported:
 
 
 def _prove_gguf(model: PrunedModel, tokenizer: Any, file: Path, dtype: str) -> tuple[Proof | None, list[str]]:
-    """The proof, and what else there is to say. Raises ProofError where llama.cpp does something else."""
+    """Return the verification and notes. Raises ProofError if the output of llama.cpp differs."""
     engine = llama_cpp.engine_version()
     if engine is None:
-        return None, [f"not proved: run pip install {llama_cpp.PACKAGE} and export again"]
+        return None, [f"not verified: run pip install {llama_cpp.PACKAGE} and export again"]
     tokens = proof_tokens(tokenizer, context_length(cast(PrunedConfig, model.config)))
     try:
         answer = llama_cpp.ask(file, tokens, [TEXT, LATIN])
     except EngineError as error:
-        raise ProofError(f"{engine} cannot run the file, which was not kept: {error}") from None
+        raise ProofError(f"{engine} cannot run the file; export discarded: {error}") from None
     notes = []
     for text, found in zip((LATIN, TEXT), reversed(answer.token_ids), strict=True):
         if found != tokenizer(text).input_ids:
-            told = f"{engine} makes other tokens of some text: {_first_difference(tokenizer, text, found)}"
+            message = f"{engine} tokenizes some text differently: {_first_difference(tokenizer, text, found)}"
             if text == LATIN:
-                raise ProofError(f"{told}; the file was not kept")
-            notes.append(told)
+                raise ProofError(f"{message}; export discarded")
+            notes.append(message)
     model.float()
     proof = compare(logits_of(model, tokens), answer.logits_TV, engine)
-    return check(proof, _MOST_DIFFERENCE[dtype], "the file"), notes
+    return check(proof, _MOST_DIFFERENCE[dtype], "file"), notes
 
 
 def _first_difference(tokenizer: Any, text: str, found: list[int]) -> str:
     expected = tokenizer(text).input_ids
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False)))
     pieces = [tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (found, expected)]
-    return f"after {tokenizer.decode(expected[:same])[-20:]!r} {pieces[0]} in place of {pieces[1]}"
+    return f"after {tokenizer.decode(expected[:same])[-20:]!r} {pieces[0]} instead of {pieces[1]}"
 
 
 def _check_file(file: Path) -> None:
-    """Refuse to write over what is not a GGUF file. Raises UserError."""
+    """Reject overwriting anything but a GGUF file. Raises UserError."""
     if file.is_dir():
-        raise UserError(f"--out {file} is a folder; name a file")
+        raise UserError(f"--out {file} is a folder; give a file name")
     if file.exists():
         with file.open("rb") as handle:
             if handle.read(len(_MAGIC)) != _MAGIC:
-                raise UserError(f"--out {file} is there already and is no GGUF file; name a new file")
+                raise UserError(f"--out {file} already exists and is not a GGUF file; give a new file name")
 
 
 def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
@@ -198,7 +199,7 @@ def _export_vllm(folder: Path, out: Path | None, options: _Options) -> Exported:
         proof = _prove_folder(load(folder, dtype=torch.float32), load(draft, dtype=torch.float32), folder)
         write_json(draft / _FACTS, {"target": "vllm", "tensor_parallel": devices, "proof": asdict(proof)})
     return Exported(
-        path=target, proof=proof, notes=("vLLM itself was not run: the folder was compared in transformers",)
+        path=target, proof=proof, notes=("not run in vLLM itself: the folder was compared in transformers",)
     )
 
 
@@ -224,15 +225,15 @@ def _export_mlx(folder: Path, out: Path | None, _: _Options) -> Exported:
         mlx.write_mlx(model, folder, draft)
         proof = _prove_elsewhere(model, folder, draft, mlx.engine_version(), mlx.mlx_logits)
         write_json(draft / _FACTS, {"target": "mlx", "proof": proof and asdict(proof)})
-    notes = () if proof else (f"not proved: run pip install {mlx.PACKAGE} 'mlx[cpu]' and export again",)
+    notes = () if proof else (f"not verified: run pip install {mlx.PACKAGE} 'mlx[cpu]' and export again",)
     return Exported(path=target, proof=proof, notes=notes)
 
 
 def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
     onnx.check_writer()
     config = load_config(str(folder))
-    check_no_experts(config, "the export to ONNX")
-    check_no_linear_attention(config, "the export to ONNX")
+    check_no_experts(config, "export to ONNX")
+    check_no_linear_attention(config, "export to ONNX")
     target = out or folder.with_name(f"{folder.name}-onnx")
     _check_folder(target)
     model = load(folder, dtype=torch.float32)
@@ -241,15 +242,17 @@ def _export_onnx(folder: Path, out: Path | None, _: _Options) -> Exported:
         load_tokenizer(folder).save_pretrained(draft)
         proof = _prove_elsewhere(model, folder, draft, onnx.engine_version(), onnx.onnx_logits)
         write_json(draft / _FACTS, {"target": "onnx", "proof": proof and asdict(proof)})
-    notes = () if proof else (f"not proved: run pip install {onnx.ENGINE} and export again",)
-    return Exported(path=target, proof=proof, notes=(*notes, "the file reads whole texts: it has no KV cache"))
+    notes = () if proof else (f"not verified: run pip install {onnx.ENGINE} and export again",)
+    return Exported(path=target, proof=proof, notes=(*notes, "the file has no KV cache: it processes whole texts"))
 
 
 def _renew(source: Path, out: Path | None) -> Exported:
     folder = find_model(source)
     target = out or folder
     if not (folder / f"{MODULE}.py").exists():
-        raise UserError(f"{folder} holds no {MODULE}.py to renew; name a run, or a folder that --to hf or vllm wrote")
+        raise UserError(
+            f"{folder} contains no {MODULE}.py to update; give a run, or a folder written by --to hf or vllm"
+        )
     run = run_of(folder) if target.resolve() == folder.resolve() else None
     if target.resolve() != folder.resolve():
         _check_folder(target)
@@ -273,7 +276,7 @@ def _prove_folder(model: PrunedModel, written: Any, folder: Path) -> Proof:
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
     engine = f"transformers {transformers.__version__}"
     proof = compare(logits_of(model, tokens), logits_of(written, tokens), engine)
-    return check(proof, _MOST_DIFFERENCE["f32"], "the folder")
+    return check(proof, _MOST_DIFFERENCE["f32"], "folder")
 
 
 def _prove_elsewhere(
@@ -283,26 +286,26 @@ def _prove_elsewhere(
     engine: str | None,
     logits: Callable[[Path, Sequence[int]], np.ndarray],
 ) -> Proof | None:
-    """Compare `model`, loaded from `folder`, with `draft` in an engine that computes in float32; None if it is missing.
+    """Compare `model`, loaded from `folder`, with `draft` in a float32 engine; None if the engine is not installed.
 
     Raises:
-        ProofError: if the logits are others, or the engine cannot run the folder.
+        ProofError: if the logits differ, or the engine cannot run the folder.
     """
     if engine is None:
         return None
     tokens = proof_tokens(load_tokenizer(folder), model.config.max_position_embeddings)
     try:
         found_TV = logits(draft, tokens)
-    except Exception as error:  # of kinds of its own
+    except Exception as error:  # Engines raise many kinds of errors.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ProofError(f"{engine} cannot run the folder, which was not kept: {reason}") from None
-    return check(compare(logits_of(model.float(), tokens), found_TV, engine), _MOST_DIFFERENCE["f32"], "the folder")
+        raise ProofError(f"{engine} cannot run the folder; export discarded: {reason}") from None
+    return check(compare(logits_of(model.float(), tokens), found_TV, engine), _MOST_DIFFERENCE["f32"], "folder")
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse to write over what is no earlier export. Raises UserError."""
+    """Reject overwriting anything but an earlier export. Raises UserError."""
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / _FACTS).exists()):
-        raise UserError(f"--out {folder} is there already and is no earlier export; name a new folder")
+        raise UserError(f"--out {folder} already exists and is not an earlier export; give a new folder")
 
 
 TARGETS: dict[str, Callable[[Path, Path | None, _Options], Exported]] = {
@@ -312,4 +315,4 @@ TARGETS: dict[str, Callable[[Path, Path | None, _Options], Exported]] = {
     "mlx": _export_mlx,
     "onnx": _export_onnx,
 }
-"""What writes each."""
+"""Export function of each target."""

@@ -1,8 +1,8 @@
-"""A folder for vLLM's Transformers backend, in which every layer has attention.
+"""Folders for vLLM's Transformers backend, in which every layer has attention.
 
 The backend runs our modelling file and reads the sizes of each layer from `per_layer_config`, but gives every layer a
-KV cache and looks for the attention that fills it. A layer without attention gets a head of zeros (with tensor
-parallelism one for each device), which adds exactly nothing; a layer without any part is left out.
+KV cache and expects attention that uses it. A layer without attention gets a head of zeros (with tensor parallelism one
+per device), which adds exactly nothing; a layer without any part is omitted.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ from darwinlm.export.shapes import kept_layers, layer_shapes
 
 
 def check_tensor_parallel(config: PrunedConfig, devices: int) -> None:
-    """Refuse a number of devices that a layer cannot be shared out to. Raises UserError."""
+    """Reject a tensor-parallel size that does not divide the sizes of every layer. Raises UserError."""
     for index, shape in enumerate(layer_shapes(config)):
         for size, units in ((shape.kv_heads, "KV heads"), (shape.width, "MLP channels")):
             if size % devices:
                 raise UserError(
-                    f"layer {index} has {size} {units}, which {devices} devices cannot share out; prune with --set "
-                    f"export.tensor_parallel={devices}"
+                    f"layer {index} has {size} {units}, which are not divisible by {devices} devices; prune "
+                    f"with --set export.tensor_parallel={devices}"
                 )
 
 
 def with_attention_everywhere(model: PrunedModel, stub_heads: int = 1) -> PrunedModel:
-    """The same function as `model`, with heads of zeros in layers without attention, and no layers without any part."""
+    """Return an equivalent of `model` with heads of zeros in layers without attention, and without empty layers."""
     config, kept = cast(PrunedConfig, model.config), kept_layers(cast(PrunedConfig, model.config))
     whole = some_layers(dense_again(config), kept)
     shapes = [layer_shapes(config)[index] for index in kept]
@@ -56,6 +56,6 @@ def with_attention_everywhere(model: PrunedModel, stub_heads: int = 1) -> Pruned
 
 
 def write_vllm(model: PrunedModel, source: Path, folder: Path, devices: int) -> None:
-    """Write `model`, loaded from `source`, to `folder`, for so many `devices`, with everything else in `source`."""
+    """Write `model`, loaded from `source`, to `folder` for `devices` devices, with all other files of `source`."""
     copy_rest(source, folder, ("config.json",))
     save_model(with_attention_everywhere(model, devices), model.dtype, folder)

@@ -1,4 +1,4 @@
-"""How fast folders are in vLLM, in a process of the Python that has it."""
+"""Speed of folders in vLLM, measured in a process of the Python interpreter that has it."""
 
 import json
 import os
@@ -13,28 +13,28 @@ from darwinlm.errors import EngineError, UserError
 from darwinlm.export import vllm_process
 
 _CPU_CACHE_GIB = "1"
-"""For each model's KV cache where there is no other device; vLLM would take four."""
+"""GiB for each model's KV cache on the CPU; vLLM's default is four."""
 
 _CAUSE = re.compile(r"\w*(?:Error|Exception): (?!.*root cause above).+")
-"""The engine itself is a process of vLLM's, whose exception stands above; our process hears only that it failed."""
+"""Error line of vLLM's engine process, printed above the less specific error of our process."""
 
 Request = tuple[int, int, int]
-"""Requests at the same time, prompt tokens of each, new tokens of each."""
+"""Batch size, prompt tokens and new tokens of a request."""
 
 
 def engine_version(python: str | None = None) -> str | None:
-    """Name and version of the vLLM of an interpreter, by default of this one; None if it has none.
+    """Return name and version of vLLM for an interpreter (default: this one); None if it is not installed.
 
     Raises:
-        UserError: if `python` is given and has none.
+        UserError: if `python` is given and has no vLLM.
     """
     command = [python or sys.executable, vllm_process.__file__, "--version"]
     try:
         done = subprocess.run(command, capture_output=True, check=False, text=True)
     except OSError as error:
-        raise UserError(f"--vllm {python}: it cannot be run: {error.strerror or error}") from None
+        raise UserError(f"--vllm {python} cannot be run: {error.strerror or error}") from None
     if done.returncode and python is not None:
-        raise UserError(f"--vllm {python}: this Python has no vLLM")
+        raise UserError(f"--vllm {python}: vLLM is not installed for this Python")
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -45,20 +45,20 @@ def time_requests(
     vocabulary: int,
     python: str | None = None,
 ) -> tuple[str, list[dict[str, tuple[float, float]]]]:
-    """Median seconds for prompts and new tokens of each request; all models in turns, after one untimed pass.
+    """Return median seconds for prompts and new tokens of each request; models alternate, after an untimed pass.
 
     Args:
-        folders: of models that vLLM loads, by name.
-        requests: what is asked of each model.
-        repeats: timed passes.
-        vocabulary: prompts are drawn from so many tokens.
-        python: the interpreter that has vLLM, by default this one.
+        folders: folders of models that vLLM can load, by name.
+        requests: requests to time.
+        repeats: number of timed passes.
+        vocabulary: number of token ids from which prompts are drawn.
+        python: interpreter with vLLM; by default this one.
 
     Returns:
-        The device, in words, and by request and model the seconds for the prompts and for the new tokens.
+        The name of the device, and by request and model the seconds for the prompts and for the new tokens.
 
     Raises:
-        EngineError: with vLLM's own reason, if it cannot load or run a model.
+        EngineError: if vLLM cannot load or run a model, with its own reason.
     """
     with tempfile.TemporaryDirectory(prefix="darwinlm-vllm-") as scratch:
         answer = Path(scratch) / "answer.json"
@@ -84,6 +84,6 @@ def time_requests(
 
 
 def _reason(stderr: str) -> str:
-    """The last exception that says why, among warnings and tracebacks."""
+    """Return the last exception that contains a reason, among warnings and tracebacks."""
     causes = _CAUSE.findall(stderr) or stderr.strip().splitlines()
     return causes[-1].strip()[:300] if causes else ""

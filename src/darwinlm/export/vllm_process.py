@@ -1,7 +1,8 @@
-"""What a Python that has vLLM runs to time it: `python vllm_process.py < question.json`. It imports nothing of ours.
+"""Timing script for a Python interpreter with vLLM: `python vllm_process.py < question.json`. It imports nothing of
+ours.
 
-vLLM pins a transformers of its own, so that it often lives in another environment than this package. It also takes over
-logging, signals and devices, and writes to both streams: the answer goes to the file that the question names.
+vLLM pins its own version of transformers, so it is often installed in another environment than this package. It also
+configures logging, signals and devices, and writes to both streams: the answer goes to the file named in the question.
 """
 
 import importlib.metadata
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 _MEMORY_SHARE = 0.85
-"""Of the device's memory, for all models together."""
+"""Fraction of the device's memory, for all models together."""
 
 
 def version() -> str:
-    """Name and version of what is installed. Raises PackageNotFoundError if nothing is."""
+    """Return name and version of the installed vLLM. Raises PackageNotFoundError if it is not installed."""
     try:
         return f"vllm {importlib.metadata.version('vllm')}"
     except importlib.metadata.PackageNotFoundError:
@@ -27,7 +28,7 @@ def version() -> str:
 
 
 def times(question: Mapping[str, Any]) -> tuple[str, list[dict[str, tuple[float, float]]]]:
-    """The device, in words, and median seconds by request and model for the prompts and for the new tokens."""
+    """Return the name of the device, and median seconds by request and model for the prompts and for the new tokens."""
     import torch
     import vllm
 
@@ -37,7 +38,7 @@ def times(question: Mapping[str, Any]) -> tuple[str, list[dict[str, tuple[float,
         name: vllm.LLM(
             model=folder,
             skip_tokenizer_init=True,
-            # It is the folder's code: this package has just written it.
+            # The folder's code was written by this package.
             trust_remote_code=True,
             max_model_len=max(prompt + new for _, prompt, new in requests) + 1,
             max_num_seqs=max(batch for batch, _, _ in requests),
@@ -53,16 +54,16 @@ def times(question: Mapping[str, Any]) -> tuple[str, list[dict[str, tuple[float,
         return [{"prompt_token_ids": drawn.choices(range(question["vocabulary"]), k=length)} for _ in range(batch)]
 
     found = [
-        _in_turns(engines, prompts(batch, length), new, question["repeats"], vllm.SamplingParams)
+        _alternate(engines, prompts(batch, length), new, question["repeats"], vllm.SamplingParams)
         for batch, length, new in requests
     ]
     return torch.cuda.get_device_name(0) if on_gpu else f"{torch.get_num_threads()} CPU threads", found
 
 
-def _in_turns(
+def _alternate(
     engines: Mapping[str, Any], prompts: Sequence[Mapping[str, list[int]]], new: int, repeats: int, sampling: Any
 ) -> dict[str, tuple[float, float]]:
-    """All models in turns, after one untimed pass."""
+    """Time all models in alternation, after an untimed pass."""
 
     def seconds(engine: Any, tokens: int) -> float:
         start = time.perf_counter()
@@ -74,7 +75,7 @@ def _in_turns(
     timed: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for repeat in range(repeats + 1):
         for name, engine in engines.items():
-            # The prompt gives the first token; what more tokens take is theirs.
+            # The prompt's time includes the first token; the rest belongs to the new tokens.
             prompt, whole = seconds(engine, 1), seconds(engine, 1 + new)
             if repeat > 0:
                 timed[name].append((prompt, whole - prompt))
@@ -91,7 +92,7 @@ def _main() -> int:
     question = json.load(sys.stdin)
     try:
         answer = times(question)
-    except Exception as error:  # vLLM raises many kinds
+    except Exception as error:  # vLLM raises many kinds of errors.
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     Path(question["answer"]).write_text(json.dumps(answer), encoding="utf-8")
@@ -99,6 +100,6 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    # The folder of this file, in which `vllm` is ours.
+    # Remove this file's folder, in which `vllm` is our module.
     sys.path.pop(0)
     sys.exit(_main())
