@@ -271,8 +271,6 @@ def test_a_damaged_model_cannot_be_loaded(name, damage, again):
 
 @pytest.mark.parametrize("options", [{"dtype": "float99"}, {"device": "abacus"}])
 def test_a_pruned_model_asked_for_in_a_way_that_is_not(options, run):
-    with pytest.raises(
-        UserError, match=r"dtype 'float99' is not supported|device 'abacus' is not available"
-    ) as caught:
+    with pytest.raises(UserError, match=r"dtype 'float99' is not supported|device 'abacus' is not available") as caught:
         darwinlm.load(run[0].path, **options)
     assert "\n" not in str(caught.value)

@@ -451,7 +451,7 @@ def test_what_llama_cpp_itself_splits_otherwise_is_said(tmp_path):
 def test_an_engine_of_another_layout_is_not_asked(tmp_path, monkeypatch):
     file = write(make_config("llama"), tmp_path)
     monkeypatch.setitem(llama_cpp._DEFAULTS, "n_ctx", 4096)
-    with pytest.raises(EngineError, match="the API of .* is not supported"):
+    with pytest.raises(EngineError, match=r"the API of .* is not supported"):
         Engine(file).logits(TOKENS)
 
 

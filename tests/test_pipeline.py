@@ -205,7 +205,7 @@ def test_two_ranks_that_shard_the_training_outlive_a_kill_and_write_a_model_that
     lost = subprocess.run([*launcher, str(tmp_path / "lost.py"), *command], capture_output=True, text=True)
     assert "Signal 9 (SIGKILL)" in lost.stderr, lost.stderr
     # The launcher, which has a traceback of its own, may end rank 0 before that sees that rank 1 is gone.
-    ours = [line for line in lost.stderr.splitlines() if "another rank has stopped" in line or "interrupted;" in line]
+    ours = [line for line in lost.stderr.splitlines() if "another rank has stopped" in line or "Interrupted;" in line]
     assert len(ours) <= 1 and "[rank0]: Traceback" not in lost.stderr, lost.stderr
     done = subprocess.run([*launcher, "-m", "darwinlm", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

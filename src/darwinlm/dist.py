@@ -103,7 +103,7 @@ def naming_lost_ranks() -> Iterator[None]:
         if world_size() == 1 or not (isinstance(error, process_group.DistError) or _LOST.search(str(error))):
             raise
         raise UserError(
-            f"rank {rank()}: another rank has stopped or cannot be reached; its own message says why. Progress is "
+            f"rank {rank()}: another rank has stopped or cannot be reached; see its own message. Progress is "
             "saved: start the same command again to resume"
         ) from error
 

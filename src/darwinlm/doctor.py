@@ -101,7 +101,7 @@ class _TestModel:
 
     @classmethod
     def of(cls, base_config: Any, whole: DenseModel) -> tuple["_TestModel", list[str]]:
-        """Choose a few cheap layers; also return a description of what is left out. Raises UserError."""
+        """Choose a few cheap layers; also return a description of what is omitted. Raises UserError."""
         config, device, count = whole.config, whole.device, whole.config.num_hidden_layers
         layers = choose_layers(config)
         reduced = []

@@ -164,8 +164,8 @@ class SearchRecipe(_Section):
     batch_size: int = Field(1, ge=1)
     """Blocks per optimizer step of a trial."""
     forecast_candidates: int = Field(0, ge=0)
-    """After the search, train this many plans on the whole trial split and report how well each step's score ranks
-    them."""
+    """Number of plans to train on the whole trial split after the search, to report how well each step's score ranks
+    them; 0 skips this."""
 
     @property
     def optimizer(self) -> Literal["sign", "adamw"]:

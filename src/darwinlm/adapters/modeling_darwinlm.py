@@ -120,7 +120,7 @@ class PrunedConfig(object if hasattr(PreTrainedConfig, "per_layer_config") else 
 
     def get_text_config(self, decoder=None, encoder=None):
         """Return the config for caches if `decoder`: only the layers with attention, numbered as in the model.
-        Otherwise a layer that stores nothing would be asked for its sequence length."""
+        Otherwise caches would ask a layer that stores nothing for its sequence length."""
         if not decoder or not self.is_heterogeneous:
             return self
         text = copy.copy(self)
