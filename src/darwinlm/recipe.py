@@ -126,9 +126,9 @@ class SearchRecipe(_Section):
 
     uniform: Choice = "auto"
     """Give all remaining layers the same sizes, so that the result is a standard transformers model (`export --to
-    hf-native`); whole layers may still be removed. The `offspring` largest such plans with the lowest KL before
-    training get a trial and the last step's score; descent and evolution are skipped. `auto`: true for a mixture of
-    experts, because engines expect one number of experts for all layers, and when `export.targets` contains
+    hf-native`); whole layers may still be removed. Among the largest such plans, the `offspring` ones of lowest KL
+    before training get a trial and the last step's score; descent and evolution are skipped. `auto`: true for a mixture
+    of experts, because engines expect one number of experts for all layers, and when `export.targets` contains
     `hf-native`."""
     descent_rounds: int = Field(4, ge=0)
     """Maximum number of descent steps (greedy, by the model's sensitivities) before the evolution; 0 disables the
