@@ -535,7 +535,7 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
     ("setting", "message"),
     [
         ("search", "--set 'search': expected key=value, for example --set search.offspring=8"),
-        ("=3", "--set '=3': write key=value"),
+        ("=3", "--set '=3': expected key=value"),
         ("seed=[1", r"--set 'seed=\[1': not valid YAML \(line 1: .*expected"),
         ("seed=2024-13-45", "--set 'seed=2024-13-45': not valid YAML .*month must be in"),
         ("search.offsprin=3", "unknown setting 'search.offsprin'; did you mean 'search.offspring'?"),
@@ -737,7 +737,7 @@ def test_a_run_whose_manifest_is_damaged_or_of_another_version(change, message, 
         (["prune", "m", "--out", "o"], r"Missing option '--target'. \(see darwinlm prune --help\)"),
         (["prune", "m", "--target"], "Option '--target' requires an argument"),
         (["prune", "m", "n", "--target", "0.5", "--out", "o"], r"unexpected extra argument\(s\) \(n\)"),
-        (["demo", "--set", "x"], "--set 'x': write key=value"),
+        (["demo", "--set", "x"], "--set 'x': expected key=value"),
     ],
 )
 def test_a_command_that_is_wrong(command, message, refused_command, tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ def test_a_sliding_window_limits_the_context(tmp_path):
     save_pruned(config, tmp_path / "model")
     exported = export_model(tmp_path, "gguf")
     assert exported.proof.positions == 8
-    assert "for 8 positions" in exported.notes[0]
+    assert "supports 8 positions" in exported.notes[0]
     assert GGUFReader(exported.path).get_field("deci.context_length").contents() == 8
     by_position = differences(tmp_path / "model", exported.path)
     assert by_position[:8].max() < 1e-4 < by_position[8:].max()
@@ -254,7 +254,7 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
     ("settings", "shape", "match"),
     [
         (("qwen3", {"tie_word_embeddings": False}), {}, "an untied head.*--to vllm.*hf-native"),
-        (("qwen3", {"attention_bias": True}), {}, "openelm.*has no biases .qkv_bias"),
+        (("qwen3", {"attention_bias": True}), {}, "openelm.*does not support biases .qkv_bias"),
         (("qwen3", {"rope_parameters": {**ROPES["llama3"], "rope_theta": 1e4}}), {}, "rope scaling.*llama3"),
         (("qwen3", {"rope_parameters": {**YARN, "beta_slow": 2.0, "rope_theta": 1e4}}), {}, "rope scaling.*beta_slow"),
         (("llama", {"hidden_act": "gelu"}), {}, "uses silu, but the model uses gelu"),
@@ -283,7 +283,7 @@ def test_what_llama_cpp_cannot_run_is_refused(settings, shape, match, tmp_path):
     ("arguments", "match"),
     [
         (["--to", "openvino"], "unknown target; choose one of gguf"),
-        (["--to", "gguf", "--dtype", "q4"], "known are f32, f16, q8_0, bf16, q4_k_m"),
+        (["--to", "gguf", "--dtype", "q4"], "choose one of f32, f16, q8_0, bf16, q4_k_m"),
         (["--to", "gguf", "--out", "."], "is a folder"),
         (["--to", "gguf", "--out", "notes.txt"], "already exists and is not a GGUF file"),
     ],

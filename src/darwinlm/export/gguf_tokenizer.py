@@ -136,7 +136,7 @@ def _pre(described: Mapping[str, Any], folder: Path) -> str:
     if pre is None:
         raise UserError(
             f"{folder}: its pre-tokenizer is not supported by the export to GGUF "
-            f"({' then '.join(steps) or 'not at all'}); supported are those of "
+            f"({' then '.join(steps) or 'none'}); supported are those of "
             f"{', '.join(sorted(PRE_TOKENIZERS.values()))}"
         )
     return pre
