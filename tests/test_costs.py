@@ -104,7 +104,7 @@ def test_the_command_prints_a_table(checkpoint, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--gpu", "tpu"], "plan: unknown --gpu 'tpu'; choose one of h100"),
-        (["--gpu", "h100", "--gpu-memory", "lots"], "plan: --gpu-memory 'lots': write it as 80GB"),
+        (["--gpu", "h100", "--gpu-memory", "lots"], "plan: --gpu-memory 'lots' is not a size; write it as 80GB"),
         (["--set", "target=latency=0.5"], "expected one number of parameters, such as 0.5 or 2.7B"),
         (["--set", "target=0.01"], "target 0.01"),
     ],

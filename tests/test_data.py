@@ -222,12 +222,12 @@ def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_
         return find_documents(str(tmp_path / "l.jsonl"), "text", seed=0)
 
     assert list(write([{"id": 1}, {"text": "a"}, {"text": "b"}, {"id": 2}, {"text": "c"}])) == ["a", "b", "c"]
-    assert caplog.messages == [f"data {str(tmp_path / 'l.jsonl')!r}: 2 of 5 records have no 'text': passed over"]
+    assert caplog.messages == [f"data {str(tmp_path / 'l.jsonl')!r}: 2 of 5 records have no 'text': skipped"]
     # Of a file that is not read to its end, what was seen.
     beginning = write([{"id": 1}, *({"text": str(number)} for number in range(9))])
     assert [next(beginning) for _ in range(3)] == ["0", "1", "2"]
     beginning.close()
-    assert caplog.messages[1].endswith("1 of 4 records have no 'text': passed over")
+    assert caplog.messages[1].endswith("1 of 4 records have no 'text': skipped")
     refused = r"l\.jsonl', line 2: no field 'text' \(found 'id'\); set data\.text_field"
     with pytest.raises(UserError, match=refused):
         list(write([{"text": "a"}, {"id": 1}, {"id": 2}]))

@@ -163,7 +163,7 @@ def test_a_damaged_file_is_named_and_an_old_format_refused(dense, calibration, t
     index = json.loads((tmp_path / "index.json").read_text())
     del index["checksum"]
     (tmp_path / "index.json").write_text(json.dumps({**index, "format": 1}))
-    with pytest.raises(UserError, match="is a database of format 1, this version reads format 2"):
+    with pytest.raises(UserError, match="is a database of format 1, but this version reads format 2"):
         Database(tmp_path)
 
 
