@@ -115,7 +115,7 @@ class DenseModel:
         return fill(empty_model(self.config), self.checkpoint.read(self.shapes, device, dtype))
 
     def mapped(self, dtype: torch.dtype) -> PrunedModel:
-        """The whole model in the CPU's memory, mapped from its files where they are in `dtype`; not to be written."""
+        """Load the whole model on the CPU, memory-mapped where files are in `dtype`; it must not be modified."""
         tensors = {name: tensor.to(dtype) for name, tensor in self.checkpoint.map(self.shapes).items()}
         return fill(empty_model(self.config), tensors)
 
