@@ -70,7 +70,7 @@ def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, ca
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == weights
     (tmp_path / "model" / CODE).unlink()
     assert _exit_code(["export", str(tmp_path / "model"), "--to", "hf"]) == 2
-    assert f"model holds no {CODE} to update" in capsys.readouterr().err
+    assert f"model contains no {CODE} to update" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
