@@ -49,7 +49,7 @@ def test_a_finished_run_is_continued(run, checkpoint, tmp_path, caplog):
     shutil.rmtree(copied / "model")
     with caplog.at_level(logging.INFO):
         darwinlm.prune(checkpoint("qwen3"), target=TARGET, out=copied, settings=settings)
-    assert f"begun by darwinlm 0.1.0 and is continued by {darwinlm.__version__}" in caplog.text
+    assert f"started by darwinlm 0.1.0 and is continued by {darwinlm.__version__}" in caplog.text
     assert read_json(copied / "manifest.json")["facts"] == manifest["facts"]
     weights = [(path / "model" / "model.safetensors").read_bytes() for path in (copied, finished.path)]
     assert weights[0] == weights[1]
@@ -58,5 +58,5 @@ def test_a_finished_run_is_continued(run, checkpoint, tmp_path, caplog):
 def test_another_model_is_refused_as_before(tmp_path):
     recipe = make_recipe(FORMER["recipe"])
     write_json(tmp_path / "manifest.json", {"format": 1, **FORMER, "stages": {}}, sealed=True)
-    with pytest.raises(darwinlm.UserError, match=r"model was .* when this run began"):
+    with pytest.raises(darwinlm.UserError, match=r"model was .* when this run started"):
         RunDirectory.open(tmp_path, recipe, {"model": "another", "darwinlm": darwinlm.__version__})

@@ -50,7 +50,7 @@ def test_devices_share_out_the_stubs_too(tmp_path):
     config = make_config("llama")
     config.per_layer_config = {0: {"num_attention_heads": 3, "num_key_value_heads": 1}, 1: ATTENTION}
     save_pruned(config, tmp_path / "odd")
-    with pytest.raises(UserError, match=r"layer 0 has 1 KV heads, which are not divisible by 2 devices.*export\.tensor_parallel=2"):
+    with pytest.raises(UserError, match=r"layer 0 has 1 KV heads, which are not divisible by 2 devices.*parallel=2"):
         export_model(tmp_path / "odd", "vllm", tensor_parallel=2)
     config.per_layer_config = {0: {"intermediate_size": 31}}
     save_pruned(config, tmp_path / "odd")

@@ -68,8 +68,8 @@ class Costs:
     smallest_parameters: int
     stages: tuple[StageCost, ...]
     host_memory: float
-    """CPU memory in bytes for layers that are streamed through the devices; 0 if none are. Each process has its own
-    candidates; the dense model's files are cached once."""
+    """CPU memory in bytes for layers that are streamed through the devices (each process has its own candidates; the
+    dense model's files are cached once) or for offloaded sharded training; 0 if there are none."""
     disk: float
     """Disk space in bytes at the end, including checkpoints."""
     advice: tuple[str, ...]
@@ -322,7 +322,7 @@ def _predict_step(
     logits = 1024 * config.vocab_size * 4 * (4 if recovery.temperature == 1 else 5)
     training_bytes = (trained_bytes * (fixed + candidate) + teacher_bytes) / sharded + kept + logits
     if sharded > 1:
-        # Gathered: embeddings and head with their gradients, the teacher's, and two layers in turn.
+        # Gathered: embeddings and head with their gradients, those of the teacher, and two layers at a time.
         training_bytes += 8 * fixed + (2 * fixed if teacher_bytes else 0) + 4 * in_sites / config.num_hidden_layers
     if sharded > 1 and recovery.sharding == "fsdp_offload":
         training_bytes -= trained_bytes * (fixed + candidate) / sharded

@@ -72,7 +72,8 @@ class RunLock:
         """Take the lock, creating the run directory if needed; does nothing if the lock is already held.
 
         Raises:
-            UserError: if another process holds it; the message gives its pid, machine, age, and what to do.
+            UserError: if another process holds it; the message gives its pid, machine, age, and what to do. Also
+                on Windows.
         """
         if self._descriptor is not None:
             return

@@ -47,7 +47,7 @@ class Run:
     """A finished run."""
 
     path: Path
-    """The run directory."""
+    """Run directory."""
     metrics: Mapping[str, Any]
     """Content of `report/metrics.json`."""
 
@@ -57,7 +57,14 @@ class Run:
         return self.path / "model"
 
     def load(self) -> PrunedModel:
-        """Load the pruned model."""
+        """Load the pruned model.
+
+        Returns:
+            The result of `darwinlm.load` for `model_path`.
+
+        Raises:
+            UserError: if its files are damaged or missing.
+        """
         return load(self.model_path)
 
 

@@ -439,5 +439,9 @@ class Recipe(_Section):
         return self
 
     def to_yaml(self) -> str:
-        """Return all settings as YAML, including defaults, in the order of this file."""
+        """Return all settings as YAML, including defaults, in the order of this file.
+
+        Returns:
+            YAML that `load_recipe` can read.
+        """
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))

@@ -28,6 +28,8 @@ from darwinlm.target import parse_target, split_targets
 FORMAT = 1
 LOCK = "lock"
 """Lock file in the run directory, which names the process working on it."""
+VERSION = "darwinlm"
+"""Fact that records which version of this package started the run; another version may continue it."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,12 @@ class RunDirectory:
         if changed:
             raise UserError(
                 f"--out {path} is a run with another recipe ({'; '.join(changed)}); give a new folder, or "
-                "restore these settings"
+                f"restore these settings, as with --recipe {path / 'recipe.yaml'}"
             )
 
     @classmethod
     def open(cls, path: Path, recipe: Recipe, facts: Mapping[str, Any]) -> "RunDirectory":
-        """Continue the run in `path`, or start one. `facts` must not change during a run (model, data, versions).
+        """Continue the run in `path`, or start one. `facts` must not change during a run, except for `VERSION`.
 
         Raises:
             UserError: if they have changed, or `check` rejects the folder.
@@ -136,11 +138,11 @@ class RunDirectory:
                     continue
                 if key != VERSION:
                     raise UserError(
-                        f"--out {path}: {key} was {manifest['facts'].get(key)!r} when this run started and is "
-                        f"now {value!r}; give a new folder, or restore it"
+                        f"--out {path}: {key} was {before!r} when this run started and is now {value!r}; give a "
+                        "new folder, or restore it"
                     )
-                # The files of the stages have formats of their own, and are refused where they are too old.
-                log.info("%s was begun by darwinlm %s and is continued by %s", path, before, value)
+                # The files of the stages have their own formats, and are rejected if they are too old.
+                log.info("%s was started by darwinlm %s and is continued by %s", path, before, value)
         else:
             manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
             write_json(path / "manifest.json", manifest, sealed=True)

@@ -19,11 +19,11 @@ def load_recipe(recipe: str | Path, overrides: dict[str, Any]) -> Recipe:
     """Read a recipe by name (`quick`, `paper`) or file, then apply `overrides` ({"search.offspring": 8}).
 
     Args:
-        recipe: the name of a built-in recipe, or a YAML file.
-        overrides: settings by their names with dots, as `--set` takes them; `model` and `target` if the file has none.
+        recipe: name of a built-in recipe, or a YAML file.
+        overrides: settings by dotted name, as for `--set`; including `model` and `target` if the file has none.
 
     Returns:
-        The recipe, checked, with every default filled in.
+        The validated recipe, with all defaults filled in.
 
     Raises:
         UserError: if it is not valid; the message names the setting, what is allowed, and the closest known name.

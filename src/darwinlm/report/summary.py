@@ -73,7 +73,8 @@ def show_costs(costs: Costs, machine: Machine, console: Console) -> None:
     console.print(table)
     if costs.host_memory:
         console.print(
-            f"CPU memory: {costs.host_memory / 1e9:.0f} GB for layers streamed through the device (search.offload)",
+            f"CPU memory: {costs.host_memory / 1e9:.0f} GB for what the device cannot hold (search.offload, "
+            "recovery.sharding=fsdp_offload)",
             highlight=False,
         )
     console.print(f"disk: {costs.disk / 1e9:.1f} GB", highlight=False)
