@@ -7,6 +7,7 @@ RUN is a finished run. The picture has no script and no font of its own, and fol
 
 import argparse
 import html
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,7 @@ circle { fill: #8c959f }
 
 
 def main() -> None:
+    """Write `images/overview.svg`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
@@ -123,6 +125,7 @@ def sizes(plan: dict[str, dict[str, int]]) -> Iterator[str]:
 
 
 def height(value: float) -> float:
+    """The place of a KL, in pixels from the top."""
     return round(BOTTOM - (BOTTOM - TOP) * value / HIGHEST, 1)
 
 
@@ -130,16 +133,18 @@ def spread(places: Sequence[float], apart: float = 15) -> list[float]:
     """Places of labels that lie below one another in this order from the bottom up, moved until none overlap."""
     order = sorted(range(len(places)), key=lambda index: -places[index])
     moved = list(places)
-    for before, index in zip(order, order[1:], strict=False):
+    for before, index in itertools.pairwise(order):
         moved[index] = min(moved[index], moved[before] - apart)
     return moved
 
 
 def text(x: float, y: float, content: str, name: str = "", anchor: str = "start") -> str:
+    """A line of text."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{name}">{html.escape(content)}</text>'
 
 
 def box(x: float, y: float, width: float, tall: float, name: str) -> str:
+    """A bar."""
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{tall:.1f}" class="{name}"/>'
 
 
