@@ -42,10 +42,11 @@ from darwinlm.database.store import Database
 from darwinlm.demo import resolve
 from darwinlm.export.gguf_tokenizer import load_tokenizer
 from darwinlm.export.hf import export_hf, find_model
-from darwinlm.export.llama_cpp import Engine, ask, engine_version, threads
+from darwinlm.export.llama_cpp import PACKAGE, Engine, ask, threads
 from darwinlm.export.proof import TEXT, compare, logits_of
 from darwinlm.export.shapes import layer_shapes
 from darwinlm.export.targets import DTYPES, export_model
+from darwinlm.exports import installed
 from darwinlm.files import read_json
 from darwinlm.plan import parameter_budget
 from darwinlm.run_directory import RunDirectory
@@ -141,7 +142,7 @@ def prove(source: Path, scratch: Path, arguments: argparse.Namespace) -> bool:
             print(f"{dtype}: {error}", flush=True)
             continue
         answer = ask(exported.path, blocks[0], [TEXT])
-        proof = compare(expected_TV, answer.logits_TV, engine_version() or "")
+        proof = compare(expected_TV, answer.logits_TV, installed(PACKAGE) or "")
         if dtype == "f32":
             same_model = proof.difference < 1e-3 and proof.agreeing >= 0.999 * proof.positions
         engine = Engine(exported.path)
@@ -254,7 +255,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     facts = {"machine": platform.machine(), "threads": threads(), "torch": torch.__version__}
-    print(json.dumps(facts | {"engine": engine_version()}), flush=True)
+    print(json.dumps(facts | {"engine": installed(PACKAGE)}), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         if arguments.run is not None:

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family, with everything a real one has, and databases pruned from them."""
 
+import importlib.metadata
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -276,6 +277,18 @@ def apart(models: tuple[torch.nn.Module, torch.nn.Module], start: torch.nn.Modul
 
 
 CLOCKS = ("manifest.json", "measured.json", "metrics.json", "index.html", "README.md", "recipe.yaml", "lock")
+
+
+def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `package` have no version, as if it were not installed."""
+    right = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return right(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

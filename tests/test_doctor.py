@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make_checkpoint, make_config
+from conftest import FAMILIES, make_checkpoint, make_config, uninstall
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -18,7 +18,7 @@ from darwinlm.adapters.config import load_config
 from darwinlm.adapters.modeling_darwinlm import Nothing, PrunedConfig, PrunedModel
 from darwinlm.adapters.walking import CACHE
 from darwinlm.doctor import choose_layers, examine
-from darwinlm.export import gguf, hf, llama_cpp, native, vllm
+from darwinlm.export import gguf, hf, hf_native, llama_cpp, vllm
 
 MODEL = {
     "level 0": "level 0 equals transformers' model",
@@ -197,14 +197,14 @@ def break_vllm(monkeypatch):
 
 
 def break_native(monkeypatch):
-    right = native.native_config
+    right = hf_native.native_config
 
     def other_rope(config):
         found = right(config)
         found.rope_parameters = {**found.rope_parameters, "rope_theta": 10.0}
         return found
 
-    monkeypatch.setattr("darwinlm.export.targets.native_config", other_rope)
+    monkeypatch.setattr("darwinlm.export.hf_native.native_config", other_rope)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_the_command_shows_a_line_a_check_and_ends_with_1_where_one_fails(checkp
     assert "reduced: text: 2 x 64 random tokens" in out
     assert out.splitlines()[-1] == "14 passed"
     break_gguf(monkeypatch)
-    monkeypatch.setattr("darwinlm.export.targets.choose_architecture", lambda config: gguf.DECI)
+    monkeypatch.setattr("darwinlm.export.gguf.choose_architecture", lambda config: gguf.DECI)
     assert cli._exit_code(["doctor", folder]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "13 passed, 1 failed"
@@ -262,7 +262,7 @@ def test_an_engine_that_is_missing_or_cannot_run_the_model_is_a_reason_and_no_fa
     notes = {check.name: check for check in examine(str(folder)).checks}
     assert notes["export --to gguf"].result == "skipped"
     assert "cannot run a qwen3 model with an untied head" in notes["export --to gguf"].note
-    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    uninstall(llama_cpp.PACKAGE, monkeypatch)
     healthy = examine(str(make_checkpoint("qwen3", tmp_path / "tied")))
     notes = {check.name: check for check in healthy.checks}
     assert notes["export --to gguf"].result == "skipped" and "pip install xllamacpp" in notes["export --to gguf"].note

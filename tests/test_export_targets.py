@@ -16,7 +16,7 @@ from darwinlm.adapters.families import find_sites
 from darwinlm.cli import _exit_code
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
-from darwinlm.export.targets import TARGETS, sites_kept_for
+from darwinlm.export.targets import ENGINES, TARGETS, sites_kept_for
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
 from darwinlm.recipe import Target
@@ -25,8 +25,9 @@ from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.settings import make_recipe
 
 
-def test_the_recipe_knows_all_targets():
-    assert get_args(Target) == tuple(TARGETS)
+def test_every_name_that_a_recipe_takes_is_that_of_its_engine():
+    assert get_args(Target) == TARGETS
+    assert [engine.name for engine in ENGINES.values()] == [*ENGINES] == [*TARGETS, "hf"]
 
 
 BROKEN = "raise RuntimeError('the code of an earlier version')\n"

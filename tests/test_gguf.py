@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, make_config, make_tokenizer, save_pruned
+from conftest import FAMILIES, VOCABULARY, make_config, make_tokenizer, save_pruned, uninstall
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from shapes import ATTENTION, MLP, SHAPES
@@ -244,7 +244,7 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
     kept = json.loads((tmp_path / "a.gguf.json").read_text())
     assert kept["architecture"] == "deci" and kept["proof"]["difference"] < 1e-4
     assert kept["proof"]["agreeing"] == kept["proof"]["positions"] > 100
-    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    uninstall(llama_cpp.PACKAGE, monkeypatch)
     assert _exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
     assert "not verified: run pip install xllamacpp" in capsys.readouterr().out
     assert json.loads((tmp_path / "a.gguf.json").read_text())["proof"] is None
@@ -430,7 +430,7 @@ def test_token_ids_of_smollm2(tmp_path):
 def test_another_tokenizer_than_the_models_is_noticed(tmp_path, monkeypatch):
     read = read_vocabulary
     monkeypatch.setattr(
-        "darwinlm.export.targets.read_vocabulary", lambda *args: dataclasses.replace(read(*args), add_bos=True)
+        "darwinlm.export.gguf.read_vocabulary", lambda *args: dataclasses.replace(read(*args), add_bos=True)
     )
     save_pruned(make_config("llama"), tmp_path / "model")
     with pytest.raises(UserError, match=r"tokenizes some text differently: after '' \['<s>', 'T'.*export discarded"):

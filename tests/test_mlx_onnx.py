@@ -7,7 +7,7 @@ import numpy as np
 import onnx as onnx_format
 import pytest
 import torch
-from conftest import FAMILIES, make_config, save_pruned
+from conftest import FAMILIES, make_config, save_pruned, uninstall
 from safetensors.torch import load_file
 from shapes import ATTENTION, MLP, SHAPES
 
@@ -70,7 +70,7 @@ def test_what_is_missing_for_onnx_is_said(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "onnx_logits", lambda folder, tokens: np.zeros((len(tokens), 259), np.float32))
     with pytest.raises(UserError, match="folder: logits differ from the pruned model; export discarded"):
         export_model(source, "onnx", tmp_path / "new")
-    monkeypatch.setattr(onnx, "engine_version", lambda: None)
+    uninstall(onnx.PACKAGE, monkeypatch)
     told = export_model(source, "onnx", tmp_path / "new")
     assert told.proof is None and told.notes[0].startswith("not verified: run pip install onnxruntime")
 
@@ -79,7 +79,7 @@ def test_what_is_missing_for_onnx_is_said(exported, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3", "gemma3_text", "olmo2", "glm4", "smollm3"])
 def test_the_mlx_folder_says_what_its_code_reads(family, shape, tmp_path, monkeypatch):
     """Every setting that the code of the folder asks for, sizes that give the tensors' shapes, one code file."""
-    monkeypatch.setattr(mlx, "engine_version", lambda: None)
+    uninstall(mlx.PACKAGE, monkeypatch)
     config = make_config(family)
     config.per_layer_config = SHAPES[shape] or None
     save_pruned(config, tmp_path / "model")
@@ -115,7 +115,7 @@ def test_the_mlx_folder_says_what_its_code_reads(family, shape, tmp_path, monkey
 
 @pytest.mark.parametrize("rope", [None, LLAMA3])
 def test_rope_periods_are_those_of_transformers(rope, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mlx, "engine_version", lambda: None)
+    uninstall(mlx.PACKAGE, monkeypatch)
     config = make_config("llama", **({"rope_parameters": rope} if rope else {}))
     model = save_pruned(config, tmp_path / "model")
     assert _exit_code(["export", str(tmp_path), "--to", "mlx"]) == 0

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SETTINGS, make_checkpoint, make_config, save_pruned
+from conftest import SETTINGS, make_checkpoint, make_config, save_pruned, uninstall
 from transformers import AutoModelForCausalLM
 
 from darwinlm import cli
@@ -109,7 +109,7 @@ def test_a_model_is_timed_in_the_dtype_that_a_user_would_run_it_in(stored, devic
 
 def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "fast_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    uninstall(llama_cpp.PACKAGE, monkeypatch)
     timed = []
 
     def time_request(model, **request):
@@ -132,7 +132,7 @@ def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, 
 
 
 def test_one_model_alone_is_timed_and_a_missing_engine_is_a_reason(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    uninstall(llama_cpp.PACKAGE, monkeypatch)
     results = measure_speeds(str(checkpoint("llama")), [1], [8])
     assert list(results["engines"][0]["rows"][0]["models"]) == ["model"]
     assert results["engines"][1]["skipped"] == "run pip install xllamacpp"
@@ -230,7 +230,7 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
 
     monkeypatch.setattr(vllm_engine, "engine_version", lambda python: "vllm 0")
     monkeypatch.setattr(vllm_engine, "time_requests", time_requests)
-    monkeypatch.setattr(llama_cpp, "engine_version", lambda: None)
+    uninstall(llama_cpp.PACKAGE, monkeypatch)
     engine = measure_speeds(str(copied), [2], [8])["engines"][2]
     assert (seen["dense"][0], seen["pruned"][0]) == ("Qwen3ForCausalLM", "DarwinLMQwen3ForCausalLM")
     pruned = finished.load()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from darwinlm.errors import UserError
+from darwinlm.exports import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,10 +159,7 @@ def export(
     ],
     to: Annotated[
         str,
-        typer.Option(
-            help="gguf (llama.cpp and tools built on it), vllm, hf-native (uniform layers), mlx or onnx; or hf: the "
-            "same folder with this version's modelling file."
-        ),
+        typer.Option(help=f"{listed()}; or hf: the same folder with this version's modelling file."),
     ],
     out: Annotated[Path | None, typer.Option(help="File or folder to write; default: next to the model.")] = None,
     dtype: Annotated[

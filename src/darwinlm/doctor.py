@@ -43,7 +43,8 @@ from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf, load, save_model
 from darwinlm.export.proof import ProofError
-from darwinlm.export.targets import TARGETS, export_model
+from darwinlm.export.targets import ENGINES, TARGETS, export_model
+from darwinlm.exports import ONE_SIZE
 from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.progress import task
 from darwinlm.report.checks import Check, Examination
@@ -56,8 +57,6 @@ _SHARES = (0.5, 0.75, 0.25)
 """Fractions of units kept at consecutive sites, so that sizes differ within a layer and between layers."""
 _LOGITS, _GRADIENTS, _SAVED, _EXPORTED = 1e-4, 1e-3, 1e-6, 1e-3
 """Tolerances: float32 sums in another order; gradients with larger sums; identical after saving; other engines."""
-_ONE_SIZE = ("hf-native",)
-"""Targets that only take models with uniform layer sizes."""
 _LAYER_COPIES, _OTHER_COPIES = 5, 3
 """Float32 copies held at the same time. Layers: weights, masked weights, a pruned model, two sets of gradients. Other
 tensors: the model, the saved model and the loaded model."""
@@ -412,14 +411,14 @@ def _reloaded(test_model: _TestModel, folder: Path) -> float:
 
 def _exported(test_model: _TestModel, target: str, folder: Path) -> tuple[float, str]:
     """Compare a pruned model in an engine with the same model in transformers."""
-    cuts = _alike(test_model) if target in _ONE_SIZE else next(test_model.pruned_variants())[1]
+    cuts = _alike(test_model) if target in ONE_SIZE else next(test_model.pruned_variants())[1]
     model = test_model.cut_model("kv_group", cuts)
     export_hf(model, test_model.dense, {}, "", folder / "model")
     # Weights are read again for the next check; exports hold embeddings and head several times.
     del model, cuts
     test_model.dense.release()
     try:
-        done = export_model(folder, target, folder / "exported", "f32" if target == "gguf" else None)
+        done = export_model(folder, target, folder / "exported", "f32" if ENGINES[target].dtypes else None)
     except ProofError:
         raise
     except UserError as reason:

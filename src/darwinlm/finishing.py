@@ -22,7 +22,7 @@ from darwinlm.evaluation.measure import (
 )
 from darwinlm.export.card import model_card
 from darwinlm.export.hf import export_hf
-from darwinlm.export.targets import export_model
+from darwinlm.export.targets import ENGINES, export_model
 from darwinlm.files import read_json, write_json
 from darwinlm.material import Material
 from darwinlm.plan import Budget, Plan
@@ -72,7 +72,7 @@ def evaluate_and_export(
     for target in recipe.export.targets:
         if not run.done(f"{size.prefix}{target}"):
             with run.stage(f"{size.prefix}{target}") as facts:
-                parallel = recipe.export.tensor_parallel if target == "vllm" else 1
+                parallel = recipe.export.tensor_parallel if ENGINES[target].tensor_parallel else 1
                 exported = export_model(out, target, tensor_parallel=parallel)
                 facts["proof"] = str(exported.proof) if exported.proof else None
             for line in exported.lines():

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from darwinlm.demo import resolve
 from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf, load
-from darwinlm.export.targets import check_targets, sites_kept_for
+from darwinlm.export.targets import TARGETS, check_targets, sites_kept_for
 from darwinlm.files import file_checksum, read_json
 from darwinlm.finishing import evaluate_and_export
 from darwinlm.lock import RunLock
@@ -30,7 +30,7 @@ from darwinlm.material import Material
 from darwinlm.memory import check_room, naming_memory_faults
 from darwinlm.plan import Budget, Limit, Plan, check_target, make_budget
 from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe, Target
+from darwinlm.recipe import Recipe
 from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
 from darwinlm.recovery.stage import check_recovery
 from darwinlm.report.page import write_report
@@ -119,7 +119,7 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
             lock.take()
             for folder in (out / "recovery", *out.glob("sizes/*/recovery")):
                 forget_recovery(folder)
-            RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *get_args(Target)))
+            RunDirectory.change_recipe(out, after, ("recovery", "evaluation", "export", *TARGETS))
     dist.barrier()
     return run_recipe(after, out)
 
@@ -328,7 +328,7 @@ def _wants_uniform(recipe: Recipe, dense: DenseModel) -> bool:
     kinds = {(site.kind, site.size) for site in dense.sites}
     lacking = any(dense.config.skipped(layer) for layer in range(dense.config.num_hidden_layers))
     alike = len(shapes) == len(kinds) and not lacking
-    if not alike and (recipe.search.uniform is True or "hf-native" in recipe.export.targets):
+    if not alike and (recipe.search.uniform is True or recipe.export.one_size):
         raise UserError(
             f"model {recipe.model!r}: its layers already differ in size, so search.uniform=true cannot make "
             "them uniform; remove the setting, or start from the dense model"

@@ -19,10 +19,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from darwinlm.exports import ONE_SIZE, Target
 from darwinlm.target import not_a_size, parse_size, parse_target, show, split_targets
 
-Target = Literal["gguf", "vllm", "hf-native", "mlx", "onnx"]
-"""Formats and engines that a pruned model can be exported to."""
 Offload = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -319,6 +318,11 @@ class ExportRecipe(_Section):
     tensor_parallel: int = Field(1, ge=1)
     """Tensor-parallel size: KV heads and MLP widths of every layer are multiples of this number at every level."""
 
+    @property
+    def one_size(self) -> list[Target]:
+        """Those of `targets` that need the same sizes in all layers."""
+        return [target for target in self.targets if target in ONE_SIZE]
+
 
 class Recipe(_Section):
     """All settings of one run. The same recipe, versions and device give the same plan."""
@@ -351,7 +355,7 @@ class Recipe(_Section):
         """Whether all layers get the same sizes; `experts` is true if the model is a mixture of experts."""
         if self.search.uniform != "auto":
             return self.search.uniform
-        return "hf-native" in self.export.targets or (experts and self.database.granularity == "kv_group")
+        return bool(self.export.one_size) or (experts and self.database.granularity == "kv_group")
 
     @field_validator("target", mode="before")
     @classmethod
@@ -414,9 +418,10 @@ class Recipe(_Section):
                 f"database.granularity={self.database.granularity}: query heads and KV heads cannot be split in "
                 "the same way; set database.granularity=kv_group"
             )
-        if "hf-native" in self.export.targets and self.search.uniform is False:
+        if self.export.one_size and self.search.uniform is False:
             raise ValueError(
-                "export.targets with hf-native needs the same sizes in all layers; remove search.uniform=false"
+                f"export.targets with {self.export.one_size[0]} needs the same sizes in all layers; remove "
+                "search.uniform=false"
             )
         if self.search.uniform is True and self.database.granularity != "kv_group":
             raise ValueError(

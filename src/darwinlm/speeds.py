@@ -18,8 +18,9 @@ from darwinlm.evaluation.measure import as_served, request_seconds
 from darwinlm.export import llama_cpp, vllm_engine
 from darwinlm.export.gguf import choose_architecture, context_length, write_gguf
 from darwinlm.export.gguf_tokenizer import read_vocabulary
-from darwinlm.export.native import native_config, write_native
+from darwinlm.export.hf_native import native_config, write_native
 from darwinlm.export.vllm import write_vllm
+from darwinlm.exports import installed
 from darwinlm.files import write_json
 from darwinlm.progress import task
 from darwinlm.recipe import WorkloadRecipe
@@ -90,7 +91,7 @@ def _in_llama_cpp(
     models: Mapping[str, PrunedModel], tokenizers: Mapping[str, Any], lengths: Sequence[int]
 ) -> dict[str, Any]:
     """Measure on the CPU, with the engine in which exports are verified."""
-    engine = llama_cpp.engine_version()
+    engine = installed(llama_cpp.PACKAGE)
     if engine is None:
         return {"engine": "llama.cpp", "skipped": f"run pip install {llama_cpp.PACKAGE}"}
     facts = {"engine": engine, "device": f"{llama_cpp.threads()} CPU threads", "dtype": _FILE_TYPE}

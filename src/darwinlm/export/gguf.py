@@ -7,6 +7,7 @@ the architecture does not support (Granite's multipliers) are multiplied into th
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,17 @@ import torch
 from torch import Tensor
 
 from darwinlm.adapters.families import EMBEDDINGS, HEAD, window_of
-from darwinlm.adapters.loading import expected_shapes
+from darwinlm.adapters.loading import DenseModel, expected_shapes
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
+from darwinlm.export import llama_cpp
+from darwinlm.export.engine import STORED_AS, Engine, Export
 from darwinlm.export.form import STATIC_ROPE, Form, Rope, layer_tensors, read_form, read_rope
-from darwinlm.export.gguf_tokenizer import Vocabulary, write_vocabulary
+from darwinlm.export.gguf_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
+from darwinlm.export.proof import LATIN, TEXT, ProofError
+from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
+from darwinlm.exports import installed
 
 STUB_WIDTH = 32
 """Channels of a stub MLP: the smallest width that every quantization supports."""
@@ -364,3 +370,72 @@ def _storage(shape: Sequence[int], dtype: str, gguf: Any) -> Any:
     if dtype == "q8_0" and shape[-1] % 32:
         return kinds.F16
     return kinds[dtype.upper()]
+
+
+def _check(model: Export | DenseModel) -> None:
+    gguf_package()
+    choose_architecture(model.config)
+    read_vocabulary(model.tokenizer, model.config.vocab_size, Path(model.source))
+
+
+def _check_export(export: Export) -> None:
+    if export.requested_dtype in K_QUANTS:
+        quantizer()
+
+
+def _write(export: Export, file: Path) -> dict[str, Any]:
+    model, config, name = export.model, export.config, Path(file.stem).stem
+    architecture = choose_architecture(config)
+    vocabulary = read_vocabulary(export.tokenizer, config.vocab_size, export.source)
+    if export.dtype in K_QUANTS:
+        whole = file.with_name(f"{file.name}.whole")
+        try:
+            # In the stored dtype of the weights, so that nothing is rounded twice.
+            write_gguf(model, vocabulary, whole, STORED_AS[model.dtype], name, architecture)
+            quantize(whole, file, export.dtype)
+        finally:
+            whole.unlink(missing_ok=True)
+    else:
+        write_gguf(model, vocabulary, file, export.dtype, name, architecture)
+    if context_length(config) < config.max_position_embeddings:
+        export.notes.append(
+            "llama.cpp has no sliding windows in this architecture: the file supports "
+            f"{context_length(config):,} positions (the window) instead of {config.max_position_embeddings:,}"
+        )
+    return {"architecture": architecture.name, "dtype": export.dtype}
+
+
+def _logits(export: Export, file: Path, tokens: Sequence[int]) -> np.ndarray:
+    """Run the file in llama.cpp. Raises ProofError if it tokenizes text differently."""
+    answer, tokenizer = llama_cpp.ask(file, tokens, [TEXT, LATIN]), export.tokenizer
+    for text, found in zip((LATIN, TEXT), reversed(answer.token_ids), strict=True):
+        if found != tokenizer(text).input_ids:
+            difference = _first_difference(tokenizer, text, found)
+            message = f"{installed(llama_cpp.PACKAGE)} tokenizes some text differently: {difference}"
+            if text == LATIN:
+                raise ProofError(f"{message}; export discarded")
+            export.notes.insert(0, message)
+    return answer.logits_TV
+
+
+def _first_difference(tokenizer: Any, text: str, found: list[int]) -> str:
+    expected = tokenizer(text).input_ids
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False)))
+    pieces = [tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (found, expected)]
+    return f"after {tokenizer.decode(expected[:same])[-20:]!r} {pieces[0]} instead of {pieces[1]}"
+
+
+ENGINE = Engine(
+    name="gguf",
+    suffix="-{export.dtype}.gguf",
+    magic=b"GGUF",
+    # Only float32 has no rounding, to which strongly pruned models are sensitive.
+    dtypes={"f32": 1e-3, "f16": 0.05, "q8_0": 0.5, "bf16": 0.2, **dict.fromkeys(K_QUANTS, 0.5)},
+    kept_sites=frozenset({"layers.0.attention"}),
+    check=_check,
+    check_export=_check_export,
+    write=_write,
+    logits=_logits,
+    packages=(llama_cpp.PACKAGE,),
+    positions=context_length,
+)

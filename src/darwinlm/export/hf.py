@@ -1,8 +1,6 @@
 """Hugging Face folder: safetensors, config, tokenizer, plan, model card and the modelling file."""
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
-from darwinlm.adapters import modeling_darwinlm
 from darwinlm.adapters.config import OLD_TYPE, load_config
 from darwinlm.adapters.families import auto_map, causal_lm
 from darwinlm.adapters.loading import DenseModel, choose_device
@@ -45,7 +42,7 @@ def export_hf(model: PrunedModel, dense: DenseModel, plan: Mapping[str, Any], ca
         save_model(model, dense.dtype, draft)
         dense.generation_config.to_json_file(draft / "generation_config.json", use_diff=True)
         dense.tokenizer.save_pretrained(draft)
-        _name_tokenizer(draft / "tokenizer_config.json")
+        name_tokenizer(draft / "tokenizer_config.json")
         write_json(draft / "plan.json", plan)
         (draft / "README.md").write_text(card, encoding="utf-8")
         _check_tokenizer(dense.tokenizer, draft)
@@ -67,7 +64,7 @@ def save_model(model: PrunedModel, dtype: torch.dtype, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def _name_tokenizer(file: Path) -> None:
+def name_tokenizer(file: Path) -> None:
     """Use a tokenizer class name that transformers 4 and 5 both support for generic tokenizers, and set
     `model_input_names`, whose defaults differ: version 4 adds token types, which no model here uses."""
     if file.exists():
@@ -75,27 +72,6 @@ def _name_tokenizer(file: Path) -> None:
         if settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             names = settings.get("model_input_names") or ["input_ids", "attention_mask"]
             write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names})
-
-
-def renew_code(folder: Path, draft: Path) -> None:
-    """Copy the pruned model in `folder` to `draft` with this version's modelling file; weights are hard-linked if
-    possible."""
-    shutil.copytree(folder, draft, dirs_exist_ok=True, copy_function=_link_weights)
-    # Rewritten, because earlier versions used another format.
-    settings, config = json.loads((draft / "config.json").read_text(encoding="utf-8")), load_config(str(folder))
-    kept = {name: settings[name] for name in ("dtype", "transformers_version") if name in settings}
-    kept |= {"architectures": [causal_lm(config).__name__], "auto_map": auto_map(config, MODULE)}
-    write_json(draft / "config.json", json.loads(config.to_json_string()) | kept)
-    shutil.copyfile(modeling_darwinlm.__file__, draft / f"{MODULE}.py")
-    _name_tokenizer(draft / "tokenizer_config.json")
-
-
-def _link_weights(source: str, target: str) -> None:
-    if source.endswith(".safetensors"):
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copyfile(source, target)
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:

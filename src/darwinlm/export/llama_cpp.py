@@ -5,7 +5,6 @@ run. The KV cache is float32 and flash attention is off, so that a float32 file 
 """
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from darwinlm.errors import EngineError
+from darwinlm.exports import installed
 
 PACKAGE = "xllamacpp"
 _FLOAT32 = 0
@@ -105,14 +105,6 @@ class Answer:
     """Float32 logits, by position and vocabulary entry."""
     token_ids: list[list[int]]
     """Token ids of each text."""
-
-
-def engine_version() -> str | None:
-    """Return the name and version of the engine, or None if it is not installed."""
-    try:
-        return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def ask(file: Path, tokens: Sequence[int], texts: Sequence[str] = ()) -> Answer:
@@ -214,7 +206,7 @@ class Engine:
         """Create a context for `positions` tokens; `exact`: a float32 cache, no flash attention, all in one batch."""
         parameters = self._library.llama_context_default_params()
         if any(getattr(parameters, name) != value for name, value in _DEFAULTS.items()):
-            raise EngineError(f"the API of {engine_version()} is not supported")
+            raise EngineError(f"the API of {installed(PACKAGE)} is not supported")
         parameters.n_ctx = parameters.n_batch = positions
         if exact:
             parameters.n_ubatch = positions
@@ -277,7 +269,7 @@ def _library() -> Any:
         library.llama_log_set.restype = None
         library.llama_log_set.argtypes = (_LOG, ctypes.c_void_p)
     except AttributeError:
-        raise EngineError(f"the API of {engine_version()} is not supported") from None
+        raise EngineError(f"the API of {installed(PACKAGE)} is not supported") from None
     return library
 
 

@@ -1,6 +1,5 @@
 """Folders for mlx-lm: the same tensors, and a code file that mlx-lm runs instead of one of its own models."""
 
-import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -15,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from darwinlm.adapters.families import LAYERS, causal_lm, window_of
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel, whole_settings
 from darwinlm.errors import UserError
+from darwinlm.export.engine import Engine, Export
 from darwinlm.export.form import STATIC_ROPE, Rope, layer_tensors, read_form, read_rope
 from darwinlm.export.hf import SHARD, copy_rest
 from darwinlm.export.shapes import check_equal_groups
@@ -81,14 +81,6 @@ def _periods(rope: Rope | None) -> tuple[tuple[float, ...], float] | None:
     return tuple(1 / turn if turn else _LONGEST for turn in rope.turns), rope.scaling
 
 
-def engine_version() -> str | None:
-    """Return the name and version of mlx-lm, or None if it is not installed."""
-    try:
-        return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def mlx_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     """Compute the logits of `folder` in mlx-lm, in float32 on the CPU, by position and vocabulary entry.
 
@@ -103,3 +95,18 @@ def mlx_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
         parts = [list(tokens[:half]), *([token] for token in tokens[half:])]
         found = [np.array(model(mx.array([part]), cache=cache)[0]) for part in parts]
     return np.concatenate(found)
+
+
+def _write(export: Export, draft: Path) -> dict[str, Any]:
+    write_mlx(export.model, export.source, draft)
+    return {}
+
+
+ENGINE = Engine(
+    name="mlx",
+    suffix="-mlx",
+    check=lambda model: check_mlx(model.config),
+    write=_write,
+    logits=lambda _, draft, tokens: mlx_logits(draft, tokens),
+    packages=(PACKAGE, "'mlx[cpu]'"),
+)

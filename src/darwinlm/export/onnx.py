@@ -1,6 +1,5 @@
 """ONNX files of the prefill: token ids in, logits out, with free batch size and length, without a KV cache."""
 
-import importlib.metadata
 import importlib.util
 import logging
 import warnings
@@ -12,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from darwinlm.adapters.loading import DenseModel
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
+from darwinlm.export.engine import Engine, Export
+from darwinlm.export.shapes import check_no_experts, check_no_linear_attention
 
 FILE = "model.onnx"
-ENGINE = "onnxruntime"
+PACKAGE = "onnxruntime"
 _WRITERS = ("onnx", "onnxscript")
 _LENGTH = 6
 """Length of the example for tracing the graph."""
@@ -70,21 +72,36 @@ def write_onnx(model: PrunedModel, folder: Path) -> None:
             ) from None
 
 
-def engine_version() -> str | None:
-    """Return the name and version of onnxruntime, or None if it is not installed."""
-    try:
-        return f"{ENGINE} {importlib.metadata.version(ENGINE)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def onnx_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     """Compute the logits of the file in `folder` in onnxruntime on the CPU, by position and vocabulary entry.
 
     The tokens are the second row of a batch, with their reverse as the first.
     """
-    runtime: Any = importlib.import_module(ENGINE)
+    runtime: Any = importlib.import_module(PACKAGE)
     session = runtime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
     batch_BT = np.array([list(tokens)[::-1], list(tokens)], dtype=np.int64)
     found: np.ndarray = session.run(["logits"], {"input_ids": batch_BT})[0][1]
     return found
+
+
+def _check(model: Export | DenseModel) -> None:
+    check_writer()
+    check_no_experts(model.config, "export to ONNX")
+    check_no_linear_attention(model.config, "export to ONNX")
+
+
+def _write(export: Export, draft: Path) -> dict[str, Any]:
+    write_onnx(export.model.float(), draft)
+    export.tokenizer.save_pretrained(draft)
+    export.notes.append("the file has no KV cache: it processes whole texts")
+    return {}
+
+
+ENGINE = Engine(
+    name="onnx",
+    suffix="-onnx",
+    check=_check,
+    write=_write,
+    logits=lambda _, draft, tokens: onnx_logits(draft, tokens),
+    packages=(PACKAGE,),
+)

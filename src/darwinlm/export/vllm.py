@@ -6,18 +6,20 @@ per device), which adds exactly nothing; a layer without any part is omitted.
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from darwinlm.adapters.cutting import assemble
 from darwinlm.adapters.families import LAYERS, dense_again
-from darwinlm.adapters.loading import expected_shapes, some_layers
+from darwinlm.adapters.loading import DenseModel, expected_shapes, some_layers
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
-from darwinlm.export.hf import copy_rest, save_model
-from darwinlm.export.shapes import kept_layers, layer_shapes
+from darwinlm.export.engine import Engine, Export
+from darwinlm.export.hf import copy_rest, load, save_model
+from darwinlm.export.proof import logits_of
+from darwinlm.export.shapes import check_equal_groups, check_no_experts, kept_layers, layer_shapes
 
 
 def check_tensor_parallel(config: PrunedConfig, devices: int) -> None:
@@ -59,3 +61,25 @@ def write_vllm(model: PrunedModel, source: Path, folder: Path, devices: int) -> 
     """Write `model`, loaded from `source`, to `folder` for `devices` devices, with all other files of `source`."""
     copy_rest(source, folder, ("config.json",))
     save_model(with_attention_everywhere(model, devices), model.dtype, folder)
+
+
+def _check(model: Export | DenseModel) -> None:
+    check_no_experts(model.config, "vLLM")
+    check_equal_groups(model.config, "vLLM")
+
+
+def _write(export: Export, draft: Path) -> dict[str, Any]:
+    write_vllm(export.model, export.source, draft, export.devices)
+    export.notes.append("not run in vLLM itself: the folder was compared in transformers")
+    return {"tensor_parallel": export.devices}
+
+
+ENGINE = Engine(
+    name="vllm",
+    suffix="-vllm",
+    tensor_parallel=True,
+    check=_check,
+    check_export=lambda export: check_tensor_parallel(export.config, export.devices),
+    write=_write,
+    logits=lambda _, draft, tokens: logits_of(load(draft, dtype=torch.float32), tokens),
+)

@@ -1,8 +1,10 @@
 """Folders of transformers' own models, without code: for models whose layers all have the same size."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,8 +21,10 @@ from darwinlm.adapters.loading import some_layers
 from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.card import without_code
+from darwinlm.export.engine import Engine, Export
 from darwinlm.export.form import read_form
 from darwinlm.export.hf import SHARD, copy_rest
+from darwinlm.export.proof import logits_of
 from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
 
 _OF_MISTRAL = (
@@ -122,3 +126,22 @@ def _common_sizes(config: PrunedConfig, kept: list[int]) -> dict[str, int]:
 def _words(index: int, shape: LayerShape) -> str:
     experts = f", {shape.experts} experts" if shape.experts else ""
     return f"layer {index}: {shape.heads} query and {shape.kv_heads} KV heads, {shape.width} MLP channels{experts}"
+
+
+def _write(export: Export, draft: Path) -> dict[str, Any]:
+    native = native_config(export.config)
+    write_native(export.model, native, export.source, draft)
+    return {"model_type": native.model_type}
+
+
+def _logits(_: Export, draft: Path, tokens: Sequence[int]) -> np.ndarray:
+    return logits_of(AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False), tokens)
+
+
+ENGINE = Engine(
+    name="hf-native",
+    suffix="-native",
+    check_export=lambda export: native_config(export.config),
+    write=_write,
+    logits=_logits,
+)
