@@ -30,7 +30,7 @@ from torch import Tensor
 from whole_layers import by_influence
 
 from darwinlm.adapters.heads import Head
-from darwinlm.adapters.loading import load_dense
+from darwinlm.adapters.loading import fast_dtype, load_dense
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.data import Corpus, load_corpus, read_corpus, save_corpus
 from darwinlm.demo import resolve
@@ -67,11 +67,14 @@ class Row:
     method: str
     target: float
     seed: int
+    rate_factor: float = 1.0
+    """Plots and tables have those of 1 alone."""
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.label}-{self.target:g}-{self.method}-s{self.seed}"
+        rate = "" if self.rate_factor == 1 else f"-rate{self.rate_factor:g}"
+        return f"{self.label}-{self.target:g}-{self.method}-s{self.seed}{rate}"
 
     @property
     def label(self) -> str:
@@ -343,7 +346,7 @@ def run(arguments: argparse.Namespace) -> None:
     for seed in arguments.seed:
         for target in arguments.target:
             for method in arguments.method:
-                run_row(Row(arguments.model, method, target, seed), options, settings)
+                run_row(Row(arguments.model, method, target, seed, arguments.rate_factor), options, settings)
 
 
 def zero_shot(arguments: argparse.Namespace) -> None:
@@ -356,7 +359,7 @@ def zero_shot(arguments: argparse.Namespace) -> None:
     label = Path(arguments.model).name
 
     def judge(model: PrunedModel) -> dict[str, Any]:
-        answers = run_tasks(model.eval(), dense.tokenizer, tasks, arguments.limit)
+        answers = run_tasks(model.to(fast_dtype(model.device)).eval(), dense.tokenizer, tasks, arguments.limit)
         by_task = {name: sum(items["acc"]) / len(items["acc"]) for name, items in answers.items()}
         count = {name: len(items["acc"]) for name, items in answers.items()}
         return {"tasks": by_task, "items": count, "mean": sum(by_task.values()) / len(by_task)}
@@ -364,7 +367,8 @@ def zero_shot(arguments: argparse.Namespace) -> None:
     file = arguments.results / f"{label}-{DENSE}.json"
     known: dict[str, Any] = read_json(file) if file.exists() else {"model": label, "method": DENSE, "points": []}
     if known.get("zero_shot", {}).get("limit") != arguments.limit:
-        known |= surroundings() | {"zero_shot": {"limit": arguments.limit, **judge(dense.model)}}
+        found = judge(dense.whole(dense.device, torch.float32))
+        known |= surroundings() | {"zero_shot": {"limit": arguments.limit, **found}}
         write_json(file, known)
     for file, row in read_rows(arguments.results).items():
         if row["model"] != label or row["method"] == DENSE:
@@ -431,7 +435,8 @@ def main(about: str, given: Sequence[str] | None = None) -> None:
         zero_shot(arguments)
     else:
         rows = [row for row in read_rows(arguments.results).values() if row["model"] == Path(arguments.model).name]
-        rows = [row for row in rows if row.get("target", arguments.target) == arguments.target]
+        rows = [row for row in rows if row.get("target") == arguments.target]
+        rows = [row for row in rows if row["settings"]["rate_factor"] == 1]
         if arguments.command == "plot":
             for file in write_plots(rows, arguments.images):
                 print(file)
