@@ -265,7 +265,7 @@ def grid(first: int, begin: int, last: int) -> list[int]:
 def _starting_model(setting: Setting, row: Row, place: Path) -> tuple[PrunedModel, dict[str, Any]]:
     """The pruned model before its recovery, trainable, and what a row says of it: made once, then read from `place`."""
     if not place.exists() or find_fault(place) is not None:
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         parameters = int(setting.dense.parameters * row.target)
         start = METHODS[row.method](setting, parameters, row.target)
         facts = {
@@ -274,6 +274,8 @@ def _starting_model(setting: Setting, row: Row, place: Path) -> tuple[PrunedMode
             "share": parameters_of(start.model) / setting.dense.parameters,
             "text": dict(start.text),
             "pruning_seconds": round(time.perf_counter() - begun),
+            # On a machine that is shared the clock says little. Both lack what an interrupted call had done before.
+            "pruning_cpu_seconds": round(time.process_time() - cpu),
         }
         with new_folder(place) as draft:
             tensors = {name: tensor.float().contiguous().clone() for name, tensor in tensors_of(start.model).items()}
@@ -318,9 +320,10 @@ def run_row(
     found |= {"reimplemented": REIMPLEMENTED[row.method]} if row.method in REIMPLEMENTED else {}
     measured = {point["tokens"] for point in found["points"]}
     for tokens in grid(options.first, passed * length, options.tokens):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         trainee.train(-(-(tokens - passed * length) // length), after_step)
         found["training_seconds"] += time.perf_counter() - begun
+        found["training_cpu_seconds"] = found.get("training_cpu_seconds", 0.0) + time.process_time() - cpu
         if tokens in measured:
             continue
         point = {"tokens": tokens, "recovery_tokens": tokens - passed * length, **setting.measure(trainee.model)}
