@@ -123,10 +123,17 @@ class _Checkpoint:
 
 
 class _Database:
-    """Gives cuts of the right shapes; it keeps none, as where memory is short."""
+    """Gives cuts of the right shapes: on the CPU mapped from files, and none kept on the device."""
 
-    def __init__(self, config: PrunedConfig, sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels: int):
-        self._rows = config.hidden_size
+    def __init__(
+        self,
+        live: LiveBytes,
+        config: PrunedConfig,
+        sites: Sequence[Site],
+        shapes: Mapping[str, tuple[int, ...]],
+        levels: int,
+    ):
+        self._live, self._rows = live, config.hidden_size
         self._space = _space(sites, shapes, levels)
 
     def space(self, sites: Sequence[Site]) -> Space:
@@ -139,7 +146,9 @@ class _Database:
         (levels,) = (one for one in self._space.sites if one.name == site.name)
         units = levels.units[level]
         columns = site.columns(units)
+        self._live.empty = device.type == "cpu"
         weight = torch.empty(self._rows, columns, device=device, dtype=torch.bfloat16) if units else None
+        self._live.empty = False
         return Cut(kept=tuple(range(units)), output_weight=weight)
 
     def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
@@ -183,7 +192,8 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
     kept = kept_bytes(config, length, length, torch.bfloat16)
     offload = search.offloads(2 * dense.parameters, kept, memory - _LIBRARIES, accelerator=True)
     dense = replace(dense, offload=offload)
-    database: Any = _Database(config, sites, shapes, recipe.database.levels)
+    live = LiveBytes()
+    database: Any = _Database(live, config, sites, shapes, recipe.database.levels)
     space = database.space(sites)
     plan = uniform_plan(space, parameter_budget(target, space))
     assert plan is not None
@@ -198,7 +208,6 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
         update={"trial_tokens": (trial_tokens,), "score_tokens": (score_tokens,), "survivors": (1,)}
     )
     corpus = Corpus({"trial": blocks(2 * trial_tokens), "score": blocks(score_tokens)})
-    live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), live, _as_on_a_gpu(live, memory - _LIBRARIES):
 
         def peak(stage: str) -> Peak:

@@ -149,7 +149,7 @@ def test_columns_are_stored_in_the_type_asked_for(dense, calibration, tmp_path):
     build_database(dense, calibration, RECIPE.model_copy(update={"dtype": "bfloat16"}), tmp_path)
     stored = load_file(tmp_path / "layers.0.mlp.safetensors")
     assert stored["1.output"].dtype == torch.bfloat16
-    assert Database(tmp_path).cut(dense.sites[1], 1, CPU).output_weight.dtype == torch.float32
+    assert Database(tmp_path).cut(dense.sites[1], 1, CPU).output_weight.dtype == torch.bfloat16
 
 
 def test_a_damaged_file_is_named_and_an_old_format_refused(dense, calibration, tmp_path):

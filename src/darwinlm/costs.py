@@ -69,7 +69,7 @@ class Costs:
     stages: tuple[StageCost, ...]
     host_memory: float
     """CPU memory in bytes for layers that are streamed through the devices (each process has its own candidates; the
-    dense model's files are cached once) or for offloaded sharded training; 0 if there are none."""
+    dense model's files and the database's are cached once) or for offloaded sharded training; 0 if there are none."""
     disk: float
     """Disk space in bytes at the end, including checkpoints."""
     advice: tuple[str, ...]
@@ -158,12 +158,13 @@ def predict(
     checkpoint = 2 * 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
     read = recipe.data.trial_tokens + recipe.data.score_tokens
     predictions = 8 * recipe.recovery.teacher_top_k * read if recipe.recovery.distillation else 0
+    files = 2 * dense + (stored if recipe.search.descent_rounds else 0)
     return Costs(
         dense_parameters=dense,
         target_parameters=round(fraction * dense),
         smallest_parameters=fixed,
         stages=tuple(stages),
-        host_memory=_SLACK * machine.devices * host + (2 * dense if host else 0),
+        host_memory=_SLACK * machine.devices * host + (files if host else 0),
         disk=stored + models + checkpoint + predictions + 4 * fraction * dense,
         advice=tuple(_advice(tuple(stages), machine, recipe)),
     )
@@ -302,7 +303,7 @@ def _predict_step(
         one = 2 * in_sites / config.num_hidden_layers
         reads = max(trained_together, data.sequence_length) * rows * 2 * (config.num_hidden_layers + 1)
         passing = item * fixed + 2 * one + _TEMPORARY + reads + search.batch_size * layer
-        host = 2 * candidate + (levels if search.descent_rounds else 0)
+        host = 2 * candidate
         whole = trials = passing
         descent = passing + (levels + 2 * outputs) / config.num_hidden_layers
     sharded = devices if recovery.sharding != "none" else 1

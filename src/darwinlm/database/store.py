@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -190,7 +189,7 @@ class Database:
         return _space(self._index, [site.name for site in sites], self._kept)
 
     def cut(self, site: Site, level: int, device: torch.device) -> Cut:
-        """Read a site at a level, in float32 on `device`. Level 0 is dense and needs no cut.
+        """Read a site at a level, on `device` and in the dtype it is stored in. Level 0 is dense and needs no cut.
 
         On an accelerator cuts are cached while there is room, because candidates use the same ones repeatedly.
 
@@ -206,8 +205,7 @@ class Database:
                 self._keep((site.name, level), found, free_memory(device) // _RESIDENT)
         else:
             self._resident.move_to_end((site.name, level))
-        assert found.output_weight is not None
-        return replace(found, output_weight=found.output_weight.float())
+        return found
 
     def free(self) -> None:
         """Drop the cuts cached on the device, to free its memory."""

@@ -139,13 +139,20 @@ class _WidenedSite:
         if self.base < self.last:
             self.weight_OI[:, columns[self.base]] = weights[self.base]
         self.bias_O = dense.weights.get(f"{self.site.output}.bias")
-        self.columns_K, self.weights_OK = torch.cat(columns).to(dense.device), torch.cat(weights, dim=1).to(place)
+        self.columns_K = torch.cat(columns).to(dense.device)
+        # Streamed, they stay mapped from the database's files, which all ranks share.
+        self._weights = weights if dense.offload else [torch.cat(weights, dim=1).to(place)]
         self.widths = [len(one) for one in columns]
         self._inputs_NI: Tensor | None = None
         self._norm: nn.Module | None = None
         most = max(len(site.units) for site in space.sites)
         self.changes_WL = torch.zeros(0, most, device=dense.device)
         """Gradient times change of the output in the last backward pass, (windows, levels)."""
+
+    def _all_columns(self) -> Tensor:
+        """Return the columns of all levels on the device."""
+        parts = [one.to(self.device, non_blocking=True) for one in self._weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that replace the dense output projection in the model."""
@@ -177,8 +184,7 @@ class _WidenedSite:
     def _project(self, gradient_1NO: Tensor) -> None:
         assert self._inputs_NI is not None
         gradient_NO = gradient_1NO[0]
-        weights_OK = self.weights_OK.to(gradient_NO.device, non_blocking=True)
-        products_NK = (gradient_NO @ weights_OK).mul_(self._inputs_NI.index_select(1, self.columns_K))
+        products_NK = (gradient_NO @ self._all_columns()).mul_(self._inputs_NI.index_select(1, self.columns_K))
         length, most = len(gradient_NO), self.changes_WL.shape[1]
         changes_NL = gradient_NO.new_zeros(-(-length // _WINDOW) * _WINDOW, most, dtype=torch.float32)
         for level, part in enumerate(products_NK.split(self.widths, dim=1)):
@@ -202,9 +208,9 @@ class _WidenedSite:
         length, most = len(gradient_NO), self.changes_WL.shape[1]
         changes_NL = gradient_NO.new_zeros(-(-length // _WINDOW) * _WINDOW, most, dtype=torch.float32)
         for level, (columns_K, weight_OK) in enumerate(
-            zip(self.columns_K.split(self.widths), self.weights_OK.split(self.widths, dim=1), strict=True)
+            zip(self.columns_K.split(self.widths), self._all_columns().split(self.widths, dim=1), strict=True)
         ):
-            output_NO = self._inputs_NI.index_select(1, columns_K) @ weight_OK.to(gradient_NO.device).T
+            output_NO = self._inputs_NI.index_select(1, columns_K) @ weight_OK.T
             if self.bias_O is not None:
                 output_NO += self.bias_O.to(output_NO)
             changes_NL[:length, level] = (gradient_NO.float() * self._norm(output_NO).float()).sum(1)

@@ -133,6 +133,7 @@ class TrialScorer:
         dtype = fast_dtype(dense.device)
         own = torch.float32 if self._optimizer == "adamw" and rate is not None else dtype
         model = dense.cut(cuts, trainable=True, shared_ends=True, dtype=own)
+        del cuts  # the columns are copied
         if rate is None:
             model.to(dtype)
         elif not train_briefly(
