@@ -19,6 +19,8 @@ _SIZES: Mapping[SiteKind, Sequence[str]] = {
     "mlp": ("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts"),
 }
 """Size settings of a layer in `per_layer_config`."""
+_TOGETHER = 8
+"""Layers that are cut and copied together: only their cut tensors exist twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +172,21 @@ def build_model(
     def place(name: str) -> torch.device:
         return layers_on if layers_on is not None and name.startswith(LAYERS) else device
 
-    tensors = _cut_tensors(sites, weights, cuts)
-    own = {
-        name: torch.empty_like(tensor, dtype=dtype, device=place(name))
-        for name, tensor in tensors.items()
-        if trainable and (name.startswith(LAYERS) or not shared_ends)
-    }
-    if own:
-        torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
-    tensors = {name: own[name] if name in own else tensor.to(place(name), given) for name, tensor in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    by_part: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        layer = int(name.removeprefix(LAYERS).split(".")[0]) if name.startswith(LAYERS) else -_TOGETHER
+        by_part.setdefault(layer // _TOGETHER, {})[name] = tensor
+    for part, some in by_part.items():
+        cut = _cut_tensors([site for site in sites if site.layer // _TOGETHER == part], some, cuts)
+        own = {
+            name: torch.empty_like(tensor, dtype=dtype, device=place(name))
+            for name, tensor in cut.items()
+            if trainable and (name.startswith(LAYERS) or not shared_ends)
+        }
+        if own:
+            torch._foreach_copy_(list(own.values()), [cut[name] for name in own])
+        tensors |= {name: own[name] if name in own else cut[name].to(place(name), given) for name in cut}
     return assemble(pruned_config(config, sites, cuts), tensors, trainable=trainable)
 
 
