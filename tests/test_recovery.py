@@ -32,7 +32,7 @@ from darwinlm.recovery.checkpoints import load_best, newest_intact, remove_check
 from darwinlm.recovery.forecast import forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.refit import refit, refit_if_it_helps
-from darwinlm.recovery.sharding import is_sharded
+from darwinlm.recovery.sharding import is_sharded, shard
 from darwinlm.recovery.stage import recover, steps_for
 from darwinlm.recovery.teacher import load_teacher, write_predictions
 from darwinlm.recovery.trainer import best_of
@@ -719,6 +719,20 @@ def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_pa
     assert {path.name for path in (tmp_path / "broken").glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}
     assert once(tmp_path / "broken") == whole
     assert len(whole.losses) == 12
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # the second has a tied head
+@pytest.mark.parametrize("offload", [False, True])
+def test_all_of_a_sharded_model_and_its_teacher_is_on_the_device(family, offload, pruned, monkeypatch):
+    """They begin in CPU memory, and FSDP only moves what it shards: of the teacher, the layers."""
+    dense, database = pruned(family, "kv_group")
+    device, taught = torch.device("meta"), dense.load(CPU, torch.float32)
+    trained = Objective(halved(dense, database, trainable=True), taught, 0.5)
+    monkeypatch.setattr("darwinlm.recovery.sharding.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr("darwinlm.recovery.sharding.fully_shard", lambda module, **_: module.to(device))
+    shard(trained, taught, device, torch.float32, offload=offload)
+    for model in (trained, taught):
+        assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {device}
 
 
 def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(checkpoint, pruned, tmp_path):

@@ -30,14 +30,17 @@ def stream_layers(model: PrunedModel, device: torch.device, dtype: torch.dtype |
     Returns:
         The same model.
     """
-    layers = model.model.layers
-    for module in model.model.children():
-        if module is not layers:
-            module.to(device)
-    model.lm_head.to(device)
-    for layer in layers:
+    move_ends(model, device)
+    for layer in model.model.layers:
         stream(layer, device, dtype)
     return model
+
+
+def move_ends(model: PrunedModel, device: torch.device) -> None:
+    """Move everything except the layers of `model` to `device`: embeddings, rotary frequencies, last norm and head."""
+    for module in (*model.model.children(), model.lm_head):
+        if module is not model.model.layers:
+            module.to(device)
 
 
 def stream(layer: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:

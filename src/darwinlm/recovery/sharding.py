@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from darwinlm import dist
 from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.adapters.streaming import move_ends
 from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.objective import Objective
 
@@ -30,7 +31,7 @@ def shard(
     Args:
         objective: float32; its layers are gathered one at a time, in `dtype`; its embeddings and head stay gathered
             from the forward to the end of the backward pass.
-        teacher: the objective's teacher; only its layers are sharded.
+        teacher: the objective's teacher; only its layers are sharded, and the rest of it is moved to `device`.
         device: device of this rank; layers are moved there one by one.
         dtype: compute dtype; gradients are accumulated in float32.
         offload: whether to keep this rank's shards of weights, gradients and optimizer states in CPU memory, where the
@@ -47,6 +48,8 @@ def shard(
         for layer in teacher.model.layers:
             # Each layer is its own root, and a root would keep its weights gathered.
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # FSDP only moves what it shards, and the Trainer does not see the teacher.
+        move_ends(teacher, device)
     marks: nn.Module = objective
     marks.is_distributed_loading_by_transformers = True  # type: ignore[assignment]
     marks._is_fsdp_managed_module = True  # type: ignore[assignment]
