@@ -22,6 +22,7 @@ from huggingface_hub.errors import GatedRepoError
 from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 import darwinlm
 from darwinlm import cli, dist, files, progress
@@ -780,6 +781,35 @@ def test_a_rank_that_cannot_ask_the_others_says_it(missing, monkeypatch):
         if value is not None:
             monkeypatch.setenv(name, value)
     assert dist.should_report("x")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:38308"), True),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30ms for recv operation"), True),
+        (RuntimeError("Gloo connectFullMesh failed with"), True),
+        (distributed.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//1"), True),
+        (distributed.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (distributed.DistBackendError("ncclRemoteError: A call failed possibly due to a network error"), True),
+        (distributed.DistBackendError("NCCL communicator was aborted on rank 0."), True),
+        (distributed.DistBackendError("ncclInvalidUsage: Duplicate GPU detected: rank 0 and rank 1"), False),
+        (distributed.DistBackendError("ncclUnhandledCudaError: Cuda failure 2 'out of memory'"), False),
+        (RuntimeError("Input tensor data type is not supported for NCCL process group: ComplexHalf"), False),
+        (RuntimeError("Backend gloo does not support reduce_scatter"), False),
+    ],
+)
+def test_only_the_loss_of_a_rank_is_called_that_and_by_all_ranks_alike(error, lost, monkeypatch):
+    said = set()
+    for rank in (0, 2):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        for ranks in (1, 3):
+            monkeypatch.setattr(dist, "world_size", lambda ranks=ranks: ranks)
+            with pytest.raises((UserError, type(error))) as caught, dist.naming_lost_ranks():
+                raise error
+            assert isinstance(caught.value, UserError) == (lost and ranks > 1)
+            said.add(str(caught.value))
+    assert len(said) == 1 + lost
 
 
 def test_the_version_is_shown(capsys):

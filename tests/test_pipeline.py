@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm import cli, pipeline, progress, run_directory
+from darwinlm import cli, dist, pipeline, progress, recovering, run_directory
 from darwinlm.adapters.loading import load_dense
+from darwinlm.lock import RunLock
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.settings import load_recipe
 
@@ -217,6 +218,37 @@ def test_two_ranks_that_shard_the_training_outlive_a_kill_and_write_a_model_that
         here, there = model(tokens).logits, finished.load()(tokens).logits
     # The two trained in bfloat16, where the hardware is fast in it, and added up in another order.
     assert (here - there).abs().max() < 0.02 * there.abs().max()
+
+
+def test_ranks_that_wait_for_one_that_stops_say_so_in_one_line(run, checkpoint):
+    finished, settings = run
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
+    command += ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(finished.path), "--quiet"]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    with RunLock(finished.path) as lock:
+        lock.take()
+        refused = subprocess.run(command, capture_output=True, text=True)
+    assert "is in use by process" in refused.stderr, refused.stderr
+    assert "[rank1]: Traceback" not in refused.stderr, refused.stderr
+
+
+def test_no_file_of_a_training_is_removed_before_all_ranks_have_read_it(run, tmp_path, monkeypatch):
+    """The last that they read are the best weights, at the end of `recover`."""
+    finished, _ = run
+    shutil.copytree(finished.path, tmp_path / "run")
+    events = []
+    for module, name in ((recovering, "recover"), (dist, "barrier"), (recovering, "forget_recovery")):
+        function = getattr(module, name)
+
+        def noted(*arguments, name=name, function=function, **more):
+            found = function(*arguments, **more)
+            events.append(name)
+            return found
+
+        monkeypatch.setattr(module, name, noted)
+    recover_again(tmp_path / "run", {"recovery.learning_rate": 1e-3})
+    assert events[events.index("recover") :][:3] == ["recover", "barrier", "forget_recovery"]
 
 
 class Crash(BaseException):

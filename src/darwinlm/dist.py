@@ -20,8 +20,12 @@ _Value = TypeVar("_Value")
 # One rank may generate text or search for days while the others wait.
 _PATIENCE = timedelta(days=30)
 _ASKING = timedelta(seconds=5)
-_LOST = re.compile(r"connection (closed|reset|refused)|remote (worker|process)|broken pipe|\bgloo\b|\bnccl\b", re.I)
-"""Error messages of a lost rank; the exception classes differ between backends."""
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|(wait|operation) timeout|connectfullmesh|gloo/transport/"
+    r"|remote (worker|process)|network error|communicator was aborted",
+    re.I,
+)
+"""Error messages of a lost rank. Classes do not tell: NCCL raises the same one for wrong usage and full memory."""
 
 
 def start() -> None:
@@ -100,14 +104,16 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not (isinstance(error, process_group.DistError) or _LOST.search(str(error))):
+        if world_size() == 1 or not (isinstance(error, process_group.DistNetworkError) or _LOST.search(str(error))):
             raise
+        # The same on all ranks, which report it once.
         raise UserError(
-            f"rank {rank()}: another rank has stopped or cannot be reached; see its own message. Progress is "
-            "saved: start the same command again to resume"
+            "another rank has stopped or cannot be reached; see its own message. Progress is saved: start the same "
+            "command again to resume"
         ) from error
 
 
+@naming_lost_ranks()
 def stop() -> None:
     """Wait for all ranks and leave the process group."""
     if process_group.is_initialized():

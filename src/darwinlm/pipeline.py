@@ -95,6 +95,7 @@ def prune(
     return run_recipe(load_recipe(recipe, overrides), Path(out))
 
 
+@dist.naming_lost_ranks()
 def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) -> Run:
     """Repeat the recovery of a run with other `recovery` settings, or resume it if nothing changes.
 
@@ -124,6 +125,7 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
     return run_recipe(after, out)
 
 
+@dist.naming_lost_ranks()
 def run_recipe(recipe: Recipe, out: Path) -> Run:
     """Run every unfinished stage of `recipe` in the run directory `out`. Raises UserError.
 
@@ -136,7 +138,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
         if dist.rank() == 0 and (out / "manifest.json").exists():
             lock.take()
         dist.barrier()
-        with naming_memory_faults("loading the model"), dist.naming_lost_ranks():
+        with naming_memory_faults("loading the model"):
             return _run_stages(recipe, device, out, lock)
 
 

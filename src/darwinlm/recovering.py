@@ -61,6 +61,8 @@ def recover_plan(
         model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device,
         passed=passed, balance=dense.reference.balance,
     )  # fmt: skip
+    # Other ranks may still be reading the best weights.
+    dist.barrier()
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
         write_json(folder / "losses.json", history)
