@@ -244,7 +244,7 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
             last = []
             for plan in plans:
                 for name, scorer in scorers.items():
-                    scores[name].append(scorer.score(plan, 0, best).kl)
+                    scores[name].append(scorer.score(plan, 0, best).rank)
                 last.append(
                     _row(dense, database, corpus, plan, judge, RecoveryRecipe(tokens=arguments.recovery_tokens), seed)[
                         2
@@ -337,8 +337,8 @@ def compare_optimizers(arguments: argparse.Namespace) -> None:
                 scorer.find_rates(best)
                 last = len(settings.trial_tokens) - 1
                 trained = [scorer.score(plan, last, best) for plan in plans]
-                scores[optimizer] = [score.kl for score in trained]
-                scores["not trained"] = [score.kl if score.untrained is None else score.untrained for score in trained]
+                scores[optimizer] = [score.rank for score in trained]
+                scores["not trained"] = [one.rank if one.untrained is None else one.untrained for one in trained]
                 search = Evolution(space, budget, settings, [best], seed, sensitivity.costs())
                 found[optimizer] = evolve(search, scorer, math.inf)
             for name, other in (("adamw", "sign"), ("not trained", "adamw"), ("not trained", "sign")):
@@ -376,10 +376,10 @@ def compare_rates(arguments: argparse.Namespace) -> None:
                     print(f"seed {seed}: {one['tokens']} tokens: rate {one['rate']:.2g}; {one['tried']}", flush=True)
                 for step, tokens in enumerate(settings.trial_tokens):
                     score = scorer.score(best, step, best)
-                    before = score.kl if score.untrained is None else score.untrained
+                    before = score.rank if score.untrained is None else score.untrained
                     print(
                         f"seed {seed}: {arguments.trial_loss}, rate {rate}, {tokens} tokens: "
-                        f"KL {before:.4f} to {score.kl:.4f} on {settings.score_tokens[step]} score tokens",
+                        f"KL {before:.4f} to {score.rank:.4f} on {settings.score_tokens[step]} score tokens",
                         flush=True,
                     )
 

@@ -156,7 +156,8 @@ def test_accepted_moves_are_those_between_the_parents_of_the_history(run):
         assert one["changed"] == {"attention": sum(changed[0::2]), "mlp": sum(changed[1::2])}
 
 
-def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_curve(copied):
+@pytest.mark.parametrize("diverged", [None, 1e9])  # 1e9: as version 0.1.0 wrote it
+def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_curve(diverged, copied):
     file = copied / "search" / "state.json"
     state = read_json(file)
     sites = len(state["parent"])
@@ -166,8 +167,8 @@ def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_cu
         return {"generation": generation, "score": score, "scores": scores, "improved": bool(moved), "levels": levels}
 
     moved = [(), (0, 2), (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 4, 5)]
-    scores = [[0.9], [0.8, 1e9], [0.7], [0.7, 0.8], [0.6]]
-    entries = [(min(found), found, *sites) for found, sites in zip(scores, moved, strict=True)]
+    scores = [[0.9], [0.8, diverged], [0.7], [0.7, 0.8], [0.6]]
+    entries = [(found[0], found, *sites) for found, sites in zip(scores, moved, strict=True)]
     state["history"] = [entry(number, *one) for number, one in enumerate(entries)]
     write_json(file, state)
     search = write_report(copied)["search"]

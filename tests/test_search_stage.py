@@ -1,6 +1,8 @@
 """The search with tensors: scores without trials, races, and that ranks change nothing."""
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,8 +21,9 @@ from darwinlm.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.scoring import DenseReference
 from darwinlm.search import stage, trials
 from darwinlm.search.allocation import error_plan, even_plans, uniform_plan
+from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.stage import search_plan
-from darwinlm.search.trials import DIVERGED, TrialScorer
+from darwinlm.search.trials import TrialScorer
 
 RECIPE = SearchRecipe(
     descent_rounds=2,
@@ -75,8 +78,55 @@ def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, mon
     monkeypatch.setattr(trials, "train_briefly", explode)
     plan = search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
     assert budget.holds(plan.levels)
-    lines = (tmp_path / "history.jsonl").read_text()
-    assert str(DIVERGED) in lines or f"{DIVERGED:.1f}" in lines
+    entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert any(None in entry["scores"] for entry in entries)
+    for entry in entries:
+        finite = [kl for kl in entry["scores"] if kl is not None]
+        assert entry["scores"] == [*sorted(finite), *[None] * (len(entry["scores"]) - len(finite))]
+        assert entry["score"] == min(finite)
+
+
+def test_a_search_of_a_former_version_with_diverged_trials_is_resumed(scored):
+    """It wrote 1e9 for them."""
+    _, _, space, budget = scored
+    starts = stage.starting_plans(space, budget)
+    recipe = RECIPE.model_copy(update={"generations": 2})
+    values = [0.5, None, 0.75, None, 0.25, 0.125]
+
+    def run(former):
+        search, count = Evolution(space, budget, recipe, starts, seed=0), 0
+        while (request := search.ask()) is not None:
+            scores = [Score(values[(count + n) % len(values)], untrained=0.6) for n in range(len(request.plans))]
+            count += len(scores)
+            search.tell(scores)
+            state = json.loads(json.dumps(search.state(), allow_nan=False))
+            if former:
+                for row in itertools.chain(*state["scores"]):
+                    row[1] = 1e9 if row[1] is None else row[1]
+                for entry in state["history"]:
+                    entry["scores"] = [1e9 if kl is None else kl for kl in entry["scores"]]
+            search = Evolution.resume(space, budget, recipe, state)
+        return search
+
+    now, before = run(former=False), run(former=True)
+    assert now.history == before.history and now.parent == before.parent
+    assert any(None in entry["scores"] for entry in now.history)
+
+
+def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
+    dense, database, space, budget = scored
+    plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
+    comparison = stage._PlanComparison(dense, database, CORPUS.blocks["score"])
+    expected = comparison.ranked([plans[0], plans[2]])[1]
+    found = comparison._kls
+
+    def kls(reference, plan):
+        return [math.inf if plan == plans[1] else kl for kl in found(reference, plan)]
+
+    monkeypatch.setattr(comparison, "_kls", kls)
+    order, scores = comparison.ranked(plans)
+    assert order[-1] == 1 and scores == [expected[0], None, expected[1]]
+    assert comparison.ranked([plans[1]]) == ([0], [None])
 
 
 def test_trials_learn_from_the_dense_model_if_asked(scored):

@@ -10,7 +10,7 @@ from typing import Any
 from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
 from darwinlm.files import read_json
-from darwinlm.history import trials_of
+from darwinlm.history import kl_of, trials_of
 from darwinlm.plan import Plan, Space
 from darwinlm.recipe import Recipe, SearchRecipe
 from darwinlm.run_directory import Size, Step, run_steps
@@ -21,8 +21,6 @@ _MEASURED = (
     *("prefill_tokens_per_second", "decode_tokens_per_second", "perplexity"),
 )
 """Values of a row that are also given relative to the dense model."""
-_DIVERGED = 1e8
-"""Scores above this threshold belong to candidates whose trial diverged."""
 _POINTS = 200
 """Maximum number of points of a curve; longer ones are averaged over equal intervals."""
 
@@ -220,8 +218,8 @@ def _steps(
     descent = [
         {
             "round": number,
-            "kl": one["scores"][one["best"]],
-            "before": one["scores"][0],
+            "kl": kl_of(one["scores"][one["best"]]),
+            "before": kl_of(one["scores"][0]),
             "compared": _finite(one["scores"]),
             "plans": len(one["scores"]),
             "worst": max(_finite(one["scores"]), default=None),
@@ -233,7 +231,7 @@ def _steps(
     generations = []
     for before, entry in pairwise([None, *history]):
         assert entry is not None
-        finite = _finite(entry["scores"])
+        finite, gain = _finite(entry["scores"]), entry.get("gain")
         generations.append(
             {
                 "generation": entry["generation"],
@@ -243,7 +241,7 @@ def _steps(
                 "worst": max(finite, default=None),
                 "diverged": len(entry["scores"]) - len(finite),
                 "improved": entry["improved"],
-                "gain": entry.get("gain"),
+                "gain": gain if gain is not None and kl_of(gain["mean"]) is not None else None,
                 "changed": _changed(space, (before or entry)["levels"], entry["levels"]),
             }
         )
@@ -277,8 +275,8 @@ def _trials(
     ]
 
 
-def _finite(scores: Sequence[float]) -> list[float]:
-    return [score for score in scores if score < _DIVERGED]
+def _finite(scores: Sequence[float | None]) -> list[float]:
+    return [kl for kl in map(kl_of, scores) if kl is not None]
 
 
 def _changed(space: Space, before: Sequence[int], after: Sequence[int]) -> dict[str, int]:

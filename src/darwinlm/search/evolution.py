@@ -5,12 +5,14 @@ tokens than the one before, and only the best survive; the parent joins the last
 lost.
 """
 
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from darwinlm.history import kl_of
 from darwinlm.plan import Budget, Plan, Space
 from darwinlm.recipe import SearchRecipe
 
@@ -32,12 +34,18 @@ class Request:
 class Score:
     """Score of a plan at a step."""
 
-    kl: float
-    """KL after the trial, if the step has one; lower is better."""
+    kl: float | None
+    """KL after the trial, if the step has one; lower is better. None if the candidate diverged: it is dropped, and the
+    search continues."""
     untrained: float | None = None
     """KL before the trial, on the same text; None if nothing is trained."""
     by_block: tuple[float, ...] = ()
     """KL of each block of the text; `kl` is their mean."""
+
+    @property
+    def rank(self) -> float:
+        """Value to compare scores by: `kl`, infinity if the candidate diverged."""
+        return math.inf if self.kl is None else self.kl
 
 
 class Evolution:
@@ -112,10 +120,10 @@ class Evolution:
         assert request is not None and len(scores) == len(request.plans)
         known = self._scores[self._step]
         known.update(zip(request.plans, scores, strict=True))
-        trained = [score.kl < score.untrained for score in scores if score.untrained is not None]
+        trained = [score.rank < score.untrained for score in scores if score.untrained is not None]
         self._trials[self._step]["tried"] += len(trained)
         self._trials[self._step]["helped"] += sum(trained)
-        ranked = sorted(self._pool, key=lambda plan: known[plan].kl)
+        ranked = sorted(self._pool, key=lambda plan: known[plan].rank)
         if self._step < self._last_step:
             self._pool = tuple(ranked[: self._recipe.survivors[self._step]])
             self._step += 1
@@ -126,13 +134,14 @@ class Evolution:
         improved = self.parent != before
         if self.generation > 0:
             self._flips = min(self._recipe.max_flips, self._flips + 1) if improved else max(1, self._flips - 1)
+        mean, error = difference(known[before], known[self.parent])
         self.history.append(
             {
                 "generation": self.generation,
                 "score": known[self.parent].kl,
                 "scores": [known[plan].kl for plan in ranked],
                 "improved": improved,
-                "gain": dict(zip(("mean", "error"), difference(known[before], known[self.parent]), strict=True)),
+                "gain": {"mean": mean if math.isfinite(mean) else None, "error": error},
                 "trials": self._trials,
                 "levels": list(self.parent.levels),
             }
@@ -252,11 +261,14 @@ class Evolution:
         search._pool = tuple(Plan(levels=tuple(levels)) for levels in state["pool"])
         search._proposed = {Plan(levels=tuple(levels)) for levels in state["proposed"]}
         search._scores = [
-            {Plan(levels=tuple(levels)): Score(kl, untrained, tuple(kls)) for levels, kl, untrained, kls in known}
+            {
+                Plan(levels=tuple(levels)): Score(kl_of(kl), kl_of(untrained), tuple(kls))
+                for levels, kl, untrained, kls in known
+            }
             for known in state["scores"]
         ]
         search._trials = [dict(one) for one in state["trials"]]
-        search.history = list(state["history"])
+        search.history = [_without_marks(entry) for entry in state["history"]]
         return search
 
 
@@ -265,11 +277,20 @@ def _no_trials(recipe: SearchRecipe) -> list[dict[str, int]]:
     return [{"tried": 0, "helped": 0} for _ in recipe.survivors]
 
 
+def _without_marks(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of the history with None for candidates that diverged; see `kl_of`."""
+    found = {**entry, "score": kl_of(entry["score"]), "scores": [kl_of(kl) for kl in entry["scores"]]}
+    if "gain" in entry:
+        found["gain"] = {**entry["gain"], "mean": kl_of(entry["gain"]["mean"])}
+    return found
+
+
 def difference(before: Score, after: Score) -> tuple[float, float]:
     """Return how much lower the KL of `after` is, in nats, and the standard error of the difference over blocks.
 
-    Both scores are on the same text. A plan that has diverged has no blocks, and its error is 0.
+    Both scores are on the same text. If one of the plans has diverged, the difference is infinite, or NaN if both have,
+    and its error is 0.
     """
     differences = [old - new for old, new in zip(before.by_block, after.by_block, strict=False)]
     error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    return before.kl - after.kl, error
+    return before.rank - after.rank, error

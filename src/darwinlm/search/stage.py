@@ -27,7 +27,7 @@ from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
 from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.forecast import spearman
 from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.search.trials import DIVERGED, TrialScorer
+from darwinlm.search.trials import TrialScorer
 
 
 def starting_plans(space: Space, budget: Budget, *, uniform: bool = False) -> list[Plan]:
@@ -103,7 +103,7 @@ def descend(
             )
             if dist.rank() == 0:
                 write_json(file, {"rounds": rounds}, sealed=True)
-            log.info("descent: KL %.4f without training%s", scores[best], "" if best else ", no improvement")
+            log.info("descent: KL %s without training%s", _shown(scores[best]), "" if best else ", no improvement")
     last = rounds[-1]
     return Plan(levels=tuple(last["levels"])), Sensitivity(last["first"], last["second"])
 
@@ -117,16 +117,16 @@ class _PlanComparison:
         parts = [blocks_BT[:quarter], blocks_BT[quarter : 2 * quarter], blocks_BT[2 * quarter :]]
         self._references = [DenseReference(dense.reference.model, part_BT) for part_BT in parts if len(part_BT)]
 
-    def best(self, plans: Sequence[Plan]) -> tuple[int, list[float]]:
+    def best(self, plans: Sequence[Plan]) -> tuple[int, list[float | None]]:
         """Return the index of the plan with the lowest KL(dense || plan), and the KL of each plan, as in `ranked`."""
         order, scores = self.ranked(plans)
         return order[0], scores
 
-    def ranked(self, plans: Sequence[Plan]) -> tuple[list[int], list[float]]:
+    def ranked(self, plans: Sequence[Plan]) -> tuple[list[int], list[float | None]]:
         """Return the indices of the plans, best first and early stopped last, and the KL of each plan.
 
         The KL of an early-stopped plan is the winner's KL plus their difference on the common blocks, because scores on
-        different text are not comparable.
+        different text are not comparable. A KL that is not finite is None.
         """
         running = list(range(len(plans)))
         kls: list[list[float]] = [[] for _ in plans]
@@ -142,18 +142,20 @@ class _PlanComparison:
         scores = [
             statistics.fmean(winner) + statistics.fmean(found) - statistics.fmean(winner[: len(found)]) for found in kls
         ]
-        return order, scores
+        return order, [kl if math.isfinite(kl) else None for kl in scores]
 
     def _kls(self, reference: DenseReference, plan: Plan) -> list[float]:
         dense = self._dense
         model = dense.cut(self._database.cuts(dense.sites, plan.levels, dense.layers_device))
         model.to(fast_dtype(dense.device))
         found = reference.compare(model, head=dense.head).kl_by_block
-        return [_finite(kl) for kl in found]
+        return [kl if math.isfinite(kl) else math.inf for kl in found]
 
 
 def _beaten(kls: Sequence[float], leader: Sequence[float]) -> bool:
-    """Whether the mean difference on common blocks is more than three times its standard error."""
+    """Whether the mean difference on common blocks is more than three times its standard error, or infinite."""
+    if not math.isfinite(sum(kls)):
+        return math.isfinite(sum(leader))
     differences = [one - other for one, other in zip(kls, leader, strict=True)]
     if len(differences) < 3:
         return False
@@ -175,8 +177,8 @@ def _score_all(items: Sequence[_Item], score: Callable[[_Item], _Found]) -> list
     return [everything[number] for number in range(len(items))]
 
 
-def _finite(kl: float) -> float:
-    return kl if math.isfinite(kl) else DIVERGED
+def _shown(kl: float | None) -> str:
+    return "not finite" if kl is None else f"{kl:.4f}"
 
 
 def search_plan(
@@ -214,7 +216,8 @@ def search_plan(
         starts = starting_plans(space, budget, uniform=uniform)
         if uniform and len(starts) > recipe.offspring:
             order, scores = _PlanComparison(dense, database, corpus.blocks["score"]).ranked(starts)
-            log.info("search: %d plans of uniform layers, best KL %.4f without training", len(starts), scores[order[0]])
+            best = _shown(scores[order[0]])
+            log.info("search: %d plans of uniform layers, best KL %s without training", len(starts), best)
             starts = [starts[number] for number in order[: recipe.offspring]]
         costs = None
         if recipe.descent_rounds > 0:
@@ -265,8 +268,8 @@ def _scorer(
                 log.info("search: no learning rate helps in trials of %d tokens: candidates are not trained", tokens)
             else:
                 log.info(
-                    "search: trials of %d tokens: relative rate %.2g, KL %.4f to %.4f on text not trained on",
-                    *(tokens, rate, kls[0.0], kls[rate]),
+                    "search: trials of %d tokens: relative rate %.2g, KL %s to %s on text not trained on",
+                    *(tokens, rate, _shown(kls[0.0]), _shown(kls[rate])),
                 )
         if dist.rank() == 0:
             write_json(file, {"rates": found}, sealed=True)
@@ -296,10 +299,10 @@ def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: Se
     long = corpus.blocks["trial"].numel()
     with task("forecast (plans)", (len(recipe.survivors) + 1) * len(plans)) as progress:
 
-        def scores(score: Callable[[Plan], Score]) -> list[float]:
+        def scores(score: Callable[[Plan], Score]) -> list[Score]:
             found = _score_all(plans, score)
             progress.advance(len(plans))
-            return [one.kl for one in found]
+            return found
 
         last = scores(partial(scorer.score_after, trial_tokens=long, score_tokens=max(recipe.score_tokens)))
         steps = [
@@ -307,8 +310,9 @@ def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: Se
         ]
     found = []
     for step, early in enumerate(steps):
-        alike = spearman(early, last)
-        found.append({"step": step, "scores": early, "rho": alike.rho, "low": alike.low, "high": alike.high})
+        alike = spearman([one.rank for one in early], [one.rank for one in last])
+        kls = [one.kl for one in early]
+        found.append({"step": step, "scores": kls, "rho": alike.rho, "low": alike.low, "high": alike.high})
         log.info(
             "forecast: step %d (%d trial, %d score tokens) ranks %d plans like %d training tokens with a "
             "Spearman correlation of %.2f (%.2f to %.2f)",
@@ -316,7 +320,7 @@ def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: Se
             *(alike.rho, alike.low, alike.high),
         )
     if dist.rank() == 0:
-        write_json(file, {"training_tokens": long, "scores": last, "steps": found})
+        write_json(file, {"training_tokens": long, "scores": [one.kl for one in last], "steps": found})
 
 
 def _from_other_budget(space: Space, budget: Budget, folder: Path | None) -> list[Plan]:
@@ -332,4 +336,4 @@ def _restart_hint(folder: Path) -> str:
 
 
 def _best(search: Evolution) -> str:
-    return f"KL {search.history[-1]['score']:.4f}" if search.history else ""
+    return f"KL {_shown(search.history[-1]['score'])}" if search.history else ""

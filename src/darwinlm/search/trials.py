@@ -28,8 +28,6 @@ from darwinlm.search.evolution import Score, difference
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.training import train_briefly
 
-DIVERGED = 1e9
-"""Score of a candidate whose trial diverged; it is dropped and the search continues."""
 FIRST_RATE = 2.0**-11
 """First relative learning rate of the tuning."""
 _MOST_RATES = 8
@@ -55,7 +53,7 @@ class TrialScorer:
             dtype = fast_dtype(self._dense.device)
             self._near = parent, Neighbourhood(self._dense, self._reference, self._cut, parent, dtype)
         untrained = _score(self._near[1].compare(plan.levels, score_tokens))
-        if self._rate(trial_tokens) is None:
+        if self._rate(trial_tokens) is None or untrained.kl is None:
             return untrained
         return replace(self.score_after(plan, trial_tokens, score_tokens), untrained=untrained.kl)
 
@@ -146,7 +144,7 @@ class TrialScorer:
             portion=self._portion,
             balance=dense.reference.balance,
         ):
-            return Score(DIVERGED)
+            return Score(None)
         return _score(reference.compare(model, tokens, head=dense.head))
 
     def _target_rows(self, blocks_BT: Tensor) -> Tensor:
@@ -169,7 +167,7 @@ def best_rate(score: Callable[[float], Score], untrained: Score, start: float) -
     rate = start
     for _ in range(_MOST_RATES):
         tried[rate] = score(rate)
-        best = min(tried, key=lambda one: tried[one].kl)
+        best = min(tried, key=lambda one: tried[one].rank)
         low, high = min(one for one in tried if one > 0), max(tried)
         if best == high:
             rate = 2 * high
@@ -183,5 +181,5 @@ def best_rate(score: Callable[[float], Score], untrained: Score, start: float) -
 
 def _score(fidelity: Fidelity) -> Score:
     if not math.isfinite(fidelity.kl):
-        return Score(DIVERGED)
+        return Score(None)
     return Score(fidelity.kl, by_block=fidelity.kl_by_block)
