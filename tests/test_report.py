@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from darwinlm import cli
+from darwinlm.errors import UserError
 from darwinlm.files import read_json, write_json
-from darwinlm.pipeline import prune
+from darwinlm.pipeline import prune, recover_again
 from darwinlm.report.charts import Column, Point, Series, columns, curve, nice_ticks
 from darwinlm.report.facts import collect, compared, thinned
+from darwinlm.report.layers import inspect
 from darwinlm.report.page import render, watch_report, write_report
+from darwinlm.subjects import models_of_run
 
 EVIL = "<script>alert('&amp;')</script>\"><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 
@@ -346,9 +349,9 @@ def test_a_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(copied):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: shutil.rmtree(run), "is not a run directory"),
+        (lambda run: shutil.rmtree(run), "is not a DarwinLM run"),
         (lambda run: (run / "manifest.json").write_text("[]"), "is damaged"),
-        (lambda run: (run / "manifest.json").write_text('{"recipe": {}}'), "recipe|damaged"),
+        (lambda run: (run / "manifest.json").write_text('{"recipe": {}}'), "is not a DarwinLM run"),
         (lambda run: (run / "search" / "state.json").write_text("{"), "state.json is damaged"),
         (lambda run: (run / "search" / "state.json").write_text("{}"), "search is damaged"),
         (lambda run: (run / "evaluation" / "measured.json").write_text('{"rows": 3}'), "measured.json is damaged"),
@@ -361,6 +364,26 @@ def test_what_is_no_run_or_is_damaged_is_said_in_one_line(damage, message, copie
     assert cli._exit_code(["report", str(copied)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: {"name": "some web page"}, r"is not a DarwinLM run \(.*\); give the folder passed to --out"),
+        (lambda manifest: {**manifest, "format": 9}, "is a run of format 9, but this version reads format 1; give"),
+        (lambda manifest: {**manifest, "facts": 1}, "is damaged .recipe, facts or stages are missing.; start the run"),
+        (lambda manifest: {**manifest, "recipe": {}}, r"a run whose recipe this version cannot read \(recipe: "),
+    ],
+)
+def test_all_that_read_a_run_say_the_same_of_a_manifest(change, message, copied):
+    manifest = read_json(copied / "manifest.json")
+    write_json(copied / "manifest.json", change(manifest), sealed=True)
+    said = set()
+    for reader in (write_report, models_of_run, recover_again, lambda run: inspect(str(run))):
+        with pytest.raises(UserError, match=message) as error:
+            reader(copied)
+        said.add(str(error.value))
+    assert len(said) == 1
 
 
 def test_a_family_has_a_part_for_every_size(family):

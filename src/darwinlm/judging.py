@@ -11,6 +11,7 @@ from darwinlm.evaluation.zero_shot import check_data, choose_tasks, compare, req
 from darwinlm.files import read_json, write_json
 from darwinlm.progress import task
 from darwinlm.report.page import write_report
+from darwinlm.run_directory import is_run
 from darwinlm.subjects import models_of_run, one_model
 
 
@@ -37,7 +38,7 @@ def evaluate(
         raise UserError(
             "no tasks given; use --tasks piqa,arc_easy, --tasks paper, or a folder of tasks, --tasks-dir DIR"
         )
-    run = Path(source) if (Path(source) / "manifest.json").is_file() else None
+    run = Path(source) if is_run(Path(source)) else None
     loaders = models_of_run(run) if run is not None else {"model": partial(one_model, source)}
     chosen = choose_tasks(tasks, local)
     require_lm_eval()

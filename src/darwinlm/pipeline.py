@@ -34,7 +34,7 @@ from darwinlm.recipe import Recipe
 from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
 from darwinlm.recovery.stage import check_recovery
 from darwinlm.report.page import write_report
-from darwinlm.run_directory import VERSION, RunDirectory, Size, Step, run_steps
+from darwinlm.run_directory import VERSION, RunDirectory, Size, Step, is_run, run_steps
 from darwinlm.search.resources import resource_limits
 from darwinlm.search.stage import search_plan
 from darwinlm.self_text import write_documents
@@ -135,7 +135,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Run:
     device = dist.local_device(choose_device(recipe.device))
     RunDirectory.check(out, recipe)
     with same_bits(recipe.deterministic), RunLock(out) as lock:
-        if dist.rank() == 0 and (out / "manifest.json").exists():
+        if dist.rank() == 0 and is_run(out):
             lock.take()
         dist.barrier()
         with naming_memory_faults("loading the model"):

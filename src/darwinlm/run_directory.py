@@ -26,6 +26,7 @@ from darwinlm.settings import differences, make_recipe
 from darwinlm.target import parse_target, split_targets
 
 FORMAT = 1
+_MANIFEST = "manifest.json"
 LOCK = "lock"
 """Lock file in the run directory, which names the process working on it."""
 VERSION = "darwinlm"
@@ -98,24 +99,12 @@ class RunDirectory:
                 raise UserError(f"--out {path} cannot be created: {above} is a file")
             if not path.exists() or all(_leftover(entry) for entry in path.iterdir()):
                 return
-            manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
-        if "format" not in manifest:
+            found = _read(path)
+        if found is None:
             raise UserError(
                 f"--out {path} contains something that is not a DarwinLM run; give a new or an empty folder"
             )
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"--out {path} is a run of format {manifest['format']!r}, but this version reads format "
-                f"{FORMAT}; give a new folder"
-            )
-        if not all(isinstance(manifest.get(key), dict) for key in ("recipe", "facts", "stages")):
-            raise damaged(path / "manifest.json", "recipe, facts or stages are missing")
-        try:
-            changed = differences(make_recipe(manifest["recipe"]), recipe)
-        except UserError as error:
-            raise UserError(
-                f"--out {path} is a run whose recipe this version cannot read ({error}); give a new folder"
-            ) from None
+        changed = differences(found[0], recipe)
         if changed:
             raise UserError(
                 f"--out {path} is a run with another recipe ({'; '.join(changed)}); give a new folder, or "
@@ -130,8 +119,8 @@ class RunDirectory:
             UserError: if they have changed, or `check` rejects the folder.
         """
         cls.check(path, recipe)
-        if (path / "manifest.json").exists():
-            manifest = read_json(path / "manifest.json")
+        if is_run(path):
+            _, manifest = read_manifest(path)
             for key, value in facts.items():
                 before = manifest["facts"].get(key)
                 if before == value:
@@ -145,7 +134,7 @@ class RunDirectory:
                 log.info("%s was started by darwinlm %s and is continued by %s", path, before, value)
         else:
             manifest = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "facts": dict(facts), "stages": {}}
-            write_json(path / "manifest.json", manifest, sealed=True)
+            write_json(path / _MANIFEST, manifest, sealed=True)
         # Written after the manifest, which makes a folder a run: a run interrupted in between can be resumed.
         text = recipe.to_yaml().encode()
         if not (path / "recipe.yaml").exists() or (path / "recipe.yaml").read_bytes() != text:
@@ -155,17 +144,12 @@ class RunDirectory:
     @classmethod
     def recipe_of(cls, path: Path) -> Recipe:
         """Return the recipe of the run in `path`. Raises UserError if there is no run that this version can read."""
-        manifest = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
-        if not isinstance(manifest.get("recipe"), dict):
-            raise UserError(f"{path} is not a DarwinLM run (no manifest.json with a recipe)")
-        recipe = make_recipe(manifest["recipe"])
-        cls.check(path, recipe)
-        return recipe
+        return read_manifest(path)[0]
 
     @staticmethod
     def change_recipe(path: Path, recipe: Recipe, stages: Collection[str]) -> None:
         """Replace the recipe of the run in `path`, and mark `stages` of every size in the last step as not done."""
-        manifest = read_json(path / "manifest.json")
+        _, manifest = read_manifest(path)
         for part in ("stages", "files"):
             entries = manifest.get(part, {})
             manifest[part] = {
@@ -176,19 +160,19 @@ class RunDirectory:
         manifest["recipe"] = recipe.model_dump(mode="json")
         # Written again by `open`; a run interrupted in between has no recipe.yaml rather than a wrong one.
         (path / "recipe.yaml").unlink(missing_ok=True)
-        write_json(path / "manifest.json", manifest, sealed=True)
+        write_json(path / _MANIFEST, manifest, sealed=True)
 
     @staticmethod
     def accept(path: Path, folder: Path) -> None:
         """Accept intentional changes of the files in `folder`, outputs of a stage of the run in `path`: update their
         checksums."""
-        manifest = read_json(path / "manifest.json")
+        _, manifest = read_manifest(path)
         prefix = f"{folder.resolve().relative_to(path.resolve())}{os.sep}"
         for files in manifest.get("files", {}).values():
             for name in files:
                 if name.startswith(prefix):
                     files[name] = file_checksum(path / name)
-        write_json(path / "manifest.json", manifest, sealed=True)
+        write_json(path / _MANIFEST, manifest, sealed=True)
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has finished successfully."""
@@ -224,7 +208,7 @@ class RunDirectory:
                 self._write()
 
     def _write(self) -> None:
-        write_json(self.path / "manifest.json", self.manifest, sealed=True)
+        write_json(self.path / _MANIFEST, self.manifest, sealed=True)
 
     @contextmanager
     def stage(self, name: str, *outputs: Path) -> Iterator[dict[str, Any]]:
@@ -274,7 +258,45 @@ def _follows(later: str, stage: str) -> bool:
 def run_of(folder: Path) -> Path | None:
     """Return the run directory that contains `folder`, or None."""
     above = list(folder.resolve().parents)[:3]  # RUN/sizes/0.6/model
-    return next((path for path in above if (path / "manifest.json").exists()), None)
+    return next((path for path in above if is_run(path)), None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` has a manifest, possibly damaged."""
+    return (folder / _MANIFEST).is_file()
+
+
+def read_manifest(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe and the manifest of the run in the folder `run`.
+
+    Raises:
+        UserError: if it is not a run, its manifest is damaged, or this version cannot read it.
+    """
+    found = _read(run)
+    if found is None:
+        raise UserError(f"{run} is not a DarwinLM run (it has no {_MANIFEST} of one); give the folder passed to --out")
+    return found
+
+
+def _read(run: Path) -> tuple[Recipe, dict[str, Any]] | None:
+    """Return what `read_manifest` does, or None if `run` is not a run."""
+    manifest = read_json(run / _MANIFEST) if is_run(run) else {}
+    if "format" not in manifest:
+        return None
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{run} is a run of format {manifest['format']!r}, but this version reads format {FORMAT}; give a new "
+            "folder, or use the version that wrote it"
+        )
+    if not all(isinstance(manifest.get(key), dict) for key in ("recipe", "facts", "stages")):
+        raise damaged(run / _MANIFEST, "recipe, facts or stages are missing")
+    try:
+        return make_recipe(manifest["recipe"]), manifest
+    except UserError as error:
+        raise UserError(
+            f"{run} is a run whose recipe this version cannot read ({error}); give a new folder, or use the version "
+            "that wrote it"
+        ) from None
 
 
 def _leftover(entry: Path) -> bool:

@@ -24,6 +24,7 @@ from darwinlm.exports import installed
 from darwinlm.files import write_json
 from darwinlm.progress import task
 from darwinlm.recipe import WorkloadRecipe
+from darwinlm.run_directory import is_run
 from darwinlm.subjects import models_of_run, one_model
 
 _NEW_TOKENS, _REPEATS = 32, 3
@@ -49,7 +50,7 @@ def measure_speeds(
         UserError: if `source` contains no model, a prompt exceeds its maximum length, or `vllm_python` has no vLLM.
     """
     vllm = vllm_engine.engine_version(vllm_python)
-    run = Path(source) if (Path(source) / "manifest.json").is_file() else None
+    run = Path(source) if is_run(Path(source)) else None
     loaders = models_of_run(run) if run is not None else {"model": partial(one_model, source)}
     models, tokenizers = {}, {}
     for name, loader in loaders.items():

@@ -14,10 +14,8 @@ from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.export.hf import load
-from darwinlm.files import read_json
 from darwinlm.recipe import Recipe
-from darwinlm.report.facts import read_manifest
-from darwinlm.run_directory import run_sizes
+from darwinlm.run_directory import read_manifest, run_sizes
 
 Loader = Callable[[], tuple[PrunedModel, Any]]
 """Loads a model, in its stored dtype, and its tokenizer."""
@@ -25,22 +23,22 @@ Loader = Callable[[], tuple[PrunedModel, Any]]
 
 def models_of_run(run: Path) -> dict[str, Loader]:
     """Return loaders of the dense model and of every size, by name. Raises UserError if a model does not exist yet."""
-    recipe, _ = read_manifest(run)
+    recipe, manifest = read_manifest(run)
     sizes = run_sizes(recipe, run)
     for size in sizes:
         if not (size.folder / "model" / "config.json").is_file():
             raise UserError(f"{run}: no model in {size.folder / 'model'} yet; finish the run first")
     device = choose_device(recipe.device)
-    loaders: dict[str, Loader] = {"dense": partial(_dense, run, recipe, device)}
+    loaders: dict[str, Loader] = {"dense": partial(_dense, run, recipe, manifest["facts"].get("model"), device)}
     for size in sizes:
         name = size.name if len(sizes) > 1 else "pruned"
         loaders[name] = partial(_pruned, size.folder / "model", device)
     return loaders
 
 
-def _dense(run: Path, recipe: Recipe, device: torch.device) -> tuple[PrunedModel, Any]:
+def _dense(run: Path, recipe: Recipe, fingerprint: str | None, device: torch.device) -> tuple[PrunedModel, Any]:
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, device, expert_unit=recipe.database.experts)
-    if dense.fingerprint != read_json(run / "manifest.json")["facts"]["model"]:
+    if dense.fingerprint != fingerprint:
         raise UserError(f"{run}: the checkpoint of {recipe.model!r} has changed since this run started; restore it")
     return dense.model.to(dense.dtype), dense.tokenizer
 

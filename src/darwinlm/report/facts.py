@@ -13,8 +13,7 @@ from darwinlm.files import read_json
 from darwinlm.history import kl_of, trials_of
 from darwinlm.plan import Plan, Space
 from darwinlm.recipe import Recipe, SearchRecipe
-from darwinlm.run_directory import Size, Step, run_steps
-from darwinlm.settings import make_recipe
+from darwinlm.run_directory import Size, Step, read_manifest, run_steps
 
 _MEASURED = (
     *("parameters", "kv_cache_bytes_per_token"),
@@ -35,7 +34,8 @@ def collect(run: Path) -> dict[str, Any]:
     Raises:
         UserError: if `run` is not a run, or a file in it is damaged.
     """
-    recipe, stages = read_manifest(run)
+    recipe, manifest = read_manifest(run)
+    stages = manifest["stages"]
     steps = run_steps(recipe, run)
     sizes = steps[-1].sizes
     wanted = _stages(recipe, steps)
@@ -67,18 +67,6 @@ def collect(run: Path) -> dict[str, Any]:
             tasks = read_json(tasks_file)
             facts["tasks"] = {key: tasks[key] for key in ("tasks", "mean")}
     return facts
-
-
-def read_manifest(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe of the run in the folder `run`, and the entries of its stages. Raises UserError if it is not a
-    run."""
-    if not (run / "manifest.json").is_file():
-        raise UserError(f"{run} is not a run directory (manifest.json is missing); give the folder passed to --out")
-    manifest = read_json(run / "manifest.json")
-    try:
-        return make_recipe(manifest["recipe"]), dict(manifest["stages"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{run / 'manifest.json'} is damaged (recipe or stages are missing)") from None
 
 
 def _stages(recipe: Recipe, steps: Sequence[Step]) -> list[str]:

@@ -16,6 +16,7 @@ from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.demo import resolve
 from darwinlm.errors import UserError
 from darwinlm.report.facts import collect
+from darwinlm.run_directory import is_run
 
 _BAR = 14
 
@@ -33,7 +34,7 @@ def inspect(source: str) -> list[dict[str, Any]]:
     Raises:
         UserError: if it is none of these, or a run without a plan so far.
     """
-    if not (Path(source) / "manifest.json").is_file():
+    if not is_run(Path(source)):
         return [{"title": source, **model_sizes(load_sizes(resolve(source)))}]
     facts = collect(Path(source))
     found = []
