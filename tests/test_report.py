@@ -279,6 +279,18 @@ def forget(run, *stages, files):
         (run / name).unlink()
 
 
+@pytest.mark.parametrize("generations", [0, 7])
+def test_a_search_is_of_as_many_generations_as_it_has_and_not_of_the_recipe(generations, copied):
+    """Plans of uniform layers are compared in generation 0, and there is no other."""
+    forget(copied, "search", "recovery", "evaluation", "export", files=["search/best_plan.json"])
+    state = read_json(copied / "search" / "state.json")
+    assert state["generations"] == SETTINGS["search.generations"]
+    write_json(copied / "search" / "state.json", {**state, "generations": generations})
+    assert write_report(copied)["search"]["generations_asked"] == generations
+    page = (copied / "report" / "index.html").read_text()
+    assert (f"of {generations} generations" in page) == (generations > 0)
+
+
 def test_an_unfinished_run_shows_what_there_is_so_far(copied):
     written = json.loads((copied / "recovery" / "losses.json").read_text())
     losses, evaluations = written["loss"], written["evaluations"]

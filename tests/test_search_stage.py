@@ -16,6 +16,7 @@ from darwinlm.adapters.cutting import build_model
 from darwinlm.adapters.loading import load_dense
 from darwinlm.data import Corpus
 from darwinlm.database.build import build_database
+from darwinlm.files import read_json
 from darwinlm.plan import Plan, parameter_budget
 from darwinlm.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.scoring import DenseReference
@@ -216,8 +217,10 @@ def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_
         return score_after(self, plan, trial_tokens, score_tokens)
 
     monkeypatch.setattr(TrialScorer, "score_after", note)
-    recipe = RECIPE.model_copy(update={"uniform": True, "offspring": 3})
-    found = search_plan(dense, database, CORPUS, budget, recipe, 0, tmp_path)
+    recipe = RECIPE.model_copy(update={"offspring": 3, "forecast_candidates": 4})
+    found = search_plan(dense, database, CORPUS, budget, recipe, 0, tmp_path, uniform=True)
+    assert read_json(tmp_path / "state.json")["generations"] == 0 < recipe.generations
+    assert not (tmp_path / "descent.json").exists() and not (tmp_path / "forecast.json").exists()
     assert len(plans) > 3 == len(trained) and found in trained
     assert max(kls[plan] for plan in trained) <= 1.02 * sorted(kls.values())[2] < max(kls.values())
 

@@ -231,11 +231,14 @@ def _run_size(
     larger: Path | None,
 ) -> None:
     """Run the unfinished stages of one size: search, recovery, evaluation and export."""
-    search_folder, settings = size.folder / "search", recipe.search.model_copy(update={"uniform": uniform})
+    search_folder = size.folder / "search"
     if not run.done(f"{size.prefix}search"):
         found = search_folder / "best_plan.json", search_folder / "history.jsonl"
         with run.stage(f"{size.prefix}search", *found):
-            search_plan(here.dense, here.database, corpus, budgets[0], settings, recipe.seed, search_folder, larger)
+            search_plan(
+                here.dense, here.database, corpus, budgets[0], recipe.search, recipe.seed, search_folder, larger,
+                uniform=uniform,
+            )  # fmt: skip
             dist.barrier()
     plan = Plan.from_dict(read_json(search_folder / "best_plan.json"), here.space)
     last = step.number == recipe.steps

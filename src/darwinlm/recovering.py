@@ -42,16 +42,16 @@ def recover_plan(
     earlier = run_steps(recipe, run.path)[: step.number - 1]
     passed = sum(run.facts(f"{one.prefix}recovery").get(SAMPLES, 0) for one in earlier)
     left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
-    share = left if step.number == recipe.steps else recipe.recovery.tokens // recipe.steps
-    wanted = recipe.recovery.model_copy(update={"tokens": share})
+    wanted = recipe.recovery
+    tokens = left if step.number == recipe.steps else wanted.tokens // recipe.steps
     # Sharded tensors need not fit on one device.
-    place = torch.device("cpu") if is_sharded(wanted) or wanted.tokens == 0 else dense.device
+    place = torch.device("cpu") if is_sharded(wanted) or tokens == 0 else dense.device
     model = _starting_model(here, corpus, plan, wanted, place, folder)
     # The teacher has its own dtype, and training needs the memory.
     dense.release()
     here.database.free()
     text: Tensor | TextStream = corpus.marked["trial"]
-    teacher = _teacher(dense, wanted, corpus, place, folder) if wanted.tokens > 0 and wanted.distillation > 0 else None
+    teacher = _teacher(dense, wanted, corpus, place, folder) if tokens > 0 and wanted.distillation > 0 else None
     if wanted.text == "stream":
         stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
         begin = read_json(stopped[0]) if stopped else None
@@ -59,7 +59,7 @@ def recover_plan(
     validation_BT = corpus.marked["score"]
     model, done = recover(
         model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device,
-        passed=passed, balance=dense.reference.balance,
+        passed=passed, balance=dense.reference.balance, tokens=tokens,
     )  # fmt: skip
     # Other ranks may still be reading the best weights.
     dist.barrier()
@@ -71,7 +71,7 @@ def recover_plan(
         write_bytes(folder / "weights.safetensors", save(stored_weights(model, dense.dtype)))
         forget_recovery(folder)
     dist.barrier()
-    return steps_for(wanted, recipe.data.sequence_length) * wanted.batch_size
+    return steps_for(tokens, wanted, recipe.data.sequence_length) * wanted.batch_size
 
 
 def _starting_model(

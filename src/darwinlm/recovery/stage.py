@@ -68,9 +68,9 @@ def check_recovery(recipe: RecoveryRecipe) -> None:
         raise UserError("recovery.lora_rank needs PEFT; pip install 'darwinlm[lora]'")
 
 
-def steps_for(recipe: RecoveryRecipe, sequence_length: int) -> int:
-    """Return the optimizer steps needed for `recipe.tokens` tokens, rounded up."""
-    return -(-recipe.tokens // (recipe.batch_size * sequence_length))
+def steps_for(tokens: int, recipe: RecoveryRecipe, sequence_length: int) -> int:
+    """Return the optimizer steps needed for `tokens` tokens, rounded up."""
+    return -(-tokens // (recipe.batch_size * sequence_length))
 
 
 def recover(
@@ -85,8 +85,9 @@ def recover(
     device: torch.device,
     passed: int = 0,
     balance: float = 0.0,
+    tokens: int | None = None,
 ) -> tuple[PrunedModel, Training]:
-    """Train `model` for `recipe.tokens` tokens with AdamW and float32 weights, on all ranks together.
+    """Train `model` with AdamW and float32 weights, on all ranks together.
 
     Args:
         model: trainable, float32, the same on all ranks; on `device`, or on the CPU if it will be sharded and moved
@@ -103,6 +104,7 @@ def recover(
         device: device of this rank.
         passed: number of blocks of the order to skip, if `text` is a tensor, because earlier training used them.
         balance: value of `recovery.router_loss=auto`.
+        tokens: number of tokens to train on; by default `recipe.tokens`.
 
     Returns:
         The trained model, and the record of the training. A sharded model is gathered on rank 0, on the CPU, and stays
@@ -111,7 +113,8 @@ def recover(
     Raises:
         UserError: if the loss is not finite, or a setting is not supported here.
     """
-    steps = steps_for(recipe, validation_BT.shape[1])
+    tokens = recipe.tokens if tokens is None else tokens
+    steps = steps_for(tokens, recipe, validation_BT.shape[1])
     if steps == 0:
         return model.eval(), Training([], [], 0)
     check_recovery(recipe)
@@ -167,7 +170,7 @@ def recover(
         log.warning(
             "recovery: %d training tokens did not improve the model on the validation text; keeping the "
             "weights from before training",
-            recipe.tokens,
+            tokens,
         )
     elif taken < steps:
         log.info("recovery: the weights after step %d were best on the validation text and are used", taken)

@@ -189,7 +189,9 @@ def _search(recipe: Recipe, space: Space, folder: Path) -> tuple[dict[str, Any],
     if (folder / "best_plan.json").exists():
         plan = Plan.from_dict(read_json(folder / "best_plan.json"), space)
     history = state["history"] if state is not None else []
-    asked = len(history) - 1 if (folder / "best_plan.json").exists() else recipe.search.generations
+    asked = (state or {}).get("generations", recipe.search.generations)
+    if (folder / "best_plan.json").exists():
+        asked = len(history) - 1
     facts = _steps(asked, space, history, rounds)
     # Runs of earlier versions do not record trial statistics.
     if history and all("trials" in entry for entry in history):

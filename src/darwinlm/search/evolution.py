@@ -67,20 +67,23 @@ class Evolution:
         starts: Sequence[Plan],
         seed: int,
         costs: Sequence[Sequence[float]] | None = None,
+        generations: int | None = None,
     ) -> None:
         """Start a search.
 
         Args:
             space: levels of every site.
             budget: budget that every plan meets.
-            recipe: settings of generations, offspring and selection.
+            recipe: settings of offspring and selection.
             starts: plans within `budget`, compared in generation 0.
             seed: random seed.
             costs: expected cost by site and level, used to select mutations.
+            generations: number of generations after generation 0; by default that of `recipe`.
         """
         assert starts, "the search needs a starting plan"
         assert all(budget.holds(plan.levels) for plan in starts)
         self._space, self._budget, self._recipe = space, budget, recipe
+        self._generations = recipe.generations if generations is None else generations
         self._rng = random.Random(seed)
         self._last_step = len(recipe.survivors) - 1
         self._scores: list[dict[Plan, Score]] = [{} for _ in recipe.survivors]
@@ -101,8 +104,8 @@ class Evolution:
 
     def stop(self) -> str | None:
         """Return the reason why the search is over, or None."""
-        if self.generation > self._recipe.generations:
-            return f"all {self._recipe.generations} generations done"
+        if self.generation > self._generations:
+            return f"all {self._generations} generations done"
         if self._stuck:
             return "all neighbors of the best plan have been tried"
         return None
@@ -151,7 +154,7 @@ class Evolution:
 
     def _begin_generation(self) -> None:
         offspring: list[Plan] = []
-        if self.generation <= self._recipe.generations:
+        if self.generation <= self._generations:
             offspring = self._offspring()
             self._stuck = not offspring
         self._step = 0
@@ -234,6 +237,7 @@ class Evolution:
         version, internal, gauss = self._rng.getstate()
         return {
             "generation": self.generation,
+            "generations": self._generations,
             "step": self._step,
             "parent": list(self.parent.levels),
             "pool": [list(plan.levels) for plan in self._pool],
@@ -251,9 +255,17 @@ class Evolution:
         }
 
     @classmethod
-    def resume(cls, space: Space, budget: Budget, recipe: SearchRecipe, state: Mapping[str, Any]) -> "Evolution":
+    def resume(
+        cls,
+        space: Space,
+        budget: Budget,
+        recipe: SearchRecipe,
+        state: Mapping[str, Any],
+        generations: int | None = None,
+    ) -> "Evolution":
         """Resume from `state()`."""
-        search = cls(space, budget, recipe, [Plan(levels=tuple(state["parent"]))], seed=0, costs=state["costs"])
+        parent = Plan(levels=tuple(state["parent"]))
+        search = cls(space, budget, recipe, [parent], seed=0, costs=state["costs"], generations=generations)
         search._flips = state["flips"]
         version, internal, gauss = state["rng"]
         search._rng.setstate((version, tuple(internal), gauss))

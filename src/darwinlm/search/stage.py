@@ -190,23 +190,29 @@ def search_plan(
     seed: int,
     folder: Path,
     larger: Path | None = None,
+    *,
+    uniform: bool = False,
 ) -> Plan:
     """Search until the recipe's generations are done, resuming from the state in `folder`.
 
     `larger` is the folder of a finished search for another budget, whose last sensitivities propose plans for this one.
+    If `uniform`, all layers get the same sizes: the few plans of uniform layers are compared, without descent,
+    evolution and forecast.
 
     Writes `descent.json` after every round of the descent, `trials.json` before the first trial, `state.json` after
     every step of the evolution, `history.jsonl` (one line per generation) and, at the end, `best_plan.json`.
     """
-    space, uniform = database.space(dense.sites), recipe.uniform is True
+    space = database.space(dense.sites)
+    descends = recipe.descent_rounds > 0 and not uniform
+    generations, forecasts = (0, False) if uniform else (recipe.generations, recipe.forecast_candidates > 0)
     if uniform:
         # Uniform layers change together, so no plan uses the whole budget to the parameter.
         budget = Budget(limits=tuple(replace(limit, minimum=0) for limit in budget.limits))
-        recipe = recipe.model_copy(update={"descent_rounds": 0, "generations": 0, "forecast_candidates": 0})
     state_file = folder / "state.json"
     if state_file.exists():
         try:
-            search = Evolution.resume(space, budget, recipe, read_json(state_file, _restart_hint(folder)))
+            state = read_json(state_file, _restart_hint(folder))
+            search = Evolution.resume(space, budget, recipe, state, generations)
         except (LookupError, TypeError, ValueError):
             raise UserError(
                 f"{state_file} was written by another version of darwinlm; {_restart_hint(folder)}"
@@ -220,7 +226,7 @@ def search_plan(
             log.info("search: %d plans of uniform layers, best KL %s without training", len(starts), best)
             starts = [starts[number] for number in order[: recipe.offspring]]
         costs = None
-        if recipe.descent_rounds > 0:
+        if descends:
             file = folder / "descent.json"
             begin = [*sparing_plans(space, budget), *_from_other_budget(space, budget, larger)]
             # If no plan within the budget keeps sites dense, only the least-error plan remains.
@@ -228,9 +234,9 @@ def search_plan(
             plan, sensitivity = descend(dense, database, corpus, budget, recipe, begin, seed, file)
             starts.insert(0, plan)
             costs = sensitivity.costs()
-        search = Evolution(space, budget, recipe, starts, seed, costs)
+        search = Evolution(space, budget, recipe, starts, seed, costs, generations)
     scorer: TrialScorer | None = None
-    with task("search (generations)", recipe.generations + 1) as progress:
+    with task("search (generations)", generations + 1) as progress:
         progress.advance(search.generation, note=_best(search))
         while (request := search.ask()) is not None:
             scorer = scorer or _scorer(dense, database, corpus, recipe, search.parent, folder / "trials.json")
@@ -242,7 +248,7 @@ def search_plan(
     log.info("search: %s", search.stop())
     if scorer is not None:
         _report_trials(search, recipe)
-    if recipe.forecast_candidates > 0 and not (folder / "forecast.json").exists():
+    if forecasts and not (folder / "forecast.json").exists():
         scorer = scorer or _scorer(dense, database, corpus, recipe, search.parent, folder / "trials.json")
         _forecast(search, scorer, corpus, recipe, folder / "forecast.json")
     if dist.rank() > 0:
