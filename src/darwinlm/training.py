@@ -18,7 +18,7 @@ from darwinlm.adapters.streaming import is_streamed, learn_with
 from darwinlm.learning_rate import LearningRate, parameter_groups
 from darwinlm.sign_sgd import TOGETHER, SignSGD
 
-_SHARE = 0.4
+_SHARE = 0.5
 """Fraction of free memory that activations may take before they are recomputed instead."""
 _Tensors = tuple[Tensor, ...]
 Optimizer = Literal["sign", "adamw"]
