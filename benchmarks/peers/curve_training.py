@@ -71,7 +71,7 @@ class DenseStates:
 
     @cached_property
     def _model(self) -> PrunedModel:
-        return self._dense.whole(self._dense.device, fast_dtype(self._dense.device))
+        return self._dense.load(self._dense.device, fast_dtype(self._dense.device))
 
     @cached_property
     def head(self) -> Head:

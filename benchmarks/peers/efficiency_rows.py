@@ -370,7 +370,7 @@ def zero_shot(arguments: argparse.Namespace) -> None:
     file = arguments.results / f"{label}-{DENSE}.json"
     known: dict[str, Any] = read_json(file) if file.exists() else {"model": label, "method": DENSE, "points": []}
     if known.get("zero_shot", {}).get("limit") != arguments.limit:
-        found = judge(dense.whole(dense.device, torch.float32))
+        found = judge(dense.load(dense.device, torch.float32))
         known |= surroundings() | {"zero_shot": {"limit": arguments.limit, **found}}
         write_json(file, known)
     for file, row in read_rows(arguments.results).items():

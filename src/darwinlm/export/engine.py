@@ -43,8 +43,14 @@ class Export:
 
     @cached_property
     def model(self) -> PrunedModel:
-        """The model in its stored dtype until the export is verified, which needs float32."""
+        """The model in its stored dtype."""
         return load(self.source)
+
+    def load_exact(self) -> PrunedModel:
+        """Load the model in float32 and drop `model`. Casting that one would keep what its dtype has rounded, such as
+        the factor of Gemma's embeddings."""
+        self.__dict__.pop("model", None)
+        return load(self.source, dtype=torch.float32)
 
     @cached_property
     def dtype(self) -> str:

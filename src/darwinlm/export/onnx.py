@@ -91,7 +91,7 @@ def _check(model: Export | DenseModel) -> None:
 
 
 def _write(export: Export, draft: Path) -> dict[str, Any]:
-    write_onnx(export.model.float(), draft)
+    write_onnx(export.load_exact(), draft)
     export.tokenizer.save_pretrained(draft)
     export.notes.append("the file has no KV cache: it processes whole texts")
     return {}

@@ -144,4 +144,4 @@ def _prove(engine: Engine, export: Export, draft: Path) -> Proof | None:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ProofError(f"{version} cannot run the {what}; export discarded: {reason}") from None
     most = engine.dtypes[export.dtype] if engine.dtypes else _MOST_DIFFERENCE
-    return check(compare(logits_of(export.model.float(), tokens), found_TV, version), most, what)
+    return check(compare(logits_of(export.load_exact(), tokens), found_TV, version), most, what)
