@@ -72,6 +72,9 @@ UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
 OLD = "before relative rates"
 
+WAYS = ("more descent", "trials", "no trials", OLD)
+"""What `ends` spends the same seconds on."""
+
 SELECTIONS: dict[str, dict[str, Any]] = {
     "trained, three steps": {
         "trial_tokens": (512, 1024, 2048), "score_tokens": (512, 1024, 2048), "trial_loss": "next-token"
@@ -268,6 +271,7 @@ def compare_ends(arguments: argparse.Namespace) -> None:
         "no trials": {"trial_tokens": (0, 0), "score_tokens": (2048, 4096), "offspring": 12},
         OLD: {"learning_rate": 1e-4, "trial_loss": "next-token"},
     }
+    assert tuple(ways) == WAYS[1:]
     for seed in arguments.seeds:
         with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
             space = database.space(dense.sites)
@@ -282,7 +286,7 @@ def compare_ends(arguments: argparse.Namespace) -> None:
                 file = Path(passing) / "descent.json"
                 shutil.copy(folder / "descent.json", file)
                 start, rounds = time.perf_counter(), len(read_json(file)["rounds"])
-                while time.perf_counter() - start < arguments.seconds:
+                while "more descent" in arguments.ways and time.perf_counter() - start < arguments.seconds:
                     rounds += 1
                     longer = recipe.search.model_copy(update={"descent_rounds": rounds})
                     plans["more descent"], _ = descend(
@@ -291,7 +295,7 @@ def compare_ends(arguments: argparse.Namespace) -> None:
                     if len(read_json(file)["rounds"]) < rounds:
                         break
                 print(f"seed {seed}: more descent: {rounds} rounds, {time.perf_counter() - start:.0f} s", flush=True)
-            for name, changes in ways.items():
+            for name, changes in ((name, ways[name]) for name in ways if name in arguments.ways):
                 settings = SearchRecipe(**{"generations": 10**6, **changes})
                 search = Evolution(space, budget, settings, [plan], seed, sensitivity.costs())
                 scorer = TrialScorer(dense, database, corpus, settings)
@@ -511,6 +515,7 @@ def main() -> None:
     rates.add_argument("--rates", nargs="+", default=["auto", "1e-5", "1e-4"])
     rates.add_argument("--trial-loss", choices=("next-token", "distillation"), default="distillation")
     ends = commands.add_parser("ends", help="what to do after a descent")
+    ends.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     ends.add_argument("--seconds", type=float, default=600, help="of each way")
     for command in (selection, ranking):
         command.add_argument("--learning-rate", default="auto", help="of trials")
