@@ -74,7 +74,7 @@ audit: $(VENV)/.ready
 # TORCH is a command that puts another build of PyTorch there than pip takes; what follows it is the environment's Python:
 # make release TORCH='uv pip install --torch-backend cpu -c constraints.txt torch --python'
 RELEASE := .venv-release
-VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/darwinlm/__init__.py)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/darwinlm/_version.py)
 release:
 	rm -rf dist
 	$(PYTHON) -m venv $(RELEASE)

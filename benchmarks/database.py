@@ -28,15 +28,15 @@ from removal import SHAPES, ours, output_error, plain, problem, wait
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from darwinlm import dist
-from darwinlm.adapters.checkpoint import Checkpoint
-from darwinlm.adapters.families import dense_config, find_sites
-from darwinlm.adapters.loading import DenseModel, load_dense
+from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
-from darwinlm.demo import resolve
-from darwinlm.memory import peak_memory_bytes
-from darwinlm.progress import Phases
-from darwinlm.recipe import DatabaseRecipe
+from darwinlm.models.checkpoint import Checkpoint
+from darwinlm.models.families import dense_config, find_sites
+from darwinlm.models.loading import DenseModel, load_dense
+from darwinlm.models.smollm2 import resolve
+from darwinlm.runtime import dist
+from darwinlm.runtime.memory import peak_memory_bytes
+from darwinlm.runtime.progress import Phases
 
 LEVELS = 10
 

@@ -31,20 +31,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from darwinlm.adapters.cutting import Cut, build_model, output_columns
-from darwinlm.adapters.experts import Experts
-from darwinlm.adapters.families import sites_needed
-from darwinlm.adapters.loading import DenseModel, load_dense
-from darwinlm.calibration.grams import ExpertStatistics, walk_blocks
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import DatabaseRecipe, RecoveryRecipe, SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.expert_channels import prune_expert_channels
 from darwinlm.database.experts import Routed, refit_experts, removal_order
+from darwinlm.database.grams import ExpertStatistics, walk_blocks
 from darwinlm.database.store import Database
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import Cut, build_model, output_columns
+from darwinlm.models.experts import Experts
+from darwinlm.models.families import sites_needed
+from darwinlm.models.loading import DenseModel, load_dense
 from darwinlm.plan import Budget, parameter_budget
-from darwinlm.recipe import DatabaseRecipe, RecoveryRecipe, SearchRecipe
-from darwinlm.recovery.stage import recover
-from darwinlm.scoring import DenseReference
+from darwinlm.recovery.training import recover
 from darwinlm.search.allocation import sparing_plans
 from darwinlm.search.stage import descend
 

@@ -36,20 +36,21 @@ import transformers
 from gguf import GGUFReader
 
 import darwinlm
-from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.loading import load_dense
+from darwinlm.config.exports import installed
 from darwinlm.database.store import Database
-from darwinlm.demo import resolve
+from darwinlm.engines.llama_cpp import PACKAGE, Engine, ask, threads
 from darwinlm.export.gguf_tokenizer import load_tokenizer
-from darwinlm.export.hf import export_hf, find_model
-from darwinlm.export.llama_cpp import PACKAGE, Engine, ask, threads
+from darwinlm.export.hf import export_hf
 from darwinlm.export.proof import TEXT, compare, logits_of
 from darwinlm.export.shapes import layer_shapes
 from darwinlm.export.targets import DTYPES, export_model
-from darwinlm.exports import installed
-from darwinlm.files import read_json
+from darwinlm.models.cutting import Cut, build_model
+from darwinlm.models.loading import load_dense
+from darwinlm.models.pruned import find_model
+from darwinlm.models.smollm2 import resolve
 from darwinlm.plan import parameter_budget
-from darwinlm.run_directory import RunDirectory
+from darwinlm.run.directory import RunDirectory
+from darwinlm.runtime.files import read_json
 from darwinlm.search.allocation import cheapest_plan
 
 HEADS = {4: 0, 9: 0, 12: 2, 15: 1, 20: 2, 29: 0}

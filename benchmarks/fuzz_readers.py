@@ -28,12 +28,12 @@ def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[byt
     from safetensors.torch import save
     from test_fuzz import SPACE
 
-    from darwinlm.adapters.checkpoint import Checkpoint
+    from darwinlm.config.loading import load_recipe, parse_override
     from darwinlm.database.store import Database, read_space
-    from darwinlm.files import find_fault, read_json, write_json
+    from darwinlm.models.checkpoint import Checkpoint
     from darwinlm.plan import Plan
-    from darwinlm.run_directory import RunDirectory
-    from darwinlm.settings import load_recipe, parse_override
+    from darwinlm.run.directory import RunDirectory
+    from darwinlm.runtime.files import find_fault, read_json, write_json
 
     asked = {"model": "m", "target": 0.5}
     recipe = load_recipe("quick", asked)
@@ -108,9 +108,9 @@ def fuzz(name: str, seconds: int, kept: Path) -> None:
     with atheris.instrument_imports(include=["darwinlm", "yaml"]):
         import yaml  # noqa: F401
 
-        from darwinlm.adapters import checkpoint  # noqa: F401
         from darwinlm.database import store  # noqa: F401
         from darwinlm.errors import UserError
+        from darwinlm.models import checkpoint  # noqa: F401
     corpus, folder = kept / "corpus", kept / "files"
     corpus.mkdir(parents=True)
     folder.mkdir()

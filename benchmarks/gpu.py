@@ -221,8 +221,8 @@ class RandomCheckpoint:
 def dense_model(shape: Shape, device: torch.device) -> Any:
     from transformers import AutoConfig
 
-    from darwinlm.adapters.families import dense_config, find_sites
-    from darwinlm.adapters.loading import DenseModel, expected_shapes
+    from darwinlm.models.families import dense_config, find_sites
+    from darwinlm.models.loading import DenseModel, expected_shapes
 
     config = dense_config(
         AutoConfig.for_model(
@@ -247,9 +247,9 @@ def text(shape: Shape, tokens: int, seed: int) -> Tensor:
 
 def built(shape: Shape, device: torch.device, folder: Path, tokens: int, phases: Any = None) -> Any:
     """The database in `folder`, built now if it is not there."""
+    from darwinlm.config.recipe import DatabaseRecipe
     from darwinlm.database.build import build_database
     from darwinlm.database.store import Database
-    from darwinlm.recipe import DatabaseRecipe
 
     if (folder / "index.json").exists():
         return Database(folder)
@@ -265,7 +265,7 @@ def weights_per_token(dense: Any, parameters: int) -> int:
 
 
 def run_database(bench: Bench, shape: Shape, folder: Path) -> None:
-    from darwinlm.progress import Phases
+    from darwinlm.runtime.progress import Phases
 
     dense = dense_model(shape, bench.device)
     phases = Phases(lambda: wait(bench.device))
@@ -320,8 +320,8 @@ class Prepared:
 
 
 def prepare(bench: Bench, shape: Shape, folder: Path) -> Prepared:
-    from darwinlm.adapters.loading import fast_dtype
-    from darwinlm.data import Corpus
+    from darwinlm.data.corpus import Corpus
+    from darwinlm.models.loading import fast_dtype
     from darwinlm.plan import parameter_budget
     from darwinlm.search.allocation import uniform_plan
 
@@ -339,7 +339,7 @@ def prepare(bench: Bench, shape: Shape, folder: Path) -> Prepared:
 
 
 def search_recipe(shape: Shape, **settings: Any) -> Any:
-    from darwinlm.recipe import SearchRecipe
+    from darwinlm.config.recipe import SearchRecipe
 
     common = {"trial_tokens": (shape.trial,), "survivors": (1,), "offspring": 4, "generations": 1, "descent_rounds": 1}
     return SearchRecipe(**(common | {"score_tokens": (2 * shape.score,), "sensitivity_tokens": shape.trial} | settings))
@@ -403,10 +403,11 @@ def run_candidate(bench: Bench, shape: Shape, folder: Path) -> None:
 
 
 def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
-    from darwinlm.adapters.cutting import build_model
-    from darwinlm.adapters.loading import fast_dtype
-    from darwinlm.recipe import RecoveryRecipe
-    from darwinlm.recovery import stage, trainer
+    from darwinlm.config.recipe import RecoveryRecipe
+    from darwinlm.models.cutting import build_model
+    from darwinlm.models.loading import fast_dtype
+    from darwinlm.recovery import trainer
+    from darwinlm.recovery import training as stage
 
     given = prepare(bench, shape, folder)
     cuts = given.database.cuts(given.dense.sites, given.plan.levels, bench.device)

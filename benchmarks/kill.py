@@ -30,8 +30,8 @@ from conftest import SETTINGS, files_of, make_checkpoint
 
 # Imported here, once: every run is a child of this process, as fresh as a new one but without seconds of imports.
 from darwinlm import cli, pipeline  # noqa: F401
-from darwinlm.files import read_json
 from darwinlm.report import summary  # noqa: F401
+from darwinlm.runtime.files import read_json
 
 LONGER = {"search.generations": 6, "search.offspring": 6, "recovery.tokens": 512, "recovery.checkpoint_steps": 2}
 STAGES = ("corpus", "database", "search", "recovery", "evaluation", "export")

@@ -24,24 +24,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import darwinlm.adapters.cutting as cutting
-import darwinlm.adapters.families as families
-import darwinlm.adapters.loading as loading
+import darwinlm.models.cutting as cutting
+import darwinlm.models.families as families
+import darwinlm.models.loading as loading
 import darwinlm.search.neighbourhood as neighbourhood
 import darwinlm.search.sensitivity as sensitivity
+import darwinlm.search.trial_training as training
 import darwinlm.search.trials as trials
-import darwinlm.training as training
-from darwinlm.adapters.cutting import Cut, count_parameters
-from darwinlm.adapters.families import LAYERS, Site, find_sites
-from darwinlm.adapters.heads import Head
-from darwinlm.adapters.loading import DenseModel, expected_shapes
-from darwinlm.adapters.memory import kept_bytes
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import Recipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.levels import level_sizes
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import Cut, count_parameters
+from darwinlm.models.device_memory import kept_bytes
+from darwinlm.models.families import LAYERS, Site, find_sites
+from darwinlm.models.heads import Head
+from darwinlm.models.loading import DenseModel, expected_shapes
+from darwinlm.models.modeling_darwinlm import PrunedConfig
 from darwinlm.plan import Space, parameter_budget
-from darwinlm.recipe import Recipe
-from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import TrialScorer

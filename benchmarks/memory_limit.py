@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from darwinlm.target import parse_target
+from darwinlm.config.target import parse_target
 
 ROOT = Path("/sys/fs/cgroup")
 VERSION_1 = (ROOT / "memory").is_dir()

@@ -22,14 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.families import Family
-from darwinlm.adapters.loading import DenseModel, load_dense
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.build import build_database
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model
+from darwinlm.models.families import Family
+from darwinlm.models.loading import DenseModel, load_dense
 from darwinlm.plan import Plan, parameter_budget
-from darwinlm.recipe import DatabaseRecipe, SearchRecipe
-from darwinlm.scoring import DenseReference
 from darwinlm.search.allocation import error_plan, sparing_plans, uniform_plan
 from darwinlm.search.stage import descend
 

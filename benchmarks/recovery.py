@@ -17,19 +17,19 @@ from pathlib import Path
 
 import torch
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import choose_device, fast_dtype, load_dense
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.data import load_corpus, read_corpus
+from darwinlm.config.recipe import RecoveryRecipe
+from darwinlm.data.corpus import load_corpus, read_corpus
 from darwinlm.database.store import Database
-from darwinlm.demo import resolve
-from darwinlm.files import read_json
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model
+from darwinlm.models.loading import choose_device, fast_dtype, load_dense
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.smollm2 import resolve
 from darwinlm.plan import Plan
-from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.refit import refit
-from darwinlm.recovery.stage import recover
-from darwinlm.run_directory import RunDirectory
-from darwinlm.scoring import DenseReference
+from darwinlm.recovery.training import recover
+from darwinlm.run.directory import RunDirectory
+from darwinlm.runtime.files import read_json
 
 METHODS = {
     "next-token": {"distillation": 0.0},

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from live_bytes import trace
 
-from darwinlm.adapters.config import load_sizes
-from darwinlm.costs import plan_run
-from darwinlm.rates import GPUS
-from darwinlm.recipe import Recipe
-from darwinlm.settings import load_recipe
-from darwinlm.target import parse_target
+from darwinlm.config.loading import load_recipe
+from darwinlm.config.recipe import Recipe
+from darwinlm.config.target import parse_target
+from darwinlm.estimate.costs import plan_run
+from darwinlm.estimate.rates import GPUS
+from darwinlm.models.config import load_sizes
 
 CASES = {
     "Llama-2-7B": ("llama2_7b_2.7b", "2.7B", {

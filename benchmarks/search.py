@@ -43,24 +43,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import DenseModel, fast_dtype, load_dense
-from darwinlm.data import Corpus, read_corpus
+from darwinlm.config.loading import load_recipe, parse_override
+from darwinlm.config.recipe import Recipe, RecoveryRecipe, SearchRecipe
+from darwinlm.data.corpus import Corpus, read_corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
-from darwinlm.demo import resolve
-from darwinlm.files import read_json
-from darwinlm.history import trials_of
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model
+from darwinlm.models.loading import DenseModel, fast_dtype, load_dense
+from darwinlm.models.smollm2 import resolve
 from darwinlm.plan import Budget, Plan, Space, parameter_budget
-from darwinlm.recipe import Recipe, RecoveryRecipe, SearchRecipe
-from darwinlm.recovery.stage import recover
-from darwinlm.scoring import DenseReference
+from darwinlm.recovery.training import recover
+from darwinlm.runtime.files import read_json
 from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans, uniform_plan
 from darwinlm.search.evolution import Evolution
 from darwinlm.search.forecast import spearman
+from darwinlm.search.history import trials_of
 from darwinlm.search.stage import descend, search_plan
 from darwinlm.search.trials import TrialScorer
-from darwinlm.settings import load_recipe, parse_override
 
 PAPER = SearchRecipe(
     descent_rounds=0, generations=1000, offspring=8, max_flips=3, survivors=(4, 2, 1),

@@ -12,9 +12,9 @@ from typing import Any
 
 import typer
 
-from darwinlm import recipe
 from darwinlm.cli import app
-from darwinlm.recipe import Recipe
+from darwinlm.config import recipe
+from darwinlm.config.recipe import Recipe
 
 _COMMANDS = """
 # Commands

@@ -17,15 +17,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from darwinlm import training
-from darwinlm.adapters.families import causal_lm, dense_config
-from darwinlm.adapters.loading import DenseModel, load_dense
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
+from darwinlm.models.families import causal_lm, dense_config
+from darwinlm.models.loading import DenseModel, load_dense
+from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.pipeline import Run, prune
-from darwinlm.recipe import DatabaseRecipe
-from darwinlm.recovery import stage
+from darwinlm.recovery import training as stage
+from darwinlm.search import trial_training as training
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -25,16 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 import darwinlm
-from darwinlm import cli, dist, files, progress
-from darwinlm.adapters.checkpoint import Checkpoint
+from darwinlm import cli
+from darwinlm.config.loading import load_recipe, parse_override
 from darwinlm.errors import UserError
-from darwinlm.export.hf import load
-from darwinlm.files import naming_disk_faults, new_folder
-from darwinlm.lock import RunLock
+from darwinlm.models.checkpoint import Checkpoint
+from darwinlm.models.pruned import load
 from darwinlm.pipeline import prune
 from darwinlm.plan import check_target
-from darwinlm.run_directory import RunDirectory
-from darwinlm.settings import load_recipe, parse_override
+from darwinlm.run.directory import RunDirectory
+from darwinlm.run.lock import RunLock
+from darwinlm.runtime import dist, files, progress
+from darwinlm.runtime.files import naming_disk_faults, new_folder
 
 SMALL = [
     "data.sequence_length=16",
@@ -368,7 +369,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     def fail(*arguments, **named):
         raise ConnectionError("the Hub\nis away")
 
-    monkeypatch.setattr("darwinlm.adapters.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("darwinlm.models.checkpoint.snapshot_download", fail)
     with pytest.raises(UserError, match=r"^model 'owner/it': its weights cannot be downloaded: the Hub is away$"):
         Checkpoint("owner/it")
 

@@ -7,15 +7,15 @@ import torch
 from conftest import SETTINGS, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM
 
-from darwinlm.adapters.balance import balance_loss, watched_routers
-from darwinlm.adapters.cutting import Cut, build_model, output_columns
-from darwinlm.adapters.families import FAMILIES
-from darwinlm.adapters.loading import load_dense
+from darwinlm.config.recipe import RecoveryRecipe
+from darwinlm.models.balance import balance_loss, watched_routers
+from darwinlm.models.cutting import Cut, build_model, output_columns
+from darwinlm.models.families import FAMILIES
+from darwinlm.models.loading import load_dense
 from darwinlm.pipeline import prune
-from darwinlm.recipe import RecoveryRecipe
 from darwinlm.recovery.objective import Objective
-from darwinlm.recovery.stage import recover
-from darwinlm.training import _gradients, train_briefly
+from darwinlm.recovery.training import recover
+from darwinlm.search.trial_training import _gradients, train_briefly
 
 CPU = torch.device("cpu")
 MIXTURES = [name for name, family in FAMILIES.items() if family.experts]
@@ -84,7 +84,7 @@ def test_trials_and_recovery_take_what_the_checkpoint_asks_for(activations, text
         tried.append(kwargs["balance"])
         return train_briefly(*args, **kwargs)
 
-    monkeypatch.setattr("darwinlm.recovery.stage.Objective", Watched)
+    monkeypatch.setattr("darwinlm.recovery.training.Objective", Watched)
     monkeypatch.setattr("darwinlm.search.trials.train_briefly", watched)
     folder = asking("olmoe", tmp_path / "dense")
     settings = {**SETTINGS, "data.source": str(text), "recovery.activations": activations}

@@ -7,24 +7,24 @@ from conftest import FAMILIES as WELL_TESTED
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from darwinlm import doctor
-from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.families import FAMILIES, family_of, is_hybrid
-from darwinlm.adapters.heads import Head, shape_logits
-from darwinlm.adapters.loading import load_dense
-from darwinlm.adapters.modeling_darwinlm import Nothing
-from darwinlm.calibration.grams import walk_blocks
+from darwinlm.commands import doctor
+from darwinlm.config.recipe import DatabaseRecipe, WorkloadRecipe
 from darwinlm.database.build import build_database
+from darwinlm.database.grams import walk_blocks
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import Cut, build_model
+from darwinlm.models.families import FAMILIES, family_of, is_hybrid
+from darwinlm.models.heads import Head, shape_logits
+from darwinlm.models.loading import load_dense
+from darwinlm.models.modeling_darwinlm import Nothing
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan
-from darwinlm.recipe import DatabaseRecipe, WorkloadRecipe
 from darwinlm.recovery.refit import refit
-from darwinlm.scoring import DenseReference
+from darwinlm.search.budgets import measure_latencies
 from darwinlm.search.forecast import spearman
 from darwinlm.search.neighbourhood import Neighbourhood
-from darwinlm.search.resources import measure_latencies
 from darwinlm.search.sensitivity import measure_sensitivity
 
 CPU = torch.device("cpu")

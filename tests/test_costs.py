@@ -7,12 +7,12 @@ import torch
 from conftest import make_checkpoint
 
 import darwinlm
-from darwinlm.adapters.config import load_config
-from darwinlm.adapters.families import dense_config, find_sites
 from darwinlm.cli import main
-from darwinlm.costs import plan_run, predict
-from darwinlm.rates import GPUS, Machine, measure_rates, rates_of
-from darwinlm.settings import load_recipe
+from darwinlm.config.loading import load_recipe
+from darwinlm.estimate.costs import plan_run, predict
+from darwinlm.estimate.rates import GPUS, Machine, measure_rates, rates_of
+from darwinlm.models.config import load_config
+from darwinlm.models.families import dense_config, find_sites
 
 
 def recipe_for(model, **settings):
@@ -37,7 +37,7 @@ def test_sizes_are_those_of_the_model_and_the_config_is_enough(checkpoint, tmp_p
     folder.mkdir()
     shutil.copy(checkpoint("qwen3") / "config.json", folder)
     _, costs = plan_run(recipe_for(folder), gpu="a100", gpus=2)
-    state = darwinlm.adapters.loading.load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
+    state = darwinlm.models.loading.load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
     assert costs.dense_parameters == state.parameters
     assert costs.smallest_parameters == state.fixed_parameters
     assert costs.target_parameters == round(0.7 * state.parameters)

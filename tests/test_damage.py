@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import darwinlm
-from darwinlm import pipeline, recovering
+from darwinlm import pipeline
+from darwinlm.config.loading import load_recipe
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
-from darwinlm.files import read_json, write_json
 from darwinlm.pipeline import prune
-from darwinlm.run_directory import RunDirectory
-from darwinlm.settings import load_recipe
+from darwinlm.recovery import stage as recovering
+from darwinlm.run.directory import RunDirectory
+from darwinlm.runtime.files import read_json, write_json
 
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]
 MADE_AGAIN = {
@@ -62,7 +63,9 @@ def again(run, checkpoint, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="darwinlm"):
             prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings={**settings, **changes})
-        return [record.getMessage() for record in caplog.records]
+        # Whether so short a training improves so small a model depends on the rounding of the hardware.
+        lines = [record.getMessage() for record in caplog.records]
+        return [line for line in lines if "did not improve the model" not in line]
 
     return tmp_path / "run", same_command
 

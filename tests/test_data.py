@@ -15,9 +15,10 @@ import torch
 from conftest import make_tokenizer
 from pyarrow import parquet
 
-from darwinlm import data, self_text
-from darwinlm.adapters.loading import load_dense
-from darwinlm.data import (
+from darwinlm.config.recipe import DataRecipe
+from darwinlm.data import corpus as data
+from darwinlm.data import self_text
+from darwinlm.data.corpus import (
     SPLITS,
     TextStream,
     load_corpus,
@@ -28,10 +29,10 @@ from darwinlm.data import (
     save_corpus,
     unmark,
 )
-from darwinlm.documents import find_documents
+from darwinlm.data.documents import find_documents
+from darwinlm.data.self_text import write_documents
 from darwinlm.errors import UserError
-from darwinlm.recipe import DataRecipe
-from darwinlm.self_text import write_documents
+from darwinlm.models.loading import load_dense
 
 END = 10**6
 

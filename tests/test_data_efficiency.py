@@ -17,9 +17,9 @@ from efficiency_report import Curve, apart, chosen_point, curves, need
 from efficiency_rows import METHODS, Options, Row, grid, run_row
 from forms import facts_of, revive, tensors_of
 
-from darwinlm.adapters.cutting import build_model, count_parameters
-from darwinlm.adapters.loading import load_dense
 from darwinlm.evaluation.measure import parameters_of
+from darwinlm.models.cutting import build_model, count_parameters
+from darwinlm.models.loading import load_dense
 from darwinlm.recovery.objective import Objective
 
 IDS = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(3))

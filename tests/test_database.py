@@ -13,16 +13,16 @@ from conftest import VOCABULARY
 from safetensors.torch import load_file
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from darwinlm.adapters.cutting import Cut
-from darwinlm.adapters.loading import load_dense
-from darwinlm.calibration.activations import choose_place, open_activations
-from darwinlm.calibration.grams import walk_blocks
+from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database import build
+from darwinlm.database.activations import choose_place, open_activations
 from darwinlm.database.build import build_database
+from darwinlm.database.grams import walk_blocks
 from darwinlm.database.store import Database
 from darwinlm.errors import InvalidTensorError, UserError
-from darwinlm.progress import Phases
-from darwinlm.recipe import DatabaseRecipe
+from darwinlm.models.cutting import Cut
+from darwinlm.models.loading import load_dense
+from darwinlm.runtime.progress import Phases
 
 CPU = torch.device("cpu")
 RECIPE = DatabaseRecipe(levels=4, batch_size=3)
@@ -81,7 +81,7 @@ def test_where_activations_lie_changes_nothing_and_leaves_nothing(offload, dense
 
 
 def test_activations_go_where_there_is_room(monkeypatch):
-    monkeypatch.setattr("darwinlm.calibration.activations.available_memory", lambda: 1_000)
+    monkeypatch.setattr("darwinlm.database.activations.available_memory", lambda: 1_000)
     assert choose_place(100, CPU) == "device"
     assert choose_place(900, CPU) == "disk"
 
@@ -114,10 +114,10 @@ import sys, warnings
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from darwinlm import dist
-from darwinlm.adapters.loading import load_dense
+from darwinlm.runtime import dist
+from darwinlm.models.loading import load_dense
 from darwinlm.database.build import build_database
-from darwinlm.recipe import DatabaseRecipe
+from darwinlm.config.recipe import DatabaseRecipe
 dist.start()
 assert dist.world_size() == 2
 root = Path(sys.argv[2])
@@ -191,7 +191,7 @@ def test_a_damping_that_rounding_drowns_is_named(dense, calibration, tmp_path):
 
 
 def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
+    monkeypatch.setattr("darwinlm.database.grams._NO_LIMIT", ())
     whole = build_database(dense, calibration, RECIPE.model_copy(update={"batch_size": 2}), tmp_path / "whole")
     seen, forward = [], Qwen2DecoderLayer.forward
 
@@ -214,7 +214,7 @@ def test_a_device_without_room_for_a_block_fails(dense, calibration, tmp_path, m
     def none(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("darwinlm.calibration.grams._NO_LIMIT", ())
+    monkeypatch.setattr("darwinlm.database.grams._NO_LIMIT", ())
     monkeypatch.setattr(Qwen2DecoderLayer, "forward", none)
     with pytest.raises(torch.OutOfMemoryError):
         build_database(dense, calibration, RECIPE, tmp_path)

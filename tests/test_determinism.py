@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import TARGET, files_of
 
-from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
+from darwinlm.runtime.determinism import same_bits
 
 
 def test_another_process_with_more_threads_comes_to_the_same_database_plan_and_model(run, checkpoint, tmp_path):

@@ -14,7 +14,7 @@ from conftest import SETTINGS
 
 import darwinlm
 from darwinlm.cli import app
-from darwinlm.settings import known_keys
+from darwinlm.config.loading import known_keys
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -95,6 +95,9 @@ def test_every_command_and_every_setting_is_explained():
             assert text or section or not kind.endswith("Recipe"), f"{kind}.{field} has no docstring"
 
 
+CANNOT_FAIL = ("Recipe.to_yaml", "Database.space", "Plan.to_dict", "build_model", "DenseReference.compare")
+
+
 def public_names():
     """What `darwinlm` exports, and the methods of its classes that are on the page."""
     shown = {name.strip() for names in re.findall(r"members: \[(.*)\]", REFERENCE) for name in names.split(",")}
@@ -121,8 +124,9 @@ def test_public_names_say_what_they_take_return_and_raise():
         sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?: .*\n?|\n)+)", text, flags=re.M))
         parameters = set(inspect.signature(value).parameters) - {"self"}
         assert set(re.findall(r"^    (\w+): ", sections.get("Args", ""), flags=re.M)) == parameters, name
-        assert sections.get("Returns", "").strip(), name
-        assert name == "Recipe.to_yaml" or "UserError: " in sections["Raises"], name
+        returns = inspect.signature(value).return_annotation is not None
+        assert bool(sections.get("Returns", "").strip()) == returns, name
+        assert "UserError: " in sections.get("Raises", "") or name in CANNOT_FAIL, name
 
 
 def command_lines(page):

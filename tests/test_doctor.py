@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from darwinlm import cli
-from darwinlm.adapters import cutting, modeling_darwinlm
-from darwinlm.adapters.checkpoint import Checkpoint
-from darwinlm.adapters.config import load_config
-from darwinlm.adapters.modeling_darwinlm import Nothing, PrunedConfig, PrunedModel
-from darwinlm.adapters.walking import CACHE
-from darwinlm.doctor import choose_layers, examine
-from darwinlm.export import gguf, hf, hf_native, llama_cpp, vllm
+from darwinlm.commands.doctor import choose_layers, examine
+from darwinlm.engines import llama_cpp
+from darwinlm.export import gguf, hf, hf_native, vllm
+from darwinlm.models import cutting, modeling_darwinlm
+from darwinlm.models.checkpoint import Checkpoint
+from darwinlm.models.config import load_config
+from darwinlm.models.modeling_darwinlm import Nothing, PrunedConfig, PrunedModel
+from darwinlm.models.walking import CACHE
 
 MODEL = {
     "level 0": "level 0 equals transformers' model",
@@ -39,7 +40,7 @@ EXPORTS = {target: f"export --to {target}" for target in ("gguf", "vllm", "hf-na
 @pytest.fixture(autouse=True)
 def _quick_exports(monkeypatch):
     """Without ONNX, whose tracing takes seconds, and mlx-lm, which is not installed: their own tests are elsewhere."""
-    monkeypatch.setattr("darwinlm.doctor.TARGETS", EXPORTS)
+    monkeypatch.setattr("darwinlm.commands.doctor.TARGETS", EXPORTS)
 
 
 def results(examination):
@@ -173,7 +174,7 @@ def break_saving(monkeypatch):
         model.model.norm.weight.data *= 1.001
         right(model, dtype, folder)
 
-    monkeypatch.setattr("darwinlm.doctor.save_model", save)
+    monkeypatch.setattr("darwinlm.commands.doctor.save_model", save)
 
 
 def round_frequencies(monkeypatch):
@@ -227,14 +228,14 @@ def break_native(monkeypatch):
     ],
 )
 def test_what_is_broken_is_told(broken, told, targets, checkpoint, monkeypatch):
-    monkeypatch.setattr("darwinlm.doctor.TARGETS", targets)
+    monkeypatch.setattr("darwinlm.commands.doctor.TARGETS", targets)
     broken(monkeypatch)
     assert failed(examine(str(checkpoint("llama")))) == told
 
 
 def test_a_checkpoint_in_bfloat16_is_healthy_while_rope_stays_in_float32(tmp_path, monkeypatch):
     folder = str(make_checkpoint("llama", tmp_path / "bfloat16", torch.bfloat16))
-    monkeypatch.setattr("darwinlm.doctor.TARGETS", [])
+    monkeypatch.setattr("darwinlm.commands.doctor.TARGETS", [])
     assert examine(folder).passed
     round_frequencies(monkeypatch)
     assert failed(examine(folder)) == {"saved"}
@@ -300,7 +301,7 @@ def test_large_models_are_checked_on_a_few_layers_of_every_kind(checkpoint, monk
     )  # fmt: skip
     chosen = choose_layers(small)
     assert len(chosen) == 8 and chosen[0] == 0 and chosen[-1] == 29
-    monkeypatch.setattr("darwinlm.doctor._LAYER_PARAMETERS", 1)
+    monkeypatch.setattr("darwinlm.commands.doctor._LAYER_PARAMETERS", 1)
     examination = examine(str(checkpoint("qwen2")))
     assert examination.passed
     assert examination.reduced[0] == "2 of 3 layers (0, 2); the weights of the others are not read"

@@ -9,8 +9,8 @@ import torch
 from conftest import make_config, save_pruned
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from darwinlm.adapters import modeling_darwinlm
 from darwinlm.export.hf import save_model
+from darwinlm.models import modeling_darwinlm
 
 SIZES = {0: {"skip": ["attention"]}, 1: {"num_attention_heads": 3, "num_key_value_heads": 1}}
 

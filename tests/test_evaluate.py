@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darwinlm import cli, judging
+from darwinlm import cli
+from darwinlm.commands import evaluate as judging
 from darwinlm.errors import UserError
 from darwinlm.evaluation import zero_shot
 from darwinlm.evaluation.local_tasks import local_tasks
 from darwinlm.evaluation.paired import accuracy, mcnemar, mean_of_tasks, paired
-from darwinlm.files import read_json, write_json
+from darwinlm.runtime.files import read_json, write_json
 
 RIGHT = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60)
 

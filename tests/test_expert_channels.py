@@ -10,22 +10,23 @@ from conftest import SETTINGS, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError
-from darwinlm.adapters.cutting import Cut, build_model, output_columns
-from darwinlm.adapters.experts import Experts
-from darwinlm.adapters.families import FAMILIES, family_of, sites_needed
-from darwinlm.adapters.loading import load_dense
-from darwinlm.calibration.grams import ExpertStatistics, walk_blocks
+from darwinlm.commands.inspect import inspect
+from darwinlm.config.recipe import DatabaseRecipe, WorkloadRecipe
 from darwinlm.database.build import build_database
 from darwinlm.database.expert_channels import prune_expert_channels
+from darwinlm.database.grams import ExpertStatistics, walk_blocks
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.solver import prune_site
 from darwinlm.database.store import Database
-from darwinlm.export.hf import load, save_model
+from darwinlm.export.hf import save_model
 from darwinlm.export.targets import export_model
+from darwinlm.models.cutting import Cut, build_model, output_columns
+from darwinlm.models.experts import Experts
+from darwinlm.models.families import FAMILIES, family_of, sites_needed
+from darwinlm.models.loading import load_dense
+from darwinlm.models.pruned import load
 from darwinlm.pipeline import prune
-from darwinlm.recipe import DatabaseRecipe, WorkloadRecipe
-from darwinlm.report.layers import inspect
-from darwinlm.search.resources import resource_limits
+from darwinlm.search.budgets import resource_limits
 
 CPU = torch.device("cpu")
 MIXTURES = [name for name, family in FAMILIES.items() if family.experts]

@@ -11,25 +11,25 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError
-from darwinlm.adapters.cutting import Cut, build_model, cut_site, output_columns
-from darwinlm.adapters.experts import Experts, hide_experts
-from darwinlm.adapters.families import FAMILIES, family_of, sites_needed
-from darwinlm.adapters.loading import load_dense
-from darwinlm.calibration.grams import ExpertStatistics, walk_blocks
+from darwinlm.commands.inspect import inspect
+from darwinlm.config.recipe import DatabaseRecipe, WorkloadRecipe
 from darwinlm.database.build import build_database
 from darwinlm.database.experts import Routed, prune_experts, refit_experts, removal_order
+from darwinlm.database.grams import ExpertStatistics, walk_blocks
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
-from darwinlm.export.hf import load
 from darwinlm.export.targets import export_model
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import Cut, build_model, cut_site, output_columns
+from darwinlm.models.experts import Experts, hide_experts
+from darwinlm.models.families import FAMILIES, family_of, sites_needed
+from darwinlm.models.loading import load_dense
+from darwinlm.models.pruned import load
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan
-from darwinlm.recipe import DatabaseRecipe, WorkloadRecipe
-from darwinlm.report.layers import inspect
-from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
+from darwinlm.search.budgets import resource_limits
 from darwinlm.search.neighbourhood import Neighbourhood
-from darwinlm.search.resources import resource_limits
 from darwinlm.search.sensitivity import measure_sensitivity
 
 CPU = torch.device("cpu")

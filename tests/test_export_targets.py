@@ -11,18 +11,18 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from darwinlm import UserError
-from darwinlm.adapters import modeling_darwinlm
-from darwinlm.adapters.families import find_sites
 from darwinlm.cli import _exit_code
+from darwinlm.config.loading import make_recipe
+from darwinlm.config.recipe import Target
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
 from darwinlm.export.targets import ENGINES, TARGETS, sites_kept_for
+from darwinlm.models import modeling_darwinlm
+from darwinlm.models.families import find_sites
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
-from darwinlm.recipe import Target
 from darwinlm.search.allocation import cheapest_plan, even_plans
 from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.settings import make_recipe
 
 
 def test_every_name_that_a_recipe_takes_is_that_of_its_engine():

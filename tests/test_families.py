@@ -6,11 +6,12 @@ from conftest import FAMILIES, GRANULARITIES, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements
-from darwinlm.adapters.loading import load_dense
-from darwinlm.adapters.walking import CACHE
 from darwinlm.errors import UserError
-from darwinlm.export.hf import load, save_model
+from darwinlm.export.hf import save_model
+from darwinlm.models.cutting import Cut, build_model, count_parameters, kv_elements
+from darwinlm.models.loading import load_dense
+from darwinlm.models.pruned import load
+from darwinlm.models.walking import CACHE
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -162,7 +163,7 @@ def test_every_kind_of_rope_is_cut_saved_and_loaded(family, kind, pruned, tmp_pa
 def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path):
     from transformers import GPT2Config
 
-    from darwinlm.adapters.config import load_config
+    from darwinlm.models.config import load_config
 
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'gpt2' is not supported; supported families: arcee, cohere, "):

@@ -6,8 +6,8 @@ from conftest import make_config, save_pruned
 from shapes import SHAPES
 
 from darwinlm import UserError
-from darwinlm.adapters.families import FAMILIES, window_of
 from darwinlm.export.form import _KNOWN, layer_tensors, read_form, read_rope
+from darwinlm.models.families import FAMILIES, window_of
 
 TOKENS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(5))
 OTHERS = {

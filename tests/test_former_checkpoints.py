@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm.adapters.config import load_sizes
-from darwinlm.adapters.loading import expected_shapes, load_dense
 from darwinlm.export.targets import export_model
+from darwinlm.models.config import load_sizes
+from darwinlm.models.loading import expected_shapes, load_dense
 
 FORMER = json.loads((Path(__file__).parent / "data" / "former_checkpoints.json").read_text())
 """By family: `config.json`, the tensors, and logits that the former version computed."""

@@ -10,9 +10,9 @@ import yaml
 from conftest import TARGET
 
 import darwinlm
-from darwinlm.files import read_json, write_json
-from darwinlm.run_directory import RunDirectory
-from darwinlm.settings import load_recipe, make_recipe
+from darwinlm.config.loading import load_recipe, make_recipe
+from darwinlm.run.directory import RunDirectory
+from darwinlm.runtime.files import read_json, write_json
 
 FORMER = json.loads((Path(__file__).parent / "data" / "former_run.json").read_text())
 """What the manifest of a run of version 0.1.0 says of its recipe, and of itself."""

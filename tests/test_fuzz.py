@@ -9,13 +9,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from darwinlm.config.loading import known_keys, load_recipe, parse_override
+from darwinlm.config.recipe import Recipe
+from darwinlm.config.target import parse_target, split_targets
 from darwinlm.database.store import Database, read_space
 from darwinlm.errors import UserError
-from darwinlm.files import read_json, write_json
 from darwinlm.plan import Plan, SiteLevels, Space, check_target, parameter_budget
-from darwinlm.recipe import Recipe
-from darwinlm.settings import known_keys, load_recipe, parse_override
-from darwinlm.target import parse_target, split_targets
+from darwinlm.runtime.files import read_json, write_json
 
 FUZZ = settings(
     max_examples=200,

@@ -15,16 +15,17 @@ from shapes import ATTENTION, MLP, SHAPES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from darwinlm import UserError, demo
-from darwinlm.adapters.families import causal_lm
+from darwinlm import UserError
 from darwinlm.cli import _exit_code
+from darwinlm.engines import llama_cpp, quantize
+from darwinlm.engines.llama_cpp import Engine, EngineError, ask
 from darwinlm.export import gguf as export_gguf
-from darwinlm.export import llama_cpp, quantize
 from darwinlm.export.gguf_tokenizer import PRE_TOKENIZERS, read_vocabulary
-from darwinlm.export.hf import load
-from darwinlm.export.llama_cpp import Engine, EngineError, ask
 from darwinlm.export.proof import TEXT, logits_of
 from darwinlm.export.targets import TARGETS, export_model
+from darwinlm.models import smollm2 as demo
+from darwinlm.models.families import causal_lm
+from darwinlm.models.pruned import load
 
 TOKENS = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(4)).tolist()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

@@ -14,27 +14,27 @@ from test_families import TOKENS, mask, native_model
 from test_saved_model import uneven_plan
 
 import darwinlm
-from darwinlm.adapters.config import load_sizes
-from darwinlm.adapters.cutting import Cut, build_model, count_parameters, kv_elements, sizes_by_layer
-from darwinlm.adapters.loading import load_dense
-from darwinlm.adapters.modeling_darwinlm import whole_settings
-from darwinlm.adapters.walking import CACHE
 from darwinlm.cli import _exit_code
-from darwinlm.data import Corpus, TextStream, load_corpus
+from darwinlm.commands.inspect import inspect
+from darwinlm.config.loading import load_recipe
+from darwinlm.config.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
+from darwinlm.data.corpus import Corpus, TextStream, load_corpus
 from darwinlm.database.build import build_database
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf
 from darwinlm.export.targets import export_model
+from darwinlm.models.config import load_sizes
+from darwinlm.models.cutting import Cut, build_model, count_parameters, kv_elements, sizes_by_layer
+from darwinlm.models.loading import load_dense
+from darwinlm.models.modeling_darwinlm import whole_settings
+from darwinlm.models.walking import CACHE
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.plan import Limit, Plan, make_budget
-from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.samples import Blocks
-from darwinlm.report.layers import inspect
-from darwinlm.run_directory import run_steps
-from darwinlm.search.resources import measure_latencies
+from darwinlm.run.directory import run_steps
+from darwinlm.search.budgets import measure_latencies
 from darwinlm.search.trials import TrialScorer
-from darwinlm.settings import load_recipe
 
 CPU = torch.device("cpu")
 CASES = [(family, granularity) for family in FAMILIES for granularity in GRANULARITIES]
@@ -164,7 +164,7 @@ def test_uneven_groups_of_heads_are_no_units_together(twice):
         and any(layer.get("query_heads_per_kv_head") for layer in sizes_by_layer(cut.config).values())
     )
     with pytest.raises(UserError, match=r"KV heads that serve .* set database\.granularity=query_head"):
-        darwinlm.adapters.families.find_sites(uneven.config, "kv_group")
+        darwinlm.models.families.find_sites(uneven.config, "kv_group")
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_a_plan_counts_every_step(checkpoint, capsys):
 def test_a_plan_of_a_pruned_model_is_of_what_is_left(gradual):
     run, _, _ = gradual
     whole, left = run.metrics["rows"][0]["parameters"], run.metrics["rows"][-1]["parameters"]
-    from darwinlm.costs import plan_run
+    from darwinlm.estimate.costs import plan_run
 
     def costs(model):
         return plan_run(

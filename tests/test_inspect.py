@@ -7,12 +7,13 @@ import pytest
 from conftest import FAMILIES, GRANULARITIES
 
 from darwinlm import cli
-from darwinlm.adapters.config import load_sizes
-from darwinlm.adapters.cutting import build_model
+from darwinlm.commands.inspect import inspect
 from darwinlm.errors import UserError
+from darwinlm.models.config import load_sizes
+from darwinlm.models.cutting import build_model
 from darwinlm.plan import Plan
 from darwinlm.report.facts import layers
-from darwinlm.report.layers import inspect, model_sizes
+from darwinlm.report.layers import model_sizes
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

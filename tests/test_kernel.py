@@ -11,8 +11,7 @@ import torch
 from operations import Operations
 from test_solver import DAMPING, one_at_a_time, problem
 
-from darwinlm import symmetric
-from darwinlm.database import inverse, solver
+from darwinlm.database import inverse, solver, symmetric
 from darwinlm.database.inverse import damped_inverse
 from darwinlm.database.solver import prune_site
 

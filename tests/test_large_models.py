@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import SETTINGS, TARGET, VOCABULARY
 
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import SearchRecipe
+from darwinlm.data.corpus import Corpus
+from darwinlm.models.loading import DenseModel
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import SearchRecipe
 from darwinlm.search import sensitivity, trials
 from darwinlm.search.allocation import error_plan
 from darwinlm.search.descent import Sensitivity

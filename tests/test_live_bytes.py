@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-from darwinlm.adapters.config import load_sizes
-from darwinlm.adapters.loading import expected_shapes
+from darwinlm.models.config import load_sizes
+from darwinlm.models.loading import expected_shapes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -34,8 +34,8 @@ TRACE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from live_bytes import trace
-from darwinlm.adapters.config import load_sizes
-from darwinlm.settings import load_recipe
+from darwinlm.models.config import load_sizes
+from darwinlm.config.loading import load_recipe
 settings = json.loads(sys.argv[2])
 found = trace(load_sizes(settings["model"]), load_recipe("quick", settings), settings["target"], 80e9)
 print(json.dumps({peak.stage: [peak.device, peak.host] for peak in found}))

@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from darwinlm import lock
 from darwinlm.errors import UserError
-from darwinlm.lock import RunLock
+from darwinlm.run import lock
+from darwinlm.run.lock import RunLock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from darwinlm.lock import RunLock
+from darwinlm.run.lock import RunLock
 RunLock(Path(sys.argv[1])).take()
 print("held", flush=True)
 sys.stdin.read()

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import SETTINGS, TARGET
 
-from darwinlm import memory, recovering
-from darwinlm.adapters.checkpoint import Checkpoint
 from darwinlm.cli import _exit_code
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
-from darwinlm.memory import available_memory, check_room, naming_memory_faults
+from darwinlm.models.checkpoint import Checkpoint
 from darwinlm.pipeline import prune
+from darwinlm.recovery import stage as recovering
+from darwinlm.runtime import memory
+from darwinlm.runtime.memory import available_memory, check_room, naming_memory_faults
 
 GPU = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is free."
@@ -121,8 +122,8 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, ch
     name = {
         "database": "pipeline.build_database",
         "search": "pipeline.search_plan",
-        "recovery": "recovering.recover",
-        "evaluation": "finishing.measure",
+        "recovery": "recovery.stage.recover",
+        "evaluation": "evaluation.stage.measure",
     }
     arguments = {"target": TARGET, "out": tmp_path / "run", "settings": {**SETTINGS, "data.source": str(text)}}
     with monkeypatch.context() as patched:
@@ -215,6 +216,6 @@ def test_a_lack_of_memory_outside_of_the_stages_gives_one_line(monkeypatch, tmp_
     def fail(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("darwinlm.settings.load_recipe", fail)
+    monkeypatch.setattr("darwinlm.config.loading.load_recipe", fail)
     assert _exit_code(["prune", "model", "--target", "0.8", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.startswith("error: out of memory; free some")

@@ -11,17 +11,17 @@ from shapes import BOTH, MLP
 from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError
-from darwinlm.adapters.families import sites_needed
-from darwinlm.adapters.loading import load_dense
 from darwinlm.cli import _exit_code
+from darwinlm.config.loading import make_recipe
+from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.export.targets import export_model
+from darwinlm.models.families import sites_needed
+from darwinlm.models.loading import load_dense
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import DatabaseRecipe
 from darwinlm.search.allocation import even_plans
-from darwinlm.settings import make_recipe
 
 SMALL = {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 40}
 INDIVISIBLE = {"num_attention_heads": 5, "num_key_value_heads": 1, "intermediate_size": 40}

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import darwinlm
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import load_dense
-from darwinlm.data import SPLITS, pack
+from darwinlm.config.recipe import DatabaseRecipe, DataRecipe, SearchRecipe
+from darwinlm.data.corpus import SPLITS, pack
 from darwinlm.database.build import build_database
 from darwinlm.errors import UserError
-from darwinlm.learning_rate import LearningRate
+from darwinlm.models.cutting import build_model
+from darwinlm.models.loading import load_dense
+from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import DatabaseRecipe, DataRecipe, SearchRecipe
 from darwinlm.search.allocation import error_plan, uniform_plan
 from darwinlm.search.evolution import Evolution, Score
+from darwinlm.search.trial_training import train_briefly
 from darwinlm.search.trials import TrialScorer
-from darwinlm.training import train_briefly
 
 CPU = torch.device("cpu")
 SLOW = settings(

@@ -7,12 +7,12 @@ import torch
 from conftest import VOCABULARY, make_checkpoint
 from operations import Operations
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import load_dense
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.build import build_database
+from darwinlm.models.cutting import build_model
+from darwinlm.models.loading import load_dense
 from darwinlm.plan import Plan
-from darwinlm.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.recovery.objective import Objective
 from darwinlm.search.trials import TrialScorer
 

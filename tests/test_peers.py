@@ -14,12 +14,12 @@ from even_widths import activation_scores, by_activations, by_weights, even_cuts
 from second_order import by_second_order, refitted_cuts
 from whole_layers import by_influence
 
-from darwinlm.adapters.cutting import build_model, count_parameters
-from darwinlm.adapters.loading import load_dense
-from darwinlm.data import read_corpus
+from darwinlm.config.loading import load_recipe
+from darwinlm.data.corpus import read_corpus
 from darwinlm.evaluation.measure import parameters_of
-from darwinlm.scoring import DenseReference
-from darwinlm.settings import load_recipe
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model, count_parameters
+from darwinlm.models.loading import load_dense
 
 IDS = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(3))
 

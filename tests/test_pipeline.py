@@ -18,11 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm import cli, dist, pipeline, progress, recovering, run_directory
-from darwinlm.adapters.loading import load_dense
-from darwinlm.lock import RunLock
+from darwinlm import cli, pipeline
+from darwinlm.config.loading import load_recipe
+from darwinlm.models.loading import load_dense
 from darwinlm.pipeline import prune, recover_again
-from darwinlm.settings import load_recipe
+from darwinlm.recovery import stage as recovering
+from darwinlm.recovery import training
+from darwinlm.run import directory as run_directory
+from darwinlm.run.lock import RunLock
+from darwinlm.runtime import dist, progress
 
 
 def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
@@ -156,8 +160,10 @@ def test_the_command_recover_goes_on_with_a_run(run, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("extra", [{"lora_rank": 2}, {"teacher_top_k": 8, "teacher_dtype": "int8"}])
-def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(extra, run, tmp_path):
+def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(extra, run, tmp_path, monkeypatch):
     finished, _ = run
+    # Whether so short a training improves so small a model depends on the rounding of the hardware.
+    monkeypatch.setattr(training, "best_of", lambda evaluations: evaluations[-1])
     out = tmp_path / "run"
     shutil.copytree(finished.path, out)
     again = recover_again(out, {"recovery.tokens": "0.128K", **{f"recovery.{name}": extra[name] for name in extra}})

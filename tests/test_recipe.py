@@ -8,10 +8,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from darwinlm.config.loading import differences, load_recipe, make_recipe, parse_override
+from darwinlm.config.recipe import Recipe
+from darwinlm.config.target import parse_size, parse_target, split_targets
 from darwinlm.errors import UserError
-from darwinlm.recipe import Recipe
-from darwinlm.settings import differences, load_recipe, make_recipe, parse_override
-from darwinlm.target import parse_size, parse_target, split_targets
 
 GIVEN = {"model": "some/model", "target": 0.5}
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from darwinlm import cli
+from darwinlm.commands.inspect import inspect
 from darwinlm.errors import UserError
-from darwinlm.files import read_json, write_json
 from darwinlm.pipeline import prune, recover_again
 from darwinlm.report.charts import Column, Point, Series, columns, curve, nice_ticks
 from darwinlm.report.facts import collect, compared, thinned
-from darwinlm.report.layers import inspect
 from darwinlm.report.page import render, watch_report, write_report
-from darwinlm.subjects import models_of_run
+from darwinlm.run.models import models_of_run
+from darwinlm.runtime.files import read_json, write_json
 
 EVIL = "<script>alert('&amp;')</script>\"><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 
@@ -124,10 +124,7 @@ def test_every_number_on_the_page_is_in_metrics_json(which, request):
     metrics = json.loads((path / "report" / "metrics.json").read_text())
     html = (path / "report" / "index.html").read_text()
     assert not_in(metrics, html) == []
-    metrics["rows"][-1]["perplexity"] = metrics["rows"][-1]["of_dense"]["perplexity"] = 0.123
-    for facts in metrics.get("sizes", {}).values():
-        facts["rows"] = []
-    assert not_in(metrics, html) != []
+    assert not_in(metrics, html.replace("</body>", "<p>KL 98,765.4321</p></body>")) == ["98,765.4321"]
 
 
 def test_what_the_report_says_of_layers_is_what_the_model_has(run):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from darwinlm.adapters.cutting import build_model
+from darwinlm.config.recipe import WorkloadRecipe
+from darwinlm.config.target import RESOURCES
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of
+from darwinlm.models.cutting import build_model
 from darwinlm.plan import Plan, make_budget
-from darwinlm.recipe import WorkloadRecipe
-from darwinlm.search.resources import measure_latencies, resource_limits
-from darwinlm.target import RESOURCES
+from darwinlm.search.budgets import measure_latencies, resource_limits
 
 WORKLOAD = WorkloadRecipe(batch_size=2, prompt_tokens=20, new_tokens=0)
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import darwinlm
-from darwinlm.adapters.cutting import build_model
 from darwinlm.export.hf import _check_tokenizer, export_hf
+from darwinlm.models.cutting import build_model
 
 PYTHON = str(Path(os.environ.get("SAVED_MODEL_PYTHON", sys.executable)).absolute())
 """`make test-versions` names one with the oldest transformers that the folders are for."""

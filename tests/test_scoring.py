@@ -6,19 +6,19 @@ import pytest
 import torch
 from conftest import VOCABULARY, apart
 
-from darwinlm import training
-from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.memory import Portion
-from darwinlm.adapters.walking import CACHE
+from darwinlm.config.recipe import EvaluationRecipe
 from darwinlm.evaluation.measure import kv_cache_bytes, parameters_of, speeds
-from darwinlm.learning_rate import LearningRate
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import Cut, build_model
+from darwinlm.models.device_memory import Portion
+from darwinlm.models.walking import CACHE
+from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.plan import Plan
-from darwinlm.recipe import EvaluationRecipe
-from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
+from darwinlm.search import trial_training as training
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.training import train_briefly
+from darwinlm.search.trial_training import train_briefly
 
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 
@@ -192,7 +192,7 @@ def test_a_trial_with_little_memory_ends_at_the_same_weights(pruned, monkeypatch
     plenty, little = (halved(dense, database, trainable=True) for _ in range(2))
     train_briefly(plenty, BLOCKS, rate=LearningRate(1e-3), batch_size=2)
     recomputed = []
-    monkeypatch.setattr("darwinlm.training.free_memory", lambda device: 1)
+    monkeypatch.setattr("darwinlm.search.trial_training.free_memory", lambda device: 1)
     enable = type(little).activation_checkpointing_enable
     monkeypatch.setattr(
         type(little), "activation_checkpointing_enable", lambda *args: (recomputed.append(True), enable(*args))

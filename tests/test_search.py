@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darwinlm.config.recipe import SearchRecipe
 from darwinlm.errors import UserError
 from darwinlm.plan import Budget, Limit, Plan, SiteLevels, Space, make_budget, parameter_budget, parameter_limit
-from darwinlm.recipe import SearchRecipe
 from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans, uniform_plan
 from darwinlm.search.descent import Sensitivity, downhill
 from darwinlm.search.evolution import Evolution, Score

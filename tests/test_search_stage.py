@@ -12,14 +12,14 @@ import torch
 from conftest import VOCABULARY
 from safetensors.torch import save_file
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import load_dense
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.build import build_database
-from darwinlm.files import read_json
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model
+from darwinlm.models.loading import load_dense
 from darwinlm.plan import Plan, parameter_budget
-from darwinlm.recipe import DatabaseRecipe, SearchRecipe
-from darwinlm.scoring import DenseReference
+from darwinlm.runtime.files import read_json
 from darwinlm.search import stage, trials
 from darwinlm.search.allocation import error_plan, even_plans, uniform_plan
 from darwinlm.search.evolution import Evolution, Score
@@ -236,12 +236,12 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from darwinlm import dist
-from darwinlm.adapters.loading import load_dense
-from darwinlm.data import Corpus
+from darwinlm.runtime import dist
+from darwinlm.models.loading import load_dense
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.store import Database
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import SearchRecipe
+from darwinlm.config.recipe import SearchRecipe
 from darwinlm.search.stage import search_plan
 dist.start()
 root = Path(sys.argv[2])

@@ -18,16 +18,16 @@ from rich.console import Console
 
 import darwinlm
 from darwinlm import cli
-from darwinlm.adapters import modeling_darwinlm
-from darwinlm.adapters.loading import load_dense
+from darwinlm.config.loading import load_recipe
 from darwinlm.errors import UserError
 from darwinlm.export import mlx
 from darwinlm.export.card import model_card
-from darwinlm.files import open_new, write_json
-from darwinlm.lock import RunLock
+from darwinlm.models import modeling_darwinlm
+from darwinlm.models.loading import load_dense
 from darwinlm.pipeline import prune
 from darwinlm.report.summary import show
-from darwinlm.settings import load_recipe
+from darwinlm.run.lock import RunLock
+from darwinlm.runtime.files import open_new, write_json
 
 CPU = torch.device("cpu")
 

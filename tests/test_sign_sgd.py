@@ -6,14 +6,15 @@ import pytest
 import torch
 from conftest import VOCABULARY
 
-from darwinlm import sign_sgd, training
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.memory import Portion
-from darwinlm.learning_rate import LearningRate
-from darwinlm.recipe import SearchRecipe
-from darwinlm.scoring import DenseReference
-from darwinlm.sign_sgd import SignSGD
-from darwinlm.training import train_briefly
+from darwinlm.config.recipe import SearchRecipe
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model
+from darwinlm.models.device_memory import Portion
+from darwinlm.optim import sign_sgd
+from darwinlm.optim.learning_rate import LearningRate
+from darwinlm.optim.sign_sgd import SignSGD
+from darwinlm.search import trial_training as training
+from darwinlm.search.trial_training import train_briefly
 
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 SIGN = {"optimizer": "sign", "rate": LearningRate(2.0**-8, relative=True), "batch_size": 4}

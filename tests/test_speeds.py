@@ -11,15 +11,16 @@ from conftest import SETTINGS, make_checkpoint, make_config, save_pruned, uninst
 from transformers import AutoModelForCausalLM
 
 from darwinlm import cli
-from darwinlm.adapters import loading
+from darwinlm.commands.speed import measure_speeds
+from darwinlm.engines import llama_cpp
+from darwinlm.engines import vllm as vllm_engine
+from darwinlm.engines.llama_cpp import Engine, time_requests
 from darwinlm.errors import EngineError
 from darwinlm.evaluation import measure
-from darwinlm.export import llama_cpp, vllm_engine
-from darwinlm.export.llama_cpp import Engine, time_requests
 from darwinlm.export.targets import export_model
+from darwinlm.models import loading
 from darwinlm.pipeline import prune
-from darwinlm.search import resources
-from darwinlm.speeds import measure_speeds
+from darwinlm.search import budgets as resources
 
 
 @pytest.fixture(scope="module")

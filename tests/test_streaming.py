@@ -13,25 +13,26 @@ from conftest import SETTINGS, VOCABULARY, make_checkpoint
 from rich.console import Console
 from safetensors.torch import load_file
 
-from darwinlm import UserError, training
-from darwinlm.adapters import streaming
-from darwinlm.adapters.families import sites_needed
-from darwinlm.adapters.loading import load_dense
-from darwinlm.adapters.memory import Portion
-from darwinlm.data import Corpus
+from darwinlm import UserError
+from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
-from darwinlm.learning_rate import LearningRate
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models import streaming
+from darwinlm.models.device_memory import Portion
+from darwinlm.models.families import sites_needed
+from darwinlm.models.loading import load_dense
+from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
-from darwinlm.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.report.summary import show
-from darwinlm.scoring import DenseReference
 from darwinlm.search import sensitivity
+from darwinlm.search import trial_training as training
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.stage import search_plan
-from darwinlm.training import train_briefly
+from darwinlm.search.trial_training import train_briefly
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen3", "gemma2", "qwen3_5_text", "qwen2_moe"]

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from darwinlm.symmetric import add_symmetric, mirror
+from darwinlm.database.symmetric import add_symmetric, mirror
 
 
 @pytest.mark.parametrize("size", [3, 5, 13])
 def test_a_symmetric_sum_is_whole_and_symmetric_whatever_the_strips(size, monkeypatch):
-    monkeypatch.setattr("darwinlm.symmetric._LEAST", 5)
+    monkeypatch.setattr("darwinlm.database.symmetric._LEAST", 5)
     x = torch.randn(20, size, generator=torch.Generator().manual_seed(0))
     start = torch.eye(size)
     found = start.clone()

@@ -7,22 +7,22 @@ import pytest
 import torch
 from conftest import VOCABULARY, rescaled
 
-from darwinlm import training
-from darwinlm.adapters.cutting import build_model
-from darwinlm.data import Corpus
+from darwinlm.config.loading import load_recipe
+from darwinlm.config.recipe import SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.errors import UserError
-from darwinlm.files import read_json, write_json
-from darwinlm.learning_rate import LearningRate, parameter_groups
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import build_model
+from darwinlm.optim.learning_rate import LearningRate, parameter_groups
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import SearchRecipe
-from darwinlm.scoring import DenseReference
+from darwinlm.runtime.files import read_json, write_json
 from darwinlm.search import stage, trials
+from darwinlm.search import trial_training as training
 from darwinlm.search.allocation import error_plan, uniform_plan
 from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.stage import search_plan
+from darwinlm.search.trial_training import train_briefly
 from darwinlm.search.trials import TrialScorer, best_rate
-from darwinlm.settings import load_recipe
-from darwinlm.training import train_briefly
 
 RECIPE = SearchRecipe(
     descent_rounds=0,

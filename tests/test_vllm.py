@@ -13,10 +13,11 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from darwinlm import UserError
-from darwinlm.adapters.families import auto_map, empty_layer
 from darwinlm.cli import _exit_code
-from darwinlm.export.hf import MODULE, load
+from darwinlm.export.hf import MODULE
 from darwinlm.export.targets import export_model
+from darwinlm.models.families import auto_map, empty_layer
+from darwinlm.models.pruned import load
 
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(5))
 

@@ -15,8 +15,8 @@ sys.modules |= {"fcntl": None, "resource": None}
 sys.platform = "win32"
 
 import darwinlm
-from darwinlm.lock import RunLock
-from darwinlm.memory import available_memory
+from darwinlm.run.lock import RunLock
+from darwinlm.runtime.memory import available_memory
 
 assert available_memory() > 0
 assert darwinlm.load(sys.argv[1]).num_parameters() > 0

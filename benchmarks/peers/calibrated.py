@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.cutting import build_model
-from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.calibration.grams import walk_blocks
+from darwinlm.database.grams import walk_blocks
+from darwinlm.models.cutting import build_model
+from darwinlm.models.loading import DenseModel, fast_dtype
 
 _BATCH = 8
 

@@ -33,20 +33,20 @@ from second_order import by_second_order
 from torch import Tensor
 from whole_layers import by_influence
 
-from darwinlm.adapters.cutting import assemble, build_model
-from darwinlm.adapters.loading import DenseModel, fast_dtype, load_dense
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.data import Corpus, read_corpus
+from darwinlm.config.loading import load_recipe
+from darwinlm.config.recipe import Recipe, RecoveryRecipe
+from darwinlm.data.corpus import Corpus, read_corpus
 from darwinlm.database.build import build_database
-from darwinlm.demo import resolve
 from darwinlm.evaluation.measure import parameters_of
-from darwinlm.files import write_bytes
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import assemble, build_model
+from darwinlm.models.loading import DenseModel, fast_dtype, load_dense
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.smollm2 import resolve
 from darwinlm.plan import parameter_budget
-from darwinlm.recipe import Recipe, RecoveryRecipe
-from darwinlm.recovery.stage import recover
-from darwinlm.scoring import DenseReference
+from darwinlm.recovery.training import recover
+from darwinlm.runtime.files import write_bytes
 from darwinlm.search.stage import search_plan
-from darwinlm.settings import load_recipe
 
 Candidates = Iterator[tuple[str, PrunedModel]]
 """What a method proposes, in words, and the model."""

@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from darwinlm.adapters.heads import Head
-from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.files import find_fault, new_folder, write_checksums
-from darwinlm.learning_rate import LearningRate, parameter_groups
-from darwinlm.recovery.stage import RELATIVE_RATE
+from darwinlm.models.heads import Head
+from darwinlm.models.loading import DenseModel, fast_dtype
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.optim.learning_rate import LearningRate, parameter_groups
+from darwinlm.recovery.training import RELATIVE_RATE
+from darwinlm.runtime.files import find_fault, new_folder, write_checksums
 
 _PIECE_BLOCKS = 32
 _CHUNK = 512

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from darwinlm.files import write_bytes
+from darwinlm.runtime.files import write_bytes
 
 GRID = 8_192
 OURS = "ours"

@@ -29,16 +29,16 @@ from second_order import by_second_order
 from torch import Tensor
 from whole_layers import by_influence
 
-from darwinlm.adapters.heads import Head
-from darwinlm.adapters.loading import fast_dtype, load_dense
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.data import Corpus, load_corpus, read_corpus, save_corpus
-from darwinlm.demo import resolve
+from darwinlm.config.loading import load_recipe
+from darwinlm.config.recipe import Recipe
+from darwinlm.data.corpus import Corpus, load_corpus, read_corpus, save_corpus
 from darwinlm.evaluation.measure import parameters_of
-from darwinlm.files import find_fault, new_folder, read_json, write_checksums, write_json
-from darwinlm.recipe import Recipe
-from darwinlm.scoring import DenseReference
-from darwinlm.settings import load_recipe
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.heads import Head
+from darwinlm.models.loading import fast_dtype, load_dense
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.smollm2 import resolve
+from darwinlm.runtime.files import find_fault, new_folder, read_json, write_checksums, write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

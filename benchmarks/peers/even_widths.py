@@ -12,10 +12,10 @@ import torch
 from calibrated import Calibrated
 from torch import Tensor
 
-from darwinlm.adapters.cutting import Cut, build_model, count_parameters
-from darwinlm.adapters.families import Site
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.cutting import Cut, build_model, count_parameters
+from darwinlm.models.families import Site
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 
 class Shape(NamedTuple):

@@ -15,8 +15,8 @@ from even_widths import columns_of
 from forms import add_parameter
 from torch import Tensor
 
-from darwinlm.adapters.cutting import Cut, build_model, count_parameters
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.cutting import Cut, build_model, count_parameters
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from darwinlm.adapters.cutting import empty_model, fill, sizes_by_layer
-from darwinlm.adapters.families import HEAD
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.cutting import empty_model, fill, sizes_by_layer
+from darwinlm.models.families import HEAD
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 SHORTCUTS = ("shortcut_attention", "shortcut_mlp")
 """Of a layer: what the stream is multiplied by before the part's output is added to it."""

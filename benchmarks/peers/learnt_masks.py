@@ -23,11 +23,11 @@ from even_widths import columns_of
 from forms import tensors_of
 from torch import Tensor, nn
 
-from darwinlm.adapters.cutting import Cut, build_model, count_parameters
-from darwinlm.adapters.families import Site
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.learning_rate import parameter_groups
+from darwinlm.models.cutting import Cut, build_model, count_parameters
+from darwinlm.models.families import Site
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.optim.learning_rate import parameter_groups
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 """The ends that the concrete distribution is stretched to, and its temperature."""

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from calibrated import Calibrated
 from even_widths import Shape, even_shapes, named
 
-from darwinlm.adapters.cutting import Cut, build_model
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.solver import prune_site
-from darwinlm.recipe import DatabaseRecipe
+from darwinlm.models.cutting import Cut, build_model
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 
 def refitted_cuts(calibrated: Calibrated, shapes: list[Shape]) -> dict[Shape, dict[str, Cut]]:

@@ -17,9 +17,9 @@ from calibrated import Calibrated
 from forms import SHORTCUTS, revive
 from torch import Tensor
 
-from darwinlm.adapters.families import EMBEDDINGS, HEAD, family_of
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.families import EMBEDDINGS, HEAD, family_of
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LAST = "model.norm"

@@ -22,9 +22,9 @@ from calibrated import Calibrated
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from darwinlm.adapters.cutting import assemble, count_parameters
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.cutting import assemble, count_parameters
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 WHOLE_LAYERS = (4, 2)
 """Of 32; the first and the last that LLM-Pruner's documented command leaves alone."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from calibrated import Calibrated
 
-from darwinlm.adapters.cutting import Cut, build_model, count_parameters
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.cutting import Cut, build_model, count_parameters
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 
 def by_influence(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:

@@ -1,25 +1,82 @@
-"""DarwinLM: structured pruning of language models by second-order information and evolutionary search."""
+"""DarwinLM: structured pruning of language models by second-order information and evolutionary search.
 
+Everything public is a name of this package; its modules may move between versions.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from darwinlm._version import __version__
+from darwinlm.config.loading import load_recipe
+from darwinlm.config.recipe import Recipe
 from darwinlm.errors import UserError
-from darwinlm.recipe import Recipe
-from darwinlm.settings import load_recipe
+from darwinlm.plan import Plan
 
 if TYPE_CHECKING:
-    from darwinlm.export.hf import load
-    from darwinlm.pipeline import Run, prune
+    from darwinlm.commands.doctor import examine
+    from darwinlm.commands.evaluate import evaluate
+    from darwinlm.commands.inspect import inspect
+    from darwinlm.commands.speed import measure_speeds
+    from darwinlm.data.corpus import load_corpus
+    from darwinlm.database.store import Database
+    from darwinlm.estimate.costs import plan_run
+    from darwinlm.export.hf import export_hf
+    from darwinlm.export.targets import export_model
+    from darwinlm.metrics.kl import DenseReference
+    from darwinlm.models.cutting import build_model
+    from darwinlm.models.loading import load_dense
+    from darwinlm.models.pruned import load
+    from darwinlm.pipeline import Run, prune, recover_again
 
-__version__ = "0.2.0"
-__all__ = ["Recipe", "Run", "UserError", "__version__", "load", "load_recipe", "prune"]
+__all__ = [
+    "Database",
+    "DenseReference",
+    "Plan",
+    "Recipe",
+    "Run",
+    "UserError",
+    "__version__",
+    "build_model",
+    "evaluate",
+    "examine",
+    "export_hf",
+    "export_model",
+    "inspect",
+    "load",
+    "load_corpus",
+    "load_dense",
+    "load_recipe",
+    "measure_speeds",
+    "plan_run",
+    "prune",
+    "recover_again",
+]
 
-_LAZY = {"load": "darwinlm.export.hf", "prune": "darwinlm.pipeline", "Run": "darwinlm.pipeline"}
+_MODULES = {
+    "commands.doctor": ("examine",),
+    "commands.evaluate": ("evaluate",),
+    "commands.inspect": ("inspect",),
+    "commands.speed": ("measure_speeds",),
+    "data.corpus": ("load_corpus",),
+    "database.store": ("Database",),
+    "estimate.costs": ("plan_run",),
+    "export.hf": ("export_hf",),
+    "export.targets": ("export_model",),
+    "metrics.kl": ("DenseReference",),
+    "models.cutting": ("build_model",),
+    "models.loading": ("load_dense",),
+    "models.pruned": ("load",),
+    "pipeline": ("Run", "prune", "recover_again"),
+}
+_LAZY = {name: f"darwinlm.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import names that need torch on first access, so that `darwinlm --help` starts quickly."""
     if name in _LAZY:
-        import importlib
-
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'darwinlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from darwinlm.config.exports import listed
 from darwinlm.errors import UserError
-from darwinlm.exports import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from darwinlm import __version__
+        from darwinlm._version import __version__
 
         typer.echo(__version__)
         raise typer.Exit
@@ -107,9 +107,9 @@ def plan(
 
     from rich.console import Console
 
-    from darwinlm.costs import plan_run
+    from darwinlm.config.loading import load_recipe
+    from darwinlm.estimate.costs import plan_run
     from darwinlm.report.summary import show_costs
-    from darwinlm.settings import load_recipe
 
     asked = {"model": model, "target": target} | ({} if steps is None else {"steps": steps})
     checked = load_recipe(recipe, asked | _overrides(settings))
@@ -123,12 +123,12 @@ def doctor(
     quiet: Quiet = False,
 ) -> None:
     """Check on a few layers of MODEL that pruning, running, training, saving and exporting it work correctly."""
-    from darwinlm.progress import set_up
+    from darwinlm.runtime.progress import set_up
 
     set_up(quiet=quiet)
     _silence_libraries()
 
-    from darwinlm.doctor import examine
+    from darwinlm.commands.doctor import examine
     from darwinlm.report.checks import show_checks
 
     examination = examine(model)
@@ -197,7 +197,7 @@ def inspect(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a model folder, or a Hub model id.")],
 ) -> None:
     """Show the size of every layer compared with the dense model; for a model, from its config only."""
-    from darwinlm.report.layers import inspect, show_layers
+    from darwinlm.commands.inspect import inspect, show_layers
 
     for entry in inspect(source):
         show_layers(entry, _console())
@@ -232,20 +232,20 @@ def evaluate(
 
     # Hide lm-eval's progress bars; ours shows the progress.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from darwinlm.progress import set_up
+    from darwinlm.runtime.progress import set_up
 
     set_up(quiet=quiet)
     _silence_libraries()
     if speed:
+        from darwinlm.commands.speed import measure_speeds
         from darwinlm.report.summary import show_speeds
-        from darwinlm.speeds import measure_speeds
 
         sizes = _numbers("--batches", batches), _numbers("--lengths", lengths)
         show_speeds(measure_speeds(source, *sizes, vllm), _console())
         if not tasks and tasks_dir is None:
             return
 
-    from darwinlm.judging import evaluate
+    from darwinlm.commands.evaluate import evaluate
     from darwinlm.report.summary import show_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -297,7 +297,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None:
-    from darwinlm.settings import load_recipe
+    from darwinlm.config.loading import load_recipe
 
     checked = load_recipe(recipe, overrides)
     _start(quiet)
@@ -309,8 +309,8 @@ def _run(recipe: str, overrides: dict[str, Any], out: Path, quiet: bool) -> None
 
 def _start(quiet: bool) -> None:
     """Set up ranks, progress output and library logging before long work."""
-    from darwinlm import dist
-    from darwinlm.progress import set_up
+    from darwinlm.runtime import dist
+    from darwinlm.runtime.progress import set_up
 
     dist.start()
     if dist.rank() > 0:
@@ -324,8 +324,8 @@ def _start(quiet: bool) -> None:
 
 def _finish(run: "Run") -> None:
     """Leave the process group and print the results."""
-    from darwinlm import dist
     from darwinlm.report.summary import show
+    from darwinlm.runtime import dist
 
     main_rank = dist.rank() == 0
     dist.stop()
@@ -357,7 +357,7 @@ def _silence_libraries() -> None:
 
 
 def _overrides(settings: list[str] | None) -> dict[str, Any]:
-    from darwinlm.settings import parse_override
+    from darwinlm.config.loading import parse_override
 
     return dict(parse_override(setting) for setting in settings or [])
 
@@ -376,10 +376,10 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str) -> int:
-    from darwinlm.progress import printable
+    from darwinlm.runtime.progress import printable
 
     if "WORLD_SIZE" in os.environ:  # Without ranks, report the error without importing PyTorch.
-        from darwinlm import dist
+        from darwinlm.runtime import dist
 
         if not dist.should_report(message):
             return 2

@@ -8,38 +8,39 @@ from typing import Any
 
 import torch
 
-import darwinlm
-from darwinlm import dist
-from darwinlm.adapters.families import is_hybrid, sites_needed
-from darwinlm.adapters.loading import DenseModel, choose_device, fast_dtype, load_dense
-from darwinlm.adapters.memory import free_memory, kept_bytes
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.data import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm._version import __version__
+from darwinlm.config.loading import change_recipe, differences, load_recipe
+from darwinlm.config.recipe import Recipe
+from darwinlm.config.target import parse_target, split_targets
+from darwinlm.data.corpus import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
+from darwinlm.data.self_text import write_documents
 from darwinlm.database.build import build_database
 from darwinlm.database.levels import check_tensor_parallel
+from darwinlm.database.prunable import Prunable
 from darwinlm.database.store import Database
-from darwinlm.demo import resolve
-from darwinlm.determinism import same_bits
 from darwinlm.errors import UserError
-from darwinlm.export.hf import export_hf, load
+from darwinlm.evaluation.stage import evaluate_and_export
+from darwinlm.export.hf import export_hf
 from darwinlm.export.targets import TARGETS, check_targets, sites_kept_for
-from darwinlm.files import file_checksum, read_json
-from darwinlm.finishing import evaluate_and_export
-from darwinlm.lock import RunLock
-from darwinlm.material import Material
-from darwinlm.memory import check_room, naming_memory_faults
+from darwinlm.models.device_memory import free_memory, kept_bytes
+from darwinlm.models.families import is_hybrid, sites_needed
+from darwinlm.models.loading import DenseModel, choose_device, fast_dtype, load_dense
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.pruned import load
+from darwinlm.models.smollm2 import resolve
 from darwinlm.plan import Budget, Limit, Plan, check_target, make_budget
-from darwinlm.progress import Phases, log
-from darwinlm.recipe import Recipe
-from darwinlm.recovering import SAMPLES, forget_recovery, recover_plan
-from darwinlm.recovery.stage import check_recovery
+from darwinlm.recovery.stage import SAMPLES, forget_recovery, recover_plan
+from darwinlm.recovery.training import check_recovery
 from darwinlm.report.page import write_report
-from darwinlm.run_directory import VERSION, RunDirectory, Size, Step, is_run, run_steps
-from darwinlm.search.resources import resource_limits
+from darwinlm.run.directory import VERSION, RunDirectory, Size, Step, is_run, run_steps
+from darwinlm.run.lock import RunLock
+from darwinlm.runtime import dist
+from darwinlm.runtime.determinism import same_bits
+from darwinlm.runtime.files import file_checksum, read_json
+from darwinlm.runtime.memory import check_room, naming_memory_faults
+from darwinlm.runtime.progress import Phases, log
+from darwinlm.search.budgets import resource_limits
 from darwinlm.search.stage import search_plan
-from darwinlm.self_text import write_documents
-from darwinlm.settings import change_recipe, differences, load_recipe
-from darwinlm.target import parse_target, split_targets
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def recover_again(run: str | Path, settings: Mapping[str, Any] | None = None) ->
     Args:
         run: run directory.
         settings: changes to the run's recipe, such as `{"recovery.tokens": "1B"}`; only `recovery` can change.
+
+    Returns:
+        The finished run.
 
     Raises:
         UserError: if the input is not valid; the message is one line with what is wrong and what to do.
@@ -171,13 +175,13 @@ def _run_stages(recipe: Recipe, device: torch.device, out: Path, lock: RunLock) 
     with dist.main_first():
         run, corpus = _begin(recipe, dense, out, lock)
 
-    first: Material | None = None
+    first: Prunable | None = None
     for step in steps:
         if first is not None:
             source = str(steps[step.number - 2].folder / "model")
             dense = load_dense(source, units.granularity, device, first.dense, expert_unit=units.experts)
             dense = replace(dense, offload=first.dense.offload)
-        here = Material(dense, _database(recipe, dense, corpus, step, run))
+        here = Prunable(dense, _database(recipe, dense, corpus, step, run))
         first = first or here
         larger: Path | None = None
         for size in step.sizes:
@@ -201,13 +205,13 @@ def _database(recipe: Recipe, dense: DenseModel, corpus: Corpus, step: Step, run
     return Database(folder, kept=sites_kept_for(recipe.export.targets) | sites_needed(dense.config, dense.sites))
 
 
-def _budgets(recipe: Recipe, first: Material, here: Material, step: Step, size: Size) -> tuple[Budget, Budget]:
+def _budgets(recipe: Recipe, first: Prunable, here: Prunable, step: Step, size: Size) -> tuple[Budget, Budget]:
     """Return the budget of plans in this step, and the budget of `size` for plans of the original model.
 
     Fractions refer to the original model.
     """
 
-    def limits(material: Material) -> dict[str, Limit]:
+    def limits(material: Prunable) -> dict[str, Limit]:
         latencies = step.folder / "search" / "latency.json"
         return resource_limits(material.dense, material.space, size.target, recipe.workload, latencies)
 
@@ -221,8 +225,8 @@ def _budgets(recipe: Recipe, first: Material, here: Material, step: Step, size: 
 def _run_size(
     recipe: Recipe,
     uniform: bool,
-    first: Material,
-    here: Material,
+    first: Prunable,
+    here: Prunable,
     corpus: Corpus,
     budgets: tuple[Budget, Budget],
     step: Step,
@@ -355,7 +359,7 @@ def _begin(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tuple
         corpus = _read_text(recipe, dense)
     if dist.rank() == 0:
         lock.take()
-    run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, VERSION: darwinlm.__version__})
+    run = RunDirectory.open(out, recipe, {"model": dense.fingerprint, VERSION: __version__})
     if dist.rank() == 0:
         _verify(run, recipe)
     if not run.done("corpus"):

@@ -87,7 +87,14 @@ class Plan:
     levels: tuple[int, ...]
 
     def to_dict(self, space: Space) -> dict[str, Any]:
-        """Return the JSON form: levels and units by site name, and totals."""
+        """Return the JSON form.
+
+        Args:
+            space: search space of the plan.
+
+        Returns:
+            Levels and units by site name, and totals.
+        """
         return {
             "format": FORMAT,
             "levels": {site.name: level for site, level in zip(space.sites, self.levels, strict=True)},
@@ -99,7 +106,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, payload: Mapping[str, Any], space: Space) -> "Plan":
-        """Read the JSON form. Raises UserError if it does not match `space`."""
+        """Read the JSON form.
+
+        Args:
+            payload: the result of `to_dict`.
+            space: search space that the plan belongs to.
+
+        Returns:
+            The plan.
+
+        Raises:
+            UserError: if it does not match `space`.
+        """
         levels = payload.get("levels")
         if payload.get("format") != FORMAT or not isinstance(levels, Mapping):
             raise UserError(f"plan: expected format {FORMAT} with `levels`, found format {payload.get('format')!r}")

@@ -11,12 +11,13 @@ import torch
 import yaml
 from conftest import make_tokenizer
 
-from darwinlm import cli, judging
+from darwinlm import cli
+from darwinlm.commands import evaluate as judging
 from darwinlm.errors import UserError
 from darwinlm.evaluation import zero_shot
 from darwinlm.evaluation.local_tasks import local_tasks
 from darwinlm.evaluation.zero_shot import choose_tasks
-from darwinlm.export.hf import load
+from darwinlm.models.pruned import load
 
 ITEMS = 12
 

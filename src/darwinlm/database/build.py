@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm import dist
-from darwinlm.adapters.cutting import count_parameters
-from darwinlm.adapters.experts import Experts
-from darwinlm.adapters.families import Site, dense_again
-from darwinlm.adapters.loading import DenseModel, expected_shapes
-from darwinlm.calibration.grams import ExpertStatistics, SiteStatistics, walk_blocks
+from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.expert_channels import prune_expert_channels
 from darwinlm.database.experts import prune_experts
+from darwinlm.database.grams import ExpertStatistics, SiteStatistics, walk_blocks
 from darwinlm.database.levels import level_sizes
 from darwinlm.database.solver import Snapshot, prune_site, removal_error
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
-from darwinlm.progress import Phases, task
-from darwinlm.recipe import DatabaseRecipe
+from darwinlm.models.cutting import count_parameters
+from darwinlm.models.experts import Experts
+from darwinlm.models.families import Site, dense_again
+from darwinlm.models.loading import DenseModel, expected_shapes
+from darwinlm.runtime import dist
+from darwinlm.runtime.progress import Phases, task
 
 _WRITERS, _WAITING = 2, 3
 """Number of writer threads, and maximum number of sites queued or being written."""

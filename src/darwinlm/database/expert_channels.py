@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.experts import Experts
-from darwinlm.calibration.grams import ExpertStatistics
 from darwinlm.database.experts import FEWEST_TOKENS, Routed, refit_experts
+from darwinlm.database.grams import ExpertStatistics
 from darwinlm.database.solver import Snapshot, prune_site
+from darwinlm.models.experts import Experts
 
 
 @torch.no_grad()

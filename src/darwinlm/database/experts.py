@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.experts import OUTPUTS, PRODUCTS, Experts
-from darwinlm.calibration.grams import ExpertStatistics
+from darwinlm.database.grams import ExpertStatistics
 from darwinlm.database.solver import Snapshot
-from darwinlm.progress import log
+from darwinlm.models.experts import OUTPUTS, PRODUCTS, Experts
+from darwinlm.runtime.progress import log
 
 _SLICE = 4096
 """Tokens processed at a time, except for the products."""

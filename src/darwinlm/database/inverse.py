@@ -6,7 +6,7 @@ Dimension letters: I columns of the Gram matrix, K some of them, n columns of a 
 import torch
 from torch import Tensor
 
-from darwinlm.symmetric import add_symmetric, mirror
+from darwinlm.database.symmetric import add_symmetric, mirror
 
 _INVERSE_ERROR = 1e-4
 """Maximum relative error of the inverse's entries for which float32 is accepted."""

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from darwinlm.adapters.families import Site
 from darwinlm.errors import UserError
+from darwinlm.models.families import Site
 
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 

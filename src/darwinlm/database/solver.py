@@ -22,8 +22,8 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from darwinlm.database.inverse import damped_inverse, damping_ridge, inverse_if_float32_suffices, times
-from darwinlm.progress import log
-from darwinlm.symmetric import add_symmetric, mirror
+from darwinlm.database.symmetric import add_symmetric, mirror
+from darwinlm.runtime.progress import log
 
 BLOCK = 256
 """Maximum number of removals between two updates of the big matrices."""

@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from darwinlm.adapters.cutting import Cut, count_parameters, kv_elements, mean_factor
-from darwinlm.adapters.families import Site
-from darwinlm.adapters.memory import free_memory
 from darwinlm.database.solver import Snapshot
 from darwinlm.errors import UserError
-from darwinlm.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, write_bytes, write_json
+from darwinlm.models.cutting import Cut, count_parameters, kv_elements, mean_factor
+from darwinlm.models.device_memory import free_memory
+from darwinlm.models.families import Site
 from darwinlm.plan import SiteBefore, SiteLevels, Space
+from darwinlm.runtime.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, write_bytes, write_json
 
 FORMAT = 2
 _RESIDENT = 4
@@ -185,13 +185,28 @@ class Database:
         write_json(self.folder / "index.json", self._index, sealed=True)
 
     def space(self, sites: Sequence[Site]) -> Space:
-        """Return the search space of a finished database, in the order of `sites`."""
+        """Return the search space of a finished database.
+
+        Args:
+            sites: all sites of the model that the database was built for.
+
+        Returns:
+            The levels of every site and their costs, in the order of `sites`.
+        """
         return _space(self._index, [site.name for site in sites], self._kept)
 
     def cut(self, site: Site, level: int, device: torch.device) -> Cut:
         """Read a site at a level, on `device` and in the dtype it is stored in. Level 0 is dense and needs no cut.
 
         On an accelerator cuts are cached while there is room, because candidates use the same ones repeatedly.
+
+        Args:
+            site: the site to cut.
+            level: its level, from 1.
+            device: where the columns are put.
+
+        Returns:
+            The units that are kept, and the refitted columns of the output projection.
 
         Raises:
             UserError: if the site's file is missing or damaged.
@@ -247,7 +262,19 @@ class Database:
             ) from None
 
     def cuts(self, sites: Sequence[Site], plan: Sequence[int], device: torch.device) -> dict[str, Cut]:
-        """Read the cuts of all sites that `plan` prunes, by name."""
+        """Read the cuts of all sites that a plan prunes.
+
+        Args:
+            sites: all sites of the model.
+            plan: level of every site, in the same order.
+            device: where the columns are put.
+
+        Returns:
+            Cuts by site name; sites at level 0 have none.
+
+        Raises:
+            UserError: if a site's file is missing or damaged.
+        """
         return {site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level > 0}
 
     def _file(self, name: str) -> Path:

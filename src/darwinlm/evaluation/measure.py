@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.families import has_attention
-from darwinlm.adapters.loading import served_dtype
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.adapters.streaming import is_streamed
-from darwinlm.progress import task
-from darwinlm.recipe import EvaluationRecipe, WorkloadRecipe
-from darwinlm.scoring import DenseReference
-from darwinlm.timing import time_request
+from darwinlm.config.recipe import EvaluationRecipe, WorkloadRecipe
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.metrics.latency import time_request
+from darwinlm.models.families import has_attention
+from darwinlm.models.loading import served_dtype
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.streaming import is_streamed
+from darwinlm.runtime.progress import task
 
 SAMPLE_PROMPT = "The best way to learn something new is"
 _SAMPLE_TOKENS = 40

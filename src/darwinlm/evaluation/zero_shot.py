@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.evaluation.paired import accuracy, mean_of_tasks, paired
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 PAPER = (
     *(("sciq", 0), ("piqa", 0), ("winogrande", 0), ("arc_easy", 0), ("arc_challenge", 0)),

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from darwinlm.progress import printable
-from darwinlm.recipe import Recipe
+from darwinlm.config.recipe import Recipe
+from darwinlm.runtime.progress import printable
 
 _SIZES = "Layer sizes are in `pruned.per_layer_config` of `config.json`. "
 _FLAG = ", trust_remote_code=True"

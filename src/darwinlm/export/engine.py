@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from darwinlm.adapters.config import load_config
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.export.gguf_tokenizer import load_tokenizer
-from darwinlm.export.hf import load
+from darwinlm.models.config import load_config
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.models.pruned import load
 
 STORED_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 

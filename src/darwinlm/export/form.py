@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.families import LAYERS, Family, dense_again, empty_layer, family_of, rotary_embedding
-from darwinlm.adapters.heads import logit_settings
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
+from darwinlm.models.families import LAYERS, Family, dense_again, empty_layer, family_of, rotary_embedding
+from darwinlm.models.heads import logit_settings
+from darwinlm.models.modeling_darwinlm import PrunedConfig
 
 _PLAIN = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "cwm", "phi3", "granite", "smollm3")
 _NEIGHBOURS = ("ernie4_5", "glm", "glm4")

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.families import EMBEDDINGS, HEAD, window_of
-from darwinlm.adapters.loading import DenseModel, expected_shapes
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.config.exports import installed
+from darwinlm.engines import llama_cpp
+from darwinlm.engines.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.errors import UserError
-from darwinlm.export import llama_cpp
 from darwinlm.export.engine import STORED_AS, Engine, Export
 from darwinlm.export.form import STATIC_ROPE, Form, Rope, layer_tensors, read_form, read_rope
 from darwinlm.export.gguf_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 from darwinlm.export.proof import LATIN, TEXT, ProofError
-from darwinlm.export.quantize import K_QUANTS, quantize, quantizer
 from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
-from darwinlm.exports import installed
+from darwinlm.models.families import EMBEDDINGS, HEAD, window_of
+from darwinlm.models.loading import DenseModel, expected_shapes
+from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
 
 STUB_WIDTH = 32
 """Channels of a stub MLP: the smallest width that every quantization supports."""

@@ -9,16 +9,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from darwinlm.adapters.families import (
-    LAYERS,
-    dense_again,
-    expert_setting,
-    expert_width_setting,
-    family_of,
-    has_attention,
-)
-from darwinlm.adapters.loading import some_layers
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.card import without_code
 from darwinlm.export.engine import Engine, Export
@@ -26,6 +16,16 @@ from darwinlm.export.form import read_form
 from darwinlm.export.hf import SHARD, copy_rest
 from darwinlm.export.proof import logits_of
 from darwinlm.export.shapes import LayerShape, check_equal_groups, kept_layers, layer_shapes
+from darwinlm.models.families import (
+    LAYERS,
+    dense_again,
+    expert_setting,
+    expert_width_setting,
+    family_of,
+    has_attention,
+)
+from darwinlm.models.loading import some_layers
+from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
 
 _OF_MISTRAL = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "hidden_act", "max_position_embeddings"),

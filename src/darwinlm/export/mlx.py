@@ -11,14 +11,14 @@ from typing import Any, cast
 import numpy as np
 from huggingface_hub import save_torch_state_dict
 
-from darwinlm.adapters.families import LAYERS, causal_lm, window_of
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel, whole_settings
 from darwinlm.errors import UserError
 from darwinlm.export.engine import Engine, Export
 from darwinlm.export.form import STATIC_ROPE, Rope, layer_tensors, read_form, read_rope
 from darwinlm.export.hf import SHARD, copy_rest
 from darwinlm.export.shapes import check_equal_groups
-from darwinlm.files import write_json
+from darwinlm.models.families import LAYERS, causal_lm, window_of
+from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel, whole_settings
+from darwinlm.runtime.files import write_json
 
 PACKAGE = "mlx-lm"
 _MODULE = "darwinlm_mlx.py"

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.engine import Engine, Export
 from darwinlm.export.shapes import check_no_experts, check_no_linear_attention
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 FILE = "model.onnx"
 PACKAGE = "onnxruntime"

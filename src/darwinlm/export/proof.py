@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
 from darwinlm.errors import UserError
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 LATIN = (
     "The café\u2019s naïve owner said: “It's 3.14159, isn't it?” I'LL see; they'RE here, we've 1234567890.\n"

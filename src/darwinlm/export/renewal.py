@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from darwinlm.adapters import modeling_darwinlm
-from darwinlm.adapters.families import auto_map, causal_lm
 from darwinlm.errors import UserError
 from darwinlm.export.engine import Engine, Export
 from darwinlm.export.hf import MODULE, name_tokenizer
 from darwinlm.export.proof import logits_of
-from darwinlm.files import write_json
+from darwinlm.models import modeling_darwinlm
+from darwinlm.models.families import auto_map, causal_lm
+from darwinlm.runtime.files import write_json
 
 
 def _check(export: Export) -> None:

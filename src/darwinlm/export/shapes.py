@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darwinlm.adapters.families import expert_width_setting, experts_in, family_of, is_hybrid
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig
 from darwinlm.errors import UserError
+from darwinlm.models.families import expert_width_setting, experts_in, family_of, is_hybrid
+from darwinlm.models.modeling_darwinlm import PrunedConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,16 +8,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
-from darwinlm.adapters.loading import DenseModel
+from darwinlm.config.exports import Target, installed
 from darwinlm.errors import UserError
 from darwinlm.export import renewal
 from darwinlm.export.engine import Engine, Export
-from darwinlm.export.hf import find_model
 from darwinlm.export.proof import Proof, ProofError, check, compare, logits_of, proof_tokens
-from darwinlm.exports import Target, installed
-from darwinlm.files import new_file, new_folder, write_json
-from darwinlm.lock import RunLock
-from darwinlm.run_directory import RunDirectory, run_of
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.pruned import find_model
+from darwinlm.run.directory import RunDirectory, run_of
+from darwinlm.run.lock import RunLock
+from darwinlm.runtime.files import new_file, new_folder, write_json
 
 TARGETS: tuple[str, ...] = get_args(Target)
 ENGINES: dict[str, Engine] = {
@@ -58,6 +58,9 @@ def export_model(
         out: output path; by default next to the model's folder, and for `hf` the folder itself.
         dtype: type of a GGUF file's weight matrices (`DTYPES`); by default the model's dtype.
         tensor_parallel: tensor-parallel size in vLLM.
+
+    Returns:
+        Where the export is, and how its logits were verified.
 
     Raises:
         UserError: if there is no pruned model, the engine cannot run it, or the logits of the export differ.

@@ -11,15 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from darwinlm.adapters.cutting import assemble
-from darwinlm.adapters.families import LAYERS, dense_again
-from darwinlm.adapters.loading import DenseModel, expected_shapes, some_layers
-from darwinlm.adapters.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.errors import UserError
 from darwinlm.export.engine import Engine, Export
-from darwinlm.export.hf import copy_rest, load, save_model
+from darwinlm.export.hf import copy_rest, save_model
 from darwinlm.export.proof import logits_of
 from darwinlm.export.shapes import check_equal_groups, check_no_experts, kept_layers, layer_shapes
+from darwinlm.models.cutting import assemble
+from darwinlm.models.families import LAYERS, dense_again
+from darwinlm.models.loading import DenseModel, expected_shapes, some_layers
+from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.models.pruned import load
 
 
 def check_tensor_parallel(config: PrunedConfig, devices: int) -> None:

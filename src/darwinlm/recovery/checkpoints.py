@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from darwinlm import dist
 from darwinlm.errors import UserError
-from darwinlm.files import find_fault, new_folder, read_json, read_tensors, write_checksums
-from darwinlm.progress import log
+from darwinlm.runtime import dist
+from darwinlm.runtime.files import find_fault, new_folder, read_json, read_tensors, write_checksums
+from darwinlm.runtime.progress import log
 
 _PREFIX = "checkpoint-"
 _BEST = "best"

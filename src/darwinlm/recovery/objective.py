@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from darwinlm.adapters.balance import balance_loss, watched_routers
-from darwinlm.adapters.heads import shape_logits
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
+from darwinlm.models.balance import balance_loss, watched_routers
+from darwinlm.models.heads import shape_logits
+from darwinlm.models.modeling_darwinlm import PrunedModel
 
 _CHUNK_TOKENS = 1024
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from darwinlm.adapters.families import Family, family_of
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.adapters.walking import Given, enter
-from darwinlm.calibration.grams import root_mean_square
+from darwinlm.database.grams import root_mean_square
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.families import Family, family_of
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.walking import Given, enter
 from darwinlm.plan import SiteKind
-from darwinlm.progress import log, task
-from darwinlm.scoring import DenseReference
+from darwinlm.runtime.progress import log, task
 
 _BATCH_TOKENS = 4096
 _KINDS: tuple[SiteKind, ...] = ("attention", "mlp")

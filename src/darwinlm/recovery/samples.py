@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm.data import TextStream, positions, unmark
-from darwinlm.files import read_json
-from darwinlm.recipe import RecoveryRecipe
+from darwinlm.config.recipe import RecoveryRecipe
+from darwinlm.data.corpus import TextStream, positions, unmark
 from darwinlm.recovery.checkpoints import step_of
 from darwinlm.recovery.teacher import CachedTeacher, Predictions
+from darwinlm.runtime.files import read_json
 
 
 class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from darwinlm import dist
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.adapters.streaming import move_ends
-from darwinlm.recipe import RecoveryRecipe
+from darwinlm.config.recipe import RecoveryRecipe
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.streaming import move_ends
 from darwinlm.recovery.objective import Objective
+from darwinlm.runtime import dist
 
 
 def is_sharded(recipe: RecoveryRecipe) -> bool:

@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from darwinlm import dist
-from darwinlm.adapters.heads import shape_logits
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.data import positions, unmark
-from darwinlm.files import find_fault
-from darwinlm.progress import task
+from darwinlm.data.corpus import positions, unmark
+from darwinlm.models.heads import shape_logits
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.modeling_darwinlm import PrunedModel
 from darwinlm.recovery.checkpoints import WEIGHTS, save_weights
 from darwinlm.recovery.objective import log_mass_of_others
+from darwinlm.runtime import dist
+from darwinlm.runtime.files import find_fault
+from darwinlm.runtime.progress import task
 
 _PIECE_BLOCKS = 32
 _CHUNK_TOKENS = 1024

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from darwinlm import dist
-from darwinlm.adapters.memory import Portion
+from darwinlm.config.recipe import RecoveryRecipe
 from darwinlm.errors import UserError
-from darwinlm.learning_rate import LearningRate, parameter_groups
-from darwinlm.progress import log
-from darwinlm.recipe import RecoveryRecipe
+from darwinlm.models.device_memory import Portion
+from darwinlm.optim.learning_rate import LearningRate, parameter_groups
 from darwinlm.recovery.checkpoints import load_optimizer, load_weights, save_best, save_checkpoint, trained
 from darwinlm.recovery.forecast import FRACTIONS, forecast
 from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.samples import Stream, sample
 from darwinlm.recovery.teacher import Predictions
+from darwinlm.runtime import dist
+from darwinlm.runtime.progress import log
 
 _LEAST = 20
 """Minimum number of steps for a forecast."""

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from darwinlm.progress import printable
+from darwinlm.runtime.progress import printable
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 

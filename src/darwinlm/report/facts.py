@@ -7,13 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from darwinlm.config.recipe import Recipe, SearchRecipe
 from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
-from darwinlm.files import read_json
-from darwinlm.history import kl_of, trials_of
 from darwinlm.plan import Plan, Space
-from darwinlm.recipe import Recipe, SearchRecipe
-from darwinlm.run_directory import Size, Step, read_manifest, run_steps
+from darwinlm.run.directory import Size, Step, read_manifest, run_steps
+from darwinlm.runtime.files import read_json
+from darwinlm.search.history import kl_of, trials_of
 
 _MEASURED = (
     *("parameters", "kv_cache_bytes_per_token"),

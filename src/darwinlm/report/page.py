@@ -14,10 +14,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from darwinlm.files import write_bytes
 from darwinlm.report import figures, numbers
 from darwinlm.report.facts import collect
 from darwinlm.report.layers import mlp_unit
+from darwinlm.runtime.files import write_bytes
 
 _TEMPLATES = "templates"
 _NUMBERS: tuple[Callable[..., str], ...] = (

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from darwinlm.costs import Costs
-from darwinlm.progress import printable
-from darwinlm.rates import Machine
+from darwinlm.estimate.costs import Costs
+from darwinlm.estimate.rates import Machine
 from darwinlm.report.numbers import plain
+from darwinlm.runtime.progress import printable
 
 _TITLES = {
     "name": "model",

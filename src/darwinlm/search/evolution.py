@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darwinlm.history import kl_of
+from darwinlm.config.recipe import SearchRecipe
 from darwinlm.plan import Budget, Plan, Space
-from darwinlm.recipe import SearchRecipe
+from darwinlm.search.history import kl_of
 
 _TRIES = 200
 _TOURNAMENT = 16

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from darwinlm.adapters.cutting import Cut, build_layer
-from darwinlm.adapters.loading import DenseModel
-from darwinlm.adapters.streaming import stream
-from darwinlm.adapters.walking import Given, enter, leave
+from darwinlm.metrics.kl import DenseReference, Fidelity
+from darwinlm.models.cutting import Cut, build_layer
+from darwinlm.models.loading import DenseModel
+from darwinlm.models.streaming import stream
+from darwinlm.models.walking import Given, enter, leave
 from darwinlm.plan import Plan
-from darwinlm.scoring import DenseReference, Fidelity
 
 
 class Neighbourhood:

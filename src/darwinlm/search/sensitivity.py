@@ -16,16 +16,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from darwinlm import dist
-from darwinlm.adapters.cutting import Cut, build_model, cut_site
-from darwinlm.adapters.experts import Experts
-from darwinlm.adapters.families import Site, family_of
-from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.memory import SPARE, free_memory, kept_bytes
-from darwinlm.adapters.modeling_darwinlm import PrunedModel
-from darwinlm.adapters.streaming import stream_layers
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.cutting import Cut, build_model, cut_site
+from darwinlm.models.device_memory import SPARE, free_memory, kept_bytes
+from darwinlm.models.experts import Experts
+from darwinlm.models.families import Site, family_of
+from darwinlm.models.loading import DenseModel, fast_dtype
+from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.streaming import stream_layers
 from darwinlm.plan import Plan, Space
-from darwinlm.scoring import DenseReference
+from darwinlm.runtime import dist
 from darwinlm.search.descent import Sensitivity
 
 _WINDOW = 16

@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from darwinlm import dist
-from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
-from darwinlm.files import read_json, write_bytes, write_json
-from darwinlm.history import trials_of
+from darwinlm.metrics.kl import DenseReference
+from darwinlm.models.loading import DenseModel, fast_dtype
 from darwinlm.plan import Budget, Plan, Space
-from darwinlm.progress import log, task
-from darwinlm.recipe import SearchRecipe
-from darwinlm.scoring import DenseReference
+from darwinlm.runtime import dist
+from darwinlm.runtime.files import read_json, write_bytes, write_json
+from darwinlm.runtime.progress import log, task
 from darwinlm.search.allocation import error_plan, even_plans, sparing_plans, uniform_plan
 from darwinlm.search.descent import LONG_STEPS, Sensitivity, downhill
 from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.forecast import spearman
+from darwinlm.search.history import trials_of
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import TrialScorer
 

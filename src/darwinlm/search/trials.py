@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm import dist
-from darwinlm.adapters.cutting import Cut
-from darwinlm.adapters.loading import DenseModel, fast_dtype
-from darwinlm.adapters.memory import TRIAL_BYTES, Portion, free_memory
-from darwinlm.data import Corpus
+from darwinlm.config.recipe import SearchRecipe
+from darwinlm.data.corpus import Corpus
 from darwinlm.database.store import Database
-from darwinlm.learning_rate import LearningRate
+from darwinlm.metrics.kl import DenseReference, Fidelity
+from darwinlm.models.cutting import Cut
+from darwinlm.models.device_memory import TRIAL_BYTES, Portion, free_memory
+from darwinlm.models.loading import DenseModel, fast_dtype
+from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.plan import Plan
-from darwinlm.recipe import SearchRecipe
-from darwinlm.scoring import DenseReference, Fidelity
+from darwinlm.runtime import dist
 from darwinlm.search.evolution import Score, difference
 from darwinlm.search.neighbourhood import Neighbourhood
-from darwinlm.training import train_briefly
+from darwinlm.search.trial_training import train_briefly
 
 FIRST_RATE = 2.0**-11
 """First relative learning rate of the tuning."""

@@ -1,1 +1,0 @@
-"""Statistics of the dense model's activations, layer by layer."""

@@ -1,0 +1,1 @@
+"""Commands that look at runs and models: evaluate, speed, doctor, inspect."""

@@ -1,0 +1,1 @@
+"""Recipes: their settings, targets and exports."""

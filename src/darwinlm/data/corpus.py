@@ -1,0 +1,332 @@
+"""Text to token blocks: documents from any source, packed into disjoint named splits."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from darwinlm.config.recipe import DataRecipe
+from darwinlm.data.documents import Chat, documents_from, find_documents, in_batches, local_path
+from darwinlm.errors import UserError
+from darwinlm.runtime.files import read_tensors, write_bytes
+
+SPLITS = ("held_out", "score", "calibration", "trial")
+"""Splits in the order in which they are filled. `held_out` is used only for the final evaluation."""
+
+_FINGERPRINT_BYTES = 16
+_BEGINS = 2**30
+"""Bit that marks the first token of a piece."""
+_RESERVED_KEY = "judged"
+_MOST_CHARACTERS = 512 * 2**20
+_HUB_CHARACTERS_PER_TOKEN = 12
+"""Characters read from a shuffled stream per token needed; text has 3 to 5 characters per token."""
+
+
+class Piece(NamedTuple):
+    """Text that is tokenized as a whole."""
+
+    text: str
+    ends: bool
+    """Whether its document ends here."""
+    assistant_spans: tuple[tuple[int, int], ...] | None = None
+    """Character spans [start, end) of the assistant's turns in `text`; None if the piece is not a chat."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token blocks of every split; splits share no text."""
+
+    marked: Mapping[str, Tensor]
+    """Marked token ids by split name: int32, (blocks, sequence_length). The first token of a piece of text is stored as
+    `id + 2**30`; a token without training loss is stored as the bitwise complement (`~`, negative)."""
+    reserved: frozenset[bytes] = frozenset()
+    """Fingerprints of the pieces of text in the evaluation splits, `held_out` and `score`."""
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Tensor]:
+        """Token ids of every split."""
+        return {split: unmark(marked_BT)[0] for split, marked_BT in self.marked.items()}
+
+    def tokens(self, split: str, count: int) -> Tensor:
+        """Return the first blocks of `split` that hold `count` tokens; a single block is cut to `count` tokens (at
+        least 2)."""
+        blocks_BT = self.blocks[split]
+        length = blocks_BT.shape[1]
+        if count >= length:
+            return blocks_BT[: -(-count // length)]
+        return blocks_BT[:1, : max(2, count)]
+
+
+def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return token ids, and labels for training: the same ids, or -100 for tokens without loss."""
+    ids = torch.where(marked < 0, ~marked, marked) & (_BEGINS - 1)
+    return ids, ids.masked_fill(marked < 0, -100)
+
+
+def positions(marked: Tensor) -> Tensor:
+    """Return the position of every token in its piece of text, counted from the later of the piece's and the block's
+    start.
+
+    Pieces are whole documents, or parts of a document longer than two blocks; such parts are not adjacent.
+    """
+    begins = (torch.where(marked < 0, ~marked, marked) & _BEGINS) != 0
+    index = torch.arange(marked.shape[-1], device=marked.device).expand_as(marked)
+    return index - (index * begins).cummax(-1).values
+
+
+def needed_blocks(recipe: DataRecipe) -> dict[str, int]:
+    """Return the number of blocks of each split."""
+    return {split: recipe.blocks(getattr(recipe, f"{split}_tokens")) for split in SPLITS}
+
+
+def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
+    """Read, tokenize and pack `recipe.source`.
+
+    Documents longer than two blocks are split first and all pieces are shuffled, so that each token of the source is
+    equally likely to be used, whether its document is short or long. Duplicate documents are used once.
+
+    Raises:
+        UserError: if the source is missing, unreadable or too short; the message gives the available and needed tokens.
+    """
+    documents, most = find_documents(recipe.source, recipe.text_field, seed), _MOST_CHARACTERS
+    taken: list[bytes] = []
+    if local_path(recipe.source) is None:
+        # A split ends with a whole piece; the part that does not fit is discarded.
+        tokens = (sum(needed_blocks(recipe).values()) + len(SPLITS)) * recipe.sequence_length
+        most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
+    pieces = _pieces(documents, recipe, tokenizer, most, seed)
+
+    def tokenised() -> Iterator[list[int]]:
+        for batch in in_batches(pieces, 256):
+            for piece, ids in zip(batch, _tokenise(batch, tokenizer), strict=True):
+                taken.append(_fingerprint(piece.text))
+                yield ids
+
+    corpus, reserved = _pack(tokenised(), recipe)
+    return Corpus(corpus.marked, frozenset(taken[:reserved]))
+
+
+def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
+    """Concatenate tokenized documents (ids, marked as in `Corpus`) into the blocks of each split.
+
+    No document is used in two splits.
+
+    Raises:
+        UserError: if there are too few tokens; the message gives the available and needed tokens.
+    """
+    return _pack(documents, recipe)[0]
+
+
+def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, int]:
+    """Return the corpus, and the number of documents used by the evaluation splits."""
+    needed, length = needed_blocks(recipe), recipe.sequence_length
+    filled: dict[str, Tensor] = {}
+    total, reserved, splits = 0, 0, iter(SPLITS)
+    split, buffer = next(splits), list[int]()
+    for tokens in documents:
+        total += len(tokens)
+        reserved += split in ("held_out", "score")
+        buffer += _begun(tokens)
+        if len(buffer) >= needed[split] * length:
+            kept = torch.tensor(buffer[: needed[split] * length], dtype=torch.int32)
+            filled[split] = kept.view(needed[split], length)
+            buffer = []
+            following = next(splits, None)
+            if following is None:
+                return Corpus(filled), reserved
+            split = following
+    parts = ", ".join(f"{name} {count * length:,}" for name, count in needed.items())
+    raise UserError(
+        f"data {recipe.source!r} has {total:,} tokens, but the splits need {sum(needed.values()) * length:,} "
+        f"({parts}) and share no document; provide more text or lower data.*_tokens"
+    )
+
+
+def save_corpus(corpus: Corpus, file: Path) -> None:
+    """Write the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
+    tensors = {split: marked_BT.contiguous() for split, marked_BT in corpus.marked.items()}
+    if corpus.reserved:
+        reserved = bytearray(b"".join(sorted(corpus.reserved)))
+        tensors[_RESERVED_KEY] = torch.frombuffer(reserved, dtype=torch.uint8)
+    write_bytes(file, save(tensors))
+
+
+def load_corpus(file: Path) -> Corpus:
+    """Read the token blocks of a run.
+
+    Args:
+        file: `corpus.safetensors` in a run directory.
+
+    Returns:
+        The blocks of every split.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    tensors = read_tensors(file)
+    reserved = bytes(tensors.pop(_RESERVED_KEY, torch.empty(0, dtype=torch.uint8)).tolist())
+    starts = range(0, len(reserved), _FINGERPRINT_BYTES)
+    return Corpus(tensors, frozenset(reserved[start : start + _FINGERPRINT_BYTES] for start in starts))
+
+
+class TextStream:
+    """Blocks streamed from a source, which is read again from its beginning when it ends.
+
+    Documents come in the order of the source. Text of the evaluation splits is skipped.
+    """
+
+    def __init__(
+        self,
+        recipe: DataRecipe,
+        tokenizer: Any,
+        seed: int,
+        reserved: frozenset[bytes],
+        begin: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Create the stream; `begin` is a state yielded by `blocks`, from which the first blocks continue."""
+        self._recipe, self._tokenizer, self._seed, self._reserved = recipe, tokenizer, seed, reserved
+        self._begin = begin
+
+    def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+        """Yield each block (int32, (sequence_length,), marked as in `Corpus`) with the state to continue after it.
+
+        A state is plain data except for `tokens`, a tensor or a list of token ids.
+
+        Raises:
+            UserError: if the source cannot be read, or holds less than a block beyond the evaluation splits.
+        """
+        length, state = self._recipe.sequence_length, state or self._begin
+        begin = None if state is None else state["place"]
+        left_N = torch.tensor([] if state is None else state["tokens"], dtype=torch.int32)
+        while True:
+            empty = True
+            for ids, place in self._tokens(begin):
+                left_N = torch.cat([left_N, torch.tensor(ids, dtype=torch.int32)])
+                while len(left_N) >= length:
+                    empty = False
+                    block_T, left_N = left_N[:length], left_N[length:]
+                    yield block_T, {"place": place, "tokens": left_N}
+            if empty and begin is None:
+                raise UserError(
+                    f"data {self._recipe.source!r} has less than a block of {length} tokens beyond the "
+                    "evaluation splits; provide more text, or set recovery.text=trial"
+                )
+            begin = None
+
+    def _tokens(self, place: Any) -> Iterator[tuple[list[int], Any]]:
+        """Yield the tokens of some documents and the position after them, from `place` to the end of the source."""
+        for documents, behind in documents_from(self._recipe, self._seed, place):
+            pieces = [
+                piece
+                for document in documents
+                for piece in _cut(document, self._recipe, self._tokenizer)
+                if piece.text.strip() and _fingerprint(piece.text) not in self._reserved
+            ]
+            if pieces:
+                yield [token for ids in _tokenise(pieces, self._tokenizer) for token in _begun(ids)], behind
+
+
+def _pieces(
+    documents: Iterable[str | Chat], recipe: DataRecipe, tokenizer: Any, most: int, seed: int
+) -> Iterator[Piece]:
+    """Return shuffled pieces of unique documents, reading until they hold `most` characters in total."""
+    pieces, seen, read = list[Piece](), set[bytes](), 0
+    for document in documents:
+        cut = list(_cut(document, recipe, tokenizer))
+        text = "".join(piece.text for piece in cut)
+        fingerprint = _fingerprint(text.strip())
+        if not text.strip() or fingerprint in seen:
+            continue
+        seen.add(fingerprint)
+        pieces += cut
+        read += len(text)
+        if read >= most:
+            break
+    random.Random(seed).shuffle(pieces)
+    return iter(pieces)
+
+
+def _cut(document: str | Chat, recipe: DataRecipe, tokenizer: Any) -> Iterator[Piece]:
+    """Yield pieces of at most about two blocks of characters; a chat is one piece."""
+    if not isinstance(document, str):
+        yield _render(document, recipe, tokenizer)
+        return
+    longest, start = 8 * recipe.sequence_length, 0
+    while len(document) - start > longest:
+        middle = start + longest // 2
+        space = document.rfind(" ", middle, start + longest)
+        end = space if space > 0 else start + longest
+        yield Piece(document[start:end], False)
+        start = end
+    yield Piece(document[start:], True)
+
+
+def _render(chat: Chat, recipe: DataRecipe, tokenizer: Any) -> Piece:
+    """Render a chat with the model's template and find the assistant's turns. Raises UserError."""
+    where = f"data {recipe.source!r}"
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{where} contains chats, but the model's tokenizer has no chat template; provide plain text instead"
+        )
+
+    def text(messages: Chat, opened: bool = False) -> str:
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        return rendered
+
+    try:
+        whole, spans = text(chat), []
+        for number, message in enumerate(chat):
+            if message["role"] == "assistant":
+                before, after = text(chat[:number], opened=True), text(chat[: number + 1])
+                if not (whole.startswith(after) and after.startswith(before)):
+                    raise UserError(
+                        f"{where} contains chats, and the model's chat template renders a message differently "
+                        "when others follow, so the assistant's turns cannot be located; provide plain text "
+                        "instead"
+                    )
+                spans.append((len(before), len(after)))
+    except UserError:
+        raise
+    except Exception as error:  # Templates are programs and reject chats with many kinds of errors.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where} contains a chat that the model's chat template rejects: {reason}") from None
+    return Piece(whole, True, tuple(spans))
+
+
+def _fingerprint(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_FINGERPRINT_BYTES).digest()
+
+
+def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of each piece, marked as in `Corpus`; the end-of-text token follows the last piece of a
+    text."""
+    end = tokenizer.eos_token_id
+    plain = [piece for piece in pieces if piece.assistant_spans is None]
+    tokenised = iter(tokenizer([piece.text for piece in plain])["input_ids"] if plain else [])
+    marked = []
+    for piece in pieces:
+        if piece.assistant_spans is None:
+            ids = next(tokenised)
+            marked.append([*ids, end] if piece.ends and end is not None else ids)
+        else:
+            # The template has already written the special tokens.
+            encoded = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
+            marked.append(
+                [
+                    token if any(first <= start < behind for first, behind in piece.assistant_spans) else ~token
+                    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                ]
+            )
+    return marked
+
+
+def _begun(ids: list[int]) -> list[int]:
+    """Mark the beginning of a piece in its otherwise marked `ids`."""
+    return [ids[0] ^ _BEGINS, *ids[1:]] if ids else ids

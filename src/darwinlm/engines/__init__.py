@@ -1,0 +1,1 @@
+"""Engines that run exports: llama.cpp and vLLM."""

@@ -1,0 +1,1 @@
+"""Measures of a model: KL divergence, perplexity and latency."""

@@ -1,0 +1,1 @@
+"""Ranks, files, memory, progress and determinism."""
