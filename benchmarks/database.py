@@ -31,8 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
 from darwinlm.models.checkpoint import Checkpoint
-from darwinlm.models.families import dense_config, find_sites
+from darwinlm.models.families import dense_config
 from darwinlm.models.loading import DenseModel, load_dense
+from darwinlm.models.sites import find_sites
 from darwinlm.models.smollm2 import resolve
 from darwinlm.runtime import dist
 from darwinlm.runtime.memory import peak_memory_bytes

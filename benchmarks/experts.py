@@ -41,8 +41,8 @@ from darwinlm.database.store import Database
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import Cut, build_model, output_columns
 from darwinlm.models.experts import Experts
-from darwinlm.models.families import sites_needed
 from darwinlm.models.loading import DenseModel, load_dense
+from darwinlm.models.sites import sites_needed
 from darwinlm.plan import Budget, parameter_budget
 from darwinlm.recovery.training import recover
 from darwinlm.search.allocation import sparing_plans

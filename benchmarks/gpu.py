@@ -221,8 +221,9 @@ class RandomCheckpoint:
 def dense_model(shape: Shape, device: torch.device) -> Any:
     from transformers import AutoConfig
 
-    from darwinlm.models.families import dense_config, find_sites
+    from darwinlm.models.families import dense_config
     from darwinlm.models.loading import DenseModel, expected_shapes
+    from darwinlm.models.sites import find_sites
 
     config = dense_config(
         AutoConfig.for_model(

@@ -37,10 +37,11 @@ from darwinlm.database.levels import level_sizes
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import Cut, count_parameters
 from darwinlm.models.device_memory import kept_bytes
-from darwinlm.models.families import LAYERS, Site, find_sites
+from darwinlm.models.families import LAYERS
 from darwinlm.models.heads import Head
 from darwinlm.models.loading import DenseModel, expected_shapes
 from darwinlm.models.modeling_darwinlm import PrunedConfig
+from darwinlm.models.sites import Site, find_sites
 from darwinlm.plan import Space, parameter_budget
 from darwinlm.search.allocation import uniform_plan
 from darwinlm.search.sensitivity import measure_sensitivity

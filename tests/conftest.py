@@ -23,8 +23,9 @@ from darwinlm.database.store import Database
 from darwinlm.models.families import causal_lm, dense_config
 from darwinlm.models.loading import DenseModel, load_dense
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
-from darwinlm.pipeline import Run, prune
+from darwinlm.pipeline import prune
 from darwinlm.recovery import training as stage
+from darwinlm.run.finished import Run
 from darwinlm.search import trial_training as training
 
 transformers.utils.logging.disable_progress_bar()

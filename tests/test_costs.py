@@ -12,7 +12,8 @@ from darwinlm.config.loading import load_recipe
 from darwinlm.estimate.costs import plan_run, predict
 from darwinlm.estimate.rates import GPUS, Machine, measure_rates, rates_of
 from darwinlm.models.config import load_config
-from darwinlm.models.families import dense_config, find_sites
+from darwinlm.models.families import dense_config
+from darwinlm.models.sites import find_sites
 
 
 def recipe_for(model, **settings):

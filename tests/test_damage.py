@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import darwinlm
-from darwinlm import pipeline
 from darwinlm.config.loading import load_recipe
+from darwinlm.config.stage import Stage
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.pipeline import prune
 from darwinlm.recovery import stage as recovering
+from darwinlm.run import prepare
 from darwinlm.run.directory import RunDirectory
 from darwinlm.runtime.files import read_json, write_json
 
@@ -182,7 +183,7 @@ def test_an_index_that_cannot_be_read_is_kept(again, monkeypatch):
     out, same_command = again
     flip_a_bit(out / "database" / "index.json")
     before = files_of(out)
-    monkeypatch.setattr(pipeline.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(prepare.os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"index.json is damaged \(.+\); start the run again in a new folder"):
         same_command()
     assert files_of(out) == before
@@ -243,10 +244,10 @@ def test_a_stage_that_leaves_other_files_than_before_has_those_after_it_run_agai
     recipe = load_recipe("quick", {"model": "m", "target": 0.5})
     run = RunDirectory.open(tmp_path / "run", recipe, {})
     for content, still_done in (("one", False), ("one", True), ("two", False)):
-        with run.stage("first", run.path / "a"):
+        with run.stage(Stage("first"), run.path / "a"):
             (run.path / "a").write_text(content)
-        assert run.done("second") == still_done
-        with run.stage("second"):
+        assert run.done(Stage("second")) == still_done
+        with run.stage(Stage("second")):
             pass
 
 

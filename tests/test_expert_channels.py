@@ -22,9 +22,10 @@ from darwinlm.export.hf import save_model
 from darwinlm.export.targets import export_model
 from darwinlm.models.cutting import Cut, build_model, output_columns
 from darwinlm.models.experts import Experts
-from darwinlm.models.families import FAMILIES, family_of, sites_needed
+from darwinlm.models.families import FAMILIES, family_of
 from darwinlm.models.loading import load_dense
 from darwinlm.models.pruned import load
+from darwinlm.models.sites import sites_needed
 from darwinlm.pipeline import prune
 from darwinlm.search.budgets import resource_limits
 

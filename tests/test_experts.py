@@ -22,9 +22,10 @@ from darwinlm.export.targets import export_model
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import Cut, build_model, cut_site, output_columns
 from darwinlm.models.experts import Experts, hide_experts
-from darwinlm.models.families import FAMILIES, family_of, sites_needed
+from darwinlm.models.families import FAMILIES, family_of
 from darwinlm.models.loading import load_dense
 from darwinlm.models.pruned import load
+from darwinlm.models.sites import sites_needed
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan
 from darwinlm.search import sensitivity

@@ -18,7 +18,7 @@ from darwinlm.database.levels import level_sizes
 from darwinlm.database.store import Database
 from darwinlm.export.targets import ENGINES, TARGETS, sites_kept_for
 from darwinlm.models import modeling_darwinlm
-from darwinlm.models.families import find_sites
+from darwinlm.models.sites import find_sites
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
 from darwinlm.search.allocation import cheapest_plan, even_plans

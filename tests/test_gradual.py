@@ -16,6 +16,7 @@ from test_saved_model import uneven_plan
 import darwinlm
 from darwinlm.cli import _exit_code
 from darwinlm.commands.inspect import inspect
+from darwinlm.commands.recover import recover_again
 from darwinlm.config.loading import load_recipe
 from darwinlm.config.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
 from darwinlm.data.corpus import Corpus, TextStream, load_corpus
@@ -28,7 +29,7 @@ from darwinlm.models.cutting import Cut, build_model, count_parameters, kv_eleme
 from darwinlm.models.loading import load_dense
 from darwinlm.models.modeling_darwinlm import whole_settings
 from darwinlm.models.walking import CACHE
-from darwinlm.pipeline import prune, recover_again
+from darwinlm.pipeline import prune
 from darwinlm.plan import Limit, Plan, make_budget
 from darwinlm.recovery.refit import refit
 from darwinlm.recovery.samples import Blocks
@@ -164,7 +165,7 @@ def test_uneven_groups_of_heads_are_no_units_together(twice):
         and any(layer.get("query_heads_per_kv_head") for layer in sizes_by_layer(cut.config).values())
     )
     with pytest.raises(UserError, match=r"KV heads that serve .* set database\.granularity=query_head"):
-        darwinlm.models.families.find_sites(uneven.config, "kv_group")
+        darwinlm.models.sites.find_sites(uneven.config, "kv_group")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from conftest import SETTINGS, TARGET
 
 from darwinlm.cli import _exit_code
+from darwinlm.config.stage import Stage
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.models.checkpoint import Checkpoint
@@ -44,7 +45,10 @@ CPU_ALLOCATOR = (
 def test_each_lack_of_memory_is_one_line(error, message):
     lower = "set search.offload=cpu, lower search.batch_size or data.sequence_length"
     remedy = f"run the same command on a larger machine, or {lower} in a new"
-    with pytest.raises(UserError, match=f"^0.8: search: {message}.*; {remedy}"), naming_memory_faults("0.8: search"):
+    with (
+        pytest.raises(UserError, match=f"^0.8: search: {message}.*; {remedy}"),
+        naming_memory_faults(Stage("search", size="0.8")),
+    ):
         raise error
 
 
@@ -120,8 +124,8 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, ch
         raise torch.OutOfMemoryError(GPU)
 
     name = {
-        "database": "pipeline.build_database",
-        "search": "pipeline.search_plan",
+        "database": "run.prepare.build_database",
+        "search": "search.stage.search_plan",
         "recovery": "recovery.stage.recover",
         "evaluation": "evaluation.stage.measure",
     }
@@ -176,16 +180,16 @@ def test_while_the_result_is_trained_nothing_that_it_was_made_from_is_in_memory(
 LIMITED = """
 import resource, sys
 import psutil
-from darwinlm import pipeline
+from darwinlm.run import prepare
 from darwinlm.cli import main
 
-def check_room(size, device, what, check=pipeline.check_room):
+def check_room(size, device, what, check=prepare.check_room):
     # Room for what Python and PyTorch themselves take on the way, not for a model of a GiB.
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, -1))
     check(2**30, device, what)
 
-pipeline.check_room = check_room
+prepare.check_room = check_room
 sys.argv = ["darwinlm", *sys.argv[1:]]
 main()
 """

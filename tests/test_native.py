@@ -17,8 +17,8 @@ from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.export.targets import export_model
-from darwinlm.models.families import sites_needed
 from darwinlm.models.loading import load_dense
+from darwinlm.models.sites import sites_needed
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
 from darwinlm.search.allocation import even_plans

@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import darwinlm
-from darwinlm import cli, pipeline
+from darwinlm import cli
+from darwinlm.commands.recover import recover_again
 from darwinlm.config.loading import load_recipe
+from darwinlm.config.stage import Stage
 from darwinlm.models.loading import load_dense
-from darwinlm.pipeline import prune, recover_again
+from darwinlm.pipeline import prune
 from darwinlm.recovery import stage as recovering
 from darwinlm.recovery import training
-from darwinlm.run import directory as run_directory
+from darwinlm.run import prepare
 from darwinlm.run.lock import RunLock
 from darwinlm.runtime import dist, progress
 
@@ -101,7 +103,8 @@ def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoi
     ],
 )
 def test_what_is_made_again_after_a_stage(stage, later, follows):
-    assert run_directory._follows(later, stage) == follows
+    stage, later = Stage.parse(stage), Stage.parse(later)
+    assert stage.affects(later) == follows
 
 
 @pytest.mark.parametrize(
@@ -314,14 +317,14 @@ def test_a_clock_that_jumps_changes_nothing(run, checkpoint, tmp_path, monkeypat
 def test_text_that_the_model_writes_is_as_long_as_the_splits_need(checkpoint):
     dense = load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
     recipe = load_recipe("quick", {"model": "m", "target": TARGET, **SETTINGS})
-    corpus = pipeline._own_text(dense, recipe)
+    corpus = prepare.generate_text(dense, recipe)
     assert {name: blocks.numel() for name, blocks in corpus.blocks.items()} == {
         "calibration": 256,
         "trial": 128,
         "score": 64,
         "held_out": 64,
     }
-    again = pipeline._own_text(dense, recipe)
+    again = prepare.generate_text(dense, recipe)
     assert all(torch.equal(blocks, again.blocks[name]) for name, blocks in corpus.blocks.items())
 
 

@@ -68,14 +68,15 @@ def test_one_process_has_nobody_to_share_with(monkeypatch):
         raise UserError("placed")
 
     monkeypatch.setattr(recovering, "_starting_model", start)
-    here = SimpleNamespace(dense=SimpleNamespace(device=torch.device("meta")))
-    run = SimpleNamespace(path=Path("run"))
-    step = SimpleNamespace(number=1)
+    job = SimpleNamespace(
+        recipe=recipe, corpus=None, source=SimpleNamespace(dense=SimpleNamespace(device=torch.device("meta"))),
+        run=SimpleNamespace(path=Path("run")), step=SimpleNamespace(number=1, last=True),
+    )  # fmt: skip
     for processes in (1, 2):
         monkeypatch.setattr(dist, "world_size", lambda processes=processes: processes)
         assert is_sharded(recipe.recovery) == (processes > 1)
         with pytest.raises(UserError, match="placed"):
-            recovering.recover_plan(recipe, here, None, None, step, Path("recovery"), run)
+            recovering._recover(job, None, Path("recovery"))
     assert [place.type for place in places] == ["meta", "cpu"]
 
 

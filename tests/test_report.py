@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from darwinlm import cli
 from darwinlm.commands.inspect import inspect
+from darwinlm.commands.recover import recover_again
 from darwinlm.errors import UserError
-from darwinlm.pipeline import prune, recover_again
+from darwinlm.pipeline import prune
 from darwinlm.report.charts import Column, Point, Series, columns, curve, nice_ticks
 from darwinlm.report.facts import collect, compared, thinned
 from darwinlm.report.page import render, watch_report, write_report

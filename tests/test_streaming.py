@@ -21,8 +21,8 @@ from darwinlm.database.store import Database
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models import streaming
 from darwinlm.models.device_memory import Portion
-from darwinlm.models.families import sites_needed
 from darwinlm.models.loading import load_dense
+from darwinlm.models.sites import sites_needed
 from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget

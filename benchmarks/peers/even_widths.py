@@ -13,9 +13,9 @@ from calibrated import Calibrated
 from torch import Tensor
 
 from darwinlm.models.cutting import Cut, build_model, count_parameters
-from darwinlm.models.families import Site
 from darwinlm.models.loading import DenseModel
 from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.sites import Site
 
 
 class Shape(NamedTuple):

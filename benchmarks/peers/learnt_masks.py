@@ -24,9 +24,9 @@ from forms import tensors_of
 from torch import Tensor, nn
 
 from darwinlm.models.cutting import Cut, build_model, count_parameters
-from darwinlm.models.families import Site
 from darwinlm.models.loading import DenseModel
 from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.sites import Site
 from darwinlm.optim.learning_rate import parameter_groups
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3

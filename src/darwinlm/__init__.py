@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from darwinlm.commands.doctor import examine
     from darwinlm.commands.evaluate import evaluate
     from darwinlm.commands.inspect import inspect
+    from darwinlm.commands.recover import recover_again
     from darwinlm.commands.speed import measure_speeds
     from darwinlm.data.corpus import load_corpus
     from darwinlm.database.store import Database
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from darwinlm.models.cutting import build_model
     from darwinlm.models.loading import load_dense
     from darwinlm.models.pruned import load
-    from darwinlm.pipeline import Run, prune, recover_again
+    from darwinlm.pipeline import prune
+    from darwinlm.run.finished import Run
 
 __all__ = [
     "Database",
@@ -56,6 +58,7 @@ _MODULES = {
     "commands.doctor": ("examine",),
     "commands.evaluate": ("evaluate",),
     "commands.inspect": ("inspect",),
+    "commands.recover": ("recover_again",),
     "commands.speed": ("measure_speeds",),
     "data.corpus": ("load_corpus",),
     "database.store": ("Database",),
@@ -66,7 +69,8 @@ _MODULES = {
     "models.cutting": ("build_model",),
     "models.loading": ("load_dense",),
     "models.pruned": ("load",),
-    "pipeline": ("Run", "prune", "recover_again"),
+    "pipeline": ("prune",),
+    "run.finished": ("Run",),
 }
 _LAZY = {name: f"darwinlm.{module}" for module, names in _MODULES.items() for name in names}
 

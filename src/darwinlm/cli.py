@@ -15,7 +15,7 @@ from darwinlm.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from darwinlm.pipeline import Run
+    from darwinlm.run.finished import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -147,7 +147,7 @@ def recover(
     overrides = _overrides(settings)
     _start(quiet)
 
-    from darwinlm.pipeline import recover_again
+    from darwinlm.commands.recover import recover_again
 
     _finish(recover_again(run, overrides))
 

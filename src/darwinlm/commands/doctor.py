@@ -24,17 +24,7 @@ from darwinlm.export.proof import ProofError
 from darwinlm.export.targets import ENGINES, TARGETS, export_model
 from darwinlm.models.cutting import Cut, build_model, cut_site, output_columns
 from darwinlm.models.experts import hide_experts
-from darwinlm.models.families import (
-    LAYERS,
-    Granularity,
-    Site,
-    causal_lm,
-    dense_config,
-    family_of,
-    find_sites,
-    sites_needed,
-    window_of,
-)
+from darwinlm.models.families import LAYERS, causal_lm, dense_config, family_of, window_of
 from darwinlm.models.loading import (
     DenseModel,
     choose_device,
@@ -44,6 +34,7 @@ from darwinlm.models.loading import (
 )
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.models.pruned import load
+from darwinlm.models.sites import Granularity, Site, find_sites, sites_needed
 from darwinlm.models.smollm2 import resolve
 from darwinlm.models.walking import CACHE
 from darwinlm.report.checks import Check, Examination

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from darwinlm.config.exports import ONE_SIZE, Target
-from darwinlm.config.target import not_a_size, parse_size, parse_target, show, split_targets
+from darwinlm.config.target import SizeTarget, not_a_size, parse_size, parse_targets, show
 
 Offload = Literal["auto", "device", "cpu", "disk"]
 
@@ -351,6 +351,11 @@ class Recipe(_Section):
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
 
+    @property
+    def sizes(self) -> tuple[SizeTarget, ...]:
+        """Sizes of `target`: several for a family, otherwise one."""
+        return parse_targets(self.target)
+
     def wants_uniform(self, *, experts: bool) -> bool:
         """Whether all layers get the same sizes; `experts` is true if the model is a mixture of experts."""
         if self.search.uniform != "auto":
@@ -363,14 +368,12 @@ class Recipe(_Section):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(not_a_size(value))
         value = value.strip() if isinstance(value, str) else value
-        for target in split_targets(value):
-            for name, size in parse_target(target).items():
+        for target in parse_targets(value):
+            for name, size in target.limits.items():
                 if isinstance(size, float) and not 0 < size <= 1:
                     count = ", or a count such as 2.7B" if name.endswith("params") else ""
-                    raise ValueError(f"target {str(target)[:80]} must be above 0 and at most 1 (a fraction){count}")
+                    raise ValueError(f"target {target.name[:80]} must be above 0 and at most 1 (a fraction){count}")
         if isinstance(value, str) and ("=" in value or "," in value):
-            if len(set(split_targets(value))) < len(split_targets(value)):
-                raise ValueError(f"target {show(value)}: a size is given twice")
             return value
         size = parse_size(value)
         if isinstance(size, int):
@@ -379,13 +382,12 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _one_way_to_the_target(self) -> "Recipe":
-        targets = split_targets(self.target)
-        if self.steps > 1 and len(targets) > 1:
+        if self.steps > 1 and len(self.sizes) > 1:
             raise ValueError(
                 f"steps={self.steps} with target {show(self.target)}: the sizes of a family come from one "
                 "database; request one size, or remove steps"
             )
-        if self.steps > 1 and "latency" in parse_target(targets[0]):
+        if self.steps > 1 and "latency" in self.sizes[0].limits:
             raise ValueError(
                 f"steps={self.steps} with a latency limit: latencies measured in different steps are not "
                 "comparable; limit params, flops, kv_cache or memory, or remove steps"

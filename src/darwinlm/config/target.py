@@ -3,12 +3,40 @@
 import difflib
 import re
 import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 
 RESOURCES = ("params", "active_params", "flops", "kv_cache", "memory", "latency")
 """Resources that a target can limit."""
 _MOST = 10**1000
 """Upper bound on parameters or bytes; Python does not print integers with thousands of digits."""
+
+
+@dataclass(frozen=True)
+class SizeTarget:
+    """A requested size."""
+
+    name: str
+    """As written in the recipe."""
+    limits: Mapping[str, float | int]
+    """Limits by resource, as returned by `parse_target`."""
+
+
+def parse_targets(value: float | str) -> tuple[SizeTarget, ...]:
+    """Parse the target of a recipe: one size, or the sizes of a family.
+
+    Raises:
+        ValueError: if it is not valid, a size is given twice, or a family mixes fractions and numbers of parameters.
+    """
+    targets = tuple(SizeTarget(str(part), parse_target(part)) for part in split_targets(value))
+    if len({target.name for target in targets}) < len(targets):
+        raise ValueError(f"target {show(value)}: a size is given twice")
+    if len(targets) > 1 and len({type(target.limits["params"]) for target in targets}) > 1:
+        raise ValueError(
+            f"target {show(value)} mixes fractions and numbers of parameters; give all sizes in the same way"
+        )
+    return targets
 
 
 def parse_size(value: float | str) -> float | int:

@@ -21,8 +21,9 @@ from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.models.cutting import count_parameters
 from darwinlm.models.experts import Experts
-from darwinlm.models.families import Site, dense_again
+from darwinlm.models.families import dense_again
 from darwinlm.models.loading import DenseModel, expected_shapes
+from darwinlm.models.sites import Site
 from darwinlm.runtime import dist
 from darwinlm.runtime.progress import Phases, task
 

@@ -16,8 +16,9 @@ from darwinlm.database.activations import open_activations
 from darwinlm.database.symmetric import add_symmetric, mirror
 from darwinlm.errors import InvalidTensorError
 from darwinlm.models.device_memory import Portion
-from darwinlm.models.families import Family, Rows, Site, family_of
+from darwinlm.models.families import Family, family_of
 from darwinlm.models.loading import DenseModel
+from darwinlm.models.sites import Rows, Site
 from darwinlm.models.walking import Given, carried, enter
 from darwinlm.runtime import dist
 from darwinlm.runtime.progress import Phases

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from darwinlm.errors import UserError
-from darwinlm.models.families import Site
+from darwinlm.models.sites import Site
 
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from darwinlm.config.recipe import Recipe
 from darwinlm.database.store import Database
 from darwinlm.models.cutting import copy_trained
 from darwinlm.models.loading import DenseModel
@@ -34,13 +33,9 @@ class Prunable:
         dense = self.dense
         return dense.cut(self.database.cuts(dense.sites, plan.levels, dense.layers_device))
 
-    def result(self, recipe: Recipe, plan: Plan, folder: Path) -> PrunedModel:
-        """Build the result of a step: `plan`, with the weights of `folder/recovery` if recovery is enabled."""
-        cut = self.cut(plan)
-        if not recipe.recovery.wanted:
-            return cut
-        trained = read_tensors(folder / "recovery" / "weights.safetensors")
-        model = copy_trained(cut, trained, self.dense.layers_device)
+    def trained(self, plan: Plan, file: Path) -> PrunedModel:
+        """Build the pruned model of `plan` with the trained weights in `file`. Raises UserError."""
+        model = copy_trained(self.cut(plan), read_tensors(file), self.dense.layers_device)
         return stream_layers(model, self.dense.device) if self.dense.offload else model
 
 

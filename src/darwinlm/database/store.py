@@ -15,7 +15,7 @@ from darwinlm.database.solver import Snapshot
 from darwinlm.errors import UserError
 from darwinlm.models.cutting import Cut, count_parameters, kv_elements, mean_factor
 from darwinlm.models.device_memory import free_memory
-from darwinlm.models.families import Site
+from darwinlm.models.sites import Site
 from darwinlm.plan import SiteBefore, SiteLevels, Space
 from darwinlm.runtime.files import OTHER_CHECKSUM, checksum, file_checksum, read_json, write_bytes, write_json
 

@@ -10,17 +10,19 @@ from math import prod
 import torch
 
 from darwinlm.config.recipe import Recipe
-from darwinlm.config.target import parse_target, split_targets
+from darwinlm.config.stage import Stage
+from darwinlm.config.target import parse_target
 from darwinlm.errors import UserError
 from darwinlm.estimate.rates import GPUS, Machine, Rates, machine_here, measure_rates, rates_of
 from darwinlm.models.config import load_sizes
 from darwinlm.models.cutting import count_parameters
 from darwinlm.models.device_memory import SPARE, TRIAL_BYTES, kept_bytes
 from darwinlm.models.experts import OUTPUTS, PRODUCTS
-from darwinlm.models.families import Site, dense_again, find_sites
+from darwinlm.models.families import dense_again
 from darwinlm.models.heads import chunk_tokens
 from darwinlm.models.loading import choose_device, expected_shapes
 from darwinlm.models.modeling_darwinlm import PrunedConfig
+from darwinlm.models.sites import Site, find_sites
 from darwinlm.models.smollm2 import resolve
 from darwinlm.plan import check_target
 
@@ -53,10 +55,15 @@ weight gradients, and the columns of all levels in addition to the dense ones.""
 class StageCost:
     """Predicted cost of one stage."""
 
-    name: str
+    stage: Stage
     seconds: float
     memory: float
     """Peak memory in bytes, on each device."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage, as in the manifest of a run."""
+        return str(self.stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +100,11 @@ def plan_run(
     Raises:
         UserError: if the target is not a number of parameters or cannot be reached, or the device is unknown.
     """
-    targets = [parse_target(target) for target in split_targets(recipe.target)]
-    if len(targets) > 1 or set(targets[0]) != {"params"}:
+    if len(recipe.sizes) > 1 or set(recipe.sizes[0].limits) != {"params"}:
         raise UserError(f"plan: target {recipe.target!r}: expected one number of parameters, such as 0.5 or 2.7B")
     config = load_sizes(resolve(recipe.model))
     sites = find_sites(config, recipe.database.granularity, recipe.database.experts)
-    size, shapes = targets[0]["params"], expected_shapes(config)
+    size, shapes = recipe.sizes[0].limits["params"], expected_shapes(config)
     dense = sum(prod(shape) for shape in shapes.values())
     fixed = dense - sum(count_parameters(site, shapes, range(site.num_units)) for site in sites)
     # A mixture keeps at least as many experts as each token is routed to, or some channels of each expert.
@@ -149,12 +155,11 @@ def predict(
             before=left ** ((number - 1) / recipe.steps),
             left=left ** (number / recipe.steps),
             tokens=recipe.recovery.tokens // recipe.steps,
-            last=number == recipe.steps,
+            number=number if number < recipe.steps else None,
         )
-        prefix = "" if step.last else f"step {number}: "
         found, columns, waiting = _predict_step(config, sites, recipe, machine, rates, step)
         host = max(host, waiting)
-        stages += [_with_overhead(replace(stage, name=prefix + stage.name)) for stage in found]
+        stages += [_with_overhead(stage) for stage in found]
         stored += columns
         models += 4 * (fixed + step.left * in_sites)
     # Weights and the two moments of AdamW; two checkpoints are kept.
@@ -183,7 +188,8 @@ class _Step:
     """Fraction of the dense model's layer parameters present at the end of the step."""
     tokens: int
     """Recovery tokens of this step."""
-    last: bool
+    number: int | None
+    """Its number, in all steps except the last."""
 
 
 def _predict_step(
@@ -333,19 +339,19 @@ def _predict_step(
         host = max(host, trained_bytes * (fixed + candidate) / sharded)
     stages = [
         StageCost(
-            name="database", seconds=database,
+            stage=Stage("database", step.number), seconds=database,
             memory=base + 4 * before * in_sites / config.num_hidden_layers
             + (activations if not machine.accelerator else 0) + 7 * 4 * width**2
             + (_EXPERT_BYTES + 12 * data.calibration_tokens * rows if mixtures else 0),
         ),
         StageCost(
-            name="search", seconds=searching,
+            stage=Stage("search", step.number), seconds=searching,
             memory=base + chunk + max(
                 trials if any(trained_for) else 0.0, descent if search.descent_rounds else 0.0, whole
             ),
         ),
         StageCost(
-            name="recovery", seconds=training,
+            stage=Stage("recovery", step.number), seconds=training,
             memory=max(predicting, base + max(
                 whole + (4 * (fixed + candidate) / (config.num_hidden_layers if offload else 1))
                 if recovery.refit_tokens else 0.0,
@@ -353,7 +359,7 @@ def _predict_step(
             )),
         ),
     ]  # fmt: skip
-    if step.last:
+    if step.number is None:
         # The dense model, the uniform plan, the model pruned in this step, the plan found, and the recovered model;
         # then a few requests in the model's own dtype.
         models = [1.0, left, *([before] if before < 1 else []), left, *([left] if recovery.wanted else [])]
@@ -381,7 +387,7 @@ def _predict_step(
             memory = base + whole + (3 * others if base + whole + 4 * others < machine.memory else others)
         else:
             memory = base + whole + 3 * others + 2 * dense
-        stages.append(StageCost(name="evaluation", seconds=held_out, memory=memory))
+        stages.append(StageCost(stage=Stage("evaluation"), seconds=held_out, memory=memory))
     return stages, stored, host
 
 
@@ -401,13 +407,13 @@ def _expert_work(site: Site, rows: int, tokens: int, levels: int) -> float:
 
 
 def _with_overhead(stage: StageCost) -> StageCost:
-    seconds = stage.seconds * (1 if stage.name == "evaluation" else _OVERHEAD)
+    seconds = stage.seconds * (1 if stage.stage.kind == "evaluation" else _OVERHEAD)
     return replace(stage, seconds=seconds, memory=_LIBRARIES + _SLACK * (stage.memory - _LIBRARIES))
 
 
 def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> list[str]:
     """Return the settings to change for stages that do not fit, the cheapest first."""
-    full = {stage.name.split(": ")[-1] for stage in stages if stage.memory > machine.memory}
+    full = {stage.stage.kind for stage in stages if stage.memory > machine.memory}
     recovery, found = recipe.recovery, []
     if "recovery" in full:
         if recovery.activations == "keep":

@@ -7,9 +7,6 @@ from typing import Any
 import torch
 
 from darwinlm._version import __version__
-from darwinlm.config.recipe import Recipe
-from darwinlm.data.corpus import Corpus
-from darwinlm.database.prunable import Prunable
 from darwinlm.evaluation.measure import (
     SAMPLE_PROMPT,
     as_served,
@@ -25,28 +22,37 @@ from darwinlm.export.targets import ENGINES, export_model
 from darwinlm.models.device_memory import free_memory
 from darwinlm.models.loading import DenseModel, served_dtype
 from darwinlm.models.modeling_darwinlm import PrunedModel
-from darwinlm.plan import Budget, Plan
-from darwinlm.run.directory import STEP, RunDirectory, Size
+from darwinlm.plan import Plan
+from darwinlm.run.job import Job
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import log
 from darwinlm.search.allocation import uniform_plan
 
 
-def evaluate_and_export(
-    recipe: Recipe,
-    first: Prunable,
-    here: Prunable,
-    corpus: Corpus,
-    budgets: tuple[Budget, Budget],
-    plan: Plan,
-    run: RunDirectory,
-    size: Size,
-) -> None:
-    """Evaluate the models of a size, write the last of them, and export it; finished parts are skipped."""
-    out, dense = size.folder, here.dense
-    measured_file = out / "evaluation" / "measured.json"
-    evaluated = run.done(f"{size.prefix}evaluation")
-    if not (evaluated and run.done(f"{size.prefix}export")):
+def evaluate_and_export(job: Job, plan: Plan) -> None:
+    """Evaluate the models of a size, write the last of them, and export it; finished stages are skipped.
+
+    In all steps except the last, the model is only written: it is the input of the next step.
+    """
+    if job.step.last:
+        _evaluate(job, plan)
+        _export(job)
+    elif not job.run.done(job.size.stage("export")):
+        card = f"# The model after {job.size.name} of {job.recipe.steps}, the input of the next step\n"
+        _write(job, job.result(plan), plan, card)
+
+
+def _write(job: Job, model: PrunedModel, plan: Plan, card: str) -> None:
+    folder = job.size.folder / "model"
+    with job.run.stage(job.size.stage("export"), folder):
+        export_hf(model, job.source.dense, plan.to_dict(job.source.space), card, folder)
+
+
+def _evaluate(job: Job, plan: Plan) -> None:
+    recipe, run, first, here, size = job.recipe, job.run, job.original, job.source, job.size
+    dense, measured_file = here.dense, size.folder / "evaluation" / "measured.json"
+    evaluated = run.done(size.stage("evaluation"))
+    if not (evaluated and run.done(size.stage("export"))):
         models = {"dense": first.dense.model}
         # If they do not all fit on the device, the other models wait on the CPU.
         wait = torch.device("cpu")
@@ -54,25 +60,27 @@ def evaluate_and_export(
             dense.device
         ):
             wait = dense.device
-        uniform = uniform_plan(first.space, budgets[1])
+        uniform = uniform_plan(first.space, job.original_budget)
         if uniform is not None:
             models["uniform"] = moved_to(first.cut(uniform), wait)
         if here is not first:
-            models[f"{STEP}{recipe.steps - 1}"] = dense.model
+            models[f"step {recipe.steps - 1}"] = dense.model
         models["found"] = moved_to(here.cut(plan), wait)
         if recipe.recovery.wanted:
-            models["recovered"] = moved_to(here.result(recipe, plan, size.folder), wait)
+            models["recovered"] = moved_to(job.result(plan), wait)
         last = models[next(reversed(models))]
         if not evaluated:
-            with run.stage(f"{size.prefix}evaluation", measured_file):
-                write_json(measured_file, _measure(recipe, dense, corpus, budgets[0], plan, models, size), sealed=True)
-        with run.stage(f"{size.prefix}export", out / "model"):
-            as_json = plan.to_dict(here.space)
-            export_hf(last, dense, as_json, model_card(recipe, as_json, read_json(measured_file)), out / "model")
-    for target in recipe.export.targets:
-        if not run.done(f"{size.prefix}{target}"):
-            with run.stage(f"{size.prefix}{target}") as facts:
-                parallel = recipe.export.tensor_parallel if ENGINES[target].tensor_parallel else 1
+            with run.stage(size.stage("evaluation"), measured_file):
+                write_json(measured_file, _measure(job, plan, models), sealed=True)
+        _write(job, last, plan, model_card(recipe, plan.to_dict(here.space), read_json(measured_file)))
+
+
+def _export(job: Job) -> None:
+    export, out = job.recipe.export, job.size.folder
+    for target in export.targets:
+        if not job.run.done(job.size.stage(target)):
+            with job.run.stage(job.size.stage(target)) as facts:
+                parallel = export.tensor_parallel if ENGINES[target].tensor_parallel else 1
                 exported = export_model(out, target, tensor_parallel=parallel)
                 facts["proof"] = str(exported.proof) if exported.proof else None
             for line in exported.lines():
@@ -80,24 +88,17 @@ def evaluate_and_export(
     log.info("done: %s", out / "model")
 
 
-def _measure(
-    recipe: Recipe,
-    dense: DenseModel,
-    corpus: Corpus,
-    budget: Budget,
-    plan: Plan,
-    models: Mapping[str, PrunedModel],
-    size: Size,
-) -> dict[str, Any]:
+def _measure(job: Job, plan: Plan, models: Mapping[str, PrunedModel]) -> dict[str, Any]:
     """Return the content of `measured.json`; the last of `models` is the result."""
-    rows = measure(models, corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
+    recipe, dense = job.recipe, job.source.dense
+    rows = measure(models, job.corpus.blocks["held_out"], recipe.evaluation, dense.dtype)
     last = models[list(models)[-1]]
     sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
     with on_device(last, dense.device):
         sample["after"] = write_sample(last, dense.tokenizer)
     limits: list[dict[str, Any]] = [
         {"name": limit.name, "unit": limit.unit, "dense": limit.dense, "found": limit.cost(plan.levels)}
-        for limit in budget.limits
+        for limit in job.budget.limits
     ]
     for limit in limits:
         if limit["name"] == "latency":
@@ -106,7 +107,7 @@ def _measure(
             limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
     return {
         "model": recipe.model,
-        "target": size.name,
+        "target": job.size.name,
         "rows": rows,
         "limits": limits,
         "sample": sample,

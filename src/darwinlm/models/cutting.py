@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from darwinlm.models.families import EMBEDDINGS, HEAD, LAYERS, Rows, Site, causal_lm, empty_layer
+from darwinlm.models.families import EMBEDDINGS, HEAD, LAYERS, causal_lm, empty_layer
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.models.sites import Rows, Site
 from darwinlm.plan import SiteKind
 
 _SIZES: Mapping[SiteKind, Sequence[str]] = {

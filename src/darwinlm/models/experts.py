@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from darwinlm.models.families import LAYERS, Site, family_of
+from darwinlm.models.families import LAYERS, family_of
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.models.sites import Site
 
 PRODUCTS = 2**27
 """Maximum number of elements for the products of all experts' outputs: sampled tokens * E * E."""

@@ -32,19 +32,10 @@ from darwinlm.models.cutting import (
     pruned_config,
     sizes_by_layer,
 )
-from darwinlm.models.families import (
-    HEAD,
-    LAYERS,
-    ExpertUnit,
-    Granularity,
-    Site,
-    dense_again,
-    dense_config,
-    empty_layer,
-    find_sites,
-)
+from darwinlm.models.families import HEAD, LAYERS, dense_again, dense_config, empty_layer
 from darwinlm.models.heads import Head
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.models.sites import ExpertUnit, Granularity, Site, find_sites
 from darwinlm.models.streaming import stream_layers
 from darwinlm.runtime.files import digest
 from darwinlm.runtime.progress import log

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from darwinlm.config.recipe import Recipe, RecoveryRecipe
+from darwinlm.config.recipe import RecoveryRecipe
 from darwinlm.data.corpus import Corpus, TextStream
 from darwinlm.database.prunable import Prunable, stored_weights
 from darwinlm.models.cutting import assemble, build_model, pruned_config
@@ -20,7 +20,8 @@ from darwinlm.recovery.refit import refit_if_it_helps
 from darwinlm.recovery.sharding import is_sharded
 from darwinlm.recovery.teacher import CachedTeacher, load_teacher, write_predictions
 from darwinlm.recovery.training import recover, steps_for
-from darwinlm.run.directory import RunDirectory, Step, run_steps
+from darwinlm.run.directory import run_steps
+from darwinlm.run.job import Job
 from darwinlm.runtime import dist
 from darwinlm.runtime.files import find_fault, read_json, write_bytes, write_json
 from darwinlm.runtime.progress import log
@@ -30,20 +31,32 @@ SAMPLES = "samples"
 _PREDICTIONS = "predictions"
 
 
-def recover_plan(
-    recipe: Recipe, here: Prunable, corpus: Corpus, plan: Plan, step: Step, folder: Path, run: RunDirectory
-) -> int:
-    """Refit and train `plan`, and write the result to `folder/weights.safetensors`. Returns the number of blocks read.
+def recover_size(job: Job, plan: Plan) -> None:
+    """Refit and train `plan`, the recovery stage of a size, unless it is done or disabled."""
+    run, stage, recipe = job.run, job.size.stage("recovery"), job.recipe
+    if not run.done(job.size.stage("export")) or (job.step.last and not run.done(job.size.stage("evaluation"))):
+        run.verify(stage)
+    if not recipe.recovery.wanted or run.done(stage):
+        return
+    with run.stage(stage, job.size.folder / "recovery" / "weights.safetensors") as facts:
+        read = _recover(job, plan, job.size.folder / "recovery")
+        if recipe.steps > 1:
+            facts[SAMPLES] = read
+
+
+def _recover(job: Job, plan: Plan, folder: Path) -> int:
+    """Write the trained weights to `folder`. Returns the number of blocks read.
 
     Every step except the last gets the same share of the tokens and the last step gets the rest. Each step continues in
     the text where the previous one stopped.
     """
+    recipe, here, corpus, step = job.recipe, job.source, job.corpus, job.step
     dense = here.dense
-    earlier = run_steps(recipe, run.path)[: step.number - 1]
-    passed = sum(run.facts(f"{one.prefix}recovery").get(SAMPLES, 0) for one in earlier)
+    earlier = run_steps(recipe, job.run.path)[: step.number - 1]
+    passed = sum(job.run.facts(one.stage("recovery")).get(SAMPLES, 0) for one in earlier)
     left = max(0, recipe.recovery.tokens - passed * recipe.data.sequence_length)
     wanted = recipe.recovery
-    tokens = left if step.number == recipe.steps else wanted.tokens // recipe.steps
+    tokens = left if step.last else wanted.tokens // recipe.steps
     # Sharded tensors need not fit on one device.
     place = torch.device("cpu") if is_sharded(wanted) or tokens == 0 else dense.device
     model = _starting_model(here, corpus, plan, wanted, place, folder)
@@ -66,7 +79,7 @@ def recover_plan(
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
         write_json(folder / "losses.json", history)
-        if step.number < recipe.steps and checkpoints(folder) and isinstance(text, TextStream):
+        if not step.last and checkpoints(folder) and isinstance(text, TextStream):
             write_json(folder / "text.json", read_json(checkpoints(folder)[-1] / "text.json"))
         write_bytes(folder / "weights.safetensors", save(stored_weights(model, dense.dtype)))
         forget_recovery(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darwinlm.config.recipe import Recipe, SearchRecipe
+from darwinlm.config.stage import Stage
 from darwinlm.database.store import read_space
 from darwinlm.errors import UserError
 from darwinlm.plan import Plan, Space
@@ -70,17 +71,12 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _stages(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
-    names = ["search", *(["recovery"] if recipe.recovery.wanted else []), "evaluation", "export"]
-    found = ["corpus"]
+    kinds = ["search", *(["recovery"] if recipe.recovery.wanted else []), "evaluation", "export"]
+    found = [Stage("corpus")]
     for step in steps:
-        found.append(f"{step.prefix}database")
-        found += [
-            f"{size.prefix}{name}"
-            for size in step.sizes
-            for name in names
-            if not (step.prefix and name == "evaluation")
-        ]
-    return found
+        found.append(step.stage("database"))
+        found += [size.stage(kind) for size in step.sizes for kind in kinds if step.last or kind != "evaluation"]
+    return [str(stage) for stage in found]
 
 
 def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, Any]:

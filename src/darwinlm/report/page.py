@@ -14,10 +14,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from darwinlm.errors import UserError
 from darwinlm.report import figures, numbers
 from darwinlm.report.facts import collect
 from darwinlm.report.layers import mlp_unit
 from darwinlm.runtime.files import write_bytes
+from darwinlm.runtime.progress import log
 
 _TEMPLATES = "templates"
 _NUMBERS: tuple[Callable[..., str], ...] = (
@@ -35,6 +37,16 @@ _FIGURES: tuple[Callable[..., Any], ...] = (
     *(figures.family_chart, figures.task_colour, figures.task_key),
 )
 _WATCH_SECONDS = 2.0
+
+
+def refresh_report(run: Path) -> None:
+    """Write the report; damaged files that only the report shows do not make a finished run fail."""
+    try:
+        write_report(run)
+    except UserError as error:
+        if not (run / "report" / "metrics.json").exists():
+            raise
+        log.warning("report not updated: %s", str(error).split("; ")[0])
 
 
 def write_report(run: Path, *, refresh: bool = False) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from darwinlm.config.loading import differences, make_recipe
 from darwinlm.config.recipe import Recipe
-from darwinlm.config.target import parse_target, split_targets
+from darwinlm.config.stage import Stage
+from darwinlm.config.target import SizeTarget
 from darwinlm.errors import UserError
 from darwinlm.runtime import dist
 from darwinlm.runtime.files import (
@@ -37,11 +38,20 @@ VERSION = "darwinlm"
 class Size:
     """One of the sizes that a run produces."""
 
-    name: str
-    target: Mapping[str, float | int]
+    target: SizeTarget
     folder: Path
-    prefix: str
-    """Prefix of its stage names."""
+    step: int | None = None
+    """Number of its step, in all steps except the last."""
+    in_family: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the size, or of its step."""
+        return self.target.name if self.step is None else f"step {self.step}"
+
+    def stage(self, kind: str) -> Stage:
+        """Return its stage of this kind."""
+        return Stage(kind, self.step, self.target.name if self.in_family else None)
 
 
 @dataclass(frozen=True)
@@ -51,33 +61,29 @@ class Step:
     number: int
     folder: Path
     """Folder of its database, and of search, recovery and model in all steps except the last."""
-    prefix: str
-    """Prefix of its stage names."""
     sizes: list[Size]
+    last: bool
 
-
-STEP = "step "
-"""Prefix of stage names in all steps except the last."""
+    def stage(self, kind: str) -> Stage:
+        """Return its stage of this kind, for kinds that all its sizes share."""
+        return Stage(kind, None if self.last else self.number)
 
 
 def run_steps(recipe: Recipe, run: Path) -> list[Step]:
     """Return the steps of a gradual run, the last of which gives the result; any other run has one step."""
     steps = []
     for number in range(1, recipe.steps):
-        name, folder = f"{STEP}{number}", run / f"step-{number}"
-        size = Size(name, parse_target(recipe.target), folder, f"{name}: ")
-        steps.append(Step(number, folder, size.prefix, [size]))
-    return [*steps, Step(recipe.steps, run, "", run_sizes(recipe, run))]
+        folder = run / f"step-{number}"
+        steps.append(Step(number, folder, [Size(recipe.sizes[0], folder, number)], last=False))
+    return [*steps, Step(recipe.steps, run, run_sizes(recipe, run), last=True)]
 
 
 def run_sizes(recipe: Recipe, run: Path) -> list[Size]:
     """Return the sizes of a family, largest first, each in its own folder; or the single requested size."""
-    targets = split_targets(recipe.target)
-    if len(targets) == 1:
-        return [Size(str(targets[0]), parse_target(targets[0]), run, "")]
-    names = [str(target) for target in targets]
-    sizes = [Size(name, parse_target(name), run / "sizes" / name, f"{name}: ") for name in names]
-    return sorted(sizes, key=lambda size: -size.target["params"])
+    if len(recipe.sizes) == 1:
+        return [Size(recipe.sizes[0], run)]
+    sizes = [Size(target, run / "sizes" / target.name, in_family=True) for target in recipe.sizes]
+    return sorted(sizes, key=lambda size: -size.target.limits["params"])
 
 
 class RunDirectory:
@@ -155,7 +161,7 @@ class RunDirectory:
             manifest[part] = {
                 name: entry
                 for name, entry in entries.items()
-                if name.startswith(STEP) or name.split(": ")[-1] not in stages
+                if Stage.parse(name).step is not None or Stage.parse(name).kind not in stages
             }
         manifest["recipe"] = recipe.model_dump(mode="json")
         # Written again by `open`; a run interrupted in between has no recipe.yaml rather than a wrong one.
@@ -174,22 +180,27 @@ class RunDirectory:
                     files[name] = file_checksum(path / name)
         write_json(path / _MANIFEST, manifest, sealed=True)
 
-    def done(self, stage: str) -> bool:
-        """Whether `stage` has finished successfully."""
-        return bool(self.manifest["stages"].get(stage, {}).get("done"))
+    @property
+    def stages(self) -> list[Stage]:
+        """Stages that have started, in their order."""
+        return [Stage.parse(name) for name in self.manifest["stages"]]
 
-    def facts(self, stage: str) -> dict[str, Any]:
+    def done(self, stage: Stage) -> bool:
+        """Whether `stage` has finished successfully."""
+        return bool(self.facts(stage).get("done"))
+
+    def facts(self, stage: Stage) -> dict[str, Any]:
         """Return the manifest entry of `stage`; empty if it has not started."""
-        known: dict[str, Any] = self.manifest["stages"].get(stage, {})
+        known: dict[str, Any] = self.manifest["stages"].get(str(stage), {})
         return known
 
-    def outputs(self, stage: str) -> dict[str, str]:
+    def outputs(self, stage: Stage) -> dict[str, str]:
         """Return the output files of the last successful run of `stage`, relative to the run's folder, with their
         checksums."""
-        found: dict[str, str] = self.manifest.get("files", {}).get(stage, {})
+        found: dict[str, str] = self.manifest.get("files", {}).get(str(stage), {})
         return found
 
-    def verify(self, stage: str) -> None:
+    def verify(self, stage: Stage) -> None:
         """Verify the outputs of a finished `stage`; if a file is damaged or missing, log it and mark the stage as not
         done."""
         if not self.done(stage):
@@ -200,10 +211,10 @@ class RunDirectory:
                 log.warning("%s %s: recreating it (%s)", self.path / name, fault, stage)
                 self.undo(stage)
 
-    def undo(self, stage: str) -> None:
+    def undo(self, stage: Stage) -> None:
         """Mark `stage` as not done."""
         if self.done(stage):
-            self.manifest["stages"][stage]["done"] = False
+            self.manifest["stages"][str(stage)]["done"] = False
             if dist.rank() == 0:
                 self._write()
 
@@ -211,24 +222,24 @@ class RunDirectory:
         write_json(self.path / _MANIFEST, self.manifest, sealed=True)
 
     @contextmanager
-    def stage(self, name: str, *outputs: Path) -> Iterator[dict[str, Any]]:
+    def stage(self, stage: Stage, *outputs: Path) -> Iterator[dict[str, Any]]:
         """Run a stage and record it in the manifest: seconds (over all attempts), peak memory, the entries of the
         yielded dict, and the checksums of `outputs`, its files or folders of files.
 
         If a stage is repeated with different outputs, the stages that depend on it are marked as not done.
         """
-        before = self.manifest["stages"].get(name, {}).get("seconds", 0.0)
+        before = self.facts(stage).get("seconds", 0.0)
         start = time.monotonic()
         done = False
         facts: dict[str, Any] = {}
         try:
-            with naming_memory_faults(name):
+            with naming_memory_faults(stage):
                 yield facts
             if dist.rank() == 0 and outputs:
-                self._note(name, outputs)
+                self._note(stage, outputs)
             done = True
         finally:
-            self.manifest["stages"][name] = {
+            self.manifest["stages"][str(stage)] = {
                 "done": done,
                 "seconds": round(before + time.monotonic() - start, 3),
                 "peak_memory_bytes": peak_memory_bytes(),
@@ -237,22 +248,14 @@ class RunDirectory:
             if dist.rank() == 0:
                 self._write()
 
-    def _note(self, stage: str, outputs: Sequence[Path]) -> None:
+    def _note(self, stage: Stage, outputs: Sequence[Path]) -> None:
         files = [file for path in outputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         sums = {str(file.relative_to(self.path)): file_checksum(file) for file in files if file.is_file()}
         if self.outputs(stage) not in ({}, sums):
-            stages = list(self.manifest["stages"])
-            for later in stages[stages.index(stage) + 1 :]:
-                if _follows(later, stage):
-                    self.manifest["stages"][later]["done"] = False
-        self.manifest.setdefault("files", {})[stage] = sums
-
-
-def _follows(later: str, stage: str) -> bool:
-    """Whether the stage `later` depends on the outputs of `stage`, which comes before it."""
-    group, _, kind = stage.rpartition(": ")
-    # Sizes of a family only depend on each other's search.
-    return not group or group.startswith(STEP) or kind == "search" or later.startswith(f"{group}: ")
+            for later in self.stages[self.stages.index(stage) + 1 :]:
+                if stage.affects(later):
+                    self.manifest["stages"][str(later)]["done"] = False
+        self.manifest.setdefault("files", {})[str(stage)] = sums
 
 
 def run_of(folder: Path) -> Path | None:

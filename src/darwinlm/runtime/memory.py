@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from darwinlm.config.stage import Stage
 from darwinlm.errors import UserError
 
 if sys.platform != "win32":
@@ -94,7 +95,7 @@ def check_room(size: int, device: torch.device, what: str) -> None:
 
 
 @contextmanager
-def naming_memory_faults(stage: str) -> Iterator[None]:
+def naming_memory_faults(stage: Stage | str) -> Iterator[None]:
     """Turn out-of-memory errors of a device or of the machine in `stage` into a UserError."""
     try:
         yield
@@ -107,7 +108,7 @@ def naming_memory_faults(stage: str) -> Iterator[None]:
             place = "out of memory"
         else:
             raise
-        remedy = _REMEDIES.get(stage.split(": ")[-1])
+        remedy = _REMEDIES.get(stage.kind) if isinstance(stage, Stage) else None
         raise UserError(
             f"{stage}: {place} ({_reason(error)}); run the same command on a larger machine"
             + (f", or {remedy} in a new folder" if remedy else "")

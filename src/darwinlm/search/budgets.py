@@ -3,18 +3,22 @@ measured latency."""
 
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from darwinlm.config.recipe import WorkloadRecipe
+from darwinlm.config.recipe import Recipe, WorkloadRecipe
+from darwinlm.database.prunable import Prunable
 from darwinlm.metrics.latency import time_request
 from darwinlm.models.cutting import Cut, active_parameters, assemble, cut_site, layer_sizes, output_columns
-from darwinlm.models.families import LAYERS, Site, dense_again, sites_needed, window_of
+from darwinlm.models.families import LAYERS, dense_again, window_of
 from darwinlm.models.loading import DenseModel, served_dtype
 from darwinlm.models.modeling_darwinlm import PrunedModel
-from darwinlm.plan import Limit, SiteLevels, Space, parameter_limit
+from darwinlm.models.sites import Site, sites_needed
+from darwinlm.plan import Budget, Limit, SiteLevels, Space, make_budget, parameter_limit
+from darwinlm.run.directory import Size, Step
 from darwinlm.runtime import dist
 from darwinlm.runtime.files import read_json, write_json
 from darwinlm.runtime.progress import task
@@ -22,6 +26,23 @@ from darwinlm.runtime.progress import task
 _TIMED_TOKENS = 16
 """Number of new tokens that are timed; each takes about the same time."""
 _REPEATS = 5
+
+
+def budgets_of(recipe: Recipe, original: Prunable, source: Prunable, step: Step, size: Size) -> tuple[Budget, Budget]:
+    """Return the budget of plans for `source` in this step, and the budget of `size` for plans of `original`.
+
+    Fractions refer to the original model.
+    """
+
+    def limits(model: Prunable) -> dict[str, Limit]:
+        latencies = step.folder / "search" / "latency.json"
+        return resource_limits(model.dense, model.space, size.target.limits, recipe.workload, latencies)
+
+    whole = limits(original)
+    own = whole
+    if source is not original:
+        own = {name: replace(limit, reference=whole[name].dense) for name, limit in limits(source).items()}
+    return make_budget(size.target.limits, own, step.number / recipe.steps), make_budget(size.target.limits, whole)
 
 
 def resource_limits(

@@ -20,9 +20,10 @@ from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import Cut, build_model, cut_site
 from darwinlm.models.device_memory import SPARE, free_memory, kept_bytes
 from darwinlm.models.experts import Experts
-from darwinlm.models.families import Site, family_of
+from darwinlm.models.families import family_of
 from darwinlm.models.loading import DenseModel, fast_dtype
 from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.sites import Site
 from darwinlm.models.streaming import stream_layers
 from darwinlm.plan import Plan, Space
 from darwinlm.runtime import dist

@@ -18,6 +18,7 @@ from darwinlm.errors import UserError
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.loading import DenseModel, fast_dtype
 from darwinlm.plan import Budget, Plan, Space
+from darwinlm.run.job import Job
 from darwinlm.runtime import dist
 from darwinlm.runtime.files import read_json, write_bytes, write_json
 from darwinlm.runtime.progress import log, task
@@ -179,6 +180,22 @@ def _score_all(items: Sequence[_Item], score: Callable[[_Item], _Found]) -> list
 
 def _shown(kl: float | None) -> str:
     return "not finite" if kl is None else f"{kl:.4f}"
+
+
+def search_size(job: Job, larger: Path | None = None) -> Plan:
+    """Find the plan of a size, the search stage, or read it if the stage is done.
+
+    `larger` is the folder of the search for the next larger size of the family.
+    """
+    recipe, folder, stage, source = job.recipe, job.size.folder / "search", job.size.stage("search"), job.source
+    if not job.run.done(stage):
+        with job.run.stage(stage, folder / "best_plan.json", folder / "history.jsonl"):
+            search_plan(
+                source.dense, source.database, job.corpus, job.budget, recipe.search, recipe.seed, folder,
+                larger if recipe.search.descent_rounds > 0 else None, uniform=job.uniform,
+            )  # fmt: skip
+            dist.barrier()
+    return Plan.from_dict(read_json(folder / "best_plan.json"), source.space)
 
 
 def search_plan(
