@@ -14,10 +14,10 @@ from pathlib import Path
 
 from live_bytes import trace
 
+from darwinlm.commands.plan import plan_run
 from darwinlm.config.loading import load_recipe
 from darwinlm.config.recipe import Recipe
 from darwinlm.config.target import parse_target
-from darwinlm.estimate.costs import plan_run
 from darwinlm.estimate.rates import GPUS
 from darwinlm.models.config import load_sizes
 

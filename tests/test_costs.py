@@ -8,8 +8,8 @@ from conftest import make_checkpoint
 
 import darwinlm
 from darwinlm.cli import main
+from darwinlm.commands.plan import plan_run, predict
 from darwinlm.config.loading import load_recipe
-from darwinlm.estimate.costs import plan_run, predict
 from darwinlm.estimate.rates import GPUS, Machine, measure_rates, rates_of
 from darwinlm.models.config import load_config
 from darwinlm.models.families import dense_config

@@ -450,7 +450,7 @@ def test_a_plan_counts_every_step(checkpoint, capsys):
 def test_a_plan_of_a_pruned_model_is_of_what_is_left(gradual):
     run, _, _ = gradual
     whole, left = run.metrics["rows"][0]["parameters"], run.metrics["rows"][-1]["parameters"]
-    from darwinlm.estimate.costs import plan_run
+    from darwinlm.commands.plan import plan_run
 
     def costs(model):
         return plan_run(

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from darwinlm.commands.doctor import examine
     from darwinlm.commands.evaluate import evaluate
     from darwinlm.commands.inspect import inspect
+    from darwinlm.commands.plan import plan_run
     from darwinlm.commands.recover import recover_again
     from darwinlm.commands.speed import measure_speeds
     from darwinlm.data.corpus import load_corpus
     from darwinlm.database.store import Database
-    from darwinlm.estimate.costs import plan_run
     from darwinlm.export.hf import export_hf
     from darwinlm.export.targets import export_model
     from darwinlm.metrics.kl import DenseReference
@@ -62,7 +62,7 @@ _MODULES = {
     "commands.speed": ("measure_speeds",),
     "data.corpus": ("load_corpus",),
     "database.store": ("Database",),
-    "estimate.costs": ("plan_run",),
+    "commands.plan": ("plan_run",),
     "export.hf": ("export_hf",),
     "export.targets": ("export_model",),
     "metrics.kl": ("DenseReference",),

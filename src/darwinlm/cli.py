@@ -107,8 +107,8 @@ def plan(
 
     from rich.console import Console
 
+    from darwinlm.commands.plan import plan_run
     from darwinlm.config.loading import load_recipe
-    from darwinlm.estimate.costs import plan_run
     from darwinlm.report.summary import show_costs
 
     asked = {"model": model, "target": target} | ({} if steps is None else {"steps": steps})

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from darwinlm.estimate.costs import Costs
 from darwinlm.estimate.rates import Machine
+from darwinlm.estimate.work import Costs
 from darwinlm.report.numbers import plain
 from darwinlm.runtime.progress import printable
 
