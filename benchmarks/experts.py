@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from darwinlm.config.recipe import DatabaseRecipe, RecoveryRecipe, SearchRecipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.database.expert_channels import prune_expert_channels
 from darwinlm.database.experts import Routed, refit_experts, removal_order
@@ -185,7 +186,7 @@ def searched_cuts(
     """What a short descent finds within `parameters`, and the number of units at each site."""
     folder = scratch / "database"
     if not (folder / "index.json").exists():
-        build_database(dense, corpus.blocks["calibration"], DatabaseRecipe(levels=8), folder)
+        build_database(dense, corpus.splits["calibration"].input_ids_BT, DatabaseRecipe(levels=8), folder)
     database = Database(folder, kept=sites_needed(dense.config, dense.sites))
     space = database.space(dense.sites)
     budget = parameter_budget(parameters / dense.parameters, space)
@@ -211,9 +212,9 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
         dense = trained(arguments.family, blocks_BT, arguments.steps, seed, place / "dense")
         narrow = load_dense(str(place / "dense"), "kv_group", dense.device, expert_unit="channels")
         judge = DenseReference(dense.model, judged_BT)
-        splits = {"calibration": text_BT.int(), "trial": blocks_BT[256:1024].int(), "score": score_BT.int()}
-        corpus = Corpus(splits)
-        walk = walk_blocks(dense, corpus.blocks["calibration"], batch_size=16, scratch=place)
+        splits = {"calibration": text_BT, "trial": blocks_BT[256:1024], "score": score_BT}
+        corpus = Corpus({split: Tokens.unmasked(ids_BT.int()) for split, ids_BT in splits.items()})
+        walk = walk_blocks(dense, corpus.splits["calibration"].input_ids_BT, batch_size=16, scratch=place)
         walked = {site.name: known for site, known in walk if isinstance(known, ExpertStatistics)}
         show_specialisation(dense, walked, text_BT, python_B[:256], seed)
         for target in arguments.targets:
@@ -240,7 +241,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
                 parameters, before = model.num_parameters(), judge.compare(model).kl
                 with tempfile.TemporaryDirectory() as folder:
                     model, _ = recover(
-                        model, dense.model, corpus.blocks["trial"], corpus.blocks["score"],
+                        model, dense.model, corpus.splits["trial"], corpus.splits["score"],
                         RecoveryRecipe(tokens=arguments.recovery_tokens), seed=seed, folder=Path(folder),
                         device=dense.device,
                     )  # fmt: skip

@@ -322,13 +322,16 @@ class Prepared:
 
 def prepare(bench: Bench, shape: Shape, folder: Path) -> Prepared:
     from darwinlm.data.corpus import Corpus
+    from darwinlm.data.tokens import Tokens
     from darwinlm.models.loading import fast_dtype
     from darwinlm.plan import parameter_budget
     from darwinlm.search.allocation import uniform_plan
 
     dense = dense_model(shape, bench.device)
     database = built(shape, bench.device, folder, min(shape.calibration, 16_384))
-    trial, score = text(shape, 4 * shape.trial, 1), text(shape, 2 * shape.score, 2)
+    trial, score = (
+        Tokens.unmasked(text(shape, tokens, seed)) for tokens, seed in ((4 * shape.trial, 1), (2 * shape.score, 2))
+    )
     space = database.space(dense.sites)
     budget = parameter_budget(TARGET, space)
     plan = uniform_plan(space, budget)
@@ -385,7 +388,7 @@ def run_candidate(bench: Bench, shape: Shape, folder: Path) -> None:
     given = prepare(bench, shape, folder)
     settings = search_recipe(shape, score_tokens=(shape.score,), learning_rate=LEARNING_RATE)
     scorer = TrialScorer(given.dense, given.database, given.corpus, settings)
-    trial, score = (given.corpus.tokens(name, getattr(shape, name)) for name in ("trial", "score"))
+    trial, score = (given.corpus.splits[name].first(getattr(shape, name)).input_ids_BT for name in ("trial", "score"))
     seconds = bench.seconds(lambda: scorer.score(given.plan, 0, given.plan), 2)
     operations = given.weights * (6 * shape.trial + 2 * shape.score)
     work = f"ours, {shape.trial} + {shape.score} tokens"
@@ -405,6 +408,7 @@ def run_candidate(bench: Bench, shape: Shape, folder: Path) -> None:
 
 def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
     from darwinlm.config.recipe import RecoveryRecipe
+    from darwinlm.data.tokens import Tokens
     from darwinlm.models.cutting import build_model
     from darwinlm.models.loading import fast_dtype
     from darwinlm.recovery import trainer
@@ -432,7 +436,10 @@ def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
         patch.object(trainer, "save_checkpoint", lambda *arguments: None),
         tempfile.TemporaryDirectory() as place,
     ):
-        train, score = text(shape, steps * shape.recovery, 3), text(shape, shape.length, 4)
+        train, score = (
+            Tokens.unmasked(text(shape, tokens, seed))
+            for tokens, seed in ((steps * shape.recovery, 3), (shape.length, 4))
+        )
         stage.recover(model, teacher, train, score, recipe, seed=0, folder=Path(place), device=bench.device)
     seconds = statistics.median(b - a for a, b in zip(ends[warm - 1 :], ends[warm:], strict=False))
     trained, taught = given.weights, weights_per_token(given.dense, given.dense.parameters)

@@ -33,6 +33,7 @@ import darwinlm.search.trial_training as training
 import darwinlm.search.trials as trials
 from darwinlm.config.recipe import Recipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.levels import level_sizes
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import Cut, count_parameters
@@ -208,7 +209,8 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
     search = search.model_copy(
         update={"trial_tokens": (trial_tokens,), "score_tokens": (score_tokens,), "survivors": (1,)}
     )
-    corpus = Corpus({"trial": blocks(2 * trial_tokens), "score": blocks(score_tokens)})
+    splits = {"trial": blocks(2 * trial_tokens), "score": blocks(score_tokens)}
+    corpus = Corpus({split: Tokens.unmasked(ids_BT) for split, ids_BT in splits.items()})
     with FakeTensorMode(allow_non_fake_inputs=True), live, _as_on_a_gpu(live, memory - _LIBRARIES):
 
         def peak(stage: str) -> Peak:
@@ -216,7 +218,7 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
             live.restart()
             return found
 
-        DenseReference(dense.model, corpus.blocks["score"])
+        DenseReference(dense.model, corpus.splits["score"].input_ids_BT)
         yield peak("scores of the dense model")
         if search.descent_rounds:
             # Blocks follow one another, and two of them show whether anything stays.

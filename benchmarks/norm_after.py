@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import build_model
@@ -94,13 +95,12 @@ def compare(family: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         dense = trained(family, blocks_BT, arguments.steps, seed, Path(scratch) / "dense")
         judge = DenseReference(dense.model, judged_BT)
-        corpus = Corpus(
-            {"calibration": blocks_BT[:256].int(), "trial": blocks_BT[256:320].int(), "score": score_BT.int()}
-        )
+        splits = {"calibration": blocks_BT[:256], "trial": blocks_BT[256:320], "score": score_BT}
+        corpus = Corpus({split: Tokens.unmasked(ids_BT.int()) for split, ids_BT in splits.items()})
         for kind in ("corrected", "plain"):
             with error_of(kind):
                 database = build_database(
-                    dense, corpus.blocks["calibration"], DatabaseRecipe(levels=9), Path(scratch) / kind
+                    dense, corpus.splits["calibration"].input_ids_BT, DatabaseRecipe(levels=9), Path(scratch) / kind
                 )
             space = database.space(dense.sites)
             budget = parameter_budget(arguments.target, space)

@@ -62,8 +62,8 @@ def main() -> None:
     few = {"calibration_tokens": 1, "trial_tokens": 1, "score_tokens": 1, "held_out_tokens": arguments.tokens}
     text = read_corpus(recipe.data.model_copy(update={"source": arguments.evaluation, **few}), dense.tokenizer, 0)
     judges = {
-        "evaluation text": DenseReference(dense.model, text.blocks["held_out"]),
-        "held-out": DenseReference(dense.model, corpus.blocks["held_out"]),
+        "evaluation text": DenseReference(dense.model, text.splits["held_out"].input_ids_BT),
+        "held-out": DenseReference(dense.model, corpus.splits["held_out"].input_ids_BT),
     }
     teacher = dense.load(dense.device, fast_dtype(dense.device))
     length = recipe.data.sequence_length
@@ -77,14 +77,14 @@ def main() -> None:
     def started(method: RecoveryRecipe) -> PrunedModel:
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
         if method.refit_tokens:
-            refit(model, dense.model, corpus.tokens("trial", method.refit_tokens))
+            refit(model, dense.model, corpus.splits["trial"].first(method.refit_tokens).input_ids_BT)
         return model
 
     def train(method: RecoveryRecipe, steps: int, model: PrunedModel, evaluations: int):  # type: ignore[no-untyped-def]
         method = method.model_copy(update={"tokens": steps * method.batch_size * length, "evaluations": evaluations})
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            text, validation = corpus.marked["trial"], corpus.marked["score"]
+            text, validation = corpus.splits["trial"], corpus.splits["score"]
             model, done = recover(
                 model, teacher, text, validation, method, seed=0, folder=Path(folder), device=dense.device
             )

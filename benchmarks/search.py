@@ -46,6 +46,7 @@ from torch import Tensor
 from darwinlm.config.loading import load_recipe, parse_override
 from darwinlm.config.recipe import Recipe, RecoveryRecipe, SearchRecipe
 from darwinlm.data.corpus import Corpus, read_corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.metrics.kl import DenseReference
@@ -155,7 +156,7 @@ def prepared(
         if (folder / "index.json").exists():
             database = Database(folder)
         else:
-            database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder)
+            database = build_database(dense, corpus.splits["calibration"].input_ids_BT, recipe.database, folder)
         budget = parameter_budget(float(arguments.target), database.space(dense.sites))
         yield recipe, dense, corpus, judge, database, budget, Path(passing) / "search"
 
@@ -416,7 +417,7 @@ def _row(
         return before.kl, before.perplexity
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
-        text, validation = corpus.blocks["trial"], corpus.blocks["score"]
+        text, validation = corpus.splits["trial"], corpus.splits["score"]
         teacher, place = dense.load(dense.device, fast_dtype(dense.device)), Path(folder)
         model, _ = recover(model, teacher, text, validation, recipe, seed=seed, folder=place, device=dense.device)
     after = judge.compare(model)
@@ -429,7 +430,8 @@ def time_trials(arguments: argparse.Namespace) -> None:
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device(arguments.device))
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, dense.config.vocab_size, (4, 512), generator=generator)
-    corpus = Corpus({"calibration": blocks, "trial": blocks[:1], "score": blocks[1:2]})
+    splits = {"calibration": blocks, "trial": blocks[:1], "score": blocks[1:2]}
+    corpus = Corpus({split: Tokens.unmasked(ids) for split, ids in splits.items()})
     settings = recipe.search.model_copy(
         update={"trial_tokens": (512,), "score_tokens": (512,), "survivors": (1,), "learning_rate": 1e-4}
     )

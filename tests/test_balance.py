@@ -8,6 +8,7 @@ from conftest import SETTINGS, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from darwinlm.config.recipe import RecoveryRecipe
+from darwinlm.data.tokens import Tokens
 from darwinlm.models.balance import balance_loss, watched_routers
 from darwinlm.models.cutting import Cut, build_model, output_columns
 from darwinlm.models.families import FAMILIES
@@ -99,7 +100,7 @@ def test_a_number_takes_the_place_of_the_checkpoints(tmp_path):
     for weight, asked in (("auto", 0.0), (0.0, 0.5), (0.5, 0.0), ("auto", 0.5)):
         model = build_model(dense.config, dense.sites, dense.weights, {}, trainable=True)
         recipe = RecoveryRecipe(tokens=32, learning_rate=1e-3, evaluations=0, distillation=0, router_loss=weight)
-        folder = tmp_path / f"{weight} {asked}"
-        model, _ = recover(model, None, BLOCKS, BLOCKS, recipe, seed=0, folder=folder, device=CPU, balance=asked)
+        folder, text = tmp_path / f"{weight} {asked}", Tokens.unmasked(BLOCKS)
+        model, _ = recover(model, None, text, text, recipe, seed=0, folder=folder, device=CPU, balance=asked)
         ends.append(model.get_parameter("model.layers.0.mlp.gate.weight"))
     assert ends[0].equal(ends[1]) and ends[2].equal(ends[3]) and not ends[0].equal(ends[2])

@@ -14,27 +14,30 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from pyarrow import parquet
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from darwinlm.config.recipe import DataRecipe
 from darwinlm.data import corpus as data
 from darwinlm.data import self_text
 from darwinlm.data.corpus import (
     SPLITS,
+    Corpus,
     TextStream,
     load_corpus,
     needed_blocks,
     pack,
-    positions,
     read_corpus,
     save_corpus,
-    unmark,
 )
 from darwinlm.data.documents import find_documents
 from darwinlm.data.self_text import write_documents
+from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
 from darwinlm.models.loading import load_dense
 
 END = 10**6
+SIZES = [f"{split}_tokens" for split in SPLITS]
 
 
 class Words:
@@ -77,7 +80,7 @@ def is_last(word):
 
 def test_no_token_of_the_text_is_in_two_splits_or_twice_in_one(mixed):
     corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
-    used = [word for blocks in corpus.blocks.values() for word in blocks.flatten().tolist() if word != END]
+    used = [word for text in corpus.splits.values() for word in text.input_ids_BT.flatten().tolist() if word != END]
     assert len(used) > 3_000
     assert Counter(used).most_common(1)[0][1] == 1
 
@@ -87,16 +90,16 @@ def test_every_split_has_the_blocks_it_needs_and_none_is_padded(mixed):
     corpus = read_corpus(asked, Words(), seed=0)
     assert needed_blocks(asked) == {"held_out": 1, "score": 2, "calibration": 4, "trial": 63}
     for split, count in needed_blocks(asked).items():
-        assert corpus.blocks[split].shape == (count, 16)
-        assert corpus.blocks[split].dtype == torch.int32
+        assert corpus.splits[split].input_ids_BT.shape == (count, 16)
+        assert corpus.splits[split].input_ids_BT.dtype == torch.int32
         # Two ends in a row would be an empty document: padding.
-        assert "-1, -1" not in str(corpus.blocks[split].flatten().tolist())
+        assert "-1, -1" not in str(corpus.splits[split].input_ids_BT.flatten().tolist())
 
 
 def test_documents_end_with_the_end_token_and_only_they_do(mixed):
     corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
-    for blocks in corpus.blocks.values():
-        tokens = blocks.flatten().tolist()
+    for text in corpus.splits.values():
+        tokens = text.input_ids_BT.flatten().tolist()
         assert END in tokens
         for word, following in itertools.pairwise(tokens):
             if word != END:
@@ -107,45 +110,46 @@ def test_documents_end_with_the_end_token_and_only_they_do(mixed):
 def test_no_document_reaches_into_two_splits():
     asked = recipe("any", tokens=1, held_out_tokens=32)
     documents = [range(10), range(10, 40), range(40, 60), range(60, 80), range(80, 90), range(90, 96), range(96, 99)]
-    blocks = pack(map(list, documents), asked).blocks
-    assert blocks["held_out"].flatten().tolist() == list(range(32))
-    assert blocks["score"].flatten().tolist() == list(range(40, 56))
-    assert blocks["calibration"].flatten().tolist() == list(range(60, 76))
-    assert blocks["trial"].flatten().tolist() == list(range(80, 96))
+    splits = pack(map(Tokens.document, documents), asked).splits
+    assert splits["held_out"].input_ids_BT.flatten().tolist() == list(range(32))
+    assert splits["score"].input_ids_BT.flatten().tolist() == list(range(40, 56))
+    assert splits["calibration"].input_ids_BT.flatten().tolist() == list(range(60, 76))
+    assert splits["trial"].input_ids_BT.flatten().tolist() == list(range(80, 96))
     with pytest.raises(UserError, match="has 90 tokens, but the splits need 80"):
-        pack(map(list, documents[:5]), asked)
+        pack(map(Tokens.document, documents[:5]), asked)
 
 
 def test_positions_begin_anew_with_every_piece_and_block():
     # Three pieces, of which the second is not to be learnt, and one that is cut short.
-    pieces = [[5, 6, 7], [~8, ~9, ~0, ~3], [2], list(range(30))]
-    rest = [[1] * 16] * 3
-    marked = pack([*pieces, *rest], recipe("any", tokens=1, held_out_tokens=32)).marked["held_out"]
-    ids, labels = unmark(marked)
-    assert ids.flatten().tolist() == [5, 6, 7, 8, 9, 0, 3, 2, *range(24)]
-    assert labels.flatten().tolist() == [5, 6, 7, *[-100] * 4, 2, *range(24)]
-    assert positions(marked).tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(8)], list(range(16))]
+    pieces = [Tokens.document([5, 6, 7]), Tokens.document([8, 9, 0, 3], [False] * 4)]
+    pieces += map(Tokens.document, ([2], range(30), *[[1] * 16] * 3))
+    text = pack(pieces, recipe("any", tokens=1, held_out_tokens=32)).splits["held_out"]
+    assert text.input_ids_BT.flatten().tolist() == [5, 6, 7, 8, 9, 0, 3, 2, *range(24)]
+    assert text.labels.flatten().tolist() == [5, 6, 7, *[-100] * 4, 2, *range(24)]
+    assert text.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(8)], list(range(16))]
 
 
 def test_a_stream_knows_where_documents_begin(mixed):
     blocks = TextStream(recipe(mixed), Words(), 0, frozenset()).blocks()
-    marked = torch.stack([next(blocks)[0] for _ in range(100)])
-    for ids, found in zip(unmark(marked)[0].tolist(), positions(marked).tolist(), strict=True):
+    for _ in range(100):
+        block, _ = next(blocks)
+        ids, found = block.input_ids_BT.tolist(), block.position_ids.tolist()
         begins = [0, *(place + 1 for place, word in enumerate(ids) if word == END)]
         assert found == [place - max(begin for begin in begins if begin <= place) for place in range(16)]
 
 
 def test_the_seed_alone_decides_what_is_read(mixed):
-    corpora = [read_corpus(recipe(mixed), Words(), seed).blocks for seed in (3, 3, 4)]
-    assert all(torch.equal(corpora[0][split], corpora[1][split]) for split in SPLITS)
-    assert not any(torch.equal(corpora[0][split], corpora[2][split]) for split in SPLITS)
+    corpora = [read_corpus(recipe(mixed), Words(), seed) for seed in (3, 3, 4)]
+    one, same, other = ([corpus.splits[split].input_ids_BT for split in SPLITS] for corpus in corpora)
+    assert all(map(torch.equal, one, same))
+    assert not any(map(torch.equal, one, other))
 
 
 def test_long_documents_are_used_in_proportion(mixed):
     shares = []
     for seed in range(5):
-        for blocks in read_corpus(recipe(mixed, tokens=900), Words(), seed).blocks.values():
-            drawn = [word for word in blocks.flatten().tolist() if word != END]
+        for text in read_corpus(recipe(mixed, tokens=900), Words(), seed).splits.values():
+            drawn = [word for word in text.input_ids_BT.flatten().tolist() if word != END]
             shares.append(sum(word < LONG for word in drawn) / len(drawn))
     assert abs(sum(shares) / len(shares) - 0.5) < 0.04
     assert 0.25 < min(shares) < max(shares) < 0.75
@@ -270,18 +274,98 @@ def test_a_corpus_is_the_same_after_saving(mixed, tmp_path):
     corpus = read_corpus(recipe(mixed), Words(), seed=0)
     save_corpus(corpus, tmp_path / "run" / "corpus.safetensors")
     loaded = load_corpus(tmp_path / "run" / "corpus.safetensors")
-    assert set(loaded.blocks) == set(SPLITS)
+    assert set(loaded.splits) == set(SPLITS)
     for split in SPLITS:
-        assert loaded.blocks[split].dtype == torch.int32
-        assert torch.equal(loaded.blocks[split], corpus.blocks[split])
+        columns = loaded.splits[split].columns()
+        assert [column.dtype for column in columns.values()] == [torch.int32, torch.bool, torch.bool]
+        assert all(torch.equal(columns[name], column) for name, column in corpus.splits[split].columns().items())
+
+
+def packed_into_one_number(input_ids, loss_mask, document_starts):
+    """Tokens as versions 0.1 and 0.2 wrote them: bit 30 where a document begins, all bits flipped where no loss is."""
+    begun = [token + start * 2**30 for token, start in zip(input_ids, document_starts, strict=True)]
+    return [number if learnt else -number - 1 for number, learnt in zip(begun, loss_mask, strict=True)]
+
+
+def former_file(corpus, file):
+    """Write the corpus file of version 0.2."""
+    tensors = {}
+    for split, text in corpus.splits.items():
+        rows = zip(*text.to_json().values(), strict=True)
+        tensors[split] = torch.tensor([packed_into_one_number(*row) for row in rows], dtype=torch.int32)
+    if corpus.reserved:
+        tensors["judged"] = torch.tensor(list(b"".join(sorted(corpus.reserved))), dtype=torch.uint8)
+    save_file(tensors, file)
+
+
+def columns_of(corpus):
+    return {split: text.to_json() for split, text in corpus.splits.items()}
+
+
+@pytest.fixture
+def chat_corpus(tmp_path):
+    """A corpus of chats and plain text, so that every column has both values in every split."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(60)))
+    (tmp_path / "plain.txt").write_text("word " * 400)
+    corpus = read_corpus(
+        DataRecipe(source=str(tmp_path), sequence_length=32, **dict.fromkeys(SIZES, 320)), tokenizer, 0
+    )
+    for text in corpus.splits.values():
+        assert all(0 < column.float().mean() < 1 for name, column in text.columns().items() if name != "input_ids")
+    return corpus
+
+
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_corpus_of_version_0_2_is_read_and_restored_byte_for_byte(reserved, chat_corpus, tmp_path):
+    corpus = chat_corpus if reserved else Corpus(chat_corpus.splits)
+    former_file(corpus, tmp_path / "former.safetensors")
+    loaded = load_corpus(tmp_path / "former.safetensors")
+    assert columns_of(loaded) == columns_of(corpus)
+    assert loaded.reserved == corpus.reserved
+    save_corpus(loaded, tmp_path / "restored.safetensors", former=True)
+    assert (tmp_path / "restored.safetensors").read_bytes() == (tmp_path / "former.safetensors").read_bytes()
+
+
+def test_the_corpus_file_has_a_tensor_for_every_split_and_column(chat_corpus, tmp_path):
+    """As docs/formats.md says."""
+    save_corpus(chat_corpus, tmp_path / "corpus.safetensors")
+    with safe_open(tmp_path / "corpus.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "2"}
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    fingerprints = found.pop("evaluation.fingerprints")
+    assert bytes(fingerprints.tolist()) == b"".join(sorted(chat_corpus.reserved))
+    columns = {"input_ids": torch.int32, "loss_mask": torch.bool, "document_starts": torch.bool}
+    assert {name: (tensor.dtype, *tensor.shape) for name, tensor in found.items()} == {
+        f"{split}.{column}": (dtype, 10, 32) for split in SPLITS for column, dtype in columns.items()
+    }
+
+
+def test_a_corpus_of_an_unknown_format_or_without_a_column_is_refused(tmp_path):
+    save_file({"trial.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "3"})
+    with pytest.raises(UserError, match=r"corpus.safetensors is of format 3, but this version reads formats up to 2"):
+        load_corpus(tmp_path / "corpus.safetensors")
+    save_file({"trial.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "2"})
+    with pytest.raises(UserError, match=r"corpus.safetensors is damaged \('trial.loss_mask' is missing\)"):
+        load_corpus(tmp_path / "corpus.safetensors")
+
+
+def test_a_stream_goes_on_from_a_state_of_version_0_2(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))
+    stream = TextStream(DataRecipe(source=str(tmp_path), sequence_length=32), make_tokenizer(), 0, frozenset())
+    _, state = streamed(stream, 5)
+    assert sum(state["tokens"]["document_starts"]) > 0
+    former = {**state, "tokens": packed_into_one_number(*state["tokens"].values())}
+    assert streamed(stream, 20, former)[0] == streamed(stream, 20, state)[0]
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 2)), (5, (1, 5)), (16, (1, 16)), (17, (2, 16)), (64, (4, 16))])
 def test_fewer_tokens_are_the_beginning_of_more(mixed, count, shape):
     corpus = read_corpus(recipe(mixed), Words(), seed=0)
-    tokens = corpus.tokens("trial", count)
+    tokens = corpus.splits["trial"].first(count).input_ids_BT
     assert tokens.shape == shape
-    assert torch.equal(tokens, corpus.blocks["trial"][: shape[0], : shape[1]])
+    assert torch.equal(tokens, corpus.splits["trial"].input_ids_BT[: shape[0], : shape[1]])
 
 
 class Stream:
@@ -331,7 +415,7 @@ def test_of_a_hub_stream_only_what_the_splits_need_is_read(characters, hub):
     corpus = read_corpus(recipe("owner/name:en"), Words(), seed=5)
     assert stream.asked == ("owner/name", "en", "train", True)
     assert stream.shuffled == 5
-    assert corpus.blocks["trial"].shape == (4, 16)
+    assert corpus.splits["trial"].input_ids_BT.shape == (4, 16)
     needed = 4 * 64
     assert stream.taken * characters <= 12 * (needed + 4 * 16) + 2 * characters
 
@@ -340,14 +424,14 @@ def test_a_hub_stream_of_one_token_a_character_is_enough(hub):
     hub({"text": f"{number:040d}"} for number in range(10**9))
     asked = recipe("owner/name", tokens=16)
     corpus = read_corpus(asked, make_tokenizer(), seed=0)
-    assert [len(corpus.blocks[split]) for split in SPLITS] == [1, 1, 1, 1]
+    assert [len(corpus.splits[split]) for split in SPLITS] == [1, 1, 1, 1]
 
 
 def test_local_files_are_read_whole(tmp_path):
     # The first documents of a sorted file are no sample of it.
     source = write_lines(tmp_path / "sorted.jsonl", [words(10 * i, 10 * i + 10) for i in range(2_000)])
     corpus = read_corpus(recipe(source, tokens=16), Words(), seed=0)
-    assert max(blocks.max().item() for blocks in corpus.blocks.values()) > 10_000
+    assert max(text.input_ids_BT.max() for text in corpus.splits.values()) > 10_000
 
 
 @pytest.mark.parametrize(
@@ -437,8 +521,8 @@ def test_a_token_is_drawn_as_often_as_it_is_likely():
 def test_own_text_fills_the_splits_of_a_recipe(dense):
     asked = recipe("self", tokens=100)
     needed = (sum(needed_blocks(asked).values()) + len(SPLITS)) * 16
-    corpus = pack(write_documents(dense, tokens=needed, longest=16, seed=0), asked)
-    assert {split: len(blocks) for split, blocks in corpus.blocks.items()} == needed_blocks(asked)
+    corpus = pack(map(Tokens.document, write_documents(dense, tokens=needed, longest=16, seed=0)), asked)
+    assert {split: len(text) for split, text in corpus.splits.items()} == needed_blocks(asked)
 
 
 def with_ends(dense, monkeypatch, *, tokenizer=(256, 257), configured=257):
@@ -470,13 +554,13 @@ def test_without_an_end_token_documents_are_as_long_as_they_may(dense, monkeypat
 
 
 def streamed(stream, count, state=None):
-    """Token ids of `count` blocks, and the state after them as JSON."""
+    """Columns of `count` blocks, and the state after them as JSON."""
     blocks = stream.blocks(state)
-    ids, state = [], state
+    found, state = [], state
     for _ in range(count):
-        block_T, state = next(blocks)
-        ids.append(block_T.tolist())
-    return ids, json.loads(json.dumps({**state, "tokens": list(map(int, state["tokens"]))}))
+        block, state = next(blocks)
+        found.append(block.to_json())
+    return found, json.loads(json.dumps({**state, "tokens": state["tokens"].to_json()}))
 
 
 def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path):
@@ -499,8 +583,10 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
         after, _ = streamed(stream, 1500 - cut, state)
         assert before + after == whole
 
-    text = tokenizer.decode(unmark(torch.tensor(whole))[0].flatten().tolist())
-    judging = "</s>".join(tokenizer.decode(corpus.blocks[name].flatten().tolist()) for name in ("held_out", "score"))
+    text = tokenizer.decode([token for block in whole for token in block["input_ids"]])
+    judging = "</s>".join(
+        tokenizer.decode(corpus.splits[name].input_ids_BT.flatten().tolist()) for name in ("held_out", "score")
+    )
     seen = {piece.strip() for piece in text.split("</s>")}
     judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.reserved}
     assert len(judge) > 10
@@ -571,8 +657,7 @@ def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, 
     )  # fmt: skip
     save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
     corpus = load_corpus(tmp_path / "corpus.safetensors")
-    ids, labels = unmark(corpus.marked["trial"].flatten())
-    assert torch.equal(ids, corpus.blocks["trial"].flatten())
+    ids, labels = corpus.splits["trial"].input_ids_BT.flatten(), corpus.splits["trial"].labels.flatten()
     assert torch.equal(ids[labels != -100], labels[labels != -100])
     text = tokenizer.decode(ids.tolist())
     assert "<|user|>question" in text
@@ -582,8 +667,7 @@ def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, 
     assert learnt in ("".join(answers), text.split("<|")[0] + "".join(answers))
     # A stream marks the same way.
     blocks = TextStream(asked, tokenizer, 0, frozenset()).blocks()
-    streamed = torch.cat([next(blocks)[0] for _ in range(9)])
-    _, labels = unmark(streamed)
+    labels = torch.cat([next(blocks)[0].labels for _ in range(9)])
     words = tokenizer.decode(labels[labels != -100].tolist())
     assert "answer 1" in words and "question" not in words
 

@@ -20,6 +20,7 @@ from darwinlm.commands.recover import recover_again
 from darwinlm.config.loading import load_recipe
 from darwinlm.config.recipe import DatabaseRecipe, DataRecipe, SearchRecipe, WorkloadRecipe
 from darwinlm.data.corpus import Corpus, TextStream, load_corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.errors import UserError
 from darwinlm.export.hf import export_hf
@@ -124,7 +125,7 @@ def test_a_part_that_goes_leaves_no_size_behind(twice):
 def test_scores_are_against_the_model_that_the_run_began_with(twice, pruned):
     _, again, database = twice("llama", "kv_group")
     dense, _ = pruned("llama", "kv_group")
-    corpus = Corpus({"score": TOKENS.int(), "trial": TOKENS.int()})
+    corpus = Corpus(dict.fromkeys(("score", "trial"), Tokens.unmasked(TOKENS.int())))
     recipe = SearchRecipe(trial_tokens=(0,), score_tokens=(TOKENS.numel(),), survivors=(1,), learning_rate=1e-9)
     whole = Plan(levels=(0,) * len(again.sites))
     with torch.no_grad():
@@ -226,7 +227,7 @@ def test_each_step_leaves_the_same_share_of_what_can_be_removed():
 
 
 def test_the_steps_of_a_training_read_on_where_the_one_before_stopped(tmp_path):
-    blocks = torch.arange(10).view(5, 2)
+    blocks = Tokens.unmasked(torch.arange(10).view(5, 2))
     whole = Blocks(blocks, 12, 3, 0, False)
     parts = [*Blocks(blocks, 7, 3, 0, False), *Blocks(blocks, 5, 3, 7, False)]
     assert [sample["input_ids"].tolist() for sample in whole] == [part["input_ids"].tolist() for part in parts]
@@ -234,9 +235,9 @@ def test_the_steps_of_a_training_read_on_where_the_one_before_stopped(tmp_path):
     recipe, tokenizer = DataRecipe(source=str(tmp_path / "text.jsonl"), sequence_length=24), make_tokenizer()
     stream = TextStream(recipe, tokenizer, 0, frozenset()).blocks()
     read = [next(stream) for _ in range(9)]
-    state = {**read[3][1], "tokens": read[3][1]["tokens"].tolist()}
+    state = {**read[3][1], "tokens": read[3][1]["tokens"].to_json()}
     rest = TextStream(recipe, tokenizer, 0, frozenset(), begin=state).blocks()
-    assert all(torch.equal(next(rest)[0], block) for block, _ in read[4:])
+    assert all(next(rest)[0].to_json() == block.to_json() for block, _ in read[4:])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_gradual_run_meets_its_target_and_what_was_removed_stays_removed(gradu
 
 def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engines(gradual, checkpoint, tmp_path):
     run, _, _ = gradual
-    held_out = load_corpus(run.path / "corpus.safetensors").blocks["held_out"].long()
+    held_out = load_corpus(run.path / "corpus.safetensors").splits["held_out"].input_ids_BT.long()
     with torch.no_grad():
         models = native_model(checkpoint("llama")), run.load()
         log_p, log_q = (model(held_out).logits.log_softmax(-1) for model in models)

@@ -12,6 +12,7 @@ from conftest import SETTINGS, TARGET, VOCABULARY
 
 from darwinlm.config.recipe import SearchRecipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.models.loading import DenseModel
 from darwinlm.pipeline import prune
 from darwinlm.plan import parameter_budget
@@ -22,6 +23,7 @@ from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import TrialScorer
 
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+CORPUS = Corpus(dict.fromkeys(("trial", "score"), Tokens.unmasked(BLOCKS)))
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_the_dense_model_is_never_held_in_float32(half):
     dense, database = half
     space = database.space(dense.sites)
     plan = error_plan(space, parameter_budget(TARGET, space))
-    scorer = TrialScorer(dense, database, Corpus({"trial": BLOCKS, "score": BLOCKS}), SearchRecipe(learning_rate=1e-4))
+    scorer = TrialScorer(dense, database, CORPUS, SearchRecipe(learning_rate=1e-4))
     before = {name: tensor.clone() for name, tensor in dense.weights.items()}
     assert scorer.score_after(plan, 24, 24).kl > 0
     assert {tensor.dtype for tensor in dense.weights.values()} == {torch.bfloat16}
@@ -69,8 +71,7 @@ def test_layers_are_parked_where_a_trial_would_not_fit_beside_them(pruned, monke
     trained = space.parameters(plan.levels) - space.fixed_parameters
     for free, expected in ((18 * trained, []), (18 * trained - 1, [dense])):
         monkeypatch.setattr(trials, "free_memory", lambda device, free=free: free)
-        corpus = Corpus({"trial": BLOCKS, "score": BLOCKS})
-        scorer = TrialScorer(dense, database, corpus, SearchRecipe(learning_rate=1e-4))
+        scorer = TrialScorer(dense, database, CORPUS, SearchRecipe(learning_rate=1e-4))
         scorer.score_after(plan, 24, 24)
         assert parked == expected
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import darwinlm
 from darwinlm.config.recipe import DatabaseRecipe, DataRecipe, SearchRecipe
-from darwinlm.data.corpus import SPLITS, pack
+from darwinlm.data.corpus import SPLITS, Corpus, pack
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.errors import UserError
 from darwinlm.models.cutting import build_model
@@ -185,8 +186,8 @@ def test_documents_of_one_token_fill_the_splits():
     recipe = DataRecipe(
         source="x", sequence_length=8, calibration_tokens=16, trial_tokens=8, score_tokens=8, held_out_tokens=8
     )
-    corpus = pack(([number % 50] for number in range(40)), recipe)
-    assert torch.cat([corpus.blocks[split] for split in SPLITS]).flatten().tolist() == list(range(40))
+    corpus = pack((Tokens.document([number % 50]) for number in range(40)), recipe)
+    assert torch.cat([corpus.splits[split].input_ids_BT for split in SPLITS]).flatten().tolist() == list(range(40))
 
 
 def test_a_model_of_one_layer_and_documents_of_one_character_go_the_whole_way(tmp_path):
@@ -214,8 +215,7 @@ def test_a_model_of_one_layer_and_documents_of_one_character_go_the_whole_way(tm
 def scorer(pruned, calibration):
     dense, database = pruned("qwen3", "kv_group")
     recipe = SearchRecipe(survivors=(1,), trial_tokens=(64,), score_tokens=(64,), learning_rate=1.0)
-    corpus = type("Corpus", (), {"blocks": {"trial": calibration, "score": calibration}})()
-    corpus.tokens = lambda split, count: calibration[:2]
+    corpus = Corpus(dict.fromkeys(("trial", "score"), Tokens.unmasked(calibration)))
     return dense, database, TrialScorer(dense, database, corpus, recipe)
 
 

@@ -9,6 +9,7 @@ from operations import Operations
 
 from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.models.cutting import build_model
 from darwinlm.models.loading import load_dense
@@ -18,6 +19,7 @@ from darwinlm.search.trials import TrialScorer
 
 CPU = torch.device("cpu")
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+CORPUS = Corpus(dict.fromkeys(("trial", "score"), Tokens.unmasked(BLOCKS)))
 
 
 def candidate(folder, family, layers, rate):
@@ -26,11 +28,11 @@ def candidate(folder, family, layers, rate):
     database = build_database(dense, BLOCKS, DatabaseRecipe(levels=3), folder / "database")
     database.cut = functools.cache(database.cut)  # on an accelerator cuts stay there
     recipe = SearchRecipe(trial_tokens=(24,), score_tokens=(48,), survivors=(1,), learning_rate=rate)
-    scorer = TrialScorer(dense, database, Corpus({"trial": BLOCKS, "score": BLOCKS}), recipe)
+    scorer = TrialScorer(dense, database, CORPUS, recipe)
     parent, first, second = (Plan(levels=(level,) * len(dense.sites)) for level in (0, 1, 2))
     for plan in (second, first):
         scorer.score(plan, 0, parent)
-    scorer = TrialScorer(dense, database, Corpus({"trial": BLOCKS, "score": BLOCKS}), recipe)
+    scorer = TrialScorer(dense, database, CORPUS, recipe)
     scorer.score(first, 0, parent)
     with Operations() as operations:
         scorer.score(second, 0, parent)

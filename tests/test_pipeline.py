@@ -318,14 +318,15 @@ def test_text_that_the_model_writes_is_as_long_as_the_splits_need(checkpoint):
     dense = load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
     recipe = load_recipe("quick", {"model": "m", "target": TARGET, **SETTINGS})
     corpus = prepare.generate_text(dense, recipe)
-    assert {name: blocks.numel() for name, blocks in corpus.blocks.items()} == {
+    assert {name: text.input_ids_BT.numel() for name, text in corpus.splits.items()} == {
         "calibration": 256,
         "trial": 128,
         "score": 64,
         "held_out": 64,
     }
     again = prepare.generate_text(dense, recipe)
-    assert all(torch.equal(blocks, again.blocks[name]) for name, blocks in corpus.blocks.items())
+    for name, text in corpus.splits.items():
+        assert torch.equal(text.input_ids_BT, again.splits[name].input_ids_BT)
 
 
 KILLED = """

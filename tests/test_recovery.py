@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from darwinlm.config.loading import load_recipe
 from darwinlm.config.recipe import DataRecipe, RecoveryRecipe
-from darwinlm.data.corpus import TextStream, positions
+from darwinlm.data.corpus import TextStream
+from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import build_model
@@ -43,7 +44,10 @@ from darwinlm.runtime import dist, files
 
 CPU = torch.device("cpu")
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
-VALIDATION = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+TEXT = Tokens.unmasked(BLOCKS)
+VALIDATION = Tokens.unmasked(
+    torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+)
 
 
 def halved(dense, database, **kwargs):
@@ -55,7 +59,7 @@ def halved(dense, database, **kwargs):
 
 def train(model, dense, recipe, folder, seed=0):
     """Recover `model`; without sharding it is trained in place."""
-    return recover(model, dense.model, BLOCKS, VALIDATION, recipe, seed=seed, folder=folder, device=CPU)[1]
+    return recover(model, dense.model, TEXT, VALIDATION, recipe, seed=seed, folder=folder, device=CPU)[1]
 
 
 def test_one_process_has_nobody_to_share_with(monkeypatch):
@@ -176,7 +180,7 @@ def test_from_the_likeliest_tokens_kl_is_that_of_these_and_another_one_and_so_is
     monkeypatch.setattr(teacher, "_PIECE_BLOCKS", 4)
     dense, database = pruned("qwen2", "kv_group")
     ids = BLOCKS.long()
-    found = write_predictions(lambda: dense.model, BLOCKS, top_k, temperature, False, tmp_path, CPU)
+    found = write_predictions(lambda: dense.model, TEXT, top_k, temperature, False, tmp_path, CPU)
     blocks = [found[number] for number in range(len(BLOCKS))]
     told = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
     model, again = (halved(dense, database, trainable=True) for _ in range(2))
@@ -197,7 +201,7 @@ def test_from_the_likeliest_tokens_kl_is_that_of_these_and_another_one_and_so_is
 def test_a_recovery_from_all_predictions_is_that_from_the_dense_model(cut, pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned("llama", "kv_group")
-    text = torch.cat([packed([5, 9, 10])[0], BLOCKS])
+    text = Tokens.cat([packed([5, 9, 10])[0], TEXT])
     recipe = RecoveryRecipe(tokens=24 * 10, learning_rate=5e-3, teacher_top_k=VOCABULARY, cut_documents=cut)
 
     def once(taught, folder):
@@ -224,7 +228,7 @@ def test_predictions_are_written_once_and_a_damaged_piece_again(pruned, tmp_path
         return dense.model
 
     def write():
-        return write_predictions(load, BLOCKS, 5, 1.0, False, tmp_path, CPU)
+        return write_predictions(load, TEXT, 5, 1.0, False, tmp_path, CPU)
 
     before = [write()[number]["top_log_p"].clone() for number in range(len(BLOCKS))]  # they lie in the file itself
     write()
@@ -271,11 +275,10 @@ def killed_at(step, monkeypatch):
 
 
 def packed(lengths):
-    """A block of documents of these lengths, marked as a corpus is, and the documents."""
+    """A block of documents of these lengths, and the documents."""
     documents = BLOCKS.flatten()[: sum(lengths)].split(lengths)
-    block = torch.cat(documents)
-    block[torch.tensor([0, *itertools.accumulate(lengths[:-1])])] += 2**30
-    return block.unsqueeze(0), [document.long().unsqueeze(0) for document in documents]
+    block = Tokens.cat(list(map(Tokens.unmasked, documents)))
+    return block.view(1, -1), [document.long().unsqueeze(0) for document in documents]
 
 
 @pytest.mark.parametrize("harm", [False, True])
@@ -301,9 +304,40 @@ def test_a_document_in_a_block_of_several_is_read_as_if_it_were_alone(family, at
     for model in (dense.load(CPU, torch.float32), halved(dense, database)):
         model.set_attn_implementation(attention)
         with torch.no_grad():
-            together = model(block.long() & (2**30 - 1), position_ids=positions(block), use_cache=False).logits
+            ids, positions = block.input_ids_BT.long(), block.position_ids
+            together = model(ids, position_ids=positions, use_cache=False).logits
             alone = torch.cat([model(document).logits for document in documents], dim=1)
         assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_labels_positions_and_attention_are_those_written_by_hand(pruned):
+    """Two blocks: the second document reaches into the second block, and a token of each is left out of the loss."""
+    dense, _ = pruned("llama", "kv_group")
+    text = Tokens(
+        torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]], dtype=torch.int32),
+        torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]], dtype=torch.bool),
+        torch.tensor([[1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0]], dtype=torch.bool),
+    )
+    ids = text.input_ids_BT.long()
+    assert {name: tensor.tolist() for name, tensor in samples.sample(text, cut=False).items()} == {
+        "input_ids": ids.tolist(),
+        "labels": [[5, -100, 7, 8, 9, 10], [11, 12, 13, 14, -100, 16]],
+    }
+    cut = samples.sample(text, cut=True)
+    assert {name: tensor.tolist() for name, tensor in cut.items()} == {
+        "input_ids": ids.tolist(),
+        "labels": [[-100, -100, 7, 8, -100, 10], [-100, 12, -100, -100, -100, 16]],
+        "position_ids": [[0, 1, 2, 3, 0, 1], [0, 1, 0, 0, 1, 2]],
+    }
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 1, 2, 2, 2]])
+    seen = (documents[:, :, None] == documents[:, None, :]) & torch.ones(6, 6).tril().bool()
+    eager = dense.load(CPU, torch.float32)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        model = eager.model
+        found = model(ids, position_ids=cut["position_ids"], use_cache=False, output_attentions=True).attentions
+    for attention in found:
+        assert torch.equal(attention.ne(0), seen[:, None].expand_as(attention))
 
 
 @pytest.mark.parametrize(("share", "temperature", "at_most"), [(1.0, 1.0, 4), (0.5, 2.0, 5)])
@@ -326,7 +360,7 @@ def test_the_objective_of_cut_documents_is_that_of_each_alone(pruned):
     blocks, documents = zip(*map(packed, lengths), strict=True)
     goal = Objective(halved(dense, database), dense.model, 0.5)
     with torch.no_grad():
-        sums = goal(**samples.sample(torch.cat(blocks), cut=True))["sums"]
+        sums = goal(**samples.sample(Tokens.cat(blocks), cut=True))["sums"]
         each = [goal(document, document)["sums"] for some in documents for document in some]
     assert torch.allclose(sums, torch.stack(each).sum(0), rtol=1e-4)
     assert sums[2] == 3 * 24 - sum(map(len, lengths))
@@ -339,7 +373,7 @@ def test_training_on_cut_documents_begins_with_their_loss(pruned, tmp_path):
     with torch.no_grad():
         goal = Objective(halved(dense, database), None, 0)
         sums = sum(goal(document, document)["sums"] for some in documents for document in some)
-    model, text = halved(dense, database, trainable=True), torch.cat(blocks)
+    model, text = halved(dense, database, trainable=True), Tokens.cat(blocks)
     done = recover(model, None, text, text, recipe, seed=0, folder=tmp_path, device=CPU)[1]
     expected = (sums[0] / sums[2]).item()
     assert done.losses == pytest.approx([expected], rel=5e-3)
@@ -464,7 +498,8 @@ def test_the_weights_that_did_best_on_the_validation_text_are_taken(pruned, tmp_
     assert [entry["step"] for entry in done.evaluations] == list(range(25))
     assert 0 < done.taken < 24
     with torch.no_grad():
-        found = Objective(model, dense.model, recipe.distillation)(VALIDATION.long(), VALIDATION.long())["loss"]
+        ids = VALIDATION.input_ids_BT.long()
+        found = Objective(model, dense.model, recipe.distillation)(ids, ids)["loss"]
     losses = {entry["step"]: entry["loss"] for entry in done.evaluations}
     assert losses[done.taken] == min(losses.values()) == pytest.approx(found.item(), rel=5e-3)
 
@@ -639,10 +674,10 @@ def train_in_float32(dense, database, recipe, folder, stop_at=0):
             taught = teacher.CachedTeacher(
                 *(
                     write_predictions(lambda: dense_model, text, 10**6, 1.0, False, folder / name, CPU)
-                    for name, text in (("text", BLOCKS), ("validation", VALIDATION))
+                    for name, text in (("text", TEXT), ("validation", VALIDATION))
                 )
             )
-        model, done = recover(model, taught, BLOCKS, VALIDATION, recipe, seed=0, folder=folder, device=CPU)
+        model, done = recover(model, taught, TEXT, VALIDATION, recipe, seed=0, folder=folder, device=CPU)
     total = sum(p.double().abs().sum().item() for p in model.parameters())
     return {"losses": done.losses, "sum": total, "share": max(share)}
 
@@ -683,12 +718,11 @@ def test_a_forecast_finds_where_a_power_law_leads(exponent):
 def test_what_is_not_to_be_learnt_moves_no_weight(pruned, tmp_path):
     dense, database = pruned("qwen2", "kv_group")
     recipe = RecoveryRecipe(tokens=24 * 8, learning_rate=5e-3, batch_size=2, evaluations=0)
-    marked = BLOCKS.clone()
-    marked[:, 12:] = ~marked[:, 12:]
-    other = marked.clone()
-    other[:, 12:] = ~torch.flip(BLOCKS, [1])[:, 12:]
+    loss_mask = torch.arange(24).expand_as(BLOCKS) < 12
+    masked = Tokens(BLOCKS, loss_mask, TEXT.document_starts_BT)
+    other = Tokens(torch.where(loss_mask, BLOCKS, BLOCKS.flip(1)), loss_mask, TEXT.document_starts_BT)
     models = []
-    for name, blocks in (("one", marked), ("other", other), ("all", BLOCKS)):
+    for name, blocks in (("one", masked), ("other", other), ("all", TEXT)):
         model = halved(dense, database, trainable=True)
         recover(model, dense.model, blocks, VALIDATION, recipe, seed=0, folder=tmp_path / name, device=CPU)
         models.append(model.state_dict())

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import VOCABULARY
-from safetensors.torch import save_file
 
 from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
-from darwinlm.data.corpus import Corpus
+from darwinlm.data.corpus import Corpus, save_corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import build_model
@@ -42,7 +42,7 @@ def text(seed):
     return torch.randint(0, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": text(1), "score": text(2)})
+CORPUS = Corpus({"trial": Tokens.unmasked(text(1)), "score": Tokens.unmasked(text(2))})
 
 
 @pytest.fixture(params=["mistral", "qwen2"])
@@ -61,7 +61,7 @@ def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monk
         whole = build_model(
             dense.config, dense.sites, dense.weights, database.cuts(dense.sites, one.levels, dense.device)
         )
-        expected = DenseReference(dense.model, CORPUS.tokens("score", 48)).compare(whole).kl
+        expected = DenseReference(dense.model, CORPUS.splits["score"].first(48).input_ids_BT).compare(whole).kl
         assert scorer.score(one, 0, parent).kl == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_a_search_of_a_former_version_with_diverged_trials_is_resumed(scored):
 def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
     dense, database, space, budget = scored
     plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
-    comparison = stage._PlanComparison(dense, database, CORPUS.blocks["score"])
+    comparison = stage._PlanComparison(dense, database, CORPUS.splits["score"].input_ids_BT)
     expected = comparison.ranked([plans[0], plans[2]])[1]
     found = comparison._kls
 
@@ -133,20 +133,19 @@ def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
 def test_trials_learn_from_the_dense_model_if_asked(scored):
     dense, database, space, budget = scored
     plan, recipe = error_plan(space, budget), RECIPE.model_copy(update={"learning_rate": 1e-3})
-    score = CORPUS.blocks["score"]
+    score = CORPUS.splits["score"]
     corpus = Corpus({"trial": score, "score": score})  # on the text that it has learnt, which loss it was is seen
+    whole = score.input_ids_BT.numel()
     untrained = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_tokens": (0,) * 2}))
     kls = {"none": untrained.score(plan, 0, plan).kl}
     for loss in ("next-token", "distillation"):
         scorer = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_loss": loss}))
         # The longer one first: what the dense model teaches is kept for shorter ones.
-        kls[loss] = [
-            scorer.score_after(plan, tokens, score.numel()).kl for tokens in (score.numel(), score[:1].numel())
-        ]
+        kls[loss] = [scorer.score_after(plan, tokens, whole).kl for tokens in (whole, score.input_ids_BT.shape[1])]
         assert (
             kls[loss][1]
             == TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_loss": loss}))
-            .score_after(plan, 24, score.numel())
+            .score_after(plan, 24, whole)
             .kl
         )
     assert kls["distillation"][0] < kls["none"] and kls["distillation"][0] < kls["next-token"][0]
@@ -172,13 +171,13 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
     dense, database, space, budget = scored
     plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
     hopeless = Plan(levels=tuple(len(site.units) - 1 for site in space.sites))
-    reference = DenseReference(dense.model, CORPUS.blocks["score"])
+    reference = DenseReference(dense.model, CORPUS.splits["score"].input_ids_BT)
 
     def whole(plan):
         cuts = database.cuts(dense.sites, plan.levels, dense.device)
         return reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl
 
-    best, found = stage._PlanComparison(dense, database, CORPUS.blocks["score"]).best([hopeless, *plans])
+    best, found = stage._PlanComparison(dense, database, CORPUS.splits["score"].input_ids_BT).best([hopeless, *plans])
     kls = [whole(plan) for plan in [hopeless, *plans]]
     assert kls[best] <= 1.02 * min(kls)
     assert found[best] == pytest.approx(kls[best], rel=0.02)
@@ -204,7 +203,7 @@ def test_a_plan_that_was_given_up_on_easy_text_does_not_look_better_than_the_win
 def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_path):
     dense, database, space, budget = scored
     plans = even_plans(space, parameter_budget(0.7, space))
-    reference = DenseReference(dense.model, CORPUS.blocks["score"])
+    reference = DenseReference(dense.model, CORPUS.splits["score"].input_ids_BT)
     kls = {}
     for plan in plans:
         cuts = database.cuts(dense.sites, plan.levels, dense.device)
@@ -235,10 +234,9 @@ RANKS = """
 import sys
 from pathlib import Path
 import torch
-from safetensors.torch import load_file
 from darwinlm.runtime import dist
 from darwinlm.models.loading import load_dense
-from darwinlm.data.corpus import Corpus
+from darwinlm.data.corpus import load_corpus
 from darwinlm.database.store import Database
 from darwinlm.plan import parameter_budget
 from darwinlm.config.recipe import SearchRecipe
@@ -249,7 +247,7 @@ dense = load_dense(sys.argv[1], "kv_group", torch.device("cpu"))
 database = Database(root / "database")
 budget = parameter_budget(0.7, database.space(dense.sites))
 recipe = SearchRecipe.model_validate_json((root / "recipe.json").read_text())
-corpus = Corpus(load_file(root / "corpus.safetensors"))
+corpus = load_corpus(root / "corpus.safetensors")
 search_plan(dense, database, corpus, budget, recipe, 0, root / str(dist.world_size()))
 dist.stop()
 """
@@ -260,7 +258,7 @@ def test_three_ranks_write_the_bytes_of_one(checkpoint, calibration, tmp_path):
     dense = load_dense(str(folder), "kv_group", torch.device("cpu"))
     database = build_database(dense, calibration, DatabaseRecipe(levels=4), tmp_path / "database")
     search_plan(dense, database, CORPUS, parameter_budget(0.7, database.space(dense.sites)), RECIPE, 0, tmp_path / "1")
-    save_file(dict(CORPUS.blocks), tmp_path / "corpus.safetensors")
+    save_corpus(CORPUS, tmp_path / "corpus.safetensors")
     (tmp_path / "recipe.json").write_text(RECIPE.model_dump_json())
     (tmp_path / "ranks.py").write_text(RANKS)
     done = subprocess.run(

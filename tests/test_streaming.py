@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from darwinlm import UserError
 from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
 from darwinlm.metrics.kl import DenseReference
@@ -42,7 +43,7 @@ def blocks_of(seed, blocks=8):
     return torch.randint(0, VOCABULARY, (blocks, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": blocks_of(1), "score": blocks_of(2)})
+CORPUS = Corpus({"trial": Tokens.unmasked(blocks_of(1)), "score": Tokens.unmasked(blocks_of(2))})
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from conftest import VOCABULARY, rescaled
 from darwinlm.config.loading import load_recipe
 from darwinlm.config.recipe import SearchRecipe
 from darwinlm.data.corpus import Corpus
+from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import build_model
@@ -39,7 +40,7 @@ def text(seed, blocks=8):
     return torch.randint(0, VOCABULARY, (blocks, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": text(1), "score": text(2)})
+CORPUS = Corpus({"trial": Tokens.unmasked(text(1)), "score": Tokens.unmasked(text(2))})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sign"])
@@ -168,7 +169,7 @@ def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_sc
     found = scorer.find_rates(error_plan(space, budget))
     assert [one["tokens"] for one in found] == [24, 48]
     (blocks_BT,) = judged
-    assert torch.equal(blocks_BT, CORPUS.blocks["trial"][-4:])
+    assert torch.equal(blocks_BT, CORPUS.splits["trial"].input_ids_BT[-4:])
 
 
 def test_a_step_whose_trial_does_not_help_trains_nothing(scored, monkeypatch):

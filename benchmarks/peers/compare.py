@@ -93,7 +93,7 @@ def best(candidates: Candidates, score: DenseReference) -> tuple[str, PrunedMode
 
 def ours(dense: DenseModel, corpus: Corpus, recipe: Recipe, target: float, folder: Path) -> tuple[str, PrunedModel]:
     """The plan that the search finds, cut; the database in `folder` is built once for all targets."""
-    database = build_database(dense, corpus.blocks["calibration"], recipe.database, folder / "database")
+    database = build_database(dense, corpus.splits["calibration"].input_ids_BT, recipe.database, folder / "database")
     space = database.space(dense.sites)
     budget = parameter_budget(target, space)
     plan = search_plan(dense, database, corpus, budget, recipe.search, recipe.seed, folder / f"search-{target}")
@@ -110,7 +110,7 @@ def trainable(model: PrunedModel) -> PrunedModel:
 def recovered(model: PrunedModel, teacher: PrunedModel, corpus: Corpus, tokens: int, seed: int) -> PrunedModel:
     """`model` after the recovery that all methods get."""
     recipe = RecoveryRecipe(tokens=tokens, evaluations=0, learning_rate=2e-4, distillation=0.5)
-    text, validation = corpus.marked["trial"], corpus.marked["score"]
+    text, validation = corpus.splits["trial"], corpus.splits["score"]
     with tempfile.TemporaryDirectory() as folder:
         model, _ = recover(
             trainable(model), teacher, text, validation, recipe, seed=seed, folder=Path(folder), device=model.device
@@ -137,9 +137,9 @@ def compare(arguments: argparse.Namespace) -> None:
         first = seed == arguments.seeds[0]
         recipe = load_recipe("quick", {"model": "smollm2", "target": 0.6, "data.source": arguments.data, "seed": seed})
         corpus = read_corpus(recipe.data, dense.tokenizer, seed)
-        calibrated = Calibrated(dense, corpus.blocks["calibration"])
-        score = DenseReference(dense.model, corpus.tokens("score", _SHAPE_TOKENS))
-        held_out = DenseReference(dense.model, corpus.tokens("held_out", arguments.tokens))
+        calibrated = Calibrated(dense, corpus.splits["calibration"].input_ids_BT)
+        score = DenseReference(dense.model, corpus.splits["score"].first(_SHAPE_TOKENS).input_ids_BT)
+        held_out = DenseReference(dense.model, corpus.splits["held_out"].first(arguments.tokens).input_ids_BT)
         if judge is None:
             blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
             judge = DenseReference(dense.model, blocks)

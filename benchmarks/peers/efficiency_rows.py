@@ -123,24 +123,24 @@ class Setting:
     @cached_property
     def calibrated(self) -> Calibrated:
         """What peers learn of the dense model."""
-        return Calibrated(self.dense, self.corpus.blocks["calibration"])
+        return Calibrated(self.dense, self.corpus.splits["calibration"].input_ids_BT)
 
     @cached_property
     def score(self) -> DenseReference:
         """Chooses shapes."""
-        return DenseReference(self.dense.model, self.corpus.tokens("score", _SHAPE_TOKENS))
+        return DenseReference(self.dense.model, self.corpus.splits["score"].first(_SHAPE_TOKENS).input_ids_BT)
 
     @cached_property
     def states(self) -> DenseStates:
         """Of the training text."""
-        return DenseStates(self.dense, self.corpus.blocks["trial"], self.folder / "dense-states")
+        return DenseStates(self.dense, self.corpus.splits["trial"].input_ids_BT, self.folder / "dense-states")
 
     @cached_property
     def judges(self) -> dict[str, DenseReference]:
         """The file, and the split that nothing else reads."""
         length = self.recipe.data.sequence_length
         file = judge_blocks(self.dense, self.options.evaluation, self.options.judge_tokens, length)
-        held_out = self.corpus.tokens("held_out", self.options.judge_tokens)
+        held_out = self.corpus.splits["held_out"].first(self.options.judge_tokens).input_ids_BT
         texts = {"wikitext": file, "held_out": held_out}
         return {name: DenseReference(self.dense.model, blocks_BT) for name, blocks_BT in texts.items()}
 
@@ -196,10 +196,10 @@ def _ours(setting: Setting, parameters: int, target: float) -> Start:
     shape, model = ours(setting.dense, setting.corpus, setting.recipe, target, setting.folder)
     search, data = setting.recipe.search, setting.recipe.data
     sensitivities = search.descent_rounds * search.sensitivity_tokens
-    blocks = setting.corpus.blocks
+    splits = setting.corpus.splits
     text = {
-        "calibration": blocks["calibration"].numel(),
-        "selection": blocks["score"].numel(),
+        "calibration": splits["calibration"].input_ids_BT.numel(),
+        "selection": splits["score"].input_ids_BT.numel(),
         # Both read the training text from its beginning.
         "search": max(sensitivities, *search.trial_tokens) if data.trial_tokens else 0,
     }

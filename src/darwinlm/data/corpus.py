@@ -4,7 +4,6 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +12,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from darwinlm.config.recipe import DataRecipe
+from darwinlm.data import former_corpus
 from darwinlm.data.documents import Chat, documents_from, find_documents, in_batches, local_path
+from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
-from darwinlm.runtime.files import read_tensors, write_bytes
+from darwinlm.runtime.files import damaged, read_metadata, read_tensors, write_bytes
 
 SPLITS = ("held_out", "score", "calibration", "trial")
 """Splits in the order in which they are filled. `held_out` is used only for the final evaluation."""
 
+FORMAT = 2
+"""Version of `corpus.safetensors`; files of version 1 carry no number."""
+_FORMAT_KEY = "format"
 _FINGERPRINT_BYTES = 16
-_BEGINS = 2**30
-"""Bit that marks the first token of a piece."""
-_RESERVED_KEY = "judged"
+_RESERVED_KEY = "evaluation.fingerprints"
 _MOST_CHARACTERS = 512 * 2**20
 _HUB_CHARACTERS_PER_TOKEN = 12
 """Characters read from a shuffled stream per token needed; text has 3 to 5 characters per token."""
@@ -43,42 +45,10 @@ class Piece(NamedTuple):
 class Corpus:
     """Token blocks of every split; splits share no text."""
 
-    marked: Mapping[str, Tensor]
-    """Marked token ids by split name: int32, (blocks, sequence_length). The first token of a piece of text is stored as
-    `id + 2**30`; a token without training loss is stored as the bitwise complement (`~`, negative)."""
+    splits: Mapping[str, Tokens]
+    """Tokens by split name, (blocks, sequence_length)."""
     reserved: frozenset[bytes] = frozenset()
     """Fingerprints of the pieces of text in the evaluation splits, `held_out` and `score`."""
-
-    @cached_property
-    def blocks(self) -> Mapping[str, Tensor]:
-        """Token ids of every split."""
-        return {split: unmark(marked_BT)[0] for split, marked_BT in self.marked.items()}
-
-    def tokens(self, split: str, count: int) -> Tensor:
-        """Return the first blocks of `split` that hold `count` tokens; a single block is cut to `count` tokens (at
-        least 2)."""
-        blocks_BT = self.blocks[split]
-        length = blocks_BT.shape[1]
-        if count >= length:
-            return blocks_BT[: -(-count // length)]
-        return blocks_BT[:1, : max(2, count)]
-
-
-def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
-    """Return token ids, and labels for training: the same ids, or -100 for tokens without loss."""
-    ids = torch.where(marked < 0, ~marked, marked) & (_BEGINS - 1)
-    return ids, ids.masked_fill(marked < 0, -100)
-
-
-def positions(marked: Tensor) -> Tensor:
-    """Return the position of every token in its piece of text, counted from the later of the piece's and the block's
-    start.
-
-    Pieces are whole documents, or parts of a document longer than two blocks; such parts are not adjacent.
-    """
-    begins = (torch.where(marked < 0, ~marked, marked) & _BEGINS) != 0
-    index = torch.arange(marked.shape[-1], device=marked.device).expand_as(marked)
-    return index - (index * begins).cummax(-1).values
 
 
 def needed_blocks(recipe: DataRecipe) -> dict[str, int]:
@@ -103,18 +73,18 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
         most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
     pieces = _pieces(documents, recipe, tokenizer, most, seed)
 
-    def tokenised() -> Iterator[list[int]]:
+    def tokenised() -> Iterator[Tokens]:
         for batch in in_batches(pieces, 256):
-            for piece, ids in zip(batch, _tokenise(batch, tokenizer), strict=True):
+            for piece, document in zip(batch, _tokenise(batch, tokenizer), strict=True):
                 taken.append(_fingerprint(piece.text))
-                yield ids
+                yield document
 
     corpus, reserved = _pack(tokenised(), recipe)
-    return Corpus(corpus.marked, frozenset(taken[:reserved]))
+    return Corpus(corpus.splits, frozenset(taken[:reserved]))
 
 
-def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
-    """Concatenate tokenized documents (ids, marked as in `Corpus`) into the blocks of each split.
+def pack(documents: Iterable[Tokens], recipe: DataRecipe) -> Corpus:
+    """Concatenate tokenized documents into the blocks of each split.
 
     No document is used in two splits.
 
@@ -124,20 +94,20 @@ def pack(documents: Iterable[list[int]], recipe: DataRecipe) -> Corpus:
     return _pack(documents, recipe)[0]
 
 
-def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, int]:
+def _pack(documents: Iterable[Tokens], recipe: DataRecipe) -> tuple[Corpus, int]:
     """Return the corpus, and the number of documents used by the evaluation splits."""
     needed, length = needed_blocks(recipe), recipe.sequence_length
-    filled: dict[str, Tensor] = {}
+    filled: dict[str, Tokens] = {}
     total, reserved, splits = 0, 0, iter(SPLITS)
-    split, buffer = next(splits), list[int]()
-    for tokens in documents:
-        total += len(tokens)
+    split, buffer, buffered = next(splits), list[Tokens](), 0
+    for document in documents:
+        total += len(document)
         reserved += split in ("held_out", "score")
-        buffer += _begun(tokens)
-        if len(buffer) >= needed[split] * length:
-            kept = torch.tensor(buffer[: needed[split] * length], dtype=torch.int32)
-            filled[split] = kept.view(needed[split], length)
-            buffer = []
+        buffer.append(document)
+        buffered += len(document)
+        if buffered >= needed[split] * length:
+            filled[split] = Tokens.cat(buffer)[: needed[split] * length].view(needed[split], length)
+            buffer, buffered = [], 0
             following = next(splits, None)
             if following is None:
                 return Corpus(filled), reserved
@@ -149,13 +119,19 @@ def _pack(documents: Iterable[list[int]], recipe: DataRecipe) -> tuple[Corpus, i
     )
 
 
-def save_corpus(corpus: Corpus, file: Path) -> None:
-    """Write the token blocks, so that a resumed run needs neither the source nor the tokenizer."""
-    tensors = {split: marked_BT.contiguous() for split, marked_BT in corpus.marked.items()}
+def save_corpus(corpus: Corpus, file: Path, *, former: bool = False) -> None:
+    """Write the token blocks, so that a resumed run needs neither the source nor the tokenizer; with `former`, as
+    versions 0.1 and 0.2 did."""
+    others: dict[str, Tensor] = {}
     if corpus.reserved:
         reserved = bytearray(b"".join(sorted(corpus.reserved)))
-        tensors[_RESERVED_KEY] = torch.frombuffer(reserved, dtype=torch.uint8)
-    write_bytes(file, save(tensors))
+        others[_RESERVED_KEY] = torch.frombuffer(reserved, dtype=torch.uint8)
+    if former:
+        write_bytes(file, save(former_corpus.to_packed(corpus.splits, others)))
+        return
+    for split, tokens in corpus.splits.items():
+        others |= tokens.columns(f"{split}.")
+    write_bytes(file, save(others, {_FORMAT_KEY: str(FORMAT)}))
 
 
 def load_corpus(file: Path) -> Corpus:
@@ -168,12 +144,24 @@ def load_corpus(file: Path) -> Corpus:
         The blocks of every split.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if it is missing or damaged, or this version cannot read it.
     """
-    tensors = read_tensors(file)
+    tensors, number = read_tensors(file), read_metadata(file).get(_FORMAT_KEY)
+    if number is None:
+        tensors = former_corpus.to_columns(tensors)
+    elif number != str(FORMAT):
+        raise UserError(
+            f"{file} is of format {number}, but this version reads formats up to {FORMAT}; use the version that wrote "
+            "it, or start the run again in a new folder"
+        )
     reserved = bytes(tensors.pop(_RESERVED_KEY, torch.empty(0, dtype=torch.uint8)).tolist())
     starts = range(0, len(reserved), _FINGERPRINT_BYTES)
-    return Corpus(tensors, frozenset(reserved[start : start + _FINGERPRINT_BYTES] for start in starts))
+    names = dict.fromkeys(name.partition(".")[0] for name in tensors)
+    try:
+        splits = {split: Tokens.from_columns(tensors, f"{split}.") for split in names}
+    except KeyError as error:
+        raise damaged(file, f"{error} is missing") from None
+    return Corpus(splits, frozenset(reserved[start : start + _FINGERPRINT_BYTES] for start in starts))
 
 
 class TextStream:
@@ -194,25 +182,25 @@ class TextStream:
         self._recipe, self._tokenizer, self._seed, self._reserved = recipe, tokenizer, seed, reserved
         self._begin = begin
 
-    def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-        """Yield each block (int32, (sequence_length,), marked as in `Corpus`) with the state to continue after it.
+    def blocks(self, state: Mapping[str, Any] | None = None) -> Iterator[tuple[Tokens, Mapping[str, Any]]]:
+        """Yield each block, (sequence_length,), with the state to continue after it.
 
-        A state is plain data except for `tokens`, a tensor or a list of token ids.
+        A state is plain data except for `tokens`, which may also be given as plain data (`Tokens.to_json`).
 
         Raises:
             UserError: if the source cannot be read, or holds less than a block beyond the evaluation splits.
         """
         length, state = self._recipe.sequence_length, state or self._begin
         begin = None if state is None else state["place"]
-        left_N = torch.tensor([] if state is None else state["tokens"], dtype=torch.int32)
+        left = Tokens.document([]) if state is None else _tokens_of(state["tokens"])
         while True:
             empty = True
-            for ids, place in self._tokens(begin):
-                left_N = torch.cat([left_N, torch.tensor(ids, dtype=torch.int32)])
-                while len(left_N) >= length:
+            for documents, place in self._documents(begin):
+                left = Tokens.cat([left, *documents])
+                while len(left) >= length:
                     empty = False
-                    block_T, left_N = left_N[:length], left_N[length:]
-                    yield block_T, {"place": place, "tokens": left_N}
+                    block, left = left[:length], left[length:]
+                    yield block, {"place": place, "tokens": left}
             if empty and begin is None:
                 raise UserError(
                     f"data {self._recipe.source!r} has less than a block of {length} tokens beyond the "
@@ -220,8 +208,8 @@ class TextStream:
                 )
             begin = None
 
-    def _tokens(self, place: Any) -> Iterator[tuple[list[int], Any]]:
-        """Yield the tokens of some documents and the position after them, from `place` to the end of the source."""
+    def _documents(self, place: Any) -> Iterator[tuple[list[Tokens], Any]]:
+        """Yield some tokenized documents and the position after them, from `place` to the end of the source."""
         for documents, behind in documents_from(self._recipe, self._seed, place):
             pieces = [
                 piece
@@ -230,7 +218,16 @@ class TextStream:
                 if piece.text.strip() and _fingerprint(piece.text) not in self._reserved
             ]
             if pieces:
-                yield [token for ids in _tokenise(pieces, self._tokenizer) for token in _begun(ids)], behind
+                yield _tokenise(pieces, self._tokenizer), behind
+
+
+def _tokens_of(saved: Any) -> Tokens:
+    """Return the tokens in the state of a stream."""
+    if isinstance(saved, Tokens):
+        return saved
+    if isinstance(saved, list):  # Versions 0.1 and 0.2 wrote packed tokens.
+        return former_corpus.unpack(torch.tensor(saved, dtype=torch.int32))
+    return Tokens.from_columns(saved)
 
 
 def _pieces(
@@ -304,29 +301,22 @@ def _fingerprint(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_FINGERPRINT_BYTES).digest()
 
 
-def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each piece, marked as in `Corpus`; the end-of-text token follows the last piece of a
-    text."""
+def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[Tokens]:
+    """Return each piece as a document; the end-of-text token follows the last piece of a text."""
     end = tokenizer.eos_token_id
     plain = [piece for piece in pieces if piece.assistant_spans is None]
     tokenised = iter(tokenizer([piece.text for piece in plain])["input_ids"] if plain else [])
-    marked = []
+    documents = []
     for piece in pieces:
         if piece.assistant_spans is None:
             ids = next(tokenised)
-            marked.append([*ids, end] if piece.ends and end is not None else ids)
+            documents.append(Tokens.document([*ids, end] if piece.ends and end is not None else ids))
         else:
             # The template has already written the special tokens.
             encoded = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
-            marked.append(
-                [
-                    token if any(first <= start < behind for first, behind in piece.assistant_spans) else ~token
-                    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-                ]
-            )
-    return marked
-
-
-def _begun(ids: list[int]) -> list[int]:
-    """Mark the beginning of a piece in its otherwise marked `ids`."""
-    return [ids[0] ^ _BEGINS, *ids[1:]] if ids else ids
+            loss_mask = [
+                any(first <= start < behind for first, behind in piece.assistant_spans)
+                for start, _ in encoded["offset_mapping"]
+            ]
+            documents.append(Tokens.document(encoded["input_ids"], loss_mask))
+    return documents

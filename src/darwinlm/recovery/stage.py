@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from darwinlm.config.recipe import RecoveryRecipe
 from darwinlm.data.corpus import Corpus, TextStream
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.prunable import Prunable, stored_weights
 from darwinlm.models.cutting import assemble, build_model, pruned_config
 from darwinlm.models.loading import DenseModel, fast_dtype
@@ -63,16 +63,15 @@ def _recover(job: Job, plan: Plan, folder: Path) -> int:
     # The teacher has its own dtype, and training needs the memory.
     dense.release()
     here.database.free()
-    text: Tensor | TextStream = corpus.marked["trial"]
+    text: Tokens | TextStream = corpus.splits["trial"]
     teacher = _teacher(dense, wanted, corpus, place, folder) if tokens > 0 and wanted.distillation > 0 else None
     if wanted.text == "stream":
         stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
         begin = read_json(stopped[0]) if stopped else None
         text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.reserved, begin)
-    validation_BT = corpus.marked["score"]
     model, done = recover(
-        model, teacher, text, validation_BT, wanted, seed=recipe.seed, folder=folder, device=dense.device,
-        passed=passed, balance=dense.reference.balance, tokens=tokens,
+        model, teacher, text, corpus.splits["score"], wanted, seed=recipe.seed, folder=folder,
+        device=dense.device, passed=passed, balance=dense.reference.balance, tokens=tokens,
     )  # fmt: skip
     # Other ranks may still be reading the best weights.
     dist.barrier()
@@ -107,8 +106,8 @@ def _starting_model(
                 log.warning("%s: refitting again", fault)
             model = dense.cut(database.cuts(dense.sites, plan.levels, dense.layers_device), trainable=True)
             if refit_tokens > 0:
-                fitted_BT, evaluation_BT = corpus.tokens("trial", refit_tokens), corpus.blocks["score"]
-                refit_if_it_helps(model, dense.reference.model, fitted_BT, evaluation_BT)
+                fitted, evaluated = corpus.splits["trial"].first(refit_tokens), corpus.splits["score"]
+                refit_if_it_helps(model, dense.reference.model, fitted.input_ids_BT, evaluated.input_ids_BT)
             save_weights(refitted, stored_weights(model, torch.float32))
     tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
     cuts = database.cuts(dense.sites, plan.levels, torch.device("cpu"))
@@ -131,7 +130,7 @@ def _teacher(
     text, validation = (
         write_predictions(
             load,
-            corpus.marked[split],
+            corpus.splits[split],
             recipe.teacher_top_k,
             recipe.temperature,
             recipe.cut_documents,

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from darwinlm.data.corpus import positions, unmark
+from darwinlm.data.tokens import Tokens
 from darwinlm.models.heads import shape_logits
 from darwinlm.models.loading import DenseModel
 from darwinlm.models.modeling_darwinlm import PrunedModel
@@ -99,7 +99,7 @@ class CachedTeacher:
 
 def write_predictions(
     load: Callable[[], PrunedModel],
-    marked_BT: Tensor,
+    text: Tokens,
     top_k: int,
     temperature: float,
     cut: bool,
@@ -110,14 +110,14 @@ def write_predictions(
 
     Args:
         load: returns the model, on `device`; not called if all pieces exist.
-        marked_BT: token ids, marked as in `Corpus`.
+        text: blocks of text.
         top_k: number of tokens to keep at each position, at most all but one.
         temperature: divides the logits.
         cut: whether to mask attention across documents.
         folder: output folder.
         device: device of this rank.
     """
-    pieces = marked_BT.split(_PIECE_BLOCKS)
+    pieces = list(text.split(_PIECE_BLOCKS))
     numbers = range(dist.rank(), len(pieces), dist.world_size())
     left = [number for number in numbers if find_fault(_piece(folder, number)) is not None]
     if left:
@@ -125,20 +125,19 @@ def write_predictions(
         with task("predictions of the dense model (blocks)", sum(len(pieces[number]) for number in left)) as progress:
             for number in left:
                 blocks = []
-                for block_T in pieces[number].long():
-                    blocks.append(_predict(model, block_T.to(device), top_k, temperature, cut))
+                for block in pieces[number].split(1):
+                    blocks.append(_predict(model, block.to(device), top_k, temperature, cut))
                     progress.advance()
-                together = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+                together = {name: torch.stack([one[name] for one in blocks]) for name in blocks[0]}
                 save_weights(_piece(folder, number), together)
     dist.barrier()
     return Predictions(folder)
 
 
 @torch.no_grad()
-def _predict(model: PrunedModel, marked_T: Tensor, top_k: int, temperature: float, cut: bool) -> dict[str, Tensor]:
-    ids_1T = unmark(marked_T)[0].unsqueeze(0)
-    position_ids = positions(marked_T).unsqueeze(0) if cut else None
-    hidden_TD = model.model(input_ids=ids_1T, position_ids=position_ids, use_cache=False).last_hidden_state[0]
+def _predict(model: PrunedModel, block: Tokens, top_k: int, temperature: float, cut: bool) -> dict[str, Tensor]:
+    ids_1T, positions_1T = block.input_ids_BT.long(), block.position_ids if cut else None
+    hidden_TD = model.model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).last_hidden_state[0]
     found: dict[str, list[Tensor]] = {"top_ids": [], "top_log_p": []}
     for chunk_ND in hidden_TD.split(_CHUNK_TOKENS):
         logits_NV = shape_logits(model.config, model.lm_head(chunk_ND)).float()

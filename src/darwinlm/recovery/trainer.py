@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from darwinlm.config.recipe import RecoveryRecipe
+from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
 from darwinlm.models.device_memory import Portion
 from darwinlm.optim.learning_rate import LearningRate, parameter_groups
@@ -90,7 +91,7 @@ class RecoveryTrainer(Trainer):
     """Trainer with our checkpoints (its own are partly pickles), order of the text and evaluation.
 
     Args:
-        validation_BT: text of `evaluate`, marked as in `Corpus`, (blocks, tokens).
+        validation: text of `evaluate`.
         cached: cached predictions of the dense model for it, if they replace the dense model.
         cut_documents: as in the recovery settings.
         portion: number of blocks per forward pass, reduced when out of memory.
@@ -102,7 +103,7 @@ class RecoveryTrainer(Trainer):
     def __init__(
         self,
         *,
-        validation_BT: Tensor,
+        validation: Tokens,
         cached: Predictions | None,
         cut_documents: bool,
         portion: Portion,
@@ -112,7 +113,7 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         self._rate, self._sizes = rate, sizes
         super().__init__(**settings)
-        self._validation_BT, self._cached = validation_BT, cached
+        self._validation, self._cached = validation, cached
         self._cut, self._portion = cut_documents, portion
         self.pop_callback(PrinterCallback)
 
@@ -152,14 +153,12 @@ class RecoveryTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute losses on the whole validation text on every rank, so that all ranks agree on the best weights."""
         self.model_wrapped.eval()
-        blocks_BT = self._validation_BT.to(self.args.device)
+        text = self._validation.to(self.args.device)
 
         def run(size: int) -> Tensor:
             parts = [
-                self.model_wrapped(**sample(blocks_BT[numbers], self._cut), **self._predictions(numbers.tolist()))[
-                    "sums"
-                ]
-                for numbers in torch.arange(len(blocks_BT)).split(size)
+                self.model_wrapped(**sample(text[numbers], self._cut), **self._predictions(numbers.tolist()))["sums"]
+                for numbers in torch.arange(len(text)).split(size)
             ]
             return torch.stack(parts).double().cpu().sum(0)
 

@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments
 
 from darwinlm.config.recipe import RecoveryRecipe
 from darwinlm.data.corpus import TextStream
+from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
 from darwinlm.models.cutting import assemble
 from darwinlm.models.device_memory import Portion
@@ -76,8 +77,8 @@ def steps_for(tokens: int, recipe: RecoveryRecipe, sequence_length: int) -> int:
 def recover(
     model: PrunedModel,
     teacher: PrunedModel | CachedTeacher | None,
-    text: Tensor | TextStream,
-    validation_BT: Tensor,
+    text: Tokens | TextStream,
+    validation: Tokens,
     recipe: RecoveryRecipe,
     *,
     seed: int,
@@ -93,16 +94,15 @@ def recover(
         model: trainable, float32, the same on all ranks; on `device`, or on the CPU if it will be sharded and moved
             layer by layer. It must not be used afterwards.
         teacher: model it was cut from, for distillation, in any dtype, sharded if `model` is; or its cached
-            predictions for `text`, which is then a tensor, and for `validation_BT`.
-        text: token ids, (blocks, tokens), marked as in `Corpus`, shuffled by `seed` and repeated as needed; or a stream
-            of blocks.
-        validation_BT: other text, also marked, (blocks, tokens) with the same block length, to select the best weights.
+            predictions for `text`, which is then no stream, and for `validation`.
+        text: blocks, shuffled by `seed` and repeated as needed; or a stream of blocks.
+        validation: other text, with the same block length, to select the best weights.
         recipe: settings of the recovery.
         seed: random seed of the order.
         folder: folder of checkpoints. Training resumes from the last one, with the same losses, or from the previous
             one if it is damaged. Checkpoints are kept until `remove_checkpoints`.
         device: device of this rank.
-        passed: number of blocks of the order to skip, if `text` is a tensor, because earlier training used them.
+        passed: number of blocks of the order to skip, if `text` is no stream, because earlier training used them.
         balance: value of `recovery.router_loss=auto`.
         tokens: number of tokens to train on; by default `recipe.tokens`.
 
@@ -114,7 +114,8 @@ def recover(
         UserError: if the loss is not finite, or a setting is not supported here.
     """
     tokens = recipe.tokens if tokens is None else tokens
-    steps = steps_for(tokens, recipe, validation_BT.shape[1])
+    sequence_length = validation.input_ids_BT.shape[1]
+    steps = steps_for(tokens, recipe, sequence_length)
     if steps == 0:
         return model.eval(), Training([], [], 0)
     check_recovery(recipe)
@@ -127,7 +128,7 @@ def recover(
     sharded = is_sharded(recipe)
     last = newest_intact(folder)
     evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
-    rate = _highest_rate(recipe, validation_BT.shape[1])
+    rate = _highest_rate(recipe, sequence_length)
     arguments = _arguments(recipe, steps, micro, accumulation, seed=seed, folder=folder, device=device, sharded=sharded)
     arguments.learning_rate = rate.value
     # A stream resumes from its state; blocks are skipped by the Trainer.
@@ -148,7 +149,7 @@ def recover(
             args=arguments,
             train_dataset=make_samples(text, steps, recipe, seed, last, passed, cached),
             callbacks=[Follow(progress, recipe, frozenset(evaluate_at))],
-            validation_BT=validation_BT,
+            validation=validation,
             cached=cached.validation if cached is not None else None,
             cut_documents=recipe.cut_documents,
             portion=portion,

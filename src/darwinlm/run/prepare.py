@@ -12,6 +12,7 @@ from darwinlm.config.recipe import Recipe
 from darwinlm.config.stage import Stage
 from darwinlm.data.corpus import SPLITS, Corpus, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.data.self_text import write_documents
+from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.database.levels import check_tensor_parallel
 from darwinlm.database.prunable import Prunable
@@ -85,6 +86,8 @@ def open_run(recipe: Recipe, dense: DenseModel, out: Path, lock: RunLock) -> tup
                 corpus = generate_text(dense, recipe) if recipe.data.source == "self" else _read_text(recipe, dense)
             save_corpus(corpus, corpus_file)
             if before and file_checksum(corpus_file) != before[corpus_file.name]:
+                save_corpus(corpus, corpus_file, former=True)  # Version 0.1 or 0.2 may have written it.
+            if before and file_checksum(corpus_file) != before[corpus_file.name]:
                 corpus_file.unlink()
                 raise UserError(
                     f"{corpus_file} was damaged, and data {recipe.data.source!r} no longer yields the same "
@@ -101,7 +104,7 @@ def prepare_database(
     if not run.done(stage):
         phases = Phases(lambda: _synchronise(dense.device))
         with run.stage(stage) as facts:
-            tokens_BT, parallel = corpus.blocks["calibration"], recipe.export.tensor_parallel
+            tokens_BT, parallel = corpus.splits["calibration"].input_ids_BT, recipe.export.tensor_parallel
             build_database(dense, tokens_BT, recipe.database, folder, phases, parallel)
             facts["seconds_by_phase"] = {name: round(seconds, 3) for name, seconds in phases.seconds.items()}
     return Prunable(dense, Database(folder, kept=frozenset(kept) | sites_needed(dense.config, dense.sites)))
@@ -112,12 +115,13 @@ def generate_text(dense: DenseModel, recipe: Recipe) -> Corpus:
     length = recipe.data.sequence_length
     # Each split ends with a whole document; the part that does not fit is discarded.
     tokens = sum(needed_blocks(recipe.data).values()) * length + len(SPLITS) * length
-    return pack(write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed), recipe.data)
+    documents = write_documents(dense, tokens=tokens, longest=length, seed=recipe.seed)
+    return pack(map(Tokens.document, documents), recipe.data)
 
 
 def _read_text(recipe: Recipe, dense: DenseModel) -> Corpus:
     corpus = read_corpus(recipe.data, dense.tokenizer, recipe.seed)
-    highest = max(int(blocks_BT.max()) for blocks_BT in corpus.blocks.values())
+    highest = max(int(tokens.input_ids_BT.max()) for tokens in corpus.splits.values())
     if highest >= dense.config.vocab_size:
         raise UserError(
             f"model {recipe.model!r}: its tokenizer produces the id {highest}, but it has only "

@@ -38,7 +38,8 @@ class TrialScorer:
 
     def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
         self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
-        self._reference = DenseReference(dense.reference.model, corpus.tokens("score", max(recipe.score_tokens)))
+        scored = corpus.splits["score"].first(max(recipe.score_tokens))
+        self._reference = DenseReference(dense.reference.model, scored.input_ids_BT)
         self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
         self._portion = Portion(recipe.batch_size, "search")
@@ -68,12 +69,12 @@ class TrialScorer:
             For each number of trial tokens: `tokens`, `rate` (relative; 0 if no rate is better than no training), and
             `tried`: rates and the KL after them, in nats, on trial text that is not trained on.
         """
-        recipe, text_BT = self._recipe, self._corpus.blocks["trial"]
+        recipe, text_BT = self._recipe, self._corpus.splits["trial"].input_ids_BT
         wanted = sorted({count for count in recipe.trial_tokens if count > 0})
         found: list[dict[str, Any]] = []
         if recipe.learning_rate == "auto" and wanted and dist.rank() == 0:
-            others = len(text_BT) - len(self._corpus.tokens("trial", wanted[-1]))
-            count = min(len(self._corpus.tokens("score", max(recipe.score_tokens))), others)
+            others = len(text_BT) - len(self._corpus.splits["trial"].first(wanted[-1]))
+            count = min(len(self._corpus.splits["score"].first(max(recipe.score_tokens))), others)
             reference = DenseReference(self._dense.reference.model, text_BT[len(text_BT) - count :])
             untrained, start = self._score_after(plan, 0, None, reference), FIRST_RATE
             for tokens in wanted:
@@ -115,7 +116,7 @@ class TrialScorer:
         tokens: int | None = None,
     ) -> Score:
         recipe, dense = self._recipe, self._dense
-        blocks_BT = self._corpus.tokens("trial", trial_tokens)
+        blocks_BT = self._corpus.splits["trial"].first(trial_tokens).input_ids_BT
         target_rows_BTD = (
             self._target_rows(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
         )
