@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from darwinlm.config.former import present_names, present_settings
 from darwinlm.config.recipe import Recipe
 from darwinlm.config.target import show
 from darwinlm.errors import UserError
@@ -37,7 +38,9 @@ def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
-    for key, value in overrides.items():
+    # First, so that an override with the new name replaces a setting with the former one, and the other way round.
+    settings = present_settings(settings)
+    for key, value in present_names(overrides).items():
         if not isinstance(key, str):
             raise UserError(f"recipe: {show(key)} is not a setting; write settings as search.offspring")
         section = settings
@@ -52,6 +55,7 @@ def _changed(settings: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
 
 def make_recipe(settings: dict[str, Any]) -> Recipe:
     """Validate `settings` (nested) and fill in the defaults. Raises UserError."""
+    settings = present_settings(settings)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:

@@ -1,0 +1,86 @@
+"""Settings of the last release that were renamed or removed since: accepted for one release, with a warning."""
+
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from darwinlm.errors import UserError
+
+
+class Change(NamedTuple):
+    """What happened to a setting."""
+
+    now: str | None
+    """Its name now; None if it was removed."""
+    since: str
+    """Version in which it changed."""
+    reason: str = ""
+    """Why it was removed, or what does its work now; ends the warning."""
+
+
+FORMER: dict[str, Change] = {}
+"""Former settings by dotted name. An entry is deleted in the release after the one that it names."""
+
+
+def present_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `overrides` (by dotted name) with present names and without removed settings. Raises UserError."""
+    _warn(key for key in overrides if key in FORMER)
+    present: dict[str, Any] = {}
+    for key, value in overrides.items():
+        now = FORMER[key].now if key in FORMER else key
+        if now != key and now in overrides:
+            raise _twice(key, now)
+        if now is not None:
+            present[now] = value
+    return present
+
+
+def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested `settings` with present names and without removed settings. Raises UserError."""
+    present = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    found = []
+    for key, change in FORMER.items():
+        section, name = _place(present, key)
+        if section is None or name not in section:
+            continue
+        found.append(key)
+        value = section.pop(name)
+        if not section and section is not present:
+            del present[key.rpartition(".")[0]]  # The section may no longer exist.
+        if change.now is None:
+            continue
+        target, new_name = _place(present, change.now, create=True)
+        if target is not None and new_name in target:
+            raise _twice(key, change.now)
+        if target is not None:
+            target[new_name] = value
+    _warn(found)
+    return present
+
+
+def _place(settings: dict[str, Any], key: str, *, create: bool = False) -> tuple[dict[str, Any] | None, str]:
+    """Return the section of the setting `key`, which is None if there is none, and its name there."""
+    parent, _, name = key.rpartition(".")
+    section = settings if not parent else settings.setdefault(parent, {}) if create else settings.get(parent)
+    return (section if isinstance(section, dict) else None), name
+
+
+def _twice(key: str, now: str | None) -> UserError:
+    return UserError(f"recipe: {key} is the former name of {now}, and both are set; remove {key}")
+
+
+def _warn(keys: Iterable[str]) -> None:
+    if found := tuple(keys):
+        _warn_once(found)
+
+
+@functools.cache
+def _warn_once(keys: tuple[str, ...]) -> None:
+    # Recipes are validated several times in a run.
+    notes = []
+    for key in keys:
+        now, since, reason = FORMER[key]
+        fate = f"renamed to {now} in {since}" if now else f"removed in {since} and is ignored"
+        notes.append(f"{key} was {fate}{reason and f': {reason}'}")
+    logging.getLogger("darwinlm").warning("recipe: %s", "; ".join(notes))
