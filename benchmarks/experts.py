@@ -212,7 +212,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
         dense = trained(arguments.family, blocks_BT, arguments.steps, seed, place / "dense")
         narrow = load_dense(str(place / "dense"), "kv_group", dense.device, expert_unit="channels")
         judge = DenseReference(dense.model, judged_BT)
-        splits = {"calibration": text_BT, "trial": blocks_BT[256:1024], "score": score_BT}
+        splits = {"calibration": text_BT, "train": blocks_BT[256:1024], "validation": score_BT}
         corpus = Corpus({split: Tokens.unmasked(ids_BT.int()) for split, ids_BT in splits.items()})
         walk = walk_blocks(dense, corpus.splits["calibration"].input_ids_BT, batch_size=16, scratch=place)
         walked = {site.name: known for site, known in walk if isinstance(known, ExpertStatistics)}
@@ -241,7 +241,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
                 parameters, before = model.num_parameters(), judge.compare(model).kl
                 with tempfile.TemporaryDirectory() as folder:
                     model, _ = recover(
-                        model, dense.model, corpus.splits["trial"], corpus.splits["score"],
+                        model, dense.model, corpus.splits["train"], corpus.splits["validation"],
                         RecoveryRecipe(tokens=arguments.recovery_tokens), seed=seed, folder=Path(folder),
                         device=dense.device,
                     )  # fmt: skip

@@ -337,7 +337,7 @@ def prepare(bench: Bench, shape: Shape, folder: Path) -> Prepared:
     plan = uniform_plan(space, budget)
     assert plan is not None
     peak = bench.bfloat16 if fast_dtype(bench.device) == torch.bfloat16 else bench.float32
-    corpus = Corpus({"calibration": trial, "trial": trial, "score": score})
+    corpus = Corpus({"calibration": trial, "train": trial, "validation": score})
     weights = weights_per_token(dense, space.parameters(plan.levels))
     return Prepared(dense, database, corpus, budget, plan, weights, peak)
 
@@ -388,7 +388,10 @@ def run_candidate(bench: Bench, shape: Shape, folder: Path) -> None:
     given = prepare(bench, shape, folder)
     settings = search_recipe(shape, score_tokens=(shape.score,), learning_rate=LEARNING_RATE)
     scorer = TrialScorer(given.dense, given.database, given.corpus, settings)
-    trial, score = (given.corpus.splits[name].first(getattr(shape, name)).input_ids_BT for name in ("trial", "score"))
+    trial, score = (
+        given.corpus.splits[split].first(tokens).input_ids_BT
+        for split, tokens in (("train", shape.trial), ("validation", shape.score))
+    )
     seconds = bench.seconds(lambda: scorer.score(given.plan, 0, given.plan), 2)
     operations = given.weights * (6 * shape.trial + 2 * shape.score)
     work = f"ours, {shape.trial} + {shape.score} tokens"

@@ -209,7 +209,7 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
     search = search.model_copy(
         update={"trial_tokens": (trial_tokens,), "score_tokens": (score_tokens,), "survivors": (1,)}
     )
-    splits = {"trial": blocks(2 * trial_tokens), "score": blocks(score_tokens)}
+    splits = {"train": blocks(2 * trial_tokens), "validation": blocks(score_tokens)}
     corpus = Corpus({split: Tokens.unmasked(ids_BT) for split, ids_BT in splits.items()})
     with FakeTensorMode(allow_non_fake_inputs=True), live, _as_on_a_gpu(live, memory - _LIBRARIES):
 
@@ -218,7 +218,7 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
             live.restart()
             return found
 
-        DenseReference(dense.model, corpus.splits["score"].input_ids_BT)
+        DenseReference(dense.model, corpus.splits["validation"].input_ids_BT)
         yield peak("scores of the dense model")
         if search.descent_rounds:
             # Blocks follow one another, and two of them show whether anything stays.

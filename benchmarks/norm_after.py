@@ -95,7 +95,7 @@ def compare(family: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         dense = trained(family, blocks_BT, arguments.steps, seed, Path(scratch) / "dense")
         judge = DenseReference(dense.model, judged_BT)
-        splits = {"calibration": blocks_BT[:256], "trial": blocks_BT[256:320], "score": score_BT}
+        splits = {"calibration": blocks_BT[:256], "train": blocks_BT[256:320], "validation": score_BT}
         corpus = Corpus({split: Tokens.unmasked(ids_BT.int()) for split, ids_BT in splits.items()})
         for kind in ("corrected", "plain"):
             with error_of(kind):

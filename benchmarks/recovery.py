@@ -1,6 +1,6 @@
 """What recovery makes of a plan, by objective and by what is trained, at equal wall clock.
 
-    darwinlm prune smollm2 --target 0.6 --data FOLDER --out RUN --set data.trial_tokens=1M --set recovery.tokens=0
+    darwinlm prune smollm2 --target 0.6 --data FOLDER --out RUN --set data.train_tokens=1M --set recovery.tokens=0
     python benchmarks/recovery.py RUN --evaluation FILE --seconds 900
 
 All methods start from the plan that RUN has found. Each is timed on a few steps first, all in turns; then it trains for
@@ -59,11 +59,11 @@ def main() -> None:
     space = database.space(dense.sites)
     plan = Plan.from_dict(read_json(arguments.run / "search" / "best_plan.json"), space)
     cuts = database.cuts(dense.sites, plan.levels, dense.device)
-    few = {"calibration_tokens": 1, "trial_tokens": 1, "score_tokens": 1, "held_out_tokens": arguments.tokens}
+    few = {"calibration_tokens": 1, "train_tokens": 1, "validation_tokens": 1, "test_tokens": arguments.tokens}
     text = read_corpus(recipe.data.model_copy(update={"source": arguments.evaluation, **few}), dense.tokenizer, 0)
     judges = {
-        "evaluation text": DenseReference(dense.model, text.splits["held_out"].input_ids_BT),
-        "held-out": DenseReference(dense.model, corpus.splits["held_out"].input_ids_BT),
+        "evaluation text": DenseReference(dense.model, text.splits["test"].input_ids_BT),
+        "test split": DenseReference(dense.model, corpus.splits["test"].input_ids_BT),
     }
     teacher = dense.load(dense.device, fast_dtype(dense.device))
     length = recipe.data.sequence_length
@@ -77,14 +77,14 @@ def main() -> None:
     def started(method: RecoveryRecipe) -> PrunedModel:
         model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
         if method.refit_tokens:
-            refit(model, dense.model, corpus.splits["trial"].first(method.refit_tokens).input_ids_BT)
+            refit(model, dense.model, corpus.splits["train"].first(method.refit_tokens).input_ids_BT)
         return model
 
     def train(method: RecoveryRecipe, steps: int, model: PrunedModel, evaluations: int):  # type: ignore[no-untyped-def]
         method = method.model_copy(update={"tokens": steps * method.batch_size * length, "evaluations": evaluations})
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            text, validation = corpus.splits["trial"], corpus.splits["score"]
+            text, validation = corpus.splits["train"], corpus.splits["validation"]
             model, done = recover(
                 model, teacher, text, validation, method, seed=0, folder=Path(folder), device=dense.device
             )

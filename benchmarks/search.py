@@ -417,7 +417,7 @@ def _row(
         return before.kl, before.perplexity
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
-        text, validation = corpus.splits["trial"], corpus.splits["score"]
+        text, validation = corpus.splits["train"], corpus.splits["validation"]
         teacher, place = dense.load(dense.device, fast_dtype(dense.device)), Path(folder)
         model, _ = recover(model, teacher, text, validation, recipe, seed=seed, folder=place, device=dense.device)
     after = judge.compare(model)
@@ -430,7 +430,7 @@ def time_trials(arguments: argparse.Namespace) -> None:
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device(arguments.device))
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, dense.config.vocab_size, (4, 512), generator=generator)
-    splits = {"calibration": blocks, "trial": blocks[:1], "score": blocks[1:2]}
+    splits = {"calibration": blocks, "train": blocks[:1], "validation": blocks[1:2]}
     corpus = Corpus({split: Tokens.unmasked(ids) for split, ids in splits.items()})
     settings = recipe.search.model_copy(
         update={"trial_tokens": (512,), "score_tokens": (512,), "survivors": (1,), "learning_rate": 1e-4}

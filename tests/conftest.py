@@ -103,9 +103,9 @@ _OWN = {
 SETTINGS: dict[str, Any] = {
     "data.sequence_length": 16,
     "data.calibration_tokens": 256,
-    "data.trial_tokens": 128,
-    "data.score_tokens": 64,
-    "data.held_out_tokens": 64,
+    "data.train_tokens": 128,
+    "data.validation_tokens": 64,
+    "data.test_tokens": 64,
     "database.levels": 4,
     "search.generations": 2,
     "search.offspring": 3,

@@ -40,9 +40,9 @@ from darwinlm.runtime.files import naming_disk_faults, new_folder
 SMALL = [
     "data.sequence_length=16",
     "data.calibration_tokens=64",
-    "data.trial_tokens=32",
-    "data.score_tokens=32",
-    "data.held_out_tokens=32",
+    "data.train_tokens=32",
+    "data.validation_tokens=32",
+    "data.test_tokens=32",
     "database.levels=3",
     "search.generations=1",
     "search.offspring=2",
@@ -131,7 +131,7 @@ def test_a_model_that_is_nowhere(model, refused):
 def test_blocks_longer_than_the_context(refused):
     refused(
         r"data\.sequence_length=256 exceeds the model's maximum of 128 positions",
-        settings=["data.sequence_length=256", "data.score_tokens=256", "data.trial_tokens=512"],
+        settings=["data.sequence_length=256", "data.validation_tokens=256", "data.train_tokens=512"],
     )
 
 
@@ -455,7 +455,7 @@ def test_the_smallest_target_that_is_named_is_accepted(smallest, dense):
 # ---- the data
 
 SPLITS = (
-    r"the splits need 160 \(held_out 32, score 32, calibration 64, trial 32\) and share no document; provide more text"
+    r"the splits need 160 \(test 32, validation 32, calibration 64, train 32\) and share no document; provide more text"
 )
 DATA = {
     "empty.txt": (b"", f"has 0 tokens, but {SPLITS}"),
@@ -575,8 +575,8 @@ def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
         ),
         ("search.trial_tokens=[a, 2]", "search.trial_tokens.0 = 'a': input should be a valid integer"),
         ("search.trial_tokens=[-1, 16]", "search.trial_tokens must be at least 0 and search.score_tokens at least 1"),
-        ("search.trial_tokens=[16, 64]", r"\[16, 64\] exceeds data.trial_tokens=32; raise the latter"),
-        ("search.score_tokens=[16, 64]", r"\[16, 64\] exceeds data.score_tokens=32; raise the latter"),
+        ("search.trial_tokens=[16, 64]", r"\[16, 64\] exceeds data.train_tokens=32; raise the latter"),
+        ("search.score_tokens=[16, 64]", r"\[16, 64\] exceeds data.validation_tokens=32; raise the latter"),
         ("device=abacus", "device 'abacus' is not available: "),
         ("device=meta:x", "device 'meta:x' is not available: "),
     ],
@@ -590,7 +590,7 @@ def test_a_setting_that_is_wrong(setting, message, refused):
     [
         (["lora_rank=2", "sharding=fsdp"], None, r"recovery\.lora_rank cannot be combined with recovery\.sharding"),
         (["teacher_dtype=int8", "sharding=fsdp"], None, r"=int8 cannot be combined with recovery\.sharding=fsdp"),
-        (["teacher_top_k=8", "text=stream"], None, r"recovery\.teacher_top_k needs recovery\.text=trial: streamed"),
+        (["teacher_top_k=8", "text=stream"], None, r"recovery\.teacher_top_k needs recovery\.text=train: streamed"),
         (["lora_rank=2"], "peft", r"^recovery\.lora_rank needs PEFT; pip install 'darwinlm\[lora\]'$"),
         (["loggers=[wandb]"], "wandb", r"^recovery\.loggers: wandb is not installed; pip install wandb$"),
         (["batch_size=3", "micro_batch_size=2"], None, r"recovery\.batch_size=3 is not a multiple of 1 processes"),

@@ -50,7 +50,7 @@ def test_sizes_are_those_of_the_model_and_the_config_is_enough(checkpoint, tmp_p
         ({"recovery__tokens": 10**9}, "recovery"),
         ({"search__generations": 400}, "search"),
         ({"data__calibration_tokens": 10**8}, "database"),
-        ({"data__held_out_tokens": 10**8}, "evaluation"),
+        ({"data__test_tokens": 10**8}, "evaluation"),
     ],
 )
 def test_more_of_something_costs_more_where_it_is_used_and_in_proportion(settings, stage, checkpoint):

@@ -86,9 +86,9 @@ def test_no_token_of_the_text_is_in_two_splits_or_twice_in_one(mixed):
 
 
 def test_every_split_has_the_blocks_it_needs_and_none_is_padded(mixed):
-    asked = recipe(mixed, tokens=64, held_out_tokens=1, score_tokens=17, trial_tokens=1_000)
+    asked = recipe(mixed, tokens=64, test_tokens=1, validation_tokens=17, train_tokens=1_000)
     corpus = read_corpus(asked, Words(), seed=0)
-    assert needed_blocks(asked) == {"held_out": 1, "score": 2, "calibration": 4, "trial": 63}
+    assert needed_blocks(asked) == {"test": 1, "validation": 2, "calibration": 4, "train": 63}
     for split, count in needed_blocks(asked).items():
         assert corpus.splits[split].input_ids_BT.shape == (count, 16)
         assert corpus.splits[split].input_ids_BT.dtype == torch.int32
@@ -108,13 +108,13 @@ def test_documents_end_with_the_end_token_and_only_they_do(mixed):
 
 
 def test_no_document_reaches_into_two_splits():
-    asked = recipe("any", tokens=1, held_out_tokens=32)
+    asked = recipe("any", tokens=1, test_tokens=32)
     documents = [range(10), range(10, 40), range(40, 60), range(60, 80), range(80, 90), range(90, 96), range(96, 99)]
     splits = pack(map(Tokens.document, documents), asked).splits
-    assert splits["held_out"].input_ids_BT.flatten().tolist() == list(range(32))
-    assert splits["score"].input_ids_BT.flatten().tolist() == list(range(40, 56))
+    assert splits["test"].input_ids_BT.flatten().tolist() == list(range(32))
+    assert splits["validation"].input_ids_BT.flatten().tolist() == list(range(40, 56))
     assert splits["calibration"].input_ids_BT.flatten().tolist() == list(range(60, 76))
-    assert splits["trial"].input_ids_BT.flatten().tolist() == list(range(80, 96))
+    assert splits["train"].input_ids_BT.flatten().tolist() == list(range(80, 96))
     with pytest.raises(UserError, match="has 90 tokens, but the splits need 80"):
         pack(map(Tokens.document, documents[:5]), asked)
 
@@ -123,7 +123,7 @@ def test_positions_begin_anew_with_every_piece_and_block():
     # Three pieces, of which the second is not to be learnt, and one that is cut short.
     pieces = [Tokens.document([5, 6, 7]), Tokens.document([8, 9, 0, 3], [False] * 4)]
     pieces += map(Tokens.document, ([2], range(30), *[[1] * 16] * 3))
-    text = pack(pieces, recipe("any", tokens=1, held_out_tokens=32)).splits["held_out"]
+    text = pack(pieces, recipe("any", tokens=1, test_tokens=32)).splits["test"]
     assert text.input_ids_BT.flatten().tolist() == [5, 6, 7, 8, 9, 0, 3, 2, *range(24)]
     assert text.labels.flatten().tolist() == [5, 6, 7, *[-100] * 4, 2, *range(24)]
     assert text.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(8)], list(range(16))]
@@ -157,7 +157,7 @@ def test_long_documents_are_used_in_proportion(mixed):
 
 def test_a_repeated_document_counts_once(tmp_path):
     source = write_lines(tmp_path / "repeated.jsonl", [words(0, 9), f"  {words(0, 9)}\n", words(0, 9), words(9, 18)])
-    with pytest.raises(UserError, match=r"has 20 tokens, but the splits need 256 \(held_out 64, score 64, cali"):
+    with pytest.raises(UserError, match=r"has 20 tokens, but the splits need 256 \(test 64, validation 64, cali"):
         read_corpus(recipe(source), Words(), seed=0)
 
 
@@ -290,9 +290,9 @@ def packed_into_one_number(input_ids, loss_mask, document_starts):
 def former_file(corpus, file):
     """Write the corpus file of version 0.2."""
     tensors = {}
-    for split, text in corpus.splits.items():
-        rows = zip(*text.to_json().values(), strict=True)
-        tensors[split] = torch.tensor([packed_into_one_number(*row) for row in rows], dtype=torch.int32)
+    for split, name in (("test", "held_out"), ("validation", "score"), ("calibration",) * 2, ("train", "trial")):
+        rows = zip(*corpus.splits[split].to_json().values(), strict=True)
+        tensors[name] = torch.tensor([packed_into_one_number(*row) for row in rows], dtype=torch.int32)
     if corpus.reserved:
         tensors["judged"] = torch.tensor(list(b"".join(sorted(corpus.reserved))), dtype=torch.uint8)
     save_file(tensors, file)
@@ -343,11 +343,11 @@ def test_the_corpus_file_has_a_tensor_for_every_split_and_column(chat_corpus, tm
 
 
 def test_a_corpus_of_an_unknown_format_or_without_a_column_is_refused(tmp_path):
-    save_file({"trial.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "3"})
+    save_file({"train.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "3"})
     with pytest.raises(UserError, match=r"corpus.safetensors is of format 3, but this version reads formats up to 2"):
         load_corpus(tmp_path / "corpus.safetensors")
-    save_file({"trial.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "2"})
-    with pytest.raises(UserError, match=r"corpus.safetensors is damaged \('trial.loss_mask' is missing\)"):
+    save_file({"train.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "2"})
+    with pytest.raises(UserError, match=r"corpus.safetensors is damaged \('train.loss_mask' is missing\)"):
         load_corpus(tmp_path / "corpus.safetensors")
 
 
@@ -363,9 +363,9 @@ def test_a_stream_goes_on_from_a_state_of_version_0_2(tmp_path):
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 2)), (5, (1, 5)), (16, (1, 16)), (17, (2, 16)), (64, (4, 16))])
 def test_fewer_tokens_are_the_beginning_of_more(mixed, count, shape):
     corpus = read_corpus(recipe(mixed), Words(), seed=0)
-    tokens = corpus.splits["trial"].first(count).input_ids_BT
+    tokens = corpus.splits["train"].first(count).input_ids_BT
     assert tokens.shape == shape
-    assert torch.equal(tokens, corpus.splits["trial"].input_ids_BT[: shape[0], : shape[1]])
+    assert torch.equal(tokens, corpus.splits["train"].input_ids_BT[: shape[0], : shape[1]])
 
 
 class Stream:
@@ -415,7 +415,7 @@ def test_of_a_hub_stream_only_what_the_splits_need_is_read(characters, hub):
     corpus = read_corpus(recipe("owner/name:en"), Words(), seed=5)
     assert stream.asked == ("owner/name", "en", "train", True)
     assert stream.shuffled == 5
-    assert corpus.splits["trial"].input_ids_BT.shape == (4, 16)
+    assert corpus.splits["train"].input_ids_BT.shape == (4, 16)
     needed = 4 * 64
     assert stream.taken * characters <= 12 * (needed + 4 * 16) + 2 * characters
 
@@ -569,8 +569,8 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
     with (tmp_path / "text.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     asked = DataRecipe(
-        source=str(tmp_path), sequence_length=32, calibration_tokens=320, trial_tokens=320, score_tokens=640,
-        held_out_tokens=640,
+        source=str(tmp_path), sequence_length=32, calibration_tokens=320, train_tokens=320, validation_tokens=640,
+        test_tokens=640,
     )  # fmt: skip
     save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
     corpus = load_corpus(tmp_path / "corpus.safetensors")
@@ -585,7 +585,7 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
 
     text = tokenizer.decode([token for block in whole for token in block["input_ids"]])
     judging = "</s>".join(
-        tokenizer.decode(corpus.splits[name].input_ids_BT.flatten().tolist()) for name in ("held_out", "score")
+        tokenizer.decode(corpus.splits[name].input_ids_BT.flatten().tolist()) for name in ("test", "validation")
     )
     seen = {piece.strip() for piece in text.split("</s>")}
     judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.reserved}
@@ -653,11 +653,11 @@ def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, 
     )
     asked = DataRecipe(
         source="owner/name" if kind == "hub" else str(source), text_field="text" if kind != "field" else field,
-        sequence_length=32, calibration_tokens=320, trial_tokens=640, score_tokens=320, held_out_tokens=320,
+        sequence_length=32, calibration_tokens=320, train_tokens=640, validation_tokens=320, test_tokens=320,
     )  # fmt: skip
     save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
     corpus = load_corpus(tmp_path / "corpus.safetensors")
-    ids, labels = corpus.splits["trial"].input_ids_BT.flatten(), corpus.splits["trial"].labels.flatten()
+    ids, labels = corpus.splits["train"].input_ids_BT.flatten(), corpus.splits["train"].labels.flatten()
     assert torch.equal(ids[labels != -100], labels[labels != -100])
     text = tokenizer.decode(ids.tolist())
     assert "<|user|>question" in text

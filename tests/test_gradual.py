@@ -125,7 +125,7 @@ def test_a_part_that_goes_leaves_no_size_behind(twice):
 def test_scores_are_against_the_model_that_the_run_began_with(twice, pruned):
     _, again, database = twice("llama", "kv_group")
     dense, _ = pruned("llama", "kv_group")
-    corpus = Corpus(dict.fromkeys(("score", "trial"), Tokens.unmasked(TOKENS.int())))
+    corpus = Corpus(dict.fromkeys(("validation", "train"), Tokens.unmasked(TOKENS.int())))
     recipe = SearchRecipe(trial_tokens=(0,), score_tokens=(TOKENS.numel(),), survivors=(1,), learning_rate=1e-9)
     whole = Plan(levels=(0,) * len(again.sites))
     with torch.no_grad():
@@ -324,10 +324,10 @@ def test_a_gradual_run_meets_its_target_and_what_was_removed_stays_removed(gradu
 
 def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engines(gradual, checkpoint, tmp_path):
     run, _, _ = gradual
-    held_out = load_corpus(run.path / "corpus.safetensors").splits["held_out"].input_ids_BT.long()
+    test = load_corpus(run.path / "corpus.safetensors").splits["test"].input_ids_BT.long()
     with torch.no_grad():
         models = native_model(checkpoint("llama")), run.load()
-        log_p, log_q = (model(held_out).logits.log_softmax(-1) for model in models)
+        log_p, log_q = (model(test).logits.log_softmax(-1) for model in models)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
     assert run.metrics["rows"][-1]["kl"] == pytest.approx(kl, rel=1e-3)
     stages = run.metrics["stages"]

@@ -23,7 +23,7 @@ from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import TrialScorer
 
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-CORPUS = Corpus(dict.fromkeys(("trial", "score"), Tokens.unmasked(BLOCKS)))
+CORPUS = Corpus(dict.fromkeys(("train", "validation"), Tokens.unmasked(BLOCKS)))
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_the_batch_size_changes_rounding_alone(batch_size, calibration, checkpoi
 
 def test_documents_of_one_token_fill_the_splits():
     recipe = DataRecipe(
-        source="x", sequence_length=8, calibration_tokens=16, trial_tokens=8, score_tokens=8, held_out_tokens=8
+        source="x", sequence_length=8, calibration_tokens=16, train_tokens=8, validation_tokens=8, test_tokens=8
     )
     corpus = pack((Tokens.document([number % 50]) for number in range(40)), recipe)
     assert torch.cat([corpus.splits[split].input_ids_BT for split in SPLITS]).flatten().tolist() == list(range(40))
@@ -215,7 +215,7 @@ def test_a_model_of_one_layer_and_documents_of_one_character_go_the_whole_way(tm
 def scorer(pruned, calibration):
     dense, database = pruned("qwen3", "kv_group")
     recipe = SearchRecipe(survivors=(1,), trial_tokens=(64,), score_tokens=(64,), learning_rate=1.0)
-    corpus = Corpus(dict.fromkeys(("trial", "score"), Tokens.unmasked(calibration)))
+    corpus = Corpus(dict.fromkeys(("train", "validation"), Tokens.unmasked(calibration)))
     return dense, database, TrialScorer(dense, database, corpus, recipe)
 
 

@@ -19,7 +19,7 @@ from darwinlm.search.trials import TrialScorer
 
 CPU = torch.device("cpu")
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-CORPUS = Corpus(dict.fromkeys(("trial", "score"), Tokens.unmasked(BLOCKS)))
+CORPUS = Corpus(dict.fromkeys(("train", "validation"), Tokens.unmasked(BLOCKS)))
 
 
 def candidate(folder, family, layers, rate):

@@ -320,9 +320,9 @@ def test_text_that_the_model_writes_is_as_long_as_the_splits_need(checkpoint):
     corpus = prepare.generate_text(dense, recipe)
     assert {name: text.input_ids_BT.numel() for name, text in corpus.splits.items()} == {
         "calibration": 256,
-        "trial": 128,
-        "score": 64,
-        "held_out": 64,
+        "train": 128,
+        "validation": 64,
+        "test": 64,
     }
     again = prepare.generate_text(dense, recipe)
     for name, text in corpus.splits.items():

@@ -198,6 +198,16 @@ def test_an_override_given_by_both_names_is_refused(former_settings):
         load_recipe("quick", {**GIVEN, "search.children": 4, "search.offspring": 4})
 
 
+def test_a_former_value_is_read_like_the_present_one(caplog):
+    former._warn_once.cache_clear()
+    for recipe in (
+        make_recipe({**GIVEN, "recovery": {"text": "trial"}}),
+        load_recipe("quick", {**GIVEN, "recovery.text": "trial"}),
+    ):
+        assert recipe.recovery.text == "train"
+    assert caplog.messages == ["recipe: recovery.text=trial was renamed to recovery.text=train in 0.3.0"]
+
+
 def test_every_former_setting_has_a_present_name_or_a_reason():
     for key, change in former.FORMER.items():
         assert key not in known_keys()

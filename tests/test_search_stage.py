@@ -42,7 +42,7 @@ def text(seed):
     return torch.randint(0, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": Tokens.unmasked(text(1)), "score": Tokens.unmasked(text(2))})
+CORPUS = Corpus({"train": Tokens.unmasked(text(1)), "validation": Tokens.unmasked(text(2))})
 
 
 @pytest.fixture(params=["mistral", "qwen2"])
@@ -61,7 +61,7 @@ def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monk
         whole = build_model(
             dense.config, dense.sites, dense.weights, database.cuts(dense.sites, one.levels, dense.device)
         )
-        expected = DenseReference(dense.model, CORPUS.splits["score"].first(48).input_ids_BT).compare(whole).kl
+        expected = DenseReference(dense.model, CORPUS.splits["validation"].first(48).input_ids_BT).compare(whole).kl
         assert scorer.score(one, 0, parent).kl == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_a_search_of_a_former_version_with_diverged_trials_is_resumed(scored):
 def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
     dense, database, space, budget = scored
     plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
-    comparison = stage._PlanComparison(dense, database, CORPUS.splits["score"].input_ids_BT)
+    comparison = stage._PlanComparison(dense, database, CORPUS.splits["validation"].input_ids_BT)
     expected = comparison.ranked([plans[0], plans[2]])[1]
     found = comparison._kls
 
@@ -133,8 +133,8 @@ def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
 def test_trials_learn_from_the_dense_model_if_asked(scored):
     dense, database, space, budget = scored
     plan, recipe = error_plan(space, budget), RECIPE.model_copy(update={"learning_rate": 1e-3})
-    score = CORPUS.splits["score"]
-    corpus = Corpus({"trial": score, "score": score})  # on the text that it has learnt, which loss it was is seen
+    score = CORPUS.splits["validation"]
+    corpus = Corpus({"train": score, "validation": score})  # on the text that it has learnt, which loss it was is seen
     whole = score.input_ids_BT.numel()
     untrained = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_tokens": (0,) * 2}))
     kls = {"none": untrained.score(plan, 0, plan).kl}
@@ -171,13 +171,15 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
     dense, database, space, budget = scored
     plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
     hopeless = Plan(levels=tuple(len(site.units) - 1 for site in space.sites))
-    reference = DenseReference(dense.model, CORPUS.splits["score"].input_ids_BT)
+    reference = DenseReference(dense.model, CORPUS.splits["validation"].input_ids_BT)
 
     def whole(plan):
         cuts = database.cuts(dense.sites, plan.levels, dense.device)
         return reference.compare(build_model(dense.config, dense.sites, dense.weights, cuts)).kl
 
-    best, found = stage._PlanComparison(dense, database, CORPUS.splits["score"].input_ids_BT).best([hopeless, *plans])
+    best, found = stage._PlanComparison(dense, database, CORPUS.splits["validation"].input_ids_BT).best(
+        [hopeless, *plans]
+    )
     kls = [whole(plan) for plan in [hopeless, *plans]]
     assert kls[best] <= 1.02 * min(kls)
     assert found[best] == pytest.approx(kls[best], rel=0.02)
@@ -203,7 +205,7 @@ def test_a_plan_that_was_given_up_on_easy_text_does_not_look_better_than_the_win
 def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_path):
     dense, database, space, budget = scored
     plans = even_plans(space, parameter_budget(0.7, space))
-    reference = DenseReference(dense.model, CORPUS.splits["score"].input_ids_BT)
+    reference = DenseReference(dense.model, CORPUS.splits["validation"].input_ids_BT)
     kls = {}
     for plan in plans:
         cuts = database.cuts(dense.sites, plan.levels, dense.device)

@@ -43,7 +43,7 @@ def blocks_of(seed, blocks=8):
     return torch.randint(0, VOCABULARY, (blocks, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": Tokens.unmasked(blocks_of(1)), "score": Tokens.unmasked(blocks_of(2))})
+CORPUS = Corpus({"train": Tokens.unmasked(blocks_of(1)), "validation": Tokens.unmasked(blocks_of(2))})
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def text(seed, blocks=8):
     return torch.randint(0, VOCABULARY, (blocks, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-CORPUS = Corpus({"trial": Tokens.unmasked(text(1)), "score": Tokens.unmasked(text(2))})
+CORPUS = Corpus({"train": Tokens.unmasked(text(1)), "validation": Tokens.unmasked(text(2))})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sign"])
@@ -169,7 +169,7 @@ def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_sc
     found = scorer.find_rates(error_plan(space, budget))
     assert [one["tokens"] for one in found] == [24, 48]
     (blocks_BT,) = judged
-    assert torch.equal(blocks_BT, CORPUS.splits["trial"].input_ids_BT[-4:])
+    assert torch.equal(blocks_BT, CORPUS.splits["train"].input_ids_BT[-4:])
 
 
 def test_a_step_whose_trial_does_not_help_trains_nothing(scored, monkeypatch):
@@ -259,8 +259,10 @@ def test_the_gain_of_a_generation_and_its_error_are_those_of_paired_blocks(score
 
 
 def test_the_rate_needs_trial_text_of_its_own():
-    settings = {"model": "m", "target": 0.5, "data.trial_tokens": 1024}
-    message = r"search.learning_rate=auto needs trial text beyond search.trial_tokens=\[512, 1024\]; raise data.trial_"
+    settings = {"model": "m", "target": 0.5, "data.train_tokens": 1024}
+    message = (
+        r"search.learning_rate=auto needs training text beyond search.trial_tokens=\[512, 1024\]; raise data.train_"
+    )
     with pytest.raises(UserError, match=message):
         load_recipe("quick", settings)
     assert load_recipe("quick", {**settings, "search.learning_rate": 1e-5}).search.learning_rate == 1e-5

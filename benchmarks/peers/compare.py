@@ -4,9 +4,9 @@
     python benchmarks/peers/compare.py --table ROWS.jsonl
 
 The model is SmolLM2-135M (`smollm2`, the `demo` extra); `pip install torch-pruning` for the method of that name. Each
-peer proposes one model or a few of the size asked for, and the one of least KL to the dense model on the score text is
-taken, without training. All are judged before and after the same training (no refit), on text that no method reads: a
-file, and a split of the same text that calibrates.
+peer proposes one model or a few of the size asked for, and the one of least KL to the dense model on the validation
+split is taken, without training. All are judged before and after the same training (no refit), on text that no method
+reads: a file, and a split of the same text that calibrates.
 
 A row is written when it is done, and those that are there already are skipped, so the command can be stopped and given
 again; databases and searches of ours lie in a folder beside the rows and go on where they were. Peers have no
@@ -60,7 +60,7 @@ PEERS: dict[str, Callable[[Calibrated, int], Candidates]] = {
 }
 DENSE, OURS = "dense", "ours (quick)"
 _SHAPE_TOKENS = 1_024
-"""Of the score text, on which a peer's shape is chosen."""
+"""Of the validation split, on which a peer's shape is chosen."""
 
 
 class Rows:
@@ -87,7 +87,7 @@ def best(candidates: Candidates, score: DenseReference) -> tuple[str, PrunedMode
     kl, name, model = min(
         ((score.compare(model).kl, name, model) for name, model in candidates), key=lambda one: one[0]
     )
-    print(f"  KL {kl:.3f} on score text: {name}", flush=True)
+    print(f"  KL {kl:.3f} on the validation split: {name}", flush=True)
     return name, model
 
 
@@ -110,7 +110,7 @@ def trainable(model: PrunedModel) -> PrunedModel:
 def recovered(model: PrunedModel, teacher: PrunedModel, corpus: Corpus, tokens: int, seed: int) -> PrunedModel:
     """`model` after the recovery that all methods get."""
     recipe = RecoveryRecipe(tokens=tokens, evaluations=0, learning_rate=2e-4, distillation=0.5)
-    text, validation = corpus.splits["trial"], corpus.splits["score"]
+    text, validation = corpus.splits["train"], corpus.splits["validation"]
     with tempfile.TemporaryDirectory() as folder:
         model, _ = recover(
             trainable(model), teacher, text, validation, recipe, seed=seed, folder=Path(folder), device=model.device
@@ -138,8 +138,8 @@ def compare(arguments: argparse.Namespace) -> None:
         recipe = load_recipe("quick", {"model": "smollm2", "target": 0.6, "data.source": arguments.data, "seed": seed})
         corpus = read_corpus(recipe.data, dense.tokenizer, seed)
         calibrated = Calibrated(dense, corpus.splits["calibration"].input_ids_BT)
-        score = DenseReference(dense.model, corpus.splits["score"].first(_SHAPE_TOKENS).input_ids_BT)
-        held_out = DenseReference(dense.model, corpus.splits["held_out"].first(arguments.tokens).input_ids_BT)
+        validation = DenseReference(dense.model, corpus.splits["validation"].first(_SHAPE_TOKENS).input_ids_BT)
+        test = DenseReference(dense.model, corpus.splits["test"].first(arguments.tokens).input_ids_BT)
         if judge is None:
             blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
             judge = DenseReference(dense.model, blocks)
@@ -156,7 +156,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 if method == OURS:
                     shape, model = ours(dense, corpus, recipe, target, arguments.out.with_suffix("") / f"seed-{seed}")
                 else:
-                    shape, model = best(PEERS[method](calibrated, int(dense.parameters * target)), score)
+                    shape, model = best(PEERS[method](calibrated, int(dense.parameters * target)), validation)
                 seconds = time.perf_counter() - start
                 trained = recovered(model, teacher, corpus, arguments.recovery_tokens, seed)
                 before, after = judge.compare(model), judge.compare(trained)
@@ -166,7 +166,7 @@ def compare(arguments: argparse.Namespace) -> None:
                     | {"share": parameters_of(model) / dense.parameters}
                     | {"kl": before.kl, "perplexity": before.perplexity}
                     | {"recovered_kl": after.kl, "recovered_perplexity": after.perplexity}
-                    | {"held_out_kl": held_out.compare(model).kl, "held_out_recovered_kl": held_out.compare(trained).kl}
+                    | {"held_out_kl": test.compare(model).kl, "held_out_recovered_kl": test.compare(trained).kl}
                     | {"seconds": round(seconds), **facts}
                 )
 
@@ -183,7 +183,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += ["", f"At {target} of all parameters, {recovery:,} tokens of recovery:", ""]
         lines.append(
             "| method | share of parameters | KL | perplexity | recovered: KL | perplexity "
-            "| held-out split: KL | recovered: KL | seeds |"
+            "| test split: KL | recovered: KL | seeds |"
         )
         lines.append("|---|---|---|---|---|---|---|---|---|")
         for name, group in sorted(groups.items(), key=lambda one: statistics.mean(r["recovered_kl"] for r in one[1])):

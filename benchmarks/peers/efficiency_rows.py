@@ -43,7 +43,7 @@ from darwinlm.runtime.files import find_fault, new_folder, read_json, write_chec
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 _SHAPE_TOKENS = 1_024
-"""Of the score text, on which a peer's shape is chosen."""
+"""Of the validation split, on which a peer's shape is chosen."""
 _TEXT_TOKENS = 1_048_576
 """Of training text: longer trainings would read some of it twice."""
 NAMES = {
@@ -108,7 +108,7 @@ class Setting:
         self.model, self.seed, self.options = model, seed, options
         self.dense = load_dense(resolve(model), "kv_group", torch.device("cpu"))
         self.folder = options.work / f"{Path(model).name}-s{seed}"
-        changes = {"data.trial_tokens": _TEXT_TOKENS, **(options.changes or {})}
+        changes = {"data.train_tokens": _TEXT_TOKENS, **(options.changes or {})}
         known = {"model": model, "target": 0.5, "data.source": options.data, "seed": seed}
         self.recipe: Recipe = load_recipe("quick", known | changes)
 
@@ -128,19 +128,19 @@ class Setting:
     @cached_property
     def score(self) -> DenseReference:
         """Chooses shapes."""
-        return DenseReference(self.dense.model, self.corpus.splits["score"].first(_SHAPE_TOKENS).input_ids_BT)
+        return DenseReference(self.dense.model, self.corpus.splits["validation"].first(_SHAPE_TOKENS).input_ids_BT)
 
     @cached_property
     def states(self) -> DenseStates:
         """Of the training text."""
-        return DenseStates(self.dense, self.corpus.splits["trial"].input_ids_BT, self.folder / "dense-states")
+        return DenseStates(self.dense, self.corpus.splits["train"].input_ids_BT, self.folder / "dense-states")
 
     @cached_property
     def judges(self) -> dict[str, DenseReference]:
         """The file, and the split that nothing else reads."""
         length = self.recipe.data.sequence_length
         file = judge_blocks(self.dense, self.options.evaluation, self.options.judge_tokens, length)
-        held_out = self.corpus.splits["held_out"].first(self.options.judge_tokens).input_ids_BT
+        held_out = self.corpus.splits["test"].first(self.options.judge_tokens).input_ids_BT
         texts = {"wikitext": file, "held_out": held_out}
         return {name: DenseReference(self.dense.model, blocks_BT) for name, blocks_BT in texts.items()}
 
@@ -178,7 +178,7 @@ Maker = Callable[[Setting, int, float], Start]
 
 
 def _peer(propose: Callable[[Calibrated, int], Any], *, choice: bool = True) -> Maker:
-    """A method that proposes models of a size from calibration text, of which the best on score text is taken."""
+    """A method that proposes models of a size from calibration text; the best on the validation split is taken."""
 
     def make(setting: Setting, parameters: int, target: float) -> Start:
         candidates = propose(setting.calibrated, parameters)
@@ -199,9 +199,9 @@ def _ours(setting: Setting, parameters: int, target: float) -> Start:
     splits = setting.corpus.splits
     text = {
         "calibration": splits["calibration"].input_ids_BT.numel(),
-        "selection": splits["score"].input_ids_BT.numel(),
+        "selection": splits["validation"].input_ids_BT.numel(),
         # Both read the training text from its beginning.
-        "search": max(sensitivities, *search.trial_tokens) if data.trial_tokens else 0,
+        "search": max(sensitivities, *search.trial_tokens) if data.train_tokens else 0,
     }
     return Start(shape, model, text)
 

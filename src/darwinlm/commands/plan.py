@@ -102,7 +102,7 @@ def predict(
     stored, host = sum(stage.disk for stage in stages), max(stage.host_memory for stage in stages)
     # Weights and the two moments of AdamW; two checkpoints are kept.
     checkpoint = 2 * 12 * (fixed + left * in_sites) if recipe.recovery.tokens else 0
-    read = recipe.data.trial_tokens + recipe.data.score_tokens
+    read = recipe.data.train_tokens + recipe.data.validation_tokens
     predictions = 8 * recipe.recovery.teacher_top_k * read if recipe.recovery.distillation else 0
     files = 2 * dense + (stored if recipe.search.descent_rounds else 0)
     return Costs(
@@ -129,7 +129,7 @@ def _advice(stages: tuple[StageCost, ...], machine: Machine, recipe: Recipe) -> 
             found.append("recovery.sharding=fsdp_offload")
         if (recovery.micro_batch_size or recovery.batch_size // machine.devices) > 1:
             found.append("recovery.micro_batch_size=1")
-        if recovery.distillation > 0 and recovery.teacher_top_k == 0 and recovery.text == "trial":
+        if recovery.distillation > 0 and recovery.teacher_top_k == 0 and recovery.text == "train":
             found.append("recovery.teacher_top_k=64")
         elif recovery.distillation > 0 and recovery.teacher_dtype != "int8" and recovery.sharding == "none":
             found.append("recovery.teacher_dtype=int8")

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from darwinlm.errors import UserError
@@ -19,13 +19,20 @@ class Change(NamedTuple):
     """Why it was removed, or what does its work now; ends the warning."""
 
 
-FORMER: dict[str, Change] = {}
+FORMER: dict[str, Change] = {
+    "data.trial_tokens": Change("data.train_tokens", "0.3.0"),
+    "data.score_tokens": Change("data.validation_tokens", "0.3.0"),
+    "data.held_out_tokens": Change("data.test_tokens", "0.3.0"),
+}
 """Former settings by dotted name. An entry is deleted in the release after the one that it names."""
+
+VALUES = {("recovery.text", "trial"): Change("train", "0.3.0")}
+"""Former values, by the name of their setting and the value; `now` is the value that replaces it."""
 
 
 def present_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return `overrides` (by dotted name) with present names and without removed settings. Raises UserError."""
-    _warn(key for key in overrides if key in FORMER)
+    _warn([_fate(key) for key in overrides if key in FORMER])
     present: dict[str, Any] = {}
     for key, value in overrides.items():
         now = FORMER[key].now if key in FORMER else key
@@ -39,12 +46,12 @@ def present_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested `settings` with present names and without removed settings. Raises UserError."""
     present = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    found = []
+    notes = []
     for key, change in FORMER.items():
         section, name = _place(present, key)
         if section is None or name not in section:
             continue
-        found.append(key)
+        notes.append(_fate(key))
         value = section.pop(name)
         if not section and section is not present:
             del present[key.rpartition(".")[0]]  # The section may no longer exist.
@@ -55,7 +62,12 @@ def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise _twice(key, change.now)
         if target is not None:
             target[new_name] = value
-    _warn(found)
+    for (key, value), change in VALUES.items():
+        section, name = _place(present, key)
+        if section is not None and section.get(name) == value:
+            section[name] = change.now
+            notes.append(f"{key}={value} was renamed to {key}={change.now} in {change.since}")
+    _warn(notes)
     return present
 
 
@@ -70,17 +82,18 @@ def _twice(key: str, now: str | None) -> UserError:
     return UserError(f"recipe: {key} is the former name of {now}, and both are set; remove {key}")
 
 
-def _warn(keys: Iterable[str]) -> None:
-    if found := tuple(keys):
-        _warn_once(found)
+def _fate(key: str) -> str:
+    now, since, reason = FORMER[key]
+    fate = f"renamed to {now} in {since}" if now else f"removed in {since} and is ignored"
+    return f"{key} was {fate}{reason and f': {reason}'}"
+
+
+def _warn(notes: list[str]) -> None:
+    if notes:
+        _warn_once("; ".join(notes))
 
 
 @functools.cache
-def _warn_once(keys: tuple[str, ...]) -> None:
+def _warn_once(notes: str) -> None:
     # Recipes are validated several times in a run.
-    notes = []
-    for key in keys:
-        now, since, reason = FORMER[key]
-        fate = f"renamed to {now} in {since}" if now else f"removed in {since} and is ignored"
-        notes.append(f"{key} was {fate}{reason and f': {reason}'}")
-    logging.getLogger("darwinlm").warning("recipe: %s", "; ".join(notes))
+    logging.getLogger("darwinlm").warning("recipe: %s", notes)

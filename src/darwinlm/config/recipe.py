@@ -86,12 +86,12 @@ class DataRecipe(_Section):
     """Tokens per block (the training sequence length)."""
     calibration_tokens: Tokens = Field(65_536, ge=1)
     """Tokens of the calibration split, on which the inputs of every site are collected."""
-    trial_tokens: Tokens = Field(32_768, ge=1)
-    """Tokens of the trial (training) split: trials read its beginning, recovery reads all of it."""
-    score_tokens: Tokens = Field(8_192, ge=1)
-    """Tokens of the score (validation) split, on which plans are compared."""
-    held_out_tokens: Tokens = Field(16_384, ge=1)
-    """Tokens of the held-out (test) split, used only for the final evaluation."""
+    train_tokens: Tokens = Field(32_768, ge=1)
+    """Tokens of the train split: trials read its beginning, recovery reads all of it."""
+    validation_tokens: Tokens = Field(8_192, ge=1)
+    """Tokens of the validation split, on which plans are compared."""
+    test_tokens: Tokens = Field(16_384, ge=1)
+    """Tokens of the test split, used only for the final evaluation."""
 
     def blocks(self, tokens: int) -> int:
         """Number of blocks needed to hold `tokens` tokens."""
@@ -133,8 +133,8 @@ class SearchRecipe(_Section):
     """Maximum number of descent steps (greedy, by the model's sensitivities) before the evolution; 0 disables the
     descent."""
     sensitivity_tokens: Tokens = Field(8_192, ge=1)
-    """Tokens of the trial split used to measure sensitivities in each descent step; plans are compared on the score
-    split."""
+    """Tokens of the train split used to measure sensitivities in each descent step; plans are compared on the
+    validation split."""
     generations: int = Field(4, ge=0)
     """Number of generations of the evolution; 0 disables it."""
     offspring: int = Field(6, ge=1)
@@ -149,8 +149,8 @@ class SearchRecipe(_Section):
     """Tokens on which KL(dense || candidate) is measured in each selection step."""
     learning_rate: Rate = "auto"
     """Learning rate for candidate fine-tuning. `auto`: relative to the root mean square of each weight tensor, and
-    tuned on the first plan of the evolution by KL on trial text that no trial trains on; if no rate helps, candidates
-    are not trained."""
+    tuned on the first plan of the evolution by KL on a part of the train split that no trial trains on; if no rate
+    helps, candidates are not trained."""
     trial_optimizer: Literal["auto", "sign", "adamw"] = "auto"
     """Optimizer for candidate fine-tuning. `sign`: signSGD applied during the backward pass, 3 bytes per parameter;
     `adamw`: as in the paper, 18 bytes per parameter. `auto`: `sign` if `learning_rate` is `auto`, otherwise `adamw`."""
@@ -163,7 +163,7 @@ class SearchRecipe(_Section):
     batch_size: int = Field(1, ge=1)
     """Blocks per optimizer step of a trial."""
     forecast_candidates: int = Field(0, ge=0)
-    """Number of plans to train on the whole trial split after the search, to report how well each step's score ranks
+    """Number of plans to train on the whole train split after the search, to report how well each step's score ranks
     them; 0 skips this."""
 
     @property
@@ -230,12 +230,12 @@ class RecoveryRecipe(_Section):
         return self.tokens > 0 or self.refit_tokens > 0
 
     refit_tokens: Tokens = Field(32_768, ge=0)
-    """Tokens of the trial split on which output projections are refitted before training; 0 skips the refit."""
+    """Tokens of the train split on which output projections are refitted before training; 0 skips the refit."""
     tokens: Tokens = Field(32_768, ge=0)
     """Total training tokens; 0 skips training. The text is repeated when it runs out."""
-    text: Literal["trial", "stream"] = "trial"
-    """Training text. `trial`: the run's trial split; `stream`: stream `data.source`, excluding the score and held-out
-    text."""
+    text: Literal["train", "stream"] = "train"
+    """Training text. `train`: the run's train split; `stream`: stream `data.source`, excluding the text of the
+    validation and test splits."""
     cut_documents: bool = False
     """Mask attention across documents in a block and restart position ids at each document; by default blocks are read
     without document masking, as in calibration, trials and scores."""
@@ -268,13 +268,13 @@ class RecoveryRecipe(_Section):
     """Dtype of the dense model in distillation. `auto`: bfloat16 where the hardware is faster with it; `int8`: layer
     weights in 8 bits."""
     teacher_top_k: int = Field(0, ge=0)
-    """Cache the dense model's top-k log-probabilities of the trial and score splits on disk and train without the
+    """Cache the dense model's top-k log-probabilities of the train and validation splits on disk and train without the
     model; all other tokens count as one. 0 runs the dense model at every step."""
     sharding: Literal["none", "fsdp", "fsdp_offload"] = "none"
     """Sharding over several processes: `none` keeps a full copy in each; `fsdp` (FSDP2) shards weights, gradients and
     optimizer states; `fsdp_offload` keeps these shards in CPU memory, where the optimizer steps too."""
     evaluations: int = Field(2, ge=0)
-    """Number of evaluations on the score split, evenly spaced, in addition to the one before the first step; the
+    """Number of evaluations on the validation split, evenly spaced, in addition to the one before the first step; the
     weights with the lowest loss are the result."""
     checkpoint_steps: int = Field(100, ge=1)
     """Optimizer steps between checkpoints; an interrupted recovery repeats at most this many."""
@@ -292,14 +292,14 @@ class RecoveryRecipe(_Section):
             )
         if self.text == "stream" and self.teacher_top_k > 0:
             raise ValueError(
-                "recovery.teacher_top_k needs recovery.text=trial: streamed text is read only once, so a cache "
+                "recovery.teacher_top_k needs recovery.text=train: streamed text is read only once, so a cache "
                 "would not be used again"
             )
         return self
 
 
 class EvaluationRecipe(_Section):
-    """Speed measurements, in addition to held-out perplexity and KL."""
+    """Speed measurements, in addition to perplexity and KL on the test split."""
 
     prefill_tokens: int = Field(512, ge=2)
     """Tokens of the timed prompt."""
@@ -403,10 +403,10 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _tokens_suffice(self) -> "Recipe":
         block = self.data.sequence_length
-        if max(self.search.score_tokens) > self.data.blocks(self.data.score_tokens) * block:
+        if max(self.search.score_tokens) > self.data.blocks(self.data.validation_tokens) * block:
             raise ValueError(
                 f"search.score_tokens={list(self.search.score_tokens)} exceeds "
-                f"data.score_tokens={self.data.score_tokens}; raise the latter"
+                f"data.validation_tokens={self.data.validation_tokens}; raise the latter"
             )
         if self.export.targets and self.database.granularity != "kv_group":
             raise ValueError(
@@ -431,17 +431,17 @@ class Recipe(_Section):
                 "uniform layers: KV heads would serve different numbers of query heads; set "
                 "database.granularity=kv_group"
             )
-        if max(self.search.trial_tokens) > self.data.blocks(self.data.trial_tokens) * block:
+        if max(self.search.trial_tokens) > self.data.blocks(self.data.train_tokens) * block:
             raise ValueError(
                 f"search.trial_tokens={list(self.search.trial_tokens)} exceeds "
-                f"data.trial_tokens={self.data.trial_tokens}; raise the latter"
+                f"data.train_tokens={self.data.train_tokens}; raise the latter"
             )
         trained = self.data.blocks(max(self.search.trial_tokens))
-        if self.search.learning_rate == "auto" and 0 < trained == self.data.blocks(self.data.trial_tokens):
+        if self.search.learning_rate == "auto" and 0 < trained == self.data.blocks(self.data.train_tokens):
             raise ValueError(
-                "search.learning_rate=auto needs trial text beyond "
+                "search.learning_rate=auto needs training text beyond "
                 f"search.trial_tokens={list(self.search.trial_tokens)}; raise "
-                f"data.trial_tokens={self.data.trial_tokens}, or set a number"
+                f"data.train_tokens={self.data.train_tokens}, or set a number"
             )
         return self
 

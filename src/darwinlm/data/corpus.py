@@ -18,8 +18,8 @@ from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
 from darwinlm.runtime.files import damaged, read_metadata, read_tensors, write_bytes
 
-SPLITS = ("held_out", "score", "calibration", "trial")
-"""Splits in the order in which they are filled. `held_out` is used only for the final evaluation."""
+SPLITS = ("test", "validation", "calibration", "train")
+"""Splits in the order in which they are filled. `test` is used only for the final evaluation."""
 
 FORMAT = 2
 """Version of `corpus.safetensors`; files of version 1 carry no number."""
@@ -48,7 +48,7 @@ class Corpus:
     splits: Mapping[str, Tokens]
     """Tokens by split name, (blocks, sequence_length)."""
     reserved: frozenset[bytes] = frozenset()
-    """Fingerprints of the pieces of text in the evaluation splits, `held_out` and `score`."""
+    """Fingerprints of the pieces of text in the evaluation splits, `test` and `validation`."""
 
 
 def needed_blocks(recipe: DataRecipe) -> dict[str, int]:
@@ -102,7 +102,7 @@ def _pack(documents: Iterable[Tokens], recipe: DataRecipe) -> tuple[Corpus, int]
     split, buffer, buffered = next(splits), list[Tokens](), 0
     for document in documents:
         total += len(document)
-        reserved += split in ("held_out", "score")
+        reserved += split in ("test", "validation")
         buffer.append(document)
         buffered += len(document)
         if buffered >= needed[split] * length:
@@ -204,7 +204,7 @@ class TextStream:
             if empty and begin is None:
                 raise UserError(
                     f"data {self._recipe.source!r} has less than a block of {length} tokens beyond the "
-                    "evaluation splits; provide more text, or set recovery.text=trial"
+                    "evaluation splits; provide more text, or set recovery.text=train"
                 )
             begin = None
 

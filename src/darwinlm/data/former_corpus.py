@@ -12,8 +12,10 @@ from torch import Tensor
 from darwinlm.data.tokens import Tokens
 
 _BEGINS = 2**30
-_RENAMED = {"judged": "evaluation.fingerprints"}
-"""Names of tensors that are not splits, then and now."""
+_SPLITS = {"held_out": "test", "score": "validation", "calibration": "calibration", "trial": "train"}
+"""Names of the splits, then and now."""
+_OTHERS = {"judged": "evaluation.fingerprints"}
+"""Names of other tensors, then and now."""
 
 
 def unpack(packed_BT: Tensor) -> Tokens:
@@ -31,18 +33,15 @@ def pack(tokens: Tokens) -> Tensor:
 
 def to_columns(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of today's file for those of a former one."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name in _RENAMED:
-            found[_RENAMED[name]] = tensor
-        else:
-            found |= unpack(tensor).columns(f"{name}.")
+    found = {_OTHERS[name]: tensor for name, tensor in tensors.items() if name in _OTHERS}
+    for name, split in _SPLITS.items():
+        if name in tensors:
+            found |= unpack(tensors[name]).columns(f"{split}.")
     return found
 
 
 def to_packed(splits: Mapping[str, Tokens], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a former file."""
-    named = {now: before for before, now in _RENAMED.items()}
-    return {split: pack(tokens) for split, tokens in splits.items()} | {
-        named[name]: tensor for name, tensor in others.items()
+    return {former: pack(splits[split]) for former, split in _SPLITS.items()} | {
+        former: others[name] for former, name in _OTHERS.items() if name in others
     }

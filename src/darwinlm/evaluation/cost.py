@@ -13,7 +13,7 @@ def predict_evaluation(work: Work) -> StageCost:
     # The dense model, the uniform plan, the model pruned in this step, the plan found, and the recovered model.
     earlier, recovered = [work.before] if work.before < 1 else [], [left] if recipe.recovery.wanted else []
     models = [1.0, left, *earlier, left, *recovered]
-    tokens = recipe.data.held_out_tokens
+    tokens = recipe.data.test_tokens
     seconds = tokens * (
         layers * work.exact + sum(share * layers * work.exact + 2 * rates.head_float32 for share in models)
     )

@@ -24,22 +24,22 @@ _SAMPLE_TOKENS = 40
 
 def measure(
     models: Mapping[str, PrunedModel],
-    held_out_BT: Tensor,
+    test_BT: Tensor,
     recipe: EvaluationRecipe,
     dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """Return one row per model: parameters, held-out perplexity and KL from the dense model, KV-cache bytes, speed
-    (None if layers are streamed).
+    """Return one row per model: parameters, perplexity and KL from the dense model, KV-cache bytes, speed (None if
+    layers are streamed).
 
     Args:
         models: models by name, in the dtype to evaluate them in, including `dense`; all are evaluated on its device,
             wherever they are.
-        held_out_BT: token ids, (blocks, tokens).
+        test_BT: token ids of the test split, (blocks, tokens).
         recipe: settings of the speed measurement.
         dtype: stored dtype of the models; used for cache bytes, and to choose the dtype of the speed measurement.
     """
     device = models["dense"].device
-    reference = DenseReference(models["dense"], held_out_BT)
+    reference = DenseReference(models["dense"], test_BT)
     rows = []
     with task("evaluation (models)", len(models)) as progress:
         for name, model in models.items():

@@ -91,7 +91,7 @@ def _export(job: Job) -> None:
 def _measure(job: Job, plan: Plan, models: Mapping[str, PrunedModel]) -> dict[str, Any]:
     """Return the content of `measured.json`; the last of `models` is the result."""
     recipe, dense = job.recipe, job.source.dense
-    rows = measure(models, job.corpus.splits["held_out"].input_ids_BT, recipe.evaluation, dense.dtype)
+    rows = measure(models, job.corpus.splits["test"].input_ids_BT, recipe.evaluation, dense.dtype)
     last = models[list(models)[-1]]
     sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
     with on_device(last, dense.device):

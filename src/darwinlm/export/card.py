@@ -50,12 +50,12 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
             f"{row['kv_cache_bytes_per_token']:,} | {_speed(row['prefill_tokens_per_second'])} | "
             f"{_speed(row['decode_tokens_per_second'])} |"
         )
-    held_out = f"{recipe.data.held_out_tokens:,} held-out tokens in blocks of {recipe.data.sequence_length}"
+    split = f"the test split ({recipe.data.test_tokens:,} tokens in blocks of {recipe.data.sequence_length})"
     text = recipe.model_copy(update={"model": base, "data": _shareable(recipe)}).to_yaml().rstrip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines += [
         "",
-        f"Perplexity and KL on {held_out} of {_plain(_name(recipe.data.source))}; speeds on "
+        f"Perplexity and KL on {split} of {_plain(_name(recipe.data.source))}; speeds on "
         f"{_plain(metrics['environment']['device'])}{_dtype(metrics['environment'])}, batch 1, "
         f"{recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
         "",

@@ -22,19 +22,21 @@ def predict_recovery(work: Work) -> StageCost:
 
 def _seconds(work: Work) -> float:
     data, recovery, rates, devices = work.recipe.data, work.recipe.recovery, work.rates, work.machine.devices
-    read, layers, left = data.trial_tokens + data.score_tokens, work.layers, work.left
+    read, layers, left = data.train_tokens + data.validation_tokens, work.layers, work.left
     teacher = layers * rates.layer_fast + rates.head_training / 4 if recovery.distillation > 0 else 0.0
     before = 0.0
     if recovery.teacher_top_k:
         before, teacher = read * teacher / devices, 0.0
     trained = left * layers * rates.layer_training * (4 / 3 if recovery.activations == "recompute" else 1)
     token = trained + rates.head_training + teacher
-    evaluated: float = (recovery.evaluations + 1) * data.score_tokens
+    evaluated: float = (recovery.evaluations + 1) * data.validation_tokens
     evaluated *= left * layers * rates.layer_fast + teacher + rates.head_float32
     refit: float = recovery.refit_tokens * (work.exact + left * rates.layer_float32) * layers
     if recovery.refit_tokens:
         # Evaluation of the refit: the dense model once, the pruned model before and after.
-        refit += data.score_tokens * (layers * (work.exact + 2 * left * rates.layer_float32) + 4 * rates.head_float32)
+        refit += data.validation_tokens * (
+            layers * (work.exact + 2 * left * rates.layer_float32) + 4 * rates.head_float32
+        )
     products = sum(d**2 + work.rows * d for d in work.columns)
     refit += recovery.refit_tokens * 2 * left / work.before * products * rates.product
     tokens = recovery.tokens // work.recipe.steps

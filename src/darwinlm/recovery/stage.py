@@ -63,14 +63,14 @@ def _recover(job: Job, plan: Plan, folder: Path) -> int:
     # The teacher has its own dtype, and training needs the memory.
     dense.release()
     here.database.free()
-    text: Tokens | TextStream = corpus.splits["trial"]
+    text: Tokens | TextStream = corpus.splits["train"]
     teacher = _teacher(dense, wanted, corpus, place, folder) if tokens > 0 and wanted.distillation > 0 else None
     if wanted.text == "stream":
         stopped = [file for one in earlier[-1:] if (file := one.folder / "recovery" / "text.json").exists()]
         begin = read_json(stopped[0]) if stopped else None
         text = TextStream(recipe.data, dense.tokenizer, recipe.seed, corpus.reserved, begin)
     model, done = recover(
-        model, teacher, text, corpus.splits["score"], wanted, seed=recipe.seed, folder=folder,
+        model, teacher, text, corpus.splits["validation"], wanted, seed=recipe.seed, folder=folder,
         device=dense.device, passed=passed, balance=dense.reference.balance, tokens=tokens,
     )  # fmt: skip
     # Other ranks may still be reading the best weights.
@@ -106,7 +106,7 @@ def _starting_model(
                 log.warning("%s: refitting again", fault)
             model = dense.cut(database.cuts(dense.sites, plan.levels, dense.layers_device), trainable=True)
             if refit_tokens > 0:
-                fitted, evaluated = corpus.splits["trial"].first(refit_tokens), corpus.splits["score"]
+                fitted, evaluated = corpus.splits["train"].first(refit_tokens), corpus.splits["validation"]
                 refit_if_it_helps(model, dense.reference.model, fitted.input_ids_BT, evaluated.input_ids_BT)
             save_weights(refitted, stored_weights(model, torch.float32))
     tensors = {name: tensor.to(place) for name, tensor in read_weights(refitted).items()}
@@ -137,7 +137,7 @@ def _teacher(
             folder / _PREDICTIONS / split,
             dense.device,
         )
-        for split in ("trial", "score")
+        for split in ("train", "validation")
     )
     return CachedTeacher(text, validation)
 

@@ -26,7 +26,7 @@ _TITLES = {
 def show(metrics: Mapping[str, Any], console: Console) -> None:
     """Print the rows of `metrics.json` as a table, and the sample outputs."""
     environment = metrics["environment"]
-    title = f"{metrics['model']} at {metrics['target']}: held-out text; speeds on {environment['device']}"
+    title = f"{metrics['model']} at {metrics['target']}: test split; speeds on {environment['device']}"
     if "speed_dtype" in environment:
         title += f" in {environment['speed_dtype']}"
     table = Table(title=_shown(title))

@@ -8,7 +8,7 @@ from darwinlm.models.device_memory import SPARE, TRIAL_BYTES
 from darwinlm.models.heads import chunk_tokens
 
 _EVALUATED_PLANS = 4.75
-"""Plan evaluations on the whole score text per descent round: eight plans start, most are stopped early."""
+"""Plan evaluations on the whole validation split per descent round: eight plans start, most are stopped early."""
 _GRADIENT_PASSES = 1.7
 """Cost of measuring sensitivities, relative to a forward and backward pass of training: two backward passes without
 weight gradients, and the columns of all levels in addition to the dense ones."""
@@ -25,7 +25,7 @@ def predict_search(work: Work) -> StageCost:
 
 
 def _seconds(work: Work) -> float:
-    search, rates, tokens = work.search, work.rates, work.recipe.data.score_tokens
+    search, rates, tokens = work.search, work.rates, work.recipe.data.validation_tokens
     # Seconds per token through the layers of a candidate, forward and in training.
     small, trained = work.left * work.layers * rates.layer_fast, work.left * work.layers * rates.layer_training
     if work.offload:
@@ -66,7 +66,7 @@ def _seconds(work: Work) -> float:
 def _memory(work: Work) -> float:
     search, machine = work.search, work.machine
     place = torch.device("cuda" if machine.accelerator else "cpu")
-    # The inputs of all layers of a parent are kept, for all of the score text.
+    # The inputs of all layers of a parent are kept, for all score tokens.
     states = max(search.score_tokens) * work.rows * (work.depth + 1) * work.item
     base = LIBRARIES + 3 * 4 * work.vocabulary * chunk_tokens(work.vocabulary, place) + states
     trained_for = search.trial_tokens if search.generations else search.trial_tokens[-1:]

@@ -33,7 +33,7 @@ class Neighbourhood:
 
         Args:
             dense: dense model.
-            reference: dense hidden states on the score text.
+            reference: dense hidden states on the score tokens.
             cut: returns the database's cut of a site (by index) at a level above 0.
             base: base plan.
             dtype: compute dtype of the layers.

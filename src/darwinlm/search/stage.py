@@ -61,16 +61,16 @@ def descend(
 ) -> tuple[Plan, Sensitivity]:
     """Descend from the best of `starts` while it helps, for at most `recipe.descent_rounds` rounds.
 
-    Each round measures sensitivities on its own part of the trial text, and compares the proposed plans on the score
-    text. Stops after two consecutive rounds without improvement. Resumes from the rounds in `file`.
+    Each round measures sensitivities on its own part of the train split, and compares the proposed plans on the
+    validation split. Stops after two consecutive rounds without improvement. Resumes from the rounds in `file`.
 
     Returns:
         The best plan, and the last measured sensitivities.
     """
     space = database.space(dense.sites)
-    text_BT = corpus.splits["trial"].input_ids_BT
-    window = min(len(corpus.splits["trial"].first(recipe.sensitivity_tokens)), len(text_BT))
-    comparison = _PlanComparison(dense, database, corpus.splits["score"].input_ids_BT)
+    text_BT = corpus.splits["train"].input_ids_BT
+    window = min(len(corpus.splits["train"].first(recipe.sensitivity_tokens)), len(text_BT))
+    comparison = _PlanComparison(dense, database, corpus.splits["validation"].input_ids_BT)
     rounds: list[dict[str, Any]] = read_json(file, _restart_hint(file.parent))["rounds"] if file.exists() else []
     start = starts[0]
     if len(starts) > 1 and not rounds:
@@ -238,7 +238,7 @@ def search_plan(
     else:
         starts = starting_plans(space, budget, uniform=uniform)
         if uniform and len(starts) > recipe.offspring:
-            order, scores = _PlanComparison(dense, database, corpus.splits["score"].input_ids_BT).ranked(starts)
+            order, scores = _PlanComparison(dense, database, corpus.splits["validation"].input_ids_BT).ranked(starts)
             best = _shown(scores[order[0]])
             log.info("search: %d plans of uniform layers, best KL %s without training", len(starts), best)
             starts = [starts[number] for number in order[: recipe.offspring]]
@@ -319,7 +319,7 @@ def _report_trials(search: Evolution, recipe: SearchRecipe) -> None:
 def _forecast(search: Evolution, scorer: TrialScorer, corpus: Corpus, recipe: SearchRecipe, file: Path) -> None:
     """Log how well each step's score predicts the ranking of nearby plans after a much longer training."""
     plans = search.relatives(recipe.forecast_candidates)
-    long = corpus.splits["trial"].input_ids_BT.numel()
+    long = corpus.splits["train"].input_ids_BT.numel()
     with task("forecast (plans)", (len(recipe.survivors) + 1) * len(plans)) as progress:
 
         def scores(score: Callable[[Plan], Score]) -> list[Score]:

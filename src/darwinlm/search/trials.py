@@ -1,9 +1,9 @@
 """Trials: cut a plan out of the model, train it briefly and score it; and the tuning of their learning rate.
 
 The largest useful AdamW step differs between models by more than a factor of ten. Therefore the learning rate `auto` is
-tuned on the first plan of the evolution, on trial text that no trial trains on: in factors of two, relative to the size
-of each weight, until a lower and a higher rate are both worse. If no rate is better than no training, candidates are
-not trained.
+tuned on the first plan of the evolution, on a part of the train split that no trial trains on: in factors of two,
+relative to the size of each weight, until a lower and a higher rate are both worse. If no rate is better than no
+training, candidates are not trained.
 """
 
 import math
@@ -38,7 +38,7 @@ class TrialScorer:
 
     def __init__(self, dense: DenseModel, database: Database, corpus: Corpus, recipe: SearchRecipe) -> None:
         self._dense, self._database, self._corpus, self._recipe = dense, database, corpus, recipe
-        scored = corpus.splits["score"].first(max(recipe.score_tokens))
+        scored = corpus.splits["validation"].first(max(recipe.score_tokens))
         self._reference = DenseReference(dense.reference.model, scored.input_ids_BT)
         self._space = database.space(dense.sites)
         self._near: tuple[Plan, Neighbourhood] | None = None
@@ -67,14 +67,14 @@ class TrialScorer:
 
         Returns:
             For each number of trial tokens: `tokens`, `rate` (relative; 0 if no rate is better than no training), and
-            `tried`: rates and the KL after them, in nats, on trial text that is not trained on.
+            `tried`: rates and the KL after them, in nats, on a part of the train split that is not trained on.
         """
-        recipe, text_BT = self._recipe, self._corpus.splits["trial"].input_ids_BT
+        recipe, text_BT = self._recipe, self._corpus.splits["train"].input_ids_BT
         wanted = sorted({count for count in recipe.trial_tokens if count > 0})
         found: list[dict[str, Any]] = []
         if recipe.learning_rate == "auto" and wanted and dist.rank() == 0:
-            others = len(text_BT) - len(self._corpus.splits["trial"].first(wanted[-1]))
-            count = min(len(self._corpus.splits["score"].first(max(recipe.score_tokens))), others)
+            others = len(text_BT) - len(self._corpus.splits["train"].first(wanted[-1]))
+            count = min(len(self._corpus.splits["validation"].first(max(recipe.score_tokens))), others)
             reference = DenseReference(self._dense.reference.model, text_BT[len(text_BT) - count :])
             untrained, start = self._score_after(plan, 0, None, reference), FIRST_RATE
             for tokens in wanted:
@@ -116,7 +116,7 @@ class TrialScorer:
         tokens: int | None = None,
     ) -> Score:
         recipe, dense = self._recipe, self._dense
-        blocks_BT = self._corpus.splits["trial"].first(trial_tokens).input_ids_BT
+        blocks_BT = self._corpus.splits["train"].first(trial_tokens).input_ids_BT
         target_rows_BTD = (
             self._target_rows(blocks_BT) if recipe.trial_loss == "distillation" and rate is not None else None
         )
@@ -149,7 +149,7 @@ class TrialScorer:
         return _score(reference.compare(model, tokens, head=dense.head))
 
     def _target_rows(self, blocks_BT: Tensor) -> Tensor:
-        """Return the dense model's mean head rows for these first blocks of the trial split, in CPU memory."""
+        """Return the dense model's mean head rows for these first blocks of the train split, in CPU memory."""
         if self._target_rows_BTD is None or len(self._target_rows_BTD) < len(blocks_BT):
             self._target_rows_BTD = DenseReference(self._dense.reference.model, blocks_BT).mean_head_rows().cpu()
         return self._target_rows_BTD[: len(blocks_BT)]
