@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 
 import pytest
 
@@ -90,8 +89,8 @@ def test_what_the_file_says_decides_where_the_kernel_does_not(case, tmp_path, mo
     changes, silent, kernel, message = CASES[case]
     if not kernel:
         monkeypatch.setattr(fcntl, "flock", no_kernel_locks)
-    owner = replace(lock._myself(), since=time.time() - 7_530, **changes)
-    (tmp_path / "lock").write_text(json.dumps(asdict(owner)))
+    owner = lock._myself().model_copy(update={"since": time.time() - 7_530, **changes})
+    (tmp_path / "lock").write_text(owner.model_dump_json())
     os.utime(tmp_path / "lock", (time.time() - silent,) * 2)
     with RunLock(tmp_path) as mine:
         if message is None:
@@ -102,7 +101,10 @@ def test_what_the_file_says_decides_where_the_kernel_does_not(case, tmp_path, mo
     assert (tmp_path / "lock").exists() == (message is not None)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 50, '{"pid": 1e999}'])
+ENDLESS = '{"pid": 1, "host": "elsewhere", "boot": "", "started": 0, "since": NaN}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 500, '{"pid": 1e999}', ENDLESS])
 def test_a_file_that_says_nothing_is_nobodys_unless_the_kernel_says_otherwise(content, tmp_path):
     (tmp_path / "lock").write_text(content)
     with open(tmp_path / "lock") as other:
@@ -111,6 +113,7 @@ def test_a_file_that_says_nothing_is_nobodys_unless_the_kernel_says_otherwise(co
             mine.take()
     with RunLock(tmp_path) as mine:
         mine.take()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_file_deleted_between_opening_and_locking_is_not_taken(tmp_path, monkeypatch):

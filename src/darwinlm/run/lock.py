@@ -2,21 +2,21 @@
 
 The kernel holds the lock (`flock` on `RUN/lock`) and frees it however its owner ends, including SIGKILL. Network file
 systems may have no such locks, or locks that are local to one machine; there the file itself decides, by the owner that
-it names and by its modification time, which the owner renews as a heartbeat.
+it names and by its modification time, which the owner renews as a heartbeat. (Why not the library filelock:
+docs/lab-log.md, 2026-11-29.)
 """
 
 import errno
-import json
 import os
 import platform
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from darwinlm.errors import UserError
 from darwinlm.run.directory import LOCK
@@ -32,9 +32,10 @@ _SILENT_SECONDS = 600.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(BaseModel):
     """Process that holds or held a lock."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     pid: int
     host: str
@@ -81,14 +82,7 @@ class RunLock:
             raise UserError(f"{self._run}: DarwinLM cannot write runs on Windows; use Linux, macOS or WSL")
         with naming_disk_faults(self._file):
             self._run.mkdir(parents=True, exist_ok=True)
-            descriptor = self._open()
-            try:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, (json.dumps(asdict(_myself())) + "\n").encode(), 0)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        self._descriptor = descriptor
+            self._descriptor = self._open()
         self._heart.start()
 
     def _open(self) -> int:
@@ -99,6 +93,8 @@ class RunLock:
                 self._check(_read(descriptor), state, silent=time.time() - os.fstat(descriptor).st_mtime)
                 # Releasing a lock deletes its file, so a file that was opened before that is not a valid lock.
                 if _is(descriptor, self._file):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, _myself().model_dump_json().encode(), 0)
                     return descriptor
             except BaseException:
                 os.close(descriptor)
@@ -113,15 +109,12 @@ class RunLock:
             return
         here = _myself()
         near = owner.boot == here.boot if owner.boot and here.boot else owner.host == here.host
-        if state == "theirs":
-            alive = True
-        elif near:
+        if near:
             alive = state == "unknown" and _lives(owner)
-        elif owner.host == here.host and state == "ours":
-            alive = False  # The machine has been restarted since.
         else:
-            alive = silent < _SILENT_SECONDS
-        if not alive:
+            restarted = owner.host == here.host and state == "ours"
+            alive = not restarted and silent < _SILENT_SECONDS
+        if state != "theirs" and not alive:
             log.info("removing the stale lock of process %d on %s on %s", owner.pid, owner.host, self._run)
             return
         sign, remedy = "", f"wait for it or stop it (kill {owner.pid})"
@@ -154,15 +147,8 @@ def _flock(descriptor: int) -> Literal["ours", "theirs", "unknown"]:
 def _read(descriptor: int) -> Owner | None:
     """Read the owner from the file; None if it is incomplete or not valid."""
     try:
-        content = json.loads(os.pread(descriptor, 4096, 0))
-        return Owner(
-            pid=int(content["pid"]),
-            host=str(content["host"]),
-            boot=str(content["boot"]),
-            started=float(content["started"]),
-            since=float(content["since"]),
-        )
-    except (ValueError, TypeError, KeyError, OverflowError):
+        return Owner.model_validate_json(os.pread(descriptor, 4096, 0))
+    except ValidationError:
         return None
 
 
