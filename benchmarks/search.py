@@ -64,7 +64,7 @@ from darwinlm.search.stage import descend, search_plan
 from darwinlm.search.trials import TrialScorer
 
 PAPER = SearchRecipe(
-    descent_rounds=0, generations=1000, offspring=8, max_flips=3, survivors=(4, 2, 1),
+    descent_rounds=0, generations=1000, offspring=8, survivors=(4, 2, 1),
     trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048), learning_rate=1e-5, trial_loss="next-token",
 )  # fmt: skip
 """As in the published code, with tokens scaled to this model."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,8 +146,8 @@ def test_two_ranks_give_the_database_of_one(dense, checkpoint, calibration, tmp_
     assert_same(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 
 
-def test_columns_are_stored_in_the_type_asked_for(dense, calibration, tmp_path):
-    build_database(dense, calibration, RECIPE.model_copy(update={"dtype": "bfloat16"}), tmp_path)
+def test_columns_are_stored_in_the_dtype_of_the_checkpoint(dense, calibration, tmp_path):
+    build_database(replace(dense, dtype=torch.bfloat16), calibration, RECIPE, tmp_path)
     stored = load_file(tmp_path / "layers.0.mlp.safetensors")
     assert stored["1.output"].dtype == torch.bfloat16
     assert Database(tmp_path).cut(dense.sites[1], 1, CPU).output_weight.dtype == torch.bfloat16

@@ -40,6 +40,7 @@ def test_it_is_continued_with_its_own_recipe_file(tmp_path, caplog):
     for note in (
         "data.trial_tokens was renamed to data.train_tokens in 0.3.0",
         "recovery.text=trial was renamed to recovery.text=train in 0.3.0",
+        "search.max_flips was removed in 0.3.0 and is ignored: ",
     ):
         assert caplog.text.count(note) == 1
     now = load_recipe("quick", {"model": "my-checkpoint", "target": 0.7, "data.source": "texts"})

@@ -46,8 +46,8 @@ def test_quick_is_the_defaults_written_out():
 def test_a_recipe_file_is_read_and_overridden_key_by_key(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 3\nsearch: {generations: 2}\nrecovery:\n  # nothing here yet\n")
-    recipe = load_recipe(file, {**GIVEN, "search.max_flips": 9, "recovery.tokens": 0, "data.source": "text.txt"})
-    assert (recipe.seed, recipe.search.generations, recipe.search.max_flips) == (3, 2, 9)
+    recipe = load_recipe(file, {**GIVEN, "search.offspring": 9, "recovery.tokens": 0, "data.source": "text.txt"})
+    assert (recipe.seed, recipe.search.generations, recipe.search.offspring) == (3, 2, 9)
     assert (recipe.recovery.tokens, recipe.recovery.batch_size, recipe.data.source) == (0, 2, "text.txt")
 
 

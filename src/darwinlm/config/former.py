@@ -23,6 +23,8 @@ FORMER: dict[str, Change] = {
     "data.trial_tokens": Change("data.train_tokens", "0.3.0"),
     "data.score_tokens": Change("data.validation_tokens", "0.3.0"),
     "data.held_out_tokens": Change("data.test_tokens", "0.3.0"),
+    "database.dtype": Change(None, "0.3.0", "output projections are stored in the checkpoint's dtype"),
+    "search.max_flips": Change(None, "0.3.0", "mutations exchange up to 3 pairs of sites"),
 }
 """Former settings by dotted name. An entry is deleted in the release after the one that it names."""
 

@@ -116,8 +116,6 @@ class DatabaseRecipe(_Section):
     offload: Offload = "auto"
     """Where to keep hidden states between decoder layers: `device`, `cpu` or `disk`; `auto` uses the fastest with
     enough room."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the stored output projections; `auto` uses the checkpoint's dtype."""
 
 
 class SearchRecipe(_Section):
@@ -139,8 +137,6 @@ class SearchRecipe(_Section):
     """Number of generations of the evolution; 0 disables it."""
     offspring: int = Field(6, ge=1)
     """Candidates per generation."""
-    max_flips: int = Field(3, ge=1)
-    """A mutation exchanges min(U{1..max_flips}, U{1..max_flips}) pairs of sites."""
     survivors: tuple[int, ...] = (2, 1)
     """Candidates kept after each selection step; the last step keeps one."""
     trial_tokens: tuple[int, ...] = (512, 1_024)

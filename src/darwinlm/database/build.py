@@ -51,7 +51,7 @@ def build_database(
     Args:
         dense: dense model; its weights are read one layer at a time.
         tokens_BT: calibration split, (blocks, tokens).
-        recipe: levels, damping, batch size, offload, dtype.
+        recipe: levels, damping, batch size, offload.
         folder: folder of the database.
         phases: clock for `read`, `forward`, `Gram`, `solve` and `write`.
         tensor_parallel: divides the units kept at every level.
@@ -125,7 +125,6 @@ def _solve(
     phases: Phases,
 ) -> None:
     """Prune this rank's sites of `waiting`, and queue them for writing."""
-    dtype = dense.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     for site, statistics in waiting:
         if statistics is None:
             continue
@@ -146,7 +145,7 @@ def _solve(
             head_dim=dense.config.head_dim,
             removal_error=removal,
             shares={} if isinstance(statistics, ExpertStatistics) else statistics.shares,
-            dtype=dtype,
+            dtype=dense.dtype,
         )
 
 

@@ -17,6 +17,8 @@ from darwinlm.plan import Budget, Plan, Space
 from darwinlm.search.history import kl_of
 
 _TRIES = 200
+_MOST_FLIPS = 3
+"""Maximum number of exchanges per mutation, as in the paper's code."""
 _TOURNAMENT = 16
 """Tournament size: each offspring is the best of this many mutations by the expected costs, if these are known."""
 
@@ -89,9 +91,8 @@ class Evolution:
         self._scores: list[dict[Plan, Score]] = [{} for _ in recipe.survivors]
         self._proposed: set[Plan] = set(starts)
         self._costs = costs
-        self._flips = recipe.max_flips
-        """Maximum number of exchanges per mutation: decreases after a generation without improvement, otherwise
-        increases."""
+        self._flips = _MOST_FLIPS
+        """Present maximum: decreases after a generation without improvement, otherwise increases."""
         self._stuck = False
         self.generation = 0
         self.parent = starts[0]
@@ -136,7 +137,7 @@ class Evolution:
         before, self.parent = self.parent, ranked[0]
         improved = self.parent != before
         if self.generation > 0:
-            self._flips = min(self._recipe.max_flips, self._flips + 1) if improved else max(1, self._flips - 1)
+            self._flips = min(_MOST_FLIPS, self._flips + 1) if improved else max(1, self._flips - 1)
         mean, error = difference(known[before], known[self.parent])
         self.history.append(
             {
@@ -184,7 +185,7 @@ class Evolution:
             if len(found) == count:
                 break
             levels = list(self.parent.levels)
-            if all(self._exchange(levels) for _ in range(1 + number % (2 * self._recipe.max_flips))):
+            if all(self._exchange(levels) for _ in range(1 + number % (2 * _MOST_FLIPS))):
                 found[Plan(levels=tuple(levels))] = None
         self._rng.setstate(before)
         return list(found)
