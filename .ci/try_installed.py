@@ -28,9 +28,8 @@ SETTINGS = [
     "search.trial_tokens=[16,32]",
     "search.score_tokens=[32,64]",
     "recovery.tokens=64",
-    "evaluation.prefill_tokens=8",
-    "evaluation.decode_tokens=2",
-    "evaluation.repeats=1",
+    "workload.prompt_tokens=8",
+    "workload.new_tokens=2",
 ]
 
 

@@ -37,7 +37,8 @@ _RECIPES = """
 A recipe is a YAML file with any of these settings. `--recipe FILE` reads it, and `--set section.name=value` overrides
 one setting (write lists as `--set 'search.survivors=[2,1]'`). Settings that are not given have the default below.
 `recipe.yaml` in a run directory contains all settings of that run. Unknown settings and invalid combinations are
-rejected before a model is loaded.
+rejected before a model is loaded. Settings of the last release that have been renamed or removed are accepted with a
+warning.
 
 ## Built-in recipes
 

@@ -49,9 +49,8 @@ SMALL = [
     "search.trial_tokens=[16, 16]",
     "search.score_tokens=[16, 32]",
     "recovery.tokens=16",
-    "evaluation.prefill_tokens=8",
-    "evaluation.decode_tokens=2",
-    "evaluation.repeats=1",
+    "workload.prompt_tokens=8",
+    "workload.new_tokens=2",
 ]
 
 

@@ -51,6 +51,8 @@ def test_sizes_are_those_of_the_model_and_the_config_is_enough(checkpoint, tmp_p
         ({"search__generations": 400}, "search"),
         ({"data__calibration_tokens": 10**8}, "database"),
         ({"data__test_tokens": 10**8}, "evaluation"),
+        ({"workload__prompt_tokens": 10**6}, "evaluation"),
+        ({"workload__batch_size": 10**4}, "evaluation"),
     ],
 )
 def test_more_of_something_costs_more_where_it_is_used_and_in_proportion(settings, stage, checkpoint):

@@ -42,6 +42,7 @@ def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
         assert rows[name]["kv_cache_bytes_per_token"] <= rows["dense"]["kv_cache_bytes_per_token"]
     assert rows["dense"]["kl"] == 0
     assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows.values())
+    assert finished.metrics["request"] == {"batch_size": 1, "prompt_tokens": 8, "new_tokens": 2, "repeats": 3}
     assert set(finished.metrics["stages"]) == {"corpus", "database", "search", "recovery", "evaluation", "export"}
     assert finished.metrics["environment"]["torch"] == torch.__version__
     model = finished.load()
@@ -55,6 +56,7 @@ def test_the_model_card_has_the_numbers_the_recipe_and_no_path_of_this_machine(r
     finished, settings = run
     card = (finished.model_path / "README.md").read_text()
     assert f"{finished.metrics['rows'][-1]['parameters']:,}" in card
+    assert "batch 1, 8 prompt and 2 new tokens, median of 3." in card
     assert "sequence_length: 16" in card
     assert "trust_remote_code=True" in card
     assert str(Path(settings["data.source"]).parent) not in card
@@ -126,7 +128,7 @@ def test_a_case_of_the_paper_runs_on_a_model_of_its_shape_made_small(name, famil
 
 def test_several_limits_hold_for_the_model_that_is_written(run, checkpoint, tmp_path):
     _, settings = run
-    settings = {**settings, "recovery.tokens": 0, "workload.prompt_tokens": 8, "workload.new_tokens": 2}
+    settings = {**settings, "recovery.tokens": 0}
     target = "params=0.8,kv_cache=0.5,latency=0.99"
     finished = prune(checkpoint("qwen3"), target=target, out=tmp_path / "run", settings=settings)
     dense, found = (next(row for row in finished.metrics["rows"] if row["name"] == name) for name in ("dense", "found"))

@@ -54,7 +54,7 @@ def test_a_recipe_file_is_read_and_overridden_key_by_key(tmp_path):
 def test_a_complete_recipe_has_every_setting_in_its_yaml():
     written = yaml.safe_load(make_recipe(GIVEN).to_yaml())
     assert set(written) == set(Recipe.model_fields)
-    for name in ("data", "database", "search", "workload", "recovery", "evaluation", "export"):
+    for name in ("data", "database", "search", "workload", "recovery", "export"):
         assert set(written[name]) == set(type(getattr(make_recipe(GIVEN), name)).model_fields)
 
 

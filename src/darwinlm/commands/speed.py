@@ -17,7 +17,7 @@ from darwinlm.config.recipe import WorkloadRecipe
 from darwinlm.engines import llama_cpp
 from darwinlm.engines import vllm as vllm_engine
 from darwinlm.errors import EngineError, UserError
-from darwinlm.evaluation.measure import as_served, request_seconds
+from darwinlm.evaluation.measure import REPEATS, as_served, request_seconds
 from darwinlm.export.gguf import choose_architecture, context_length, write_gguf
 from darwinlm.export.gguf_tokenizer import read_vocabulary
 from darwinlm.export.hf_native import native_config, write_native
@@ -28,7 +28,7 @@ from darwinlm.run.models import models_of_run, one_model
 from darwinlm.runtime.files import write_json
 from darwinlm.runtime.progress import task
 
-_NEW_TOKENS, _REPEATS = 32, 3
+_NEW_TOKENS = 32
 _FILE_TYPE = "f16"
 
 
@@ -82,7 +82,7 @@ def _in_transformers(
     for batch in batches:
         for length in lengths:
             request = WorkloadRecipe(batch_size=batch, prompt_tokens=length, new_tokens=_NEW_TOKENS)
-            rows.append(_row(batch, length, request_seconds(served, request, _REPEATS)))
+            rows.append(_row(batch, length, request_seconds(served, request)))
     model = next(iter(served.values()))
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _threads()
     dtype = str(model.dtype).removeprefix("torch.")
@@ -110,7 +110,7 @@ def _in_llama_cpp(
                 files[name] = Path(scratch) / f"{len(files)}.gguf"
                 write_gguf(model, vocabulary, files[name], _FILE_TYPE, name, choose_architecture(config))
             with task(f"evaluation ({engine})", 1) as progress:
-                times = llama_cpp.time_requests(files, [(length, _NEW_TOKENS) for length in lengths], _REPEATS)
+                times = llama_cpp.time_requests(files, [(length, _NEW_TOKENS) for length in lengths], REPEATS)
                 progress.advance()
     except (UserError, EngineError) as reason:
         return facts | {"skipped": str(reason)}
@@ -148,7 +148,7 @@ def _in_vllm(
             torch.cuda.empty_cache()
         try:
             with task(f"evaluation ({engine})", 1) as progress:
-                device, times = vllm_engine.time_requests(folders, requests, _REPEATS, vocabulary, python)
+                device, times = vllm_engine.time_requests(folders, requests, REPEATS, vocabulary, python)
                 progress.advance()
         except EngineError as reason:
             return {"engine": engine, "skipped": str(reason)}

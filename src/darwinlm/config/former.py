@@ -24,6 +24,10 @@ FORMER: dict[str, Change] = {
     "data.score_tokens": Change("data.validation_tokens", "0.3.0"),
     "data.held_out_tokens": Change("data.test_tokens", "0.3.0"),
     "database.dtype": Change(None, "0.3.0", "output projections are stored in the checkpoint's dtype"),
+    **dict.fromkeys(
+        ("evaluation.prefill_tokens", "evaluation.decode_tokens", "evaluation.repeats"),
+        Change(None, "0.3.0", "speeds are measured with the request in workload"),
+    ),
     "search.max_flips": Change(None, "0.3.0", "mutations exchange up to 3 pairs of sites"),
 }
 """Former settings by dotted name. An entry is deleted in the release after the one that it names."""

@@ -206,15 +206,23 @@ class SearchRecipe(_Section):
         return self
 
 
+_TIMED_TOKENS = 32
+
+
 class WorkloadRecipe(_Section):
-    """The request for which FLOPs, memory and latency budgets are computed."""
+    """The request for which FLOPs, memory and latency budgets are computed, and speeds are measured at the end."""
 
     batch_size: int = Field(1, ge=1)
     """Concurrent requests."""
     prompt_tokens: int = Field(512, ge=1)
     """Prompt tokens, processed in one forward pass (prefill)."""
     new_tokens: int = Field(128, ge=0)
-    """New tokens, generated one by one (decode)."""
+    """New tokens, generated one by one (decode). Speeds are measured on at most 32 of them."""
+
+    @property
+    def timed(self) -> "WorkloadRecipe":
+        """The request as it is run to measure speeds: decoding at the same rate, it does not need all new tokens."""
+        return self.model_copy(update={"new_tokens": min(max(1, self.new_tokens), _TIMED_TOKENS)})
 
 
 class RecoveryRecipe(_Section):
@@ -294,17 +302,6 @@ class RecoveryRecipe(_Section):
         return self
 
 
-class EvaluationRecipe(_Section):
-    """Speed measurements, in addition to perplexity and KL on the test split."""
-
-    prefill_tokens: int = Field(512, ge=2)
-    """Tokens of the timed prompt."""
-    decode_tokens: int = Field(32, ge=1)
-    """New tokens timed after the prompt, generated one by one."""
-    repeats: int = Field(3, ge=1)
-    """Timed passes of each model, interleaved; the median is reported."""
-
-
 class ExportRecipe(_Section):
     """Engines that the result is exported to."""
 
@@ -344,7 +341,6 @@ class Recipe(_Section):
     search: SearchRecipe = SearchRecipe()
     workload: WorkloadRecipe = WorkloadRecipe()
     recovery: RecoveryRecipe = RecoveryRecipe()
-    evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
 
     @property

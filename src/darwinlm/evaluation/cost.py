@@ -5,6 +5,8 @@ from darwinlm.estimate.work import LIBRARIES, LINK, SCORED_TOGETHER, StageCost, 
 
 _SAMPLE_TOKENS = 40
 """Tokens that the dense and the last model each generate."""
+_PASSES = 4
+"""Passes of each model to measure its speed, the untimed one included."""
 
 
 def predict_evaluation(work: Work) -> StageCost:
@@ -22,10 +24,10 @@ def predict_evaluation(work: Work) -> StageCost:
         passes = sum(models) * tokens / SCORED_TOGETHER + _SAMPLE_TOKENS * (1 + left)
         seconds += 2 * work.in_sites / LINK * passes
     else:
-        timed = recipe.evaluation
-        request = layers * (timed.prefill_tokens * rates.layer_fast + timed.decode_tokens * rates.layer_alone)
-        requests = sum(share * request + timed.decode_tokens * rates.head_alone for share in models)
-        seconds += (timed.repeats + 1) * requests
+        timed = recipe.workload.timed
+        prompts = timed.batch_size * timed.prompt_tokens
+        request = layers * (prompts * rates.layer_fast + timed.new_tokens * rates.layer_alone)
+        seconds += _PASSES * sum(share * request + timed.new_tokens * rates.head_alone for share in models)
     seconds += _SAMPLE_TOKENS * ((1 + left) * layers * rates.layer_alone + 2 * rates.head_alone)
     return StageCost(stage=Stage("evaluation"), seconds=seconds, memory=_memory(work))
 

@@ -9,38 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darwinlm.config.recipe import EvaluationRecipe, WorkloadRecipe
+from darwinlm.config.recipe import WorkloadRecipe
+from darwinlm.errors import UserError
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.metrics.latency import time_request
 from darwinlm.models.families import has_attention
 from darwinlm.models.loading import served_dtype
 from darwinlm.models.modeling_darwinlm import PrunedModel
 from darwinlm.models.streaming import is_streamed
-from darwinlm.runtime.progress import task
+from darwinlm.runtime.memory import naming_memory_faults
+from darwinlm.runtime.progress import log, task
 
 SAMPLE_PROMPT = "The best way to learn something new is"
 _SAMPLE_TOKENS = 40
+REPEATS = 3
+"""Timed passes of each model; the median is reported."""
 
 
 def measure(
     models: Mapping[str, PrunedModel],
     test_BT: Tensor,
-    recipe: EvaluationRecipe,
+    workload: WorkloadRecipe,
     dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """Return one row per model: parameters, perplexity and KL from the dense model, KV-cache bytes, speed (None if
-    layers are streamed).
+    """Return one row per model: parameters, perplexity and KL from the dense model, KV-cache bytes, speed
+    (None if layers are streamed, or the request does not fit in memory).
 
     Args:
         models: models by name, in the dtype to evaluate them in, including `dense`; all are evaluated on its device,
             wherever they are.
         test_BT: token ids of the test split, (blocks, tokens).
-        recipe: settings of the speed measurement.
+        workload: request whose speed is measured.
         dtype: stored dtype of the models; used for cache bytes, and to choose the dtype of the speed measurement.
     """
     device = models["dense"].device
     reference = DenseReference(models["dense"], test_BT)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with task("evaluation (models)", len(models)) as progress:
         for name, model in models.items():
             with on_device(model, device):
@@ -58,11 +62,18 @@ def measure(
             )
             progress.advance(note=name)
     del reference
-    if any(map(is_streamed, models.values())):
-        # The speed of layer streaming says nothing about the model.
-        return [row | {"prefill_tokens_per_second": None, "decode_tokens_per_second": None} for row in rows]
-    for row, speed in zip(rows, speeds(as_served(models, dtype), recipe).values(), strict=True):
-        row |= speed
+    found: dict[str, dict[str, float]] = {}
+    # The speed of layer streaming says nothing about the model.
+    if not any(map(is_streamed, models.values())):
+        try:
+            with naming_memory_faults("speed"):
+                found = speeds(as_served(models, dtype), workload)
+        except UserError as fault:
+            # Budgets are only calculated for this request, so it may be too large to run; that should not end the run.
+            reason = str(fault).partition("; ")[0]
+            log.warning("%s: the request in workload is not timed; darwinlm evaluate --speed times others", reason)
+    for row in rows:
+        row |= {"prefill_tokens_per_second": None, "decode_tokens_per_second": None} | found.get(row["name"], {})
     return rows
 
 
@@ -104,29 +115,27 @@ def kv_cache_bytes(model: PrunedModel, dtype: torch.dtype) -> int:
     return int(2 * heads * config.head_dim * dtype.itemsize)
 
 
-def speeds(models: Mapping[str, PrunedModel], recipe: EvaluationRecipe) -> dict[str, dict[str, float]]:
-    """Measure median prefill and decode tokens/s at batch size 1."""
-    workload = WorkloadRecipe(prompt_tokens=recipe.prefill_tokens, new_tokens=recipe.decode_tokens)
+def speeds(models: Mapping[str, PrunedModel], workload: WorkloadRecipe) -> dict[str, dict[str, float]]:
+    """Measure median prefill and decode tokens/s."""
+    request = workload.timed
     return {
         name: {
-            "prefill_tokens_per_second": recipe.prefill_tokens / prompt,
-            "decode_tokens_per_second": recipe.decode_tokens / new,
+            "prefill_tokens_per_second": request.batch_size * request.prompt_tokens / prompt,
+            "decode_tokens_per_second": request.batch_size * request.new_tokens / new,
         }
-        for name, (prompt, new) in request_seconds(models, workload, recipe.repeats).items()
+        for name, (prompt, new) in request_seconds(models, request).items()
     }
 
 
-def request_seconds(
-    models: Mapping[str, PrunedModel], workload: WorkloadRecipe, repeats: int
-) -> dict[str, tuple[float, float]]:
+def request_seconds(models: Mapping[str, PrunedModel], workload: WorkloadRecipe) -> dict[str, tuple[float, float]]:
     """Measure median seconds for a request's prompt and for its new tokens; models alternate, after an untimed pass.
 
     All models are timed on the device of the first.
     """
     device = next(iter(models.values())).device
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with task("evaluation (speed)", repeats + 1) as progress:
-        for repeat in range(repeats + 1):
+    with task("evaluation (speed)", REPEATS + 1) as progress:
+        for repeat in range(REPEATS + 1):
             for name, model in models.items():
                 with on_device(model, device):
                     timed = time_request(

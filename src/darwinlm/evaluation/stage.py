@@ -8,6 +8,7 @@ import torch
 
 from darwinlm._version import __version__
 from darwinlm.evaluation.measure import (
+    REPEATS,
     SAMPLE_PROMPT,
     as_served,
     measure,
@@ -91,7 +92,7 @@ def _export(job: Job) -> None:
 def _measure(job: Job, plan: Plan, models: Mapping[str, PrunedModel]) -> dict[str, Any]:
     """Return the content of `measured.json`; the last of `models` is the result."""
     recipe, dense = job.recipe, job.source.dense
-    rows = measure(models, job.corpus.splits["test"].input_ids_BT, recipe.evaluation, dense.dtype)
+    rows = measure(models, job.corpus.splits["test"].input_ids_BT, recipe.workload, dense.dtype)
     last = models[list(models)[-1]]
     sample = {"prompt": SAMPLE_PROMPT, "before": write_sample(dense.reference.model, dense.tokenizer)}
     with on_device(last, dense.device):
@@ -103,13 +104,14 @@ def _measure(job: Job, plan: Plan, models: Mapping[str, PrunedModel]) -> dict[st
     for limit in limits:
         if limit["name"] == "latency":
             timed = as_served({name: models[name] for name in ("dense", "found")}, dense.dtype)
-            seconds = request_seconds(timed, recipe.workload, recipe.evaluation.repeats)
+            seconds = request_seconds(timed, recipe.workload)
             limit["measured"] = {name: round(1e9 * sum(parts)) for name, parts in seconds.items()}
     return {
         "model": recipe.model,
         "target": job.size.name,
         "rows": rows,
         "limits": limits,
+        "request": recipe.workload.timed.model_dump() | {"repeats": REPEATS},
         "sample": sample,
         "environment": _environment(dense),
         "seed": recipe.seed,

@@ -56,8 +56,7 @@ def model_card(recipe: Recipe, plan: Mapping[str, Any], metrics: Mapping[str, An
     lines += [
         "",
         f"Perplexity and KL on {split} of {_plain(_name(recipe.data.source))}; speeds on "
-        f"{_plain(metrics['environment']['device'])}{_dtype(metrics['environment'])}, batch 1, "
-        f"{recipe.evaluation.prefill_tokens} tokens of context, median of {recipe.evaluation.repeats}.",
+        f"{_plain(metrics['environment']['device'])}{_dtype(metrics['environment'])}{_request(metrics)}.",
         "",
         "## Recipe",
         "",
@@ -88,6 +87,17 @@ def _speed(value: float | None) -> str:
 def _dtype(environment: Mapping[str, Any]) -> str:
     """Return the dtype of the speeds; runs of earlier versions do not record it."""
     return f" in {environment['speed_dtype']}" if "speed_dtype" in environment else ""
+
+
+def _request(metrics: Mapping[str, Any]) -> str:
+    """Return the request whose speed was measured; runs of earlier versions do not record it."""
+    request = metrics.get("request")
+    if request is None:
+        return ""
+    return (
+        f", batch {request['batch_size']}, {request['prompt_tokens']} prompt and {request['new_tokens']} new tokens, "
+        f"median of {request['repeats']}"
+    )
 
 
 def _name(source: str) -> str:

@@ -87,6 +87,9 @@ def _size_facts(recipe: Recipe, space: Space | None, size: Size) -> dict[str, An
         with _reading(measured_file):
             measured = read_json(measured_file)
             facts |= {key: measured[key] for key in ("sample", "environment")}
+            # Runs of earlier versions do not record it.
+            if "request" in measured:
+                facts["request"] = measured["request"]
             facts["rows"] = compared(measured["rows"])
             facts["limits"] = [_with_shares(limit) for limit in measured["limits"]]
     if space is None:
@@ -142,7 +145,8 @@ def _family(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     last = list(measured.values())[-1]
     rows = [{**facts["rows"][-1], "name": name} for name, facts in measured.items()]
-    return {"rows": [last["rows"][0], *rows], "sample": last["sample"], "environment": last["environment"]}
+    shared = {key: last[key] for key in ("sample", "environment", "request") if key in last}
+    return {"rows": [last["rows"][0], *rows], **shared}
 
 
 def layers(space: Space, plan: Plan) -> list[dict[str, Any]]:

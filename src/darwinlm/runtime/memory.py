@@ -27,7 +27,7 @@ _REMEDIES = {
     "database": "lower database.batch_size, set database.offload=disk",
     "search": "set search.offload=cpu, lower search.batch_size or data.sequence_length",
     "recovery": "lower recovery.micro_batch_size, set recovery.activations=recompute",
-    "evaluation": "lower evaluation.prefill_tokens",
+    "evaluation": "lower data.sequence_length",
 }
 _TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|bad_alloc|os error 12\b", re.I)
 
