@@ -101,7 +101,7 @@ def _work(command: list[str], log: Path, moment: Moment | None, writing: int) ->
     os.replace = watched
     code = 1
     try:
-        code = cli._exit_code(command)
+        code = cli.exit_code(command)
     finally:
         sys.stdout.flush()
         os._exit(code)

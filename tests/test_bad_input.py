@@ -96,7 +96,7 @@ def refused_command(tmp_path, capsys, monkeypatch):
 
     def run(message, command):
         before = contents(tmp_path)
-        code = cli._exit_code(command)
+        code = cli.exit_code(command)
         printed = capsys.readouterr()
         assert re.search(message, one_line(code, printed.err)), printed.err
         assert printed.out == ""
@@ -655,7 +655,7 @@ def test_a_file_for_a_run_directory(refused, text):
 def test_a_name_of_two_lines_is_told_in_one(checkpoint, tmp_path, capsys):
     out = tmp_path / "two\nlines"
     out.write_text("mine")
-    code = cli._exit_code(["prune", str(checkpoint("llama")), "--target", "0.5", "--out", str(out)])
+    code = cli.exit_code(["prune", str(checkpoint("llama")), "--target", "0.5", "--out", str(out)])
     assert "two lines is a file" in one_line(code, capsys.readouterr().err)
 
 
@@ -813,7 +813,7 @@ def test_only_the_loss_of_a_rank_is_called_that_and_by_all_ranks_alike(error, lo
 
 
 def test_the_version_is_shown(capsys):
-    assert cli._exit_code(["--version"]) == 0
+    assert cli.exit_code(["--version"]) == 0
     assert capsys.readouterr().out == f"{darwinlm.__version__}\n"
 
 
@@ -826,7 +826,7 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is(monkeypatch, capsys):
 
 
 def test_without_a_command_the_help_is_shown(capsys):
-    assert cli._exit_code([]) == 0
+    assert cli.exit_code([]) == 0
     assert "prune " in capsys.readouterr().out
 
 
@@ -918,7 +918,7 @@ def test_on_a_full_disk_a_run_says_so_and_the_same_command_goes_on_from_there(
         command += ["--set", setting]
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", FullDisk(room).fsync)
-        assert cli._exit_code(command) == 2
+        assert cli.exit_code(command) == 2
     told = capsys.readouterr().err.splitlines()
     faults = [line for line in told if line.startswith("error: ")]
     assert faults == told[-1:]
@@ -926,7 +926,7 @@ def test_on_a_full_disk_a_run_says_so_and_the_same_command_goes_on_from_there(
         f"error: the disk is full while writing {out}/.+; free some space and run the same command again", faults[0]
     )
     assert not drafts(tmp_path)
-    assert cli._exit_code(command) == 0
+    assert cli.exit_code(command) == 0
     assert (out / "recipe.yaml").exists()
     assert (out / "model" / "model.safetensors").exists()
     assert not drafts(tmp_path)

@@ -243,14 +243,14 @@ def test_a_checkpoint_in_bfloat16_is_healthy_while_rope_stays_in_float32(tmp_pat
 
 def test_the_command_shows_a_line_a_check_and_ends_with_1_where_one_fails(checkpoint, monkeypatch, capsys):
     folder = str(checkpoint("qwen3"))
-    assert cli._exit_code(["doctor", folder]) == 0
+    assert cli.exit_code(["doctor", folder]) == 0
     out = capsys.readouterr().out
     assert all(name.split()[0] in out for name in (MODEL | EXPORTS).values())
     assert "reduced: text: 2 x 64 random tokens" in out
     assert out.splitlines()[-1] == "14 passed"
     break_gguf(monkeypatch)
     monkeypatch.setattr("darwinlm.export.gguf.choose_architecture", lambda config: gguf.DECI)
-    assert cli._exit_code(["doctor", folder]) == 1
+    assert cli.exit_code(["doctor", folder]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "13 passed, 1 failed"
 
@@ -281,7 +281,7 @@ def test_a_model_that_cannot_be_read_is_one_line(checkpoint, tmp_path, capsys):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "broken")
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
-    assert cli._exit_code(["doctor", str(folder)]) == 2
+    assert cli.exit_code(["doctor", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "supported families" in error
 

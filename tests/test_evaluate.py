@@ -155,9 +155,9 @@ def test_a_run_is_judged_dense_and_pruned_and_what_was_judged_before_stays(copie
     write(tmp_path / "tasks", "first", ITEMS["choice"])
     write(tmp_path / "tasks", "second", ITEMS["word"])
     command = ["evaluate", str(copied), "--tasks-dir", str(tmp_path / "tasks"), "--quiet"]
-    assert cli._exit_code([*command, "--tasks", "second", "--limit", "7"]) == 0
+    assert cli.exit_code([*command, "--tasks", "second", "--limit", "7"]) == 0
     assert answering == [(True, ["second"], 7, 3), (False, ["second"], 7, 3)]
-    assert cli._exit_code(command) == 0
+    assert cli.exit_code(command) == 0
     assert "mean of 2" in capsys.readouterr().out
     metrics = json.loads((copied / "report" / "metrics.json").read_text())
     assert metrics["tasks"] == json.loads((copied / "report" / "tasks.json").read_text())
@@ -210,7 +210,7 @@ def test_what_cannot_be_judged_is_said_in_one_line(arguments, message, copied, t
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     arguments = [str(tmp_path / "tasks") if argument == "TASKS" else argument for argument in arguments]
-    assert cli._exit_code(["evaluate", str(copied), "--quiet", *arguments]) == 2
+    assert cli.exit_code(["evaluate", str(copied), "--quiet", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert not (copied / "report" / "tasks.json").exists()

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from darwinlm import UserError
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.config.loading import make_recipe
 from darwinlm.config.recipe import Target
 from darwinlm.database.levels import level_sizes
@@ -45,7 +45,7 @@ def test_the_code_in_a_run_is_renewed_and_the_run_stays_finished(run, tmp_path, 
     (copied / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="an earlier version"):
         AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True)
-    assert _exit_code(["export", str(copied), "--to", "hf"]) == 0
+    assert exit_code(["export", str(copied), "--to", "hf"]) == 0
     assert "verified: largest logit difference" in capsys.readouterr().out
     assert code.read_bytes() == Path(modeling_darwinlm.__file__).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True).num_parameters() > 0
@@ -65,12 +65,12 @@ def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, ca
     save_pruned(config, tmp_path / "model")
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
     (tmp_path / "model" / CODE).write_text(BROKEN)
-    assert _exit_code(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "new")]) == 0
+    assert exit_code(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "new")]) == 0
     assert (tmp_path / "model" / CODE).read_text() == BROKEN
     assert (tmp_path / "new" / CODE).read_text() != BROKEN
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == weights
     (tmp_path / "model" / CODE).unlink()
-    assert _exit_code(["export", str(tmp_path / "model"), "--to", "hf"]) == 2
+    assert exit_code(["export", str(tmp_path / "model"), "--to", "hf"]) == 2
     assert f"model contains no {CODE} to update" in capsys.readouterr().err
 
 

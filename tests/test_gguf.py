@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from darwinlm import UserError
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.engines import llama_cpp, quantize
 from darwinlm.engines.llama_cpp import Engine, EngineError, ask
 from darwinlm.export import gguf as export_gguf
@@ -238,7 +238,7 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
     config = make_config("llama")
     config.per_layer_config = SHAPES["last without attention"]
     save_pruned(config, tmp_path / "model")
-    assert _exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
+    assert exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
     told = capsys.readouterr().out
     assert "verified: largest logit difference" in told
     assert f"exported: {tmp_path / 'a.gguf'}" in told
@@ -246,7 +246,7 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
     assert kept["architecture"] == "deci" and kept["proof"]["difference"] < 1e-4
     assert kept["proof"]["agreeing"] == kept["proof"]["positions"] > 100
     uninstall(llama_cpp.PACKAGE, monkeypatch)
-    assert _exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
+    assert exit_code(["export", str(tmp_path), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
     assert "not verified: run pip install xllamacpp" in capsys.readouterr().out
     assert json.loads((tmp_path / "a.gguf.json").read_text())["proof"] is None
 
@@ -293,7 +293,7 @@ def test_mistakes_are_one_line(arguments, match, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_pruned(make_config("llama"), tmp_path / "model")
     (tmp_path / "notes.txt").write_text("mine")
-    assert _exit_code(["export", "model", *arguments]) == 2
+    assert exit_code(["export", "model", *arguments]) == 2
     told = capsys.readouterr().err
     assert match in told and told.count("\n") == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -14,7 +14,7 @@ from test_families import TOKENS, mask, native_model
 from test_saved_model import uneven_plan
 
 import darwinlm
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.commands.inspect import inspect
 from darwinlm.commands.recover import recover_again
 from darwinlm.config.loading import load_recipe
@@ -356,9 +356,9 @@ def test_its_steps_share_out_the_training_and_are_in_the_report(gradual):
 
 def test_inspect_shows_it_against_the_dense_model_however_far_it_is(gradual, tmp_path, capsys):
     run, _, begun = gradual
-    assert _exit_code(["inspect", str(run.path)]) == 0
+    assert exit_code(["inspect", str(run.path)]) == 0
     of_run = capsys.readouterr().out
-    assert _exit_code(["inspect", str(run.model_path)]) == 0
+    assert exit_code(["inspect", str(run.model_path)]) == 0
     assert of_run.splitlines()[1:-1] == capsys.readouterr().out.splitlines()[1:]
     copied = shutil.copytree(run.path, tmp_path / "run")
     shutil.rmtree(copied / "model")
@@ -367,7 +367,7 @@ def test_inspect_shows_it_against_the_dense_model_however_far_it_is(gradual, tmp
         assert one["mlp"] == other["mlp"]
         assert one["attention"]["parameters"] == other["attention"]["parameters"]
         assert one["attention"]["dense_parameters"] == other["attention"]["dense_parameters"]
-    assert _exit_code(["inspect", str(copied)]) == 0
+    assert exit_code(["inspect", str(copied)]) == 0
     assert of_run.splitlines()[-2] == capsys.readouterr().out.splitlines()[-2]
     assert inspect(str(begun))[0]["parameters"] > written["parameters"]
 
@@ -439,9 +439,9 @@ def test_two_ranks_take_the_steps_together_and_read_one_stream(gradual, checkpoi
 
 def test_a_plan_counts_every_step(checkpoint, capsys):
     command = ["plan", str(checkpoint("llama")), "--target", "0.6", "--gpu", "h100", "--set", "data.sequence_length=64"]
-    assert _exit_code([*command, "--steps", "2"]) == 0
+    assert exit_code([*command, "--steps", "2"]) == 0
     gradual = " ".join(capsys.readouterr().out.split())
-    assert _exit_code(command) == 0
+    assert exit_code(command) == 0
     at_once = " ".join(capsys.readouterr().out.split())
     for stage in ("database", "search", "recovery"):
         assert f"step 1: {stage}" in gradual and f"step 1: {stage}" not in at_once

@@ -44,9 +44,9 @@ def test_a_dense_model_is_whole(checkpoint):
 
 def test_a_run_is_its_model_and_an_unfinished_one_its_best_plan(run, tmp_path, capsys):
     finished, _ = run
-    assert cli._exit_code(["inspect", str(finished.path)]) == 0
+    assert cli.exit_code(["inspect", str(finished.path)]) == 0
     of_run = capsys.readouterr().out
-    assert cli._exit_code(["inspect", str(finished.model_path)]) == 0
+    assert cli.exit_code(["inspect", str(finished.model_path)]) == 0
     of_model = capsys.readouterr().out
     assert of_run.splitlines()[1:-1] == of_model.splitlines()[1:]
     assert of_run.splitlines()[-1].startswith(f"limit on params: {finished.metrics['parameters']:,} of ")
@@ -56,7 +56,7 @@ def test_a_run_is_its_model_and_an_unfinished_one_its_best_plan(run, tmp_path, c
     (entry,) = inspect(str(copied))
     assert "best plan so far" in entry["title"]
     assert entry["layers"] == finished.metrics["layers"]
-    assert cli._exit_code(["inspect", str(copied)]) == 0
+    assert cli.exit_code(["inspect", str(copied)]) == 0
     assert "attention (KV groups)" in capsys.readouterr().out
     shutil.rmtree(copied / "search")
     with pytest.raises(UserError, match=r"has no plan for 0\.7 yet"):
@@ -77,7 +77,7 @@ def test_no_weight_is_needed_and_none_is_made(tmp_path):
 )
 def test_a_folder_that_holds_no_model(content, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
-    code = cli._exit_code(["inspect", str(tmp_path)])
+    code = cli.exit_code(["inspect", str(tmp_path)])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SETTINGS, TARGET
 
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.config.stage import Stage
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
@@ -221,5 +221,5 @@ def test_a_lack_of_memory_outside_of_the_stages_gives_one_line(monkeypatch, tmp_
         raise MemoryError
 
     monkeypatch.setattr("darwinlm.config.loading.load_recipe", fail)
-    assert _exit_code(["prune", "model", "--target", "0.8", "--out", str(tmp_path / "run")]) == 2
+    assert exit_code(["prune", "model", "--target", "0.8", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.startswith("error: out of memory; free some")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from shapes import ATTENTION, MLP, SHAPES
 
 from darwinlm import UserError
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.export import mlx, onnx
 from darwinlm.export.onnx import onnx_logits
 from darwinlm.export.proof import logits_of
@@ -118,7 +118,7 @@ def test_rope_periods_are_those_of_transformers(rope, tmp_path, monkeypatch, cap
     uninstall(mlx.PACKAGE, monkeypatch)
     config = make_config("llama", **({"rope_parameters": rope} if rope else {}))
     model = save_pruned(config, tmp_path / "model")
-    assert _exit_code(["export", str(tmp_path), "--to", "mlx"]) == 0
+    assert exit_code(["export", str(tmp_path), "--to", "mlx"]) == 0
     assert "not verified: run pip install mlx-lm 'mlx[cpu]'" in capsys.readouterr().out
     settings = json.loads((tmp_path / "model-mlx" / "config.json").read_text())
     positions = torch.arange(100.0)[None]

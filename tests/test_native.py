@@ -11,7 +11,7 @@ from shapes import BOTH, MLP
 from transformers import AutoModelForCausalLM
 
 from darwinlm import UserError
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.config.loading import make_recipe
 from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
@@ -180,7 +180,7 @@ def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsy
     found = run.metrics["rows"][-1]["parameters"]
     assert 0.6 < found / run.metrics["rows"][0]["parameters"] <= 0.8
 
-    assert _exit_code(["export", str(tmp_path / "run"), "--to", "hf-native", "--out", str(tmp_path / "native")]) == 0
+    assert exit_code(["export", str(tmp_path / "run"), "--to", "hf-native", "--out", str(tmp_path / "native")]) == 0
     assert "verified: largest logit difference" in capsys.readouterr().out
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert sum(p.numel() for p in native.parameters()) == found

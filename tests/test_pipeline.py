@@ -159,7 +159,7 @@ def test_the_command_recover_goes_on_with_a_run(run, tmp_path, capsys, monkeypat
     # Here it is a guest in another process.
     monkeypatch.setattr(progress, "set_up", lambda **arguments: None)
     monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
-    assert cli._exit_code(["recover", str(out), "--quiet"]) == 0
+    assert cli.exit_code(["recover", str(out), "--quiet"]) == 0
     assert "recovered" in capsys.readouterr().out
     assert files_of(out) == before
 
@@ -424,7 +424,7 @@ def work(*arguments, **named):
         time.sleep(60)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.app = work
-sys.exit(cli._exit_code([]))
+sys.exit(cli.exit_code([]))
 """
 
 

@@ -259,12 +259,12 @@ def test_the_page_asks_for_nothing_and_only_its_own_scripts_can_run(run, refresh
 
 def test_the_command_writes_what_the_run_has_written_and_touches_nothing_else(copied, capsys):
     before = {file: file.stat().st_mtime_ns for file in copied.rglob("*") if file.is_file()}
-    assert cli._exit_code(["report", str(copied)]) == 0
+    assert cli.exit_code(["report", str(copied)]) == 0
     assert str(copied / "report" / "index.html") in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in copied.rglob("*") if file.is_file()}
     old = (copied / "report" / "index.html").read_bytes()
     shutil.rmtree(copied / "report")
-    assert cli._exit_code(["report", str(copied)]) == 0
+    assert cli.exit_code(["report", str(copied)]) == 0
     assert (copied / "report" / "index.html").read_bytes() == old
 
 
@@ -371,7 +371,7 @@ def test_a_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(copied):
 )
 def test_what_is_no_run_or_is_damaged_is_said_in_one_line(damage, message, copied, capsys):
     damage(copied)
-    assert cli._exit_code(["report", str(copied)]) == 2
+    assert cli.exit_code(["report", str(copied)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and len(error.splitlines()) == 1
 

@@ -72,7 +72,7 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     finished, _ = run
     copied = shutil.copytree(finished.path, tmp_path / "run")
     command = ["evaluate", str(copied), "--speed", "--batches", "1,2", "--lengths", "8,16"]
-    assert cli._exit_code(command) == 0
+    assert cli.exit_code(command) == 0
     out = capsys.readouterr().out
     transformers, engine, vllm = json.loads((copied / "report" / "speed.json").read_text())["engines"]
     assert vllm["engine"] == "vLLM" and vllm["skipped"].startswith("not installed here; --vllm PYTHON selects")
@@ -122,7 +122,7 @@ def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, 
     folder = make_checkpoint("qwen3", tmp_path / "dense", torch.bfloat16)
     settings = SETTINGS | {"data.source": str(text), "recovery.tokens": 0}
     run = prune(folder, target="params=0.8,latency=1.0", out=tmp_path / "run", settings=settings)
-    assert cli._exit_code(["evaluate", str(run.path), "--speed", "--batches", "1", "--lengths", "8"]) == 0
+    assert cli.exit_code(["evaluate", str(run.path), "--speed", "--batches", "1", "--lengths", "8"]) == 0
     assert set(timed) == {torch.float32}
     assert "float32" in capsys.readouterr().out
     assert run.metrics["environment"]["speed_dtype"] == "float32"
@@ -252,6 +252,6 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
     ],
 )
 def test_what_cannot_be_timed_is_one_clear_line(options, message, checkpoint, capsys):
-    assert cli._exit_code(["evaluate", str(checkpoint("llama")), "--speed", *options]) == 2
+    assert cli.exit_code(["evaluate", str(checkpoint("llama")), "--speed", *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error

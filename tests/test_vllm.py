@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from darwinlm import UserError
-from darwinlm.cli import _exit_code
+from darwinlm.cli import exit_code
 from darwinlm.export.hf import MODULE
 from darwinlm.export.targets import export_model
 from darwinlm.models.families import auto_map, empty_layer
@@ -60,7 +60,7 @@ def test_devices_share_out_the_stubs_too(tmp_path):
     config.per_layer_config = {0: {"intermediate_size": 30}, 1: ATTENTION}
     model = save_pruned(config, tmp_path / "even")
     arguments = ["export", str(tmp_path / "even"), "--to", "vllm", "--tensor-parallel", "2"]
-    assert _exit_code(arguments) == 0
+    assert exit_code(arguments) == 0
     written = load(tmp_path / "even-vllm")
     assert written.config.per_layer_config[1].num_key_value_heads == 2
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
     model = save_pruned(config, tmp_path / "model").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "plan.json").write_text("{}")
-    assert _exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
+    assert exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
     told = capsys.readouterr().out
     assert "not run in vLLM itself" in told and "verified: largest logit difference 0.0e+00" in told
     folder = tmp_path / "model-vllm"
@@ -89,7 +89,7 @@ def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
     assert own.is_backend_compatible()
     assert isinstance(AutoModel.from_pretrained(folder, trust_remote_code=True), own)
     # A second export takes the place of the first.
-    assert _exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
+    assert exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -263,13 +263,14 @@ def _numbers(option: str, text: str) -> list[int]:
 def main() -> None:
     """Run the command line and exit: 0 success, 1 internal error, 2 user error, 130 interrupted."""
     try:
-        code = _exit_code(sys.argv[1:])
+        code = exit_code(sys.argv[1:])
     except KeyboardInterrupt:  # a signal while an error is reported, as when torchrun ends all ranks
         code = _INTERRUPTED
     sys.exit(code)
 
 
-def _exit_code(arguments: list[str]) -> int:
+def exit_code(arguments: list[str]) -> int:
+    """Run the command line with `arguments` and return its exit code, as `main` does; errors are printed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # Ignored in background jobs of a shell without job control.
             signal.signal(number, _interrupt)

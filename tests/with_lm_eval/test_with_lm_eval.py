@@ -152,7 +152,7 @@ def test_unknown_tasks_and_data_that_cannot_be_had(judged, capsys):
     with pytest.raises(UserError, match=r"--tasks piqu: unknown lm-eval task; similar tasks are .*piqa"):
         judging.evaluate(str(run), ["piqu"])
     before = (run / "report" / "tasks.json").read_bytes()
-    assert cli._exit_code(["evaluate", str(run), "--tasks", "piqa", "--quiet"]) == 2
+    assert cli.exit_code(["evaluate", str(run), "--tasks", "piqa", "--quiet"]) == 2
     error = capsys.readouterr().err
     assert "--tasks piqa: its data cannot be loaded" in error and len(error.splitlines()) == 1
     assert (run / "report" / "tasks.json").read_bytes() == before
