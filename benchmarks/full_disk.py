@@ -9,6 +9,7 @@ system that cannot be written at all.
 
 import argparse
 import math
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from conftest import SETTINGS, make_checkpoint
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from helpers import SETTINGS, make_checkpoint
 from kill import LONGER, result, start
 
 WITHOUT_RECOVERY = {**LONGER, "recovery.tokens": 0, "recovery.refit_tokens": 0}

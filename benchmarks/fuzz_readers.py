@@ -25,8 +25,8 @@ WORST = 8192
 def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[bytes]]:
     """What is called with any bytes, and valid ones to begin with."""
     import torch
+    from helpers import SPACE
     from safetensors.torch import save
-    from test_fuzz import SPACE
 
     from darwinlm.config.loading import load_recipe, parse_override
     from darwinlm.database.store import Database, read_space

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from conftest import SETTINGS, files_of, make_checkpoint
+from helpers import SETTINGS, files_of, make_checkpoint
 
 # Imported here, once: every run is a child of this process, as fresh as a new one but without seconds of imports.
 from darwinlm import cli, pipeline  # noqa: F401

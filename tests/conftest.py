@@ -1,9 +1,8 @@
-"""Tiny random checkpoints of every family, with everything a real one has, and databases pruned from them."""
+"""Fixtures: tiny checkpoints of every family, databases pruned from them, and a finished run."""
 
-import importlib.metadata
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,179 +13,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers import SETTINGS, TARGET, VOCABULARY, make_checkpoint
 
 from darwinlm.config.recipe import DatabaseRecipe
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
-from darwinlm.models.families import causal_lm, dense_config
 from darwinlm.models.loading import DenseModel, load_dense
-from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
 from darwinlm.pipeline import prune
-from darwinlm.recovery import training as stage
+from darwinlm.recovery import training
 from darwinlm.run.finished import Run
-from darwinlm.search import trial_training as training
-
-transformers.utils.logging.disable_progress_bar()
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-GRANULARITIES = ("kv_group", "query_head")
-VOCABULARY = 259
-
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-    "initializer_range": 0.2,
-}
-_HYBRID = {
-    "head_dim": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"],
-    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
-_SHARED = {
-    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
-}  # fmt: skip
-_OWN = {
-    "llama": {"model_type": "llama", "head_dim": 8, "attention_bias": True, "mlp_bias": True},
-    "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 8},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
-    "ministral3": {"head_dim": 8, "sliding_window": 8},
-    "ministral": {"head_dim": 8, "sliding_window": 8},
-    "cwm": {"head_dim": 8, "sliding_window": 8},
-    "vaultgemma": {"head_dim": 8, "sliding_window": 8},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "granite": {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0
-    },
-    "smollm3": {"no_rope_layer_interval": 2},
-    "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 4},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 4},
-    "glm": {"head_dim": 8},
-    "glm4": {"head_dim": 8},
-    "olmo3": {"sliding_window": 8},
-    "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
-    "cohere": {"logit_scale": 2.0, "use_qk_norm": True},
-    "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2},
-    "phi3": {"sliding_window": 8},
-    "starcoder2": {"sliding_window": 8},
-    "qwen3_moe": {
-        "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
-        "norm_topk_prob": True,
-    },
-    "mixtral": {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
-    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
-    "granitemoe": {
-        "num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
-        "attention_multiplier": 0.3, "logits_scaling": 2.0,
-    },
-    "gpt_oss": {
-        "head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "swiglu_limit": 0.5,
-    },
-    "qwen2_moe": {**_SHARED, "mlp_only_layers": [1]},
-    "qwen3_next": {**_HYBRID, **_SHARED},
-    "qwen3_5_moe_text": {**_HYBRID, **_SHARED, "num_experts": 8},
-    "qwen3_5_text": _HYBRID,
-}  # fmt: skip
-"""What makes a family what it is, as small as it can be."""
-
-
-SETTINGS: dict[str, Any] = {
-    "data.sequence_length": 16,
-    "data.calibration_tokens": 256,
-    "data.train_tokens": 128,
-    "data.validation_tokens": 64,
-    "data.test_tokens": 64,
-    "database.levels": 4,
-    "search.generations": 2,
-    "search.offspring": 3,
-    "search.survivors": [2, 1],
-    "search.trial_tokens": [16, 32],
-    "search.score_tokens": [32, 64],
-    "recovery.tokens": 64,
-    "workload.prompt_tokens": 8,
-    "workload.new_tokens": 2,
-}
-TARGET = 0.7
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes are tokens: nothing to download, any text can be written."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
-    )
-
-
-def make_config(family: str, **changes: Any) -> PrunedConfig:
-    """A dense config, as pruning `family` begins with."""
-    settings = {**_SIZES, "model_type": family, **_OWN.get(family, {}), **changes}
-    return dense_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))
-
-
-_SCALES = {
-    **dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), 8),
-    **dict.fromkeys(("q_proj.weight", "k_proj.weight", "gate_proj.weight"), 1 / 8),
-    "v_proj.weight": 1 / 2,
-    "v_proj.bias": 4,
-    "o_proj.weight": 1 / 4,
-    "up_proj.weight": 1 / 4,
-    "up_proj.bias": 2,
-    "down_proj.weight": 1 / 2,
-}
-
-
-def rescaled(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Other weights of the same function, to the last bit: all factors are powers of two."""
-    return {name: tensor * _SCALES.get(".".join(name.split(".")[-2:]), 1) for name, tensor in weights.items()}
-
-
-def save_pruned(config: PrunedConfig, folder: Path) -> PrunedModel:
-    """A model of the sizes in `config`, its every parameter random, as a folder that `darwinlm.load` takes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = causal_lm(config)._from_config(config).eval()
-        randomise(model)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return model
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Biases and norms too."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
-
-
-def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A checkpoint whose every parameter, biases and norms too, is random."""
-    settings = {**_SIZES, "model_type": family, **_OWN.get(family, {}), **changes}
-    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(FAMILIES.index(family) if family in FAMILIES else 0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        randomise(model)
-    model.to(dtype).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+from darwinlm.search import trial_training
 
 
 @pytest.fixture(scope="session")
@@ -248,8 +84,8 @@ def run(
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """Call it, and passes of more than one block run out of memory (of two, halfway); the sizes of all passes."""
-    for user in (training, stage):
-        monkeypatch.setattr(user, "fast_dtype", lambda device: torch.float32)
+    for module in (trial_training, training):
+        monkeypatch.setattr(module, "fast_dtype", lambda device: torch.float32)
 
     def begin() -> list[int]:
         seen: list[int] = []
@@ -268,51 +104,3 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
         return seen
 
     return begin
-
-
-def apart(models: tuple[torch.nn.Module, torch.nn.Module], start: torch.nn.Module) -> float:
-    """How far apart two models have come, as a share of the way that the first went from `start`."""
-    one, other, begin = (torch.nn.utils.parameters_to_vector(model.parameters()).detach() for model in (*models, start))
-    return float((one - other).norm() / (one - begin).norm())
-
-
-CLOCKS = ("manifest.json", "measured.json", "metrics.json", "index.html", "README.md", "recipe.yaml", "lock")
-
-
-def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `package` have no version, as if it were not installed."""
-    right = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name == package:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return right(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """What must be the same whatever happened on the way: everything but clocks."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in CLOCKS
-    }
-
-
-def cut_short(file):
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def delete(file):
-    file.unlink()
-
-
-DAMAGES = (cut_short, flip_a_bit, delete)

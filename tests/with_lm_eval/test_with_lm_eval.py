@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer
+from helpers import make_tokenizer
 
 from darwinlm import cli
 from darwinlm.commands import evaluate as judging

@@ -1,0 +1,694 @@
+"""Text to blocks: every token in one split at most, long and short documents alike, and text a model writes itself."""
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+from collections import Counter
+
+import datasets
+import pyarrow
+import pytest
+import torch
+from helpers import make_tokenizer
+from pyarrow import parquet
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from darwinlm.config.recipe import DataRecipe
+from darwinlm.data import corpus as data
+from darwinlm.data import self_text
+from darwinlm.data.corpus import (
+    SPLITS,
+    Corpus,
+    TextStream,
+    load_corpus,
+    needed_blocks,
+    pack,
+    read_corpus,
+    save_corpus,
+)
+from darwinlm.data.documents import find_documents
+from darwinlm.data.self_text import write_documents
+from darwinlm.data.tokens import Tokens
+from darwinlm.errors import UserError
+from darwinlm.models.loading import load_dense
+
+END = 10**6
+SIZES = [f"{split}_tokens" for split in SPLITS]
+
+
+class Words:
+    """A tokenizer that knows words such as `w17`, and gives each its number."""
+
+    eos_token_id = END
+
+    def __call__(self, texts):
+        return {"input_ids": [[int(word[1:]) for word in text.split()] for text in texts]}
+
+
+def words(start, stop):
+    return " ".join(f"w{number}" for number in range(start, stop))
+
+
+def write_lines(file, documents):
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return str(file)
+
+
+def recipe(source, tokens=64, **changes):
+    counts = {f"{split}_tokens": tokens for split in SPLITS}
+    return DataRecipe(source=source, sequence_length=16, **{**counts, **changes})
+
+
+LONG, SHORT, LENGTH = 5_000, 1_000, 5
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """One document of 5,000 words and 1,000 of 5, no word twice: what is below 5,000 is of the long one."""
+    short = [words(LONG + LENGTH * i, LONG + LENGTH * (i + 1)) for i in range(SHORT)]
+    return write_lines(tmp_path / "mixed.jsonl", [*short[:300], words(0, LONG), *short[300:]])
+
+
+def is_last(word):
+    """Whether a document of `mixed` ends with it."""
+    return word == LONG - 1 or (word >= LONG and word % LENGTH == LENGTH - 1)
+
+
+def test_no_token_of_the_text_is_in_two_splits_or_twice_in_one(mixed):
+    corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
+    used = [word for text in corpus.splits.values() for word in text.input_ids_BT.flatten().tolist() if word != END]
+    assert len(used) > 3_000
+    assert Counter(used).most_common(1)[0][1] == 1
+
+
+def test_every_split_has_the_blocks_it_needs_and_none_is_padded(mixed):
+    asked = recipe(mixed, tokens=64, test_tokens=1, validation_tokens=17, train_tokens=1_000)
+    corpus = read_corpus(asked, Words(), seed=0)
+    assert needed_blocks(asked) == {"test": 1, "validation": 2, "calibration": 4, "train": 63}
+    for split, count in needed_blocks(asked).items():
+        assert corpus.splits[split].input_ids_BT.shape == (count, 16)
+        assert corpus.splits[split].input_ids_BT.dtype == torch.int32
+        # Two ends in a row would be an empty document: padding.
+        assert "-1, -1" not in str(corpus.splits[split].input_ids_BT.flatten().tolist())
+
+
+def test_documents_end_with_the_end_token_and_only_they_do(mixed):
+    corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
+    for text in corpus.splits.values():
+        tokens = text.input_ids_BT.flatten().tolist()
+        assert END in tokens
+        for word, following in itertools.pairwise(tokens):
+            if word != END:
+                assert (following == END) == is_last(word), word
+                assert following in (END, word + 1) or word < LONG
+
+
+def test_no_document_reaches_into_two_splits():
+    asked = recipe("any", tokens=1, test_tokens=32)
+    documents = [range(10), range(10, 40), range(40, 60), range(60, 80), range(80, 90), range(90, 96), range(96, 99)]
+    splits = pack(map(Tokens.document, documents), asked).splits
+    assert splits["test"].input_ids_BT.flatten().tolist() == list(range(32))
+    assert splits["validation"].input_ids_BT.flatten().tolist() == list(range(40, 56))
+    assert splits["calibration"].input_ids_BT.flatten().tolist() == list(range(60, 76))
+    assert splits["train"].input_ids_BT.flatten().tolist() == list(range(80, 96))
+    with pytest.raises(UserError, match="has 90 tokens, but the splits need 80"):
+        pack(map(Tokens.document, documents[:5]), asked)
+
+
+def test_positions_begin_anew_with_every_piece_and_block():
+    # Three pieces, of which the second is not to be learnt, and one that is cut short.
+    pieces = [Tokens.document([5, 6, 7]), Tokens.document([8, 9, 0, 3], [False] * 4)]
+    pieces += map(Tokens.document, ([2], range(30), *[[1] * 16] * 3))
+    text = pack(pieces, recipe("any", tokens=1, test_tokens=32)).splits["test"]
+    assert text.input_ids_BT.flatten().tolist() == [5, 6, 7, 8, 9, 0, 3, 2, *range(24)]
+    assert text.labels.flatten().tolist() == [5, 6, 7, *[-100] * 4, 2, *range(24)]
+    assert text.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(8)], list(range(16))]
+
+
+def test_a_stream_knows_where_documents_begin(mixed):
+    blocks = TextStream(recipe(mixed), Words(), 0, frozenset()).blocks()
+    for _ in range(100):
+        block, _ = next(blocks)
+        ids, found = block.input_ids_BT.tolist(), block.position_ids.tolist()
+        begins = [0, *(place + 1 for place, word in enumerate(ids) if word == END)]
+        assert found == [place - max(begin for begin in begins if begin <= place) for place in range(16)]
+
+
+def test_the_seed_alone_decides_what_is_read(mixed):
+    corpora = [read_corpus(recipe(mixed), Words(), seed) for seed in (3, 3, 4)]
+    one, same, other = ([corpus.splits[split].input_ids_BT for split in SPLITS] for corpus in corpora)
+    assert all(map(torch.equal, one, same))
+    assert not any(map(torch.equal, one, other))
+
+
+def test_long_documents_are_used_in_proportion(mixed):
+    shares = []
+    for seed in range(5):
+        for text in read_corpus(recipe(mixed, tokens=900), Words(), seed).splits.values():
+            drawn = [word for word in text.input_ids_BT.flatten().tolist() if word != END]
+            shares.append(sum(word < LONG for word in drawn) / len(drawn))
+    assert abs(sum(shares) / len(shares) - 0.5) < 0.04
+    assert 0.25 < min(shares) < max(shares) < 0.75
+
+
+def test_a_repeated_document_counts_once(tmp_path):
+    source = write_lines(tmp_path / "repeated.jsonl", [words(0, 9), f"  {words(0, 9)}\n", words(0, 9), words(9, 18)])
+    with pytest.raises(UserError, match=r"has 20 tokens, but the splits need 256 \(test 64, validation 64, cali"):
+        read_corpus(recipe(source), Words(), seed=0)
+
+
+def test_any_kind_of_source_gives_the_same_documents(tmp_path):
+    documents = ["eins zwei\n", "drei", "vier é 😀\n\nfünf"]
+    folder = tmp_path / "folder"
+    (folder / "deeper" / "not-a-file.txt").mkdir(parents=True)
+    for number, name in enumerate(["a.txt", "b.md", "deeper/c.rst"]):
+        (folder / name).write_text(documents[number], encoding="utf-8")
+    (folder / "ignored.pdf").write_text("1,2")
+    write_lines(tmp_path / "lines.jsonl", documents)
+    table = pyarrow.table({"text": documents, "number": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "table.parquet", row_group_size=2)
+    for source in (folder, tmp_path / "lines.jsonl", tmp_path / "table.parquet"):
+        assert sorted(find_documents(str(source), "text", seed=0)) == sorted(documents), source
+    assert list(find_documents(str(folder / "a.txt"), "text", seed=0)) == documents[:1]
+
+
+def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfab")
+    (tmp_path / "lines.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": null}\n{"text": "\\ud83d"}\n{"text": "b"}'
+    )
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "table.parquet")
+    found = {file.suffix: list(find_documents(str(file), "text", seed=0)) for file in tmp_path.iterdir()}
+    assert found == {".txt": ["ab"], ".jsonl": ["a", "", "?", "b"], ".parquet": ["a", "", "b"]}
+    # ab, a, ? and b with an end each: `a` and `b` of the second file are repeats.
+    with pytest.raises(UserError, match="has 9 tokens"):
+        read_corpus(recipe(str(tmp_path)), make_tokenizer(), seed=0)
+
+
+PACKERS = {
+    "": lambda content: content,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
+}
+HELD = {
+    "t.txt": (lambda documents: "".join(documents), lambda documents: ["".join(documents)]),
+    "l.jsonl": (lambda documents: "".join(json.dumps({"text": one}) + "\n" for one in documents), list),
+    "l.json": (lambda documents: json.dumps([{"text": one} for one in documents], indent=1), list),
+    "lines.json": (lambda documents: "".join(json.dumps({"text": one}) + "\n" for one in documents), list),
+    "t.csv": (lambda documents: table_of(documents, ","), list),
+    "t.tsv": (lambda documents: table_of(documents, "\t"), list),
+}
+
+
+def table_of(documents, delimiter):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([["id", "text"], *enumerate(documents)])
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", HELD)
+def test_files_are_read_as_people_have_them(name, packed, tmp_path):
+    documents = ['eins, "zwei"\n', "drei\tvier", "é 😀\n\nfünf"]
+    write, expected = HELD[name]
+    (tmp_path / f"{name}{packed}").write_bytes(PACKERS[packed](write(documents).encode("utf-8-sig")))
+    for source in (tmp_path / f"{name}{packed}", tmp_path):
+        assert list(find_documents(str(source), "text", seed=0)) == expected(documents)
+
+
+def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_refused(tmp_path, caplog):
+    def write(records):
+        (tmp_path / "l.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return find_documents(str(tmp_path / "l.jsonl"), "text", seed=0)
+
+    assert list(write([{"id": 1}, {"text": "a"}, {"text": "b"}, {"id": 2}, {"text": "c"}])) == ["a", "b", "c"]
+    assert caplog.messages == [f"data {str(tmp_path / 'l.jsonl')!r}: 2 of 5 records have no 'text': skipped"]
+    # Of a file that is not read to its end, what was seen.
+    beginning = write([{"id": 1}, *({"text": str(number)} for number in range(9))])
+    assert [next(beginning) for _ in range(3)] == ["0", "1", "2"]
+    beginning.close()
+    assert caplog.messages[1].endswith("1 of 4 records have no 'text': skipped")
+    refused = r"l\.jsonl', line 2: no field 'text' \(found 'id'\); set data\.text_field"
+    with pytest.raises(UserError, match=refused):
+        list(write([{"text": "a"}, {"id": 1}, {"id": 2}]))
+    # Long before the end of a file that will not do.
+    long = write([{"text": "a"}, *({"id": number} for number in range(500)), 5])
+    with pytest.raises(UserError, match=refused):
+        list(long)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.jsonl.gz", b"no gzip", "cannot be read"),
+        ("l.jsonl.gz", gzip.compress(b'{"text": "abc"}' * 99, mtime=0)[:-20], "cannot be read|not JSON"),
+        ("l.json", b'[{"text": "a"}, 3]', "record 2: expected one object in the list, found int"),
+        ("l.json", b'[{"text": "a"}', r"not JSON \(.*\); expected a list of objects"),
+        (
+            "l.json.gz",
+            gzip.compress(b'[{"text": "a"}', mtime=0),
+            r"l\.json\.gz': not JSON \(.*\); expected a list of objects",
+        ),
+        ("t.csv", b"body,id\nx,1\n", r"line 2: no field 'text' \(found 'body', 'id'\); set data\.text_field"),
+        ("t.parquet.gz", b"", "unsupported file type"),
+        ("l.gz", b"", "unsupported file type"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(find_documents(str(tmp_path / name), "text", seed=0))
+
+
+def test_another_text_field_can_be_named(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": 1, "body": "a"}\n')
+    assert list(find_documents(str(tmp_path / "lines.jsonl"), "body", seed=0)) == ["a"]
+
+
+def test_a_corpus_is_the_same_after_saving(mixed, tmp_path):
+    corpus = read_corpus(recipe(mixed), Words(), seed=0)
+    save_corpus(corpus, tmp_path / "run" / "corpus.safetensors")
+    loaded = load_corpus(tmp_path / "run" / "corpus.safetensors")
+    assert set(loaded.splits) == set(SPLITS)
+    for split in SPLITS:
+        columns = loaded.splits[split].columns()
+        assert [column.dtype for column in columns.values()] == [torch.int32, torch.bool, torch.bool]
+        assert all(torch.equal(columns[name], column) for name, column in corpus.splits[split].columns().items())
+
+
+def packed_into_one_number(input_ids, loss_mask, document_starts):
+    """Tokens as versions 0.1 and 0.2 wrote them: bit 30 where a document begins, all bits flipped where no loss is."""
+    begun = [token + start * 2**30 for token, start in zip(input_ids, document_starts, strict=True)]
+    return [number if learnt else -number - 1 for number, learnt in zip(begun, loss_mask, strict=True)]
+
+
+def former_file(corpus, file):
+    """Write the corpus file of version 0.2."""
+    tensors = {}
+    for split, name in (("test", "held_out"), ("validation", "score"), ("calibration",) * 2, ("train", "trial")):
+        rows = zip(*corpus.splits[split].to_json().values(), strict=True)
+        tensors[name] = torch.tensor([packed_into_one_number(*row) for row in rows], dtype=torch.int32)
+    if corpus.reserved:
+        tensors["judged"] = torch.tensor(list(b"".join(sorted(corpus.reserved))), dtype=torch.uint8)
+    save_file(tensors, file)
+
+
+def columns_of(corpus):
+    return {split: text.to_json() for split, text in corpus.splits.items()}
+
+
+@pytest.fixture
+def chat_corpus(tmp_path):
+    """A corpus of chats and plain text, so that every column has both values in every split."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(60)))
+    (tmp_path / "plain.txt").write_text("word " * 400)
+    corpus = read_corpus(
+        DataRecipe(source=str(tmp_path), sequence_length=32, **dict.fromkeys(SIZES, 320)), tokenizer, 0
+    )
+    for text in corpus.splits.values():
+        assert all(0 < column.float().mean() < 1 for name, column in text.columns().items() if name != "input_ids")
+    return corpus
+
+
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_corpus_of_version_0_2_is_read_and_restored_byte_for_byte(reserved, chat_corpus, tmp_path):
+    corpus = chat_corpus if reserved else Corpus(chat_corpus.splits)
+    former_file(corpus, tmp_path / "former.safetensors")
+    loaded = load_corpus(tmp_path / "former.safetensors")
+    assert columns_of(loaded) == columns_of(corpus)
+    assert loaded.reserved == corpus.reserved
+    save_corpus(loaded, tmp_path / "restored.safetensors", former=True)
+    assert (tmp_path / "restored.safetensors").read_bytes() == (tmp_path / "former.safetensors").read_bytes()
+
+
+def test_the_corpus_file_has_a_tensor_for_every_split_and_column(chat_corpus, tmp_path):
+    """As docs/formats.md says."""
+    save_corpus(chat_corpus, tmp_path / "corpus.safetensors")
+    with safe_open(tmp_path / "corpus.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "2"}
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    fingerprints = found.pop("evaluation.fingerprints")
+    assert bytes(fingerprints.tolist()) == b"".join(sorted(chat_corpus.reserved))
+    columns = {"input_ids": torch.int32, "loss_mask": torch.bool, "document_starts": torch.bool}
+    assert {name: (tensor.dtype, *tensor.shape) for name, tensor in found.items()} == {
+        f"{split}.{column}": (dtype, 10, 32) for split in SPLITS for column, dtype in columns.items()
+    }
+
+
+def test_a_corpus_of_an_unknown_format_or_without_a_column_is_refused(tmp_path):
+    save_file({"train.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "3"})
+    with pytest.raises(UserError, match=r"corpus.safetensors is of format 3, but this version reads formats up to 2"):
+        load_corpus(tmp_path / "corpus.safetensors")
+    save_file({"train.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "2"})
+    with pytest.raises(UserError, match=r"corpus.safetensors is damaged \('train.loss_mask' is missing\)"):
+        load_corpus(tmp_path / "corpus.safetensors")
+
+
+def test_a_stream_goes_on_from_a_state_of_version_0_2(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))
+    stream = TextStream(DataRecipe(source=str(tmp_path), sequence_length=32), make_tokenizer(), 0, frozenset())
+    _, state = streamed(stream, 5)
+    assert sum(state["tokens"]["document_starts"]) > 0
+    former = {**state, "tokens": packed_into_one_number(*state["tokens"].values())}
+    assert streamed(stream, 20, former)[0] == streamed(stream, 20, state)[0]
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 2)), (5, (1, 5)), (16, (1, 16)), (17, (2, 16)), (64, (4, 16))])
+def test_fewer_tokens_are_the_beginning_of_more(mixed, count, shape):
+    corpus = read_corpus(recipe(mixed), Words(), seed=0)
+    tokens = corpus.splits["train"].first(count).input_ids_BT
+    assert tokens.shape == shape
+    assert torch.equal(tokens, corpus.splits["train"].input_ids_BT[: shape[0], : shape[1]])
+
+
+class Stream:
+    """A Hub data set of endless documents that counts how many were taken."""
+
+    def __init__(self, records):
+        self.records, self.taken, self.shuffled = records, 0, None
+
+    def shuffle(self, *, seed, buffer_size):
+        self.shuffled = seed
+        return self
+
+    def __iter__(self):
+        for record in self.records:
+            self.taken += 1
+            if isinstance(record, Exception):
+                raise record
+            yield record
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put `records` on the Hub; what was asked of it is in `asked`."""
+
+    def put(records):
+        stream = Stream(records)
+
+        def load_dataset(name, config, *, split, streaming):
+            stream.asked = (name, config, split, streaming)
+            return stream
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return stream
+
+    return put
+
+
+def endless(characters):
+    """Documents of so many characters, in words of 8."""
+    for number in itertools.count(step=characters // 8):
+        yield {"text": " ".join(f"w{word:06d}" for word in range(number, number + characters // 8))}
+
+
+@pytest.mark.parametrize("characters", [80, 4_000])
+def test_of_a_hub_stream_only_what_the_splits_need_is_read(characters, hub):
+    stream = hub(endless(characters))
+    corpus = read_corpus(recipe("owner/name:en"), Words(), seed=5)
+    assert stream.asked == ("owner/name", "en", "train", True)
+    assert stream.shuffled == 5
+    assert corpus.splits["train"].input_ids_BT.shape == (4, 16)
+    needed = 4 * 64
+    assert stream.taken * characters <= 12 * (needed + 4 * 16) + 2 * characters
+
+
+def test_a_hub_stream_of_one_token_a_character_is_enough(hub):
+    hub({"text": f"{number:040d}"} for number in range(10**9))
+    asked = recipe("owner/name", tokens=16)
+    corpus = read_corpus(asked, make_tokenizer(), seed=0)
+    assert [len(corpus.splits[split]) for split in SPLITS] == [1, 1, 1, 1]
+
+
+def test_local_files_are_read_whole(tmp_path):
+    # The first documents of a sorted file are no sample of it.
+    source = write_lines(tmp_path / "sorted.jsonl", [words(10 * i, 10 * i + 10) for i in range(2_000)])
+    corpus = read_corpus(recipe(source, tokens=16), Words(), seed=0)
+    assert max(text.input_ids_BT.max() for text in corpus.splits.values()) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([ConnectionError("no route\nto host")], "not a local file, .* as a Hub dataset failed: no route to"),
+        ([{"text": words(0, 3)}, TimeoutError()], "dataset failed: TimeoutError; check the name, or give a"),
+        ([{"body": "a", "id": 1}], r"no field 'text' \(found 'body', 'id'\); set data.text_field"),
+        ([{"text": 3}], "'text' is not text but int; set data.text_field"),
+        ([{"text": words(0, 3)}], "'owner/name' has 4 tokens, but the splits need 256"),
+    ],
+)
+def test_a_hub_that_fails_gives_one_line(records, message, hub):
+    hub(iter(records))
+    with pytest.raises(UserError, match=message) as caught:
+        read_corpus(recipe("owner/name"), Words(), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+# ---- text the model writes itself
+
+
+@pytest.fixture(scope="module")
+def dense(checkpoint):
+    return load_dense(str(checkpoint("llama")), "kv_group", torch.device("cpu"))
+
+
+def ends_of(dense):
+    return {257, dense.tokenizer.eos_token_id}
+
+
+def test_own_text_is_seeded_and_enough(dense):
+    texts = [list(write_documents(dense, tokens=2_000, longest=64, seed=seed)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    for documents in texts:
+        assert sum(len(document) for document in documents) >= 2_000
+        assert len(set(map(tuple, documents))) > 0.9 * len(documents)
+
+
+def test_an_own_document_begins_with_the_first_token_and_stops_at_its_end_token(dense):
+    documents = list(write_documents(dense, tokens=6_000, longest=96, seed=0))
+    assert {document[0] for document in documents} == {dense.tokenizer.bos_token_id}
+    for document in documents:
+        assert 2 <= len(document) <= 96
+        assert not ends_of(dense) & set(document[:-1])
+        assert len(document) == 96 or document[-1] in ends_of(dense)
+    assert any(len(document) < 96 for document in documents)
+
+
+def test_own_documents_are_written_side_by_side_and_leave_when_they_end(dense):
+    sizes = []
+    hook = dense.model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+    documents = list(write_documents(dense, tokens=64 * 32, longest=32, seed=0))
+    hook.remove()
+    assert sizes[0] == (64, 1)
+    assert len(sizes) < 200
+    assert {length for _, length in sizes} == {1}
+    assert sum(rows for rows, _ in sizes) == sum(len(document) - 1 for document in documents)
+
+
+def test_own_text_is_what_the_model_writes_without_cache_or_batching_tricks(dense, monkeypatch):
+    expected = list(write_documents(dense, tokens=200, longest=20, seed=3))
+
+    def write_batch(dense, first, ends, longest, count, generator):
+        documents = [[first] for _ in range(count)]
+        for _ in range(longest - 1):
+            alive = [document for document in documents if len(document) == 1 or document[-1] not in ends.tolist()]
+            if not alive:
+                break
+            logits = dense.model(torch.tensor(alive)).logits[:, -1]
+            for document, token in zip(alive, self_text._sample(logits, generator)[:, 0].tolist(), strict=True):
+                document.append(token)
+        return documents
+
+    monkeypatch.setattr(self_text, "_write_batch", write_batch)
+    assert list(write_documents(dense, tokens=200, longest=20, seed=3)) == expected
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely():
+    likely = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    drawn = self_text._sample(likely.log().expand(20_000, 4), torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn[:, 0], minlength=4) / 20_000
+    assert share[1] == 0
+    assert (share - likely).abs().max() < 0.015
+
+
+def test_own_text_fills_the_splits_of_a_recipe(dense):
+    asked = recipe("self", tokens=100)
+    needed = (sum(needed_blocks(asked).values()) + len(SPLITS)) * 16
+    corpus = pack(map(Tokens.document, write_documents(dense, tokens=needed, longest=16, seed=0)), asked)
+    assert {split: len(text) for split, text in corpus.splits.items()} == needed_blocks(asked)
+
+
+def with_ends(dense, monkeypatch, *, tokenizer=(256, 257), configured=257):
+    monkeypatch.setattr(dense.generation_config, "eos_token_id", configured)
+    for name, token in zip(("bos_token_id", "eos_token_id"), tokenizer, strict=True):
+        monkeypatch.setattr(type(dense.tokenizer), name, token, raising=False)
+    return dense
+
+
+def test_a_model_that_only_stops_is_refused(dense, monkeypatch):
+    with pytest.raises(UserError, match="'self': the model generates only empty documents; set --data to a text"):
+        list(
+            write_documents(with_ends(dense, monkeypatch, configured=list(range(259))), tokens=5_000, longest=8, seed=0)
+        )
+
+
+def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can(dense, monkeypatch):
+    documents = list(
+        write_documents(with_ends(dense, monkeypatch, tokenizer=(None, 257)), tokens=90, longest=9, seed=0)
+    )
+    assert {document[0] for document in documents} == {257}
+    with pytest.raises(UserError, match="the tokenizer has no beginning- or end-of-text token; set --data to a text"):
+        list(write_documents(with_ends(dense, monkeypatch, tokenizer=(None, None)), tokens=9, longest=9, seed=0))
+
+
+def test_without_an_end_token_documents_are_as_long_as_they_may(dense, monkeypatch):
+    endless = with_ends(dense, monkeypatch, tokenizer=(256, None), configured=None)
+    assert {len(document) for document in write_documents(endless, tokens=90, longest=9, seed=0)} == {9}
+
+
+def streamed(stream, count, state=None):
+    """Columns of `count` blocks, and the state after them as JSON."""
+    blocks = stream.blocks(state)
+    found, state = [], state
+    for _ in range(count):
+        block, state = next(blocks)
+        found.append(block.to_json())
+    return found, json.loads(json.dumps({**state, "tokens": state["tokens"].to_json()}))
+
+
+def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path):
+    tokenizer = make_tokenizer()
+    documents = [f"document {number}: " + "word " * (number % 30) for number in range(400)]
+    with (tmp_path / "text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    asked = DataRecipe(
+        source=str(tmp_path), sequence_length=32, calibration_tokens=320, train_tokens=320, validation_tokens=640,
+        test_tokens=640,
+    )  # fmt: skip
+    save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
+    corpus = load_corpus(tmp_path / "corpus.safetensors")
+    assert corpus.reserved == read_corpus(asked, tokenizer, 0).reserved
+    stream = TextStream(asked, tokenizer, 0, corpus.reserved)
+
+    whole, _ = streamed(stream, 1500)
+    for cut in (1, 777, 1400):
+        before, state = streamed(stream, cut)
+        after, _ = streamed(stream, 1500 - cut, state)
+        assert before + after == whole
+
+    text = tokenizer.decode([token for block in whole for token in block["input_ids"]])
+    judging = "</s>".join(
+        tokenizer.decode(corpus.splits[name].input_ids_BT.flatten().tolist()) for name in ("test", "validation")
+    )
+    seen = {piece.strip() for piece in text.split("</s>")}
+    judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.reserved}
+    assert len(judge) > 10
+    # 1500 blocks are more than one pass: all else has come.
+    assert {text.strip() for text in documents} - seen == judge
+    whole_ones = {piece.strip() for piece in judging.split("</s>")} & {text.strip() for text in documents}
+    assert whole_ones <= judge and len(judge - whole_ones) <= 2  # those cut short at the end of a split
+
+
+def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 100)
+    asked = DataRecipe(source=str(tmp_path / "text.txt"), sequence_length=32)
+    stream = TextStream(asked, make_tokenizer(), 0, frozenset())
+    assert len(streamed(stream, 3)[0]) == 3
+    everything = frozenset(data._fingerprint(piece.text) for piece in data._cut("word " * 100, asked, None))
+    with pytest.raises(UserError, match=r"has less than a block of 32 tokens beyond the evaluation"):
+        next(TextStream(asked, make_tokenizer(), 0, everything).blocks())
+
+
+def test_a_hub_stream_goes_on_from_the_data_sets_own_state(monkeypatch):
+    rows = [{"text": f"row {number} " * 5} for number in range(500)]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+    )
+    asked = DataRecipe(source="owner/name", sequence_length=32)
+    stream = TextStream(asked, make_tokenizer(), 0, frozenset())
+    whole, _ = streamed(stream, 900)
+    before, state = streamed(stream, 333)
+    assert before + streamed(stream, 567, state)[0] == whole
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chats(count):
+    rng = itertools.count()
+    return [
+        [
+            {"role": "user", "content": f"question {next(rng)}?"},
+            {"role": "assistant", "content": f"answer {next(rng)} " * (number % 5 + 1)},
+            {"role": "user", "content": f"again {next(rng)}?"},
+            {"role": "assistant", "content": f"and again {next(rng)}"},
+        ]
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub", "field"])
+def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    field = "conversation" if kind == "field" else "messages"
+    rows = [{field: chat} for chat in chats(60)]
+    source = tmp_path / ("text.parquet" if kind == "parquet" else "text.jsonl")
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows).to_iterable_dataset()
+    )
+    asked = DataRecipe(
+        source="owner/name" if kind == "hub" else str(source), text_field="text" if kind != "field" else field,
+        sequence_length=32, calibration_tokens=320, train_tokens=640, validation_tokens=320, test_tokens=320,
+    )  # fmt: skip
+    save_corpus(read_corpus(asked, tokenizer, 0), tmp_path / "corpus.safetensors")
+    corpus = load_corpus(tmp_path / "corpus.safetensors")
+    ids, labels = corpus.splits["train"].input_ids_BT.flatten(), corpus.splits["train"].labels.flatten()
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    text = tokenizer.decode(ids.tolist())
+    assert "<|user|>question" in text
+    # What is learnt, told apart by the words alone: the answers and the end of each.
+    learnt = tokenizer.decode(labels[labels != -100].tolist())
+    answers = [part.split("<|")[0] for part in text.split("<|assistant|>")[1:]]
+    assert learnt in ("".join(answers), text.split("<|")[0] + "".join(answers))
+    # A stream marks the same way.
+    blocks = TextStream(asked, tokenizer, 0, frozenset()).blocks()
+    labels = torch.cat([next(blocks)[0].labels for _ in range(9)])
+    words = tokenizer.decode(labels[labels != -100].tolist())
+    assert "answer 1" in words and "question" not in words
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([{"role": "user"}], CHATML, "line 1: a chat must be a list of messages with text 'role' and 'content'"),
+        (["hello"], CHATML, "line 1: a chat must be a list of messages with text 'role' and 'content'"),
+        (chats(1)[0], None, "contains chats, but the model's tokenizer has no chat template; provide plain text"),
+        (chats(1)[0], "{{ raise_exception('no') }}", "contains a chat that the model's chat template rejects: no"),
+        (
+            chats(1)[0],
+            "{{ messages | length }}{{ messages[0].content }}",
+            "renders a message differently when others",
+        ),
+    ],
+)
+def test_a_chat_that_cannot_be_read_is_one_clear_line(messages, template, message, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    (tmp_path / "text.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_corpus(DataRecipe(source=str(tmp_path)), tokenizer, 0)

@@ -1,0 +1,254 @@
+"""The blocked solver against the formulas written plainly: one unit at a time, full inverses, least squares."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_solver import DAMPING, columns, hessian_of, least_squares, one_at_a_time, problem
+
+from darwinlm.database import solver
+from darwinlm.database.inverse import _INVERSE_ERROR, damped_inverse, inverse_if_float32_suffices
+from darwinlm.database.solver import prune_site, removal_error
+
+
+@pytest.mark.parametrize(("units", "columns_per_unit"), [(24, 1), (6, 4)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_units_go_in_the_order_of_exhaustive_search(units, columns_per_unit, seed):
+    weight, _, gram = problem(units, columns_per_unit, seed=seed)
+    order = one_at_a_time(weight, gram, columns_per_unit)
+    sizes = list(range(units - 1, 0, -1))
+    snapshots = prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING)
+    assert [set(range(units)) - set(s.kept) for s in snapshots] == [set(order[: i + 1]) for i in range(units - 1)]
+
+
+def test_removing_more_than_a_block_at_once_gives_the_order_of_single_steps():
+    weight, _, gram = problem(300, 1)
+    steps = prune_site(weight, gram, columns_per_unit=1, sizes=range(299, 0, -1), damping=DAMPING)
+    leaps = prune_site(weight, gram, columns_per_unit=1, sizes=[200, 60, 1], damping=DAMPING)
+    by_size = {len(s.kept): s for s in steps}
+    for leap in leaps:
+        assert leap.kept == by_size[len(leap.kept)].kept
+        assert torch.allclose(leap.weight_OK, by_size[len(leap.kept)].weight_OK, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_column_that_was_no_candidate_goes_when_its_turn_comes(seed, monkeypatch):
+    weight, _, gram = problem(120, 1, seed=seed)
+    sizes = range(119, 0, -1)
+    expected = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
+    looks, look = [], solver._Columns._steps_without_others
+
+    def counted(state, u_Bn, *others):
+        looks.append((look(state, u_Bn, *others), len(u_Bn)))
+        return looks[-1][0]
+
+    monkeypatch.setattr(solver._Columns, "_steps_without_others", counted)
+    monkeypatch.setattr(solver, "BLOCK", 8)
+    monkeypatch.setattr(solver, "_FEWEST", 1)
+    found = prune_site(weight, gram, columns_per_unit=1, sizes=[80, 30, 1], damping=DAMPING)
+    for one in found:
+        other = expected[119 - len(one.kept)]
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+    assert any(steps < block for steps, block in looks)
+    assert any(steps == block for steps, block in looks)
+
+
+def snapshots_of(columns_per_unit=1, units=300):
+    weight, _, gram = problem(units, columns_per_unit)
+    sizes = range(units - 20, 0, -40)
+    return prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING)
+
+
+def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatch):
+    expected = snapshots_of()
+    monkeypatch.setattr(solver, "choose", solver.choose_without_waiting)
+    for one, other in zip(snapshots_of(), expected, strict=True):
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("choose", [solver.choose, solver.choose_without_waiting])
+def test_choosing_also_factorises(choose):
+    weight, _, gram = problem(60, 1)
+    inverse = damped_inverse(gram, 0.1)
+    chosen, scores, factor = choose(inverse, weight.T @ weight, 24)
+    expected = torch.linalg.cholesky(inverse[chosen][:, chosen])
+    assert torch.allclose(factor.tril(), expected, rtol=1e-4, atol=1e-5)
+    solved = torch.linalg.solve_triangular(expected, weight[:, chosen].T, upper=False)
+    assert torch.allclose(scores.float(), solved.square().sum(1), rtol=1e-3)
+    assert solver._sound_steps(scores, factor) == 24
+
+
+@pytest.mark.parametrize("choose", [solver.choose, solver.choose_without_waiting])
+def test_what_has_no_positive_pivot_is_not_removed(choose):
+    indefinite = torch.tensor([[1.0, 0.0, 0.5], [0.0, 9.0, 8.0], [0.5, 8.0, 6.0]])
+    chosen, scores, factor = choose(indefinite, torch.eye(3), 3)
+    assert solver._sound_steps(scores, factor) == 1
+    assert chosen[0] == 1
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_the_scale_of_the_inputs_changes_nothing(accelerator, monkeypatch):
+    if accelerator:
+        monkeypatch.setattr(solver, "choose", solver.choose_without_waiting)
+    weight, _, gram = problem(60, 1)
+    gram /= gram.diagonal().mean()
+    sizes = [40, 20, 3]
+    expected = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
+    for scale in (1e-14, 1e14):
+        for one, other in zip(
+            prune_site(weight, gram * scale, columns_per_unit=1, sizes=sizes, damping=DAMPING), expected, strict=True
+        ):
+            assert one.kept == other.kept
+            assert one.error == pytest.approx(scale * other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-7])
+def test_duplicates_with_hardly_any_damping_are_pruned_or_refused(damping, recwarn):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 90, generator=generator) * torch.logspace(-3, 1, 90)
+    x = torch.cat([x, x[:, :30]], dim=1)
+    weight, gram = torch.randn(16, 120, generator=generator), x.T @ x / len(x)
+    try:
+        found = prune_site(weight, gram, columns_per_unit=1, sizes=[90, 50, 9], damping=damping)
+    except torch.linalg.LinAlgError:
+        found = []
+    for snapshot in found:
+        assert len(set(snapshot.kept)) == len(snapshot.kept)
+        assert torch.isfinite(snapshot.weight_OK).all()
+    assert not recwarn.list
+
+
+def test_a_block_ends_where_rounding_leaves_no_pivot_and_the_inverse_is_computed_anew(monkeypatch):
+    expected = snapshots_of()
+    renewed, look, renew = [], solver._sound_steps, solver._State.renew
+    answers = iter([40, 0, 7, 0])
+    monkeypatch.setattr(solver, "_sound_steps", lambda *a: min(next(answers, 999), look(*a)))
+    monkeypatch.setattr(solver._State, "renew", lambda state: (renewed.append(True), renew(state)))
+    for one, other in zip(snapshots_of(), expected, strict=True):
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+    assert len(renewed) == 2
+    monkeypatch.setattr(solver, "_sound_steps", lambda *a: 0)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        snapshots_of()
+
+
+@pytest.mark.parametrize(("columns_per_unit", "units"), [(1, 300), (4, 60)])
+def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monkeypatch):
+    expected = snapshots_of(columns_per_unit, units)
+    renewed, look, renew = [], solver._State._spoilt, solver._State.renew
+
+    def spoil(state):
+        for matrix in (state.weight_nO, state.inverse_nn):
+            matrix.mul_(1 + torch.arange(len(matrix))[:, None] / 500)
+        return look(state)
+
+    monkeypatch.setattr(solver._State, "_spoilt", spoil)
+    monkeypatch.setattr(solver._State, "renew", lambda state: (renewed.append(True), renew(state)))
+    for one, other in zip(snapshots_of(columns_per_unit, units), expected, strict=True):
+        assert one.kept == other.kept
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+    assert len(renewed) == len(expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(units=st.integers(2, 20), columns_per_unit=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_refit_is_least_squares_and_error_is_the_trace(units, columns_per_unit, seed):
+    weight, x, gram = problem(units, columns_per_unit, seed=seed)
+    sizes = sorted({units - 1, units // 2, 1} - {0, units}, reverse=True)
+    for snapshot in prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING):
+        kept = columns(snapshot.kept, columns_per_unit)
+        expected = least_squares(weight.double(), hessian_of(gram), kept)
+        assert torch.allclose(snapshot.weight_OK.double(), expected[:, kept], rtol=1e-4, atol=1e-4)
+        output = (x @ (weight - expected.float()).T).square().sum().item() / len(x)
+        assert snapshot.error == pytest.approx(output, rel=2e-3, abs=1e-3)
+
+
+def test_the_refit_agrees_with_lstsq_on_the_data_itself():
+    weight, x, gram = problem(16, 1)
+    snapshot = prune_site(weight, gram, columns_per_unit=1, sizes=[12], damping=1e-9)[0]
+    kept = list(snapshot.kept)
+    solution = torch.linalg.lstsq(x[:, kept].double(), x.double() @ weight.double().T).solution.T
+    assert torch.allclose(snapshot.weight_OK.double(), solution, atol=1e-3)
+
+
+def test_units_that_never_fire_go_first_and_cost_nothing():
+    weight, x, _ = problem(10, 1)
+    x[:, [2, 7]] = 0
+    gram = x.T @ x / len(x)
+    snapshots = prune_site(weight, gram, columns_per_unit=1, sizes=[9, 8], damping=DAMPING)
+    assert snapshots[1].kept == (0, 1, 3, 4, 5, 6, 8, 9)
+    assert snapshots[1].error == pytest.approx(0, abs=1e-5 * removal_error(weight, gram))
+
+
+def test_a_site_that_never_fires_and_a_singular_one_are_pruned_without_complaint():
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for gram in (torch.zeros(8, 8), torch.ones(8, 8)):
+        for columns_per_unit in (1, 2):
+            snapshot = prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=[2], damping=DAMPING)[0]
+            assert torch.isfinite(snapshot.weight_OK).all()
+            assert len(snapshot.kept) == 2
+
+
+def test_removal_error_is_the_output_itself():
+    weight, x, gram = problem(5, 2)
+    assert removal_error(weight, gram) == pytest.approx((x @ weight.T).square().sum().item() / len(x), rel=1e-4)
+
+
+def gram_of_condition(power, columns=700, seed=0):
+    """Eigenvalues from 1 down to 10^-power, in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
+    return ((directions * torch.logspace(0, -power, columns, dtype=torch.float64)) @ directions.T).float()
+
+
+def relative_error(inverse, hessian):
+    """Of the entries, as of a correlation matrix: the root mean square over rows of a row's norm."""
+    exact = torch.linalg.inv(hessian)
+    scale = exact.diagonal().rsqrt()
+    return ((inverse.double() - exact) * scale[:, None] * scale).square().sum(1).mean().sqrt().item()
+
+
+def test_an_inverse_is_taken_from_float32_only_where_that_is_as_good():
+    found = {}
+    for power in (1, 2, 3, 4, 5, 6):
+        gram = gram_of_condition(power)
+        inverse = inverse_if_float32_suffices(gram, 1e-9)
+        found[power] = inverse is not None
+        hessian = gram.double() + 1e-9 * torch.eye(len(gram), dtype=torch.float64)
+        if inverse is not None:
+            assert relative_error(inverse, hessian) < 3 * _INVERSE_ERROR
+        assert relative_error(damped_inverse(gram, 1e-9), hessian) < 3 * _INVERSE_ERROR
+    assert found[1]
+    assert found[2]
+    assert not found[5]
+    assert not found[6]
+
+
+def test_a_matrix_that_float32_cannot_factorise_is_inverted_in_float64():
+    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    gram = x.T @ x  # singular
+    assert inverse_if_float32_suffices(gram, 1e-6) is None
+    found = prune_site(torch.randn(8, 300), gram, columns_per_unit=1, sizes=[200], damping=1e-6)
+    assert torch.isfinite(found[0].weight_OK).all()
+
+
+@pytest.mark.parametrize("power", [2, 3])
+def test_the_precision_of_the_first_inverse_changes_no_removal(power, monkeypatch):
+    gram = gram_of_condition(power, columns=600)
+    weight = torch.randn(32, 600, generator=torch.Generator().manual_seed(1))
+    sizes = range(560, 0, -80)
+    found = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
+    monkeypatch.setattr(solver, "inverse_if_float32_suffices", lambda gram, ridge: None)
+    for one, other in zip(
+        found, prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING), strict=True
+    ):
+        assert one.kept == other.kept
+        assert one.error == pytest.approx(other.error, rel=1e-4)
+        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,73 @@
+"""Checkpoints of several files: read as such, and written as such where a file would be too large."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import SETTINGS, TARGET, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+import darwinlm
+from darwinlm import export_model, prune
+from darwinlm.export import hf, hf_native, mlx
+
+INDEX = "model.safetensors.index.json"
+
+
+def weights_of(folder):
+    """The files of a checkpoint, and its tensors."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return sorted(file.name for file in folder.glob("*.safetensors")), model.state_dict()
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    for module in (hf, hf_native, mlx):
+        monkeypatch.setattr(module, "SHARD", "40KB")
+
+
+def test_a_checkpoint_of_several_files_goes_in_and_out(checkpoint, run, text, small_files, tmp_path):
+    whole, _ = run
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    make_tokenizer().save_pretrained(tmp_path / "sharded")
+    files, tensors = weights_of(tmp_path / "sharded")
+    assert len(files) > 3 and (tmp_path / "sharded" / INDEX).exists()
+
+    # Layers are mapped from whichever file has them, and the result is the same as from a single file.
+    settings = SETTINGS | {"data.source": str(text), "search.offload": "cpu"}
+    streamed = prune(tmp_path / "sharded", target=TARGET, out=tmp_path / "streamed", settings=settings)
+    again = prune(
+        tmp_path / "sharded", target=TARGET, out=tmp_path / "run", settings=SETTINGS | {"data.source": str(text)}
+    )
+    for pruned in (again, streamed):
+        files, tensors = weights_of(pruned.model_path)
+        index = json.loads((pruned.model_path / INDEX).read_text())
+        assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    one_file, expected = weights_of(whole.model_path)
+    assert one_file == ["model.safetensors"]
+    _, tensors = weights_of(again.model_path)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+    ids = torch.arange(24).view(1, 24)
+    assert torch.equal(again.load()(ids).logits, whole.load()(ids).logits)
+    # A file of the result that is missing is named.
+    (again.model_path / files[-1]).unlink()
+    with pytest.raises(darwinlm.UserError, match="cannot be loaded"):
+        again.load()
+
+
+@pytest.mark.parametrize("target", ["gguf", "mlx", "hf-native", "vllm"])
+def test_exports_read_and_write_several_files(target, checkpoint, text, small_files, tmp_path):
+    settings = SETTINGS | {"data.source": str(text), "search.uniform": True, "recovery.tokens": 0}
+    out = prune(checkpoint("llama"), target=TARGET, out=tmp_path / "run", settings=settings).path
+    assert (out / "model" / INDEX).exists()
+    done = export_model(out, target)
+    if target == "hf-native":
+        files, tensors = weights_of(done.path)
+        assert len(files) > 2
+        _, expected = weights_of(out / "model")
+        assert sum(map(torch.numel, tensors.values())) == sum(map(torch.numel, expected.values()))
+    assert done.proof is not None or target == "mlx"
+    shutil.rmtree(out)

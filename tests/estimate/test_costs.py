@@ -1,0 +1,143 @@
+"""Predicted costs: that they follow what is asked, and that what cannot be predicted is said in one line."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import make_checkpoint
+
+import darwinlm
+from darwinlm.cli import main
+from darwinlm.commands.plan import plan_run, predict
+from darwinlm.config.loading import load_recipe
+from darwinlm.estimate.rates import GPUS, Machine, measure_rates, rates_of
+from darwinlm.models.config import load_config
+from darwinlm.models.families import dense_config
+from darwinlm.models.sites import find_sites
+
+
+def recipe_for(model, **settings):
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    return load_recipe("quick", {"model": str(model), "target": 0.7, "data.sequence_length": 64, **dotted})
+
+
+def costs_of(model, machine=None, **settings):
+    recipe = recipe_for(model, **settings)
+    config = dense_config(load_config(str(model)))
+    machine = machine or Machine(name="one", devices=1, memory=80e9, accelerator=True)
+    rates = rates_of(config, GPUS["h100"], 64)
+    return predict(config, find_sites(config, "kv_group"), recipe, 0.7, machine, rates)
+
+
+def stages(costs):
+    return {stage.name: stage for stage in costs.stages}
+
+
+def test_sizes_are_those_of_the_model_and_the_config_is_enough(checkpoint, tmp_path):
+    folder = tmp_path / "config alone"
+    folder.mkdir()
+    shutil.copy(checkpoint("qwen3") / "config.json", folder)
+    _, costs = plan_run(recipe_for(folder), gpu="a100", gpus=2)
+    state = darwinlm.models.loading.load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
+    assert costs.dense_parameters == state.parameters
+    assert costs.smallest_parameters == state.fixed_parameters
+    assert costs.target_parameters == round(0.7 * state.parameters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage"),
+    [
+        ({"recovery__tokens": 10**9}, "recovery"),
+        ({"search__generations": 400}, "search"),
+        ({"data__calibration_tokens": 10**8}, "database"),
+        ({"data__test_tokens": 10**8}, "evaluation"),
+        ({"workload__prompt_tokens": 10**6}, "evaluation"),
+        ({"workload__batch_size": 10**4}, "evaluation"),
+    ],
+)
+def test_more_of_something_costs_more_where_it_is_used_and_in_proportion(settings, stage, checkpoint):
+    few, some, double = (
+        stages(costs_of(checkpoint("llama"), **{key: int(value * times) for key, value in settings.items()}))
+        for times in (0.5, 1, 2)
+    )
+    steps = [some[stage].seconds - few[stage].seconds, double[stage].seconds - some[stage].seconds]
+    assert steps[0] > 0 and steps[1] == pytest.approx(2 * steps[0], rel=0.01)
+    for other in set(some) - {stage}:
+        assert double[other].seconds == pytest.approx(some[other].seconds)
+
+
+def test_devices_share_out_the_work_and_sharding_the_memory(checkpoint):
+    one = stages(costs_of(checkpoint("llama"), recovery__tokens=10**9, recovery__batch_size=8))
+    eight = Machine(name="eight", devices=8, memory=80e9, accelerator=True)
+    many = stages(costs_of(checkpoint("llama"), eight, recovery__tokens=10**9, recovery__batch_size=8))
+    assert many["recovery"].seconds == pytest.approx(one["recovery"].seconds / 8, rel=0.05)
+    shared = costs_of(
+        checkpoint("llama"), eight, recovery__tokens=10**9, recovery__batch_size=8, recovery__sharding="fsdp"
+    )
+    assert stages(shared)["recovery"].memory < many["recovery"].memory
+
+
+def test_what_does_not_fit_comes_with_the_settings_that_make_it(checkpoint):
+    small = Machine(name="small", devices=2, memory=1e6, accelerator=True)
+    costs = costs_of(checkpoint("llama"), small)
+    assert "recovery.activations=recompute" in costs.advice
+    assert "recovery.sharding=fsdp" in costs.advice
+    large = Machine(name="large", devices=2, memory=1e12, accelerator=True)
+    assert costs_of(checkpoint("llama"), large).advice == ()
+
+
+def test_rates_are_measured_in_seconds(checkpoint):
+    rates = measure_rates(dense_config(load_config(str(checkpoint("qwen2")))), torch.device("cpu"), 32)
+    assert 0 < rates.layer_float32 < 1 and 0 < rates.head_training < 1 and 0 < rates.product < 1e-6
+    assert rates.layer_training > rates.layer_fast
+
+
+def test_the_command_prints_a_table(checkpoint, capsys, monkeypatch):
+    command = ["darwinlm", "plan", str(checkpoint("llama")), "--target", "0.7", "--gpu", "h100", "--gpus", "8"]
+    monkeypatch.setattr("sys.argv", [*command, "--gpu-memory", "40GB", "--set", "data.sequence_length=64"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "on 8 x h100, 40 GB each: predicted, not measured" in " ".join(out.split())
+    assert all(stage in out for stage in ("database", "search", "recovery", "evaluation", "disk"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "tpu"], "plan: unknown --gpu 'tpu'; choose one of h100"),
+        (["--gpu", "h100", "--gpu-memory", "lots"], "plan: --gpu-memory 'lots' is not a size; write it as 80GB"),
+        (["--set", "target=latency=0.5"], "expected one number of parameters, such as 0.5 or 2.7B"),
+        (["--set", "target=0.01"], "target 0.01"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_line(options, message, checkpoint, capsys, monkeypatch):
+    command = ["darwinlm", "plan", str(checkpoint("llama")), "--target", "0.7", *options]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1 and message in error
+
+
+def test_what_is_not_done_costs_nothing(checkpoint, tmp_path):
+    model = checkpoint("llama")
+    whole = stages(costs_of(model))
+    assert stages(costs_of(model, search__uniform=True))["search"].seconds < 0.5 * whole["search"].seconds
+    untried, adamw = {"search__trial_tokens": [0, 0]}, {"search__trial_optimizer": "adamw"}
+    trained = stages(costs_of(model, **adamw))["search"]
+    assert trained.memory > whole["search"].memory
+    assert stages(costs_of(model, **untried, **adamw))["search"].memory < trained.memory
+    # Generation 0 trains its plans too.
+    first = stages(costs_of(model, search__generations=0, **adamw))
+    assert first["search"].memory == pytest.approx(trained.memory)
+    assert first["search"].memory > stages(costs_of(model, search__generations=0, **untried, **adamw))["search"].memory
+    left = stages(costs_of(model, recovery__tokens=0))
+    assert left["recovery"].memory < whole["recovery"].memory
+    assert stages(costs_of(model, recovery__tokens=0, recovery__refit_tokens=0))["recovery"].seconds == 0
+    # Mixtures are uniform by default.
+    mixture = make_checkpoint("mixtral", tmp_path)
+    by_default, asked = (stages(costs_of(mixture, **settings)) for settings in ({}, {"search__uniform": True}))
+    assert by_default == asked != stages(costs_of(mixture, search__uniform=False))

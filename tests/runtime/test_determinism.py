@@ -1,0 +1,67 @@
+"""The same recipe comes to the same bytes in another process, and `deterministic` asks PyTorch for it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import TARGET, files_of
+
+from darwinlm.errors import UserError
+from darwinlm.runtime.determinism import same_bits
+
+
+def test_another_process_with_more_threads_comes_to_the_same_database_plan_and_model(run, checkpoint, tmp_path):
+    finished, settings = run
+    command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
+    for key, value in {**settings, "deterministic": True}.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    # Tensors as small as these are not shared out over threads; docs/troubleshooting.md has what larger ones do.
+    done = subprocess.run(
+        [sys.executable, "-m", "darwinlm", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "PYTHONHASHSEED": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found, expected = files_of(tmp_path / "run"), files_of(finished.path)
+    assert found == expected
+    assert {"database/index.json", "search/best_plan.json", "model/model.safetensors"} <= set(found)
+
+
+def settings_of_torch():
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+
+
+def test_what_is_asked_of_torch_ends_with_the_run(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = settings_of_torch()
+    assert before[0] is False
+    with same_bits(False):
+        assert settings_of_torch() == before
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with same_bits(True):
+        assert settings_of_torch() == (True, "highest", False, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert settings_of_torch() == before
+
+
+def fail_without_a_deterministic_algorithm():
+    with same_bits(True):
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_one_line():
+    before = settings_of_torch()
+    with pytest.raises(UserError, match=r"^deterministic=true: put_ has no deterministic implementation on this"):
+        fail_without_a_deterministic_algorithm()
+    with pytest.raises(RuntimeError, match="shapes"), same_bits(True):
+        raise RuntimeError("shapes do not match")
+    assert settings_of_torch() == before
