@@ -25,8 +25,8 @@ WORST = 8192
 def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[bytes]]:
     """What is called with any bytes, and valid ones to begin with."""
     import torch
-    from helpers import SPACE
     from safetensors.torch import save
+    from spaces import TINY_SPACE
 
     from darwinlm.config.loading import load_recipe, parse_override
     from darwinlm.database.store import Database, read_space
@@ -56,7 +56,7 @@ def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[byt
 
     def read_plan(content: bytes) -> None:
         (folder / "plan.json").write_bytes(content)
-        Plan.from_dict(read_json(folder / "plan.json"), SPACE)
+        Plan.from_dict(read_json(folder / "plan.json"), TINY_SPACE)
 
     def read_manifest(content: bytes) -> None:
         sealed(content, folder / "manifest.json")
@@ -81,7 +81,7 @@ def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[byt
         sealed(content, folder / "checksums.json")
         find_fault(folder)
 
-    plan = Plan(levels=(0, 1, 2, 0)).to_dict(SPACE)
+    plan = Plan(levels=(0, 1, 2, 0)).to_dict(TINY_SPACE)
     entry = {"layer": 0, "kind": "mlp", "blake2b": "0" * 32}
     entry |= {key: [2, 1, 0] for key in ("units", "parameters", "kv_elements", "errors")}
     manifest = {"format": 1, "recipe": recipe.model_dump(mode="json"), "facts": {}, "files": {"corpus": {"a": "0"}}}

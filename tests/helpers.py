@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from darwinlm.models.cutting import build_model
 from darwinlm.models.families import causal_lm, dense_config
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
-from darwinlm.plan import SiteLevels, Space
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -105,23 +104,6 @@ SETTINGS: dict[str, Any] = {
     "workload.new_tokens": 2,
 }
 TARGET = 0.7
-SPACE = Space(
-    sites=tuple(
-        SiteLevels(
-            name=f"layers.{layer}.{kind}",
-            layer=layer,
-            kind=kind,
-            units=(4, 2, 0),
-            parameters=(40, 20, 0),
-            kv_elements=(8, 4, 0),
-            errors=(0.0, 0.1, 1.0),
-        )
-        for layer in range(2)
-        for kind in ("attention", "mlp")
-    ),
-    fixed_parameters=100,
-)
-"""A search space of two layers, for everything that reads plans."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

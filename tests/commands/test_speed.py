@@ -4,68 +4,19 @@ import json
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
-from helpers import SETTINGS, make_checkpoint, make_config, save_pruned, uninstall
+from helpers import SETTINGS, make_checkpoint, uninstall
 from transformers import AutoModelForCausalLM
 
 from darwinlm import cli
 from darwinlm.commands.speed import measure_speeds
 from darwinlm.engines import llama_cpp
 from darwinlm.engines import vllm as vllm_engine
-from darwinlm.engines.llama_cpp import Engine, time_requests
-from darwinlm.errors import EngineError
 from darwinlm.evaluation import measure
-from darwinlm.export.targets import export_model
 from darwinlm.models import loading
 from darwinlm.pipeline import prune
 from darwinlm.search import budgets as resources
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gguf") / "model"
-    save_pruned(make_config("llama"), folder)
-    return export_model(folder, "gguf").path
-
-
-def test_token_by_token_llama_cpp_says_what_it_says_of_the_whole_text(file):
-    engine = Engine(file)
-    tokens = list(range(20, 44))
-    whole_TV = engine.logits(tokens)
-    context = engine._context(len(tokens), exact=True)
-    step_by_step = [engine._decode(context, tokens[:10], 0, outputs=1).copy()]
-    step_by_step += [engine._decode(context, [tokens[i]], i, outputs=1).copy() for i in range(10, len(tokens))]
-    assert np.abs(np.concatenate(step_by_step) - whole_TV[9:]).max() < 1e-4 * np.abs(whole_TV).max()
-    assert min(engine.request_seconds(8, 4)) > 0
-    engine.close()
-
-
-def test_files_are_timed_in_turns_and_the_first_pass_does_not_count(monkeypatch, tmp_path):
-    timed = []
-
-    class Fake:
-        def __init__(self, file):
-            self.name = file.name
-
-        def request_seconds(self, prompt_tokens, new_tokens):
-            timed.append((self.name, prompt_tokens))
-            first = len(timed) <= 2
-            return (100.0, 100.0) if first else (float(prompt_tokens), float(len(timed)))
-
-    monkeypatch.setattr(llama_cpp, "Engine", Fake)
-    question = {"files": {"dense": "d", "pruned": "p"}, "requests": [[8, 2], [16, 2]], "repeats": 3}
-    found = llama_cpp._answer(question)
-    assert timed == [(name, length) for length in (8, 16) for _ in range(4) for name in "dp"]
-    assert found[0] == {"dense": (8.0, 5.0), "pruned": (8.0, 6.0)}
-    assert found[1]["dense"][0] == 16.0
-
-
-def test_a_file_that_cannot_be_run_is_the_engines_own_reason(tmp_path):
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(EngineError):
-        time_requests({"broken": tmp_path / "broken.gguf"}, [(4, 1)], 1)
 
 
 def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
@@ -88,24 +39,6 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     row = transformers["rows"][0]["models"]
     ratio = row["pruned"]["decode_tokens_per_second"] / row["dense"]["decode_tokens_per_second"]
     assert f"({ratio:.2f}x)" in out
-
-
-@pytest.mark.parametrize(
-    ("stored", "device", "fast", "served"),
-    [
-        ("bfloat16", "cpu", False, "float32"),
-        ("bfloat16", "cpu", True, "bfloat16"),
-        ("bfloat16", "cuda", False, "float32"),
-        ("bfloat16", "cuda", True, "bfloat16"),
-        ("float16", "cpu", True, "float32"),
-        ("float16", "cuda", False, "float16"),
-        ("float32", "cuda", True, "float32"),
-    ],
-)
-def test_a_model_is_timed_in_the_dtype_that_a_user_would_run_it_in(stored, device, fast, served, monkeypatch):
-    found = torch.bfloat16 if fast else torch.float32
-    monkeypatch.setattr(loading, "fast_dtype", lambda device: found)
-    assert loading.served_dtype(getattr(torch, stored), torch.device(device)) == getattr(torch, served)
 
 
 def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, capsys):
@@ -137,84 +70,6 @@ def test_one_model_alone_is_timed_and_a_missing_engine_is_a_reason(checkpoint, m
     results = measure_speeds(str(checkpoint("llama")), [1], [8])
     assert list(results["engines"][0]["rows"][0]["models"]) == ["model"]
     assert results["engines"][1]["skipped"] == "run pip install xllamacpp"
-
-
-STAND_IN = '''
-"""Notes what it is asked and says nothing; a token takes no time."""
-import json, pathlib, sys
-
-class SamplingParams:
-    def __init__(self, max_tokens, temperature, ignore_eos, detokenize):
-        assert (temperature, ignore_eos, detokenize) == (0.0, True, False)
-        self.max_tokens = max_tokens
-
-class LLM:
-    def __init__(self, model, max_model_len, max_num_seqs, **settings):
-        if not pathlib.Path(model, "config.json").exists():
-            raise ValueError("no model\\nthere")
-        self.model, self.most, self.longest = model, max_num_seqs, max_model_len
-
-    def generate(self, prompts, sampling, use_tqdm):
-        lengths = {len(prompt["prompt_token_ids"]) for prompt in prompts}
-        assert len(prompts) <= self.most and max(lengths) + sampling.max_tokens <= self.longest
-        print("noise", file=sys.stdout)
-        with open(NOTES, "a") as notes:
-            ids = [token for prompt in prompts for token in prompt["prompt_token_ids"]]
-            note = [pathlib.Path(self.model).name, len(prompts), *lengths, sampling.max_tokens, max(ids)]
-            notes.write(json.dumps(note) + "\\n")
-'''
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """A `vllm` to import, and the file with what it was asked."""
-    notes = tmp_path / "notes.jsonl"
-    (tmp_path / "site" / "vllm").mkdir(parents=True)
-    (tmp_path / "site" / "vllm" / "__init__.py").write_text(STAND_IN + f"NOTES = {str(notes)!r}\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    return notes
-
-
-def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stand_in, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    folders = {"dense": tmp_path / "a", "pruned": tmp_path / "b"}
-    device, times = vllm_engine.time_requests(folders, [(1, 8, 4), (3, 16, 4)], repeats=2, vocabulary=50)
-    asked = [json.loads(line) for line in stand_in.read_text().splitlines()]
-    assert [one[:4] for one in asked] == [
-        [name, batch, length, tokens]
-        for batch, length in ((1, 8), (3, 16))
-        for _ in range(3)
-        for name in "ab"
-        for tokens in (1, 5)
-    ]
-    assert max(one[4] for one in asked) < 50
-    assert device.endswith("CPU threads") or torch.cuda.is_available()
-    assert [list(one) for one in times] == [["dense", "pruned"]] * 2
-    assert all(prompt > 0 for one in times for prompt, _ in one.values())
-
-
-def test_what_vllm_cannot_load_is_its_own_reason(stand_in, tmp_path):
-    with pytest.raises(EngineError, match=r"^ValueError: no model there$"):
-        vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
-
-
-def test_of_what_vllm_says_the_cause_is_told(stand_in, tmp_path):
-    failing = """
-import sys
-class LLM:
-    def __init__(self, **settings):
-        print("(EngineCore pid=7) ValueError: No memory for the cache", file=sys.stderr)
-        raise RuntimeError("Engine core initialization failed. See root cause above.")
-class SamplingParams: pass
-import atexit
-atexit.register(print, "UserWarning: leaked objects", file=sys.stderr)
-"""
-    (tmp_path / "site" / "vllm" / "__init__.py").write_text(failing)
-    with pytest.raises(EngineError, match=r"^ValueError: No memory for the cache$"):
-        vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
 
 
 def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_code(run, tmp_path, monkeypatch):

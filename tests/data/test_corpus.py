@@ -1,9 +1,5 @@
-"""Text to blocks: every token in one split at most, long and short documents alike, and text a model writes itself."""
+"""Text to blocks: every token in one split at most, long and short documents alike, streams and chats."""
 
-import bz2
-import csv
-import gzip
-import io
 import itertools
 import json
 from collections import Counter
@@ -19,22 +15,10 @@ from safetensors.torch import save_file
 
 from darwinlm.config.recipe import DataRecipe
 from darwinlm.data import corpus as data
-from darwinlm.data import self_text
-from darwinlm.data.corpus import (
-    SPLITS,
-    Corpus,
-    TextStream,
-    load_corpus,
-    needed_blocks,
-    pack,
-    read_corpus,
-    save_corpus,
-)
+from darwinlm.data.corpus import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.data.documents import find_documents
-from darwinlm.data.self_text import write_documents
 from darwinlm.data.tokens import Tokens
 from darwinlm.errors import UserError
-from darwinlm.models.loading import load_dense
 
 END = 10**6
 SIZES = [f"{split}_tokens" for split in SPLITS]
@@ -161,21 +145,6 @@ def test_a_repeated_document_counts_once(tmp_path):
         read_corpus(recipe(source), Words(), seed=0)
 
 
-def test_any_kind_of_source_gives_the_same_documents(tmp_path):
-    documents = ["eins zwei\n", "drei", "vier é 😀\n\nfünf"]
-    folder = tmp_path / "folder"
-    (folder / "deeper" / "not-a-file.txt").mkdir(parents=True)
-    for number, name in enumerate(["a.txt", "b.md", "deeper/c.rst"]):
-        (folder / name).write_text(documents[number], encoding="utf-8")
-    (folder / "ignored.pdf").write_text("1,2")
-    write_lines(tmp_path / "lines.jsonl", documents)
-    table = pyarrow.table({"text": documents, "number": [1, 2, 3]})
-    parquet.write_table(table, tmp_path / "table.parquet", row_group_size=2)
-    for source in (folder, tmp_path / "lines.jsonl", tmp_path / "table.parquet"):
-        assert sorted(find_documents(str(source), "text", seed=0)) == sorted(documents), source
-    assert list(find_documents(str(folder / "a.txt"), "text", seed=0)) == documents[:1]
-
-
 def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfab")
     (tmp_path / "lines.jsonl").write_bytes(
@@ -187,87 +156,6 @@ def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
     # ab, a, ? and b with an end each: `a` and `b` of the second file are repeats.
     with pytest.raises(UserError, match="has 9 tokens"):
         read_corpus(recipe(str(tmp_path)), make_tokenizer(), seed=0)
-
-
-PACKERS = {
-    "": lambda content: content,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".zst": lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
-}
-HELD = {
-    "t.txt": (lambda documents: "".join(documents), lambda documents: ["".join(documents)]),
-    "l.jsonl": (lambda documents: "".join(json.dumps({"text": one}) + "\n" for one in documents), list),
-    "l.json": (lambda documents: json.dumps([{"text": one} for one in documents], indent=1), list),
-    "lines.json": (lambda documents: "".join(json.dumps({"text": one}) + "\n" for one in documents), list),
-    "t.csv": (lambda documents: table_of(documents, ","), list),
-    "t.tsv": (lambda documents: table_of(documents, "\t"), list),
-}
-
-
-def table_of(documents, delimiter):
-    text = io.StringIO()
-    csv.writer(text, delimiter=delimiter).writerows([["id", "text"], *enumerate(documents)])
-    return text.getvalue()
-
-
-@pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize("name", HELD)
-def test_files_are_read_as_people_have_them(name, packed, tmp_path):
-    documents = ['eins, "zwei"\n', "drei\tvier", "é 😀\n\nfünf"]
-    write, expected = HELD[name]
-    (tmp_path / f"{name}{packed}").write_bytes(PACKERS[packed](write(documents).encode("utf-8-sig")))
-    for source in (tmp_path / f"{name}{packed}", tmp_path):
-        assert list(find_documents(str(source), "text", seed=0)) == expected(documents)
-
-
-def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_refused(tmp_path, caplog):
-    def write(records):
-        (tmp_path / "l.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return find_documents(str(tmp_path / "l.jsonl"), "text", seed=0)
-
-    assert list(write([{"id": 1}, {"text": "a"}, {"text": "b"}, {"id": 2}, {"text": "c"}])) == ["a", "b", "c"]
-    assert caplog.messages == [f"data {str(tmp_path / 'l.jsonl')!r}: 2 of 5 records have no 'text': skipped"]
-    # Of a file that is not read to its end, what was seen.
-    beginning = write([{"id": 1}, *({"text": str(number)} for number in range(9))])
-    assert [next(beginning) for _ in range(3)] == ["0", "1", "2"]
-    beginning.close()
-    assert caplog.messages[1].endswith("1 of 4 records have no 'text': skipped")
-    refused = r"l\.jsonl', line 2: no field 'text' \(found 'id'\); set data\.text_field"
-    with pytest.raises(UserError, match=refused):
-        list(write([{"text": "a"}, {"id": 1}, {"id": 2}]))
-    # Long before the end of a file that will not do.
-    long = write([{"text": "a"}, *({"id": number} for number in range(500)), 5])
-    with pytest.raises(UserError, match=refused):
-        list(long)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("l.jsonl.gz", b"no gzip", "cannot be read"),
-        ("l.jsonl.gz", gzip.compress(b'{"text": "abc"}' * 99, mtime=0)[:-20], "cannot be read|not JSON"),
-        ("l.json", b'[{"text": "a"}, 3]', "record 2: expected one object in the list, found int"),
-        ("l.json", b'[{"text": "a"}', r"not JSON \(.*\); expected a list of objects"),
-        (
-            "l.json.gz",
-            gzip.compress(b'[{"text": "a"}', mtime=0),
-            r"l\.json\.gz': not JSON \(.*\); expected a list of objects",
-        ),
-        ("t.csv", b"body,id\nx,1\n", r"line 2: no field 'text' \(found 'body', 'id'\); set data\.text_field"),
-        ("t.parquet.gz", b"", "unsupported file type"),
-        ("l.gz", b"", "unsupported file type"),
-    ],
-)
-def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(find_documents(str(tmp_path / name), "text", seed=0))
-
-
-def test_another_text_field_can_be_named(tmp_path):
-    (tmp_path / "lines.jsonl").write_text('{"text": 1, "body": "a"}\n')
-    assert list(find_documents(str(tmp_path / "lines.jsonl"), "body", seed=0)) == ["a"]
 
 
 def test_a_corpus_is_the_same_after_saving(mixed, tmp_path):
@@ -449,108 +337,6 @@ def test_a_hub_that_fails_gives_one_line(records, message, hub):
     with pytest.raises(UserError, match=message) as caught:
         read_corpus(recipe("owner/name"), Words(), seed=0)
     assert "\n" not in str(caught.value)
-
-
-# ---- text the model writes itself
-
-
-@pytest.fixture(scope="module")
-def dense(checkpoint):
-    return load_dense(str(checkpoint("llama")), "kv_group", torch.device("cpu"))
-
-
-def ends_of(dense):
-    return {257, dense.tokenizer.eos_token_id}
-
-
-def test_own_text_is_seeded_and_enough(dense):
-    texts = [list(write_documents(dense, tokens=2_000, longest=64, seed=seed)) for seed in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2]
-    for documents in texts:
-        assert sum(len(document) for document in documents) >= 2_000
-        assert len(set(map(tuple, documents))) > 0.9 * len(documents)
-
-
-def test_an_own_document_begins_with_the_first_token_and_stops_at_its_end_token(dense):
-    documents = list(write_documents(dense, tokens=6_000, longest=96, seed=0))
-    assert {document[0] for document in documents} == {dense.tokenizer.bos_token_id}
-    for document in documents:
-        assert 2 <= len(document) <= 96
-        assert not ends_of(dense) & set(document[:-1])
-        assert len(document) == 96 or document[-1] in ends_of(dense)
-    assert any(len(document) < 96 for document in documents)
-
-
-def test_own_documents_are_written_side_by_side_and_leave_when_they_end(dense):
-    sizes = []
-    hook = dense.model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
-    documents = list(write_documents(dense, tokens=64 * 32, longest=32, seed=0))
-    hook.remove()
-    assert sizes[0] == (64, 1)
-    assert len(sizes) < 200
-    assert {length for _, length in sizes} == {1}
-    assert sum(rows for rows, _ in sizes) == sum(len(document) - 1 for document in documents)
-
-
-def test_own_text_is_what_the_model_writes_without_cache_or_batching_tricks(dense, monkeypatch):
-    expected = list(write_documents(dense, tokens=200, longest=20, seed=3))
-
-    def write_batch(dense, first, ends, longest, count, generator):
-        documents = [[first] for _ in range(count)]
-        for _ in range(longest - 1):
-            alive = [document for document in documents if len(document) == 1 or document[-1] not in ends.tolist()]
-            if not alive:
-                break
-            logits = dense.model(torch.tensor(alive)).logits[:, -1]
-            for document, token in zip(alive, self_text._sample(logits, generator)[:, 0].tolist(), strict=True):
-                document.append(token)
-        return documents
-
-    monkeypatch.setattr(self_text, "_write_batch", write_batch)
-    assert list(write_documents(dense, tokens=200, longest=20, seed=3)) == expected
-
-
-def test_a_token_is_drawn_as_often_as_it_is_likely():
-    likely = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    drawn = self_text._sample(likely.log().expand(20_000, 4), torch.Generator().manual_seed(0))
-    share = torch.bincount(drawn[:, 0], minlength=4) / 20_000
-    assert share[1] == 0
-    assert (share - likely).abs().max() < 0.015
-
-
-def test_own_text_fills_the_splits_of_a_recipe(dense):
-    asked = recipe("self", tokens=100)
-    needed = (sum(needed_blocks(asked).values()) + len(SPLITS)) * 16
-    corpus = pack(map(Tokens.document, write_documents(dense, tokens=needed, longest=16, seed=0)), asked)
-    assert {split: len(text) for split, text in corpus.splits.items()} == needed_blocks(asked)
-
-
-def with_ends(dense, monkeypatch, *, tokenizer=(256, 257), configured=257):
-    monkeypatch.setattr(dense.generation_config, "eos_token_id", configured)
-    for name, token in zip(("bos_token_id", "eos_token_id"), tokenizer, strict=True):
-        monkeypatch.setattr(type(dense.tokenizer), name, token, raising=False)
-    return dense
-
-
-def test_a_model_that_only_stops_is_refused(dense, monkeypatch):
-    with pytest.raises(UserError, match="'self': the model generates only empty documents; set --data to a text"):
-        list(
-            write_documents(with_ends(dense, monkeypatch, configured=list(range(259))), tokens=5_000, longest=8, seed=0)
-        )
-
-
-def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can(dense, monkeypatch):
-    documents = list(
-        write_documents(with_ends(dense, monkeypatch, tokenizer=(None, 257)), tokens=90, longest=9, seed=0)
-    )
-    assert {document[0] for document in documents} == {257}
-    with pytest.raises(UserError, match="the tokenizer has no beginning- or end-of-text token; set --data to a text"):
-        list(write_documents(with_ends(dense, monkeypatch, tokenizer=(None, None)), tokens=9, longest=9, seed=0))
-
-
-def test_without_an_end_token_documents_are_as_long_as_they_may(dense, monkeypatch):
-    endless = with_ends(dense, monkeypatch, tokenizer=(256, None), configured=None)
-    assert {len(document) for document in write_documents(endless, tokens=90, longest=9, seed=0)} == {9}
 
 
 def streamed(stream, count, state=None):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from plain_solver import DAMPING, columns, hessian_of, least_squares, one_at_a_time, problem
 
 from darwinlm.database import solver
-from darwinlm.database.inverse import _INVERSE_ERROR, damped_inverse, inverse_if_float32_suffices
+from darwinlm.database.inverse import damped_inverse
 from darwinlm.database.solver import prune_site, removal_error
 
 
@@ -199,56 +199,3 @@ def test_a_site_that_never_fires_and_a_singular_one_are_pruned_without_complaint
 def test_removal_error_is_the_output_itself():
     weight, x, gram = problem(5, 2)
     assert removal_error(weight, gram) == pytest.approx((x @ weight.T).square().sum().item() / len(x), rel=1e-4)
-
-
-def gram_of_condition(power, columns=700, seed=0):
-    """Eigenvalues from 1 down to 10^-power, in random directions."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
-    return ((directions * torch.logspace(0, -power, columns, dtype=torch.float64)) @ directions.T).float()
-
-
-def relative_error(inverse, hessian):
-    """Of the entries, as of a correlation matrix: the root mean square over rows of a row's norm."""
-    exact = torch.linalg.inv(hessian)
-    scale = exact.diagonal().rsqrt()
-    return ((inverse.double() - exact) * scale[:, None] * scale).square().sum(1).mean().sqrt().item()
-
-
-def test_an_inverse_is_taken_from_float32_only_where_that_is_as_good():
-    found = {}
-    for power in (1, 2, 3, 4, 5, 6):
-        gram = gram_of_condition(power)
-        inverse = inverse_if_float32_suffices(gram, 1e-9)
-        found[power] = inverse is not None
-        hessian = gram.double() + 1e-9 * torch.eye(len(gram), dtype=torch.float64)
-        if inverse is not None:
-            assert relative_error(inverse, hessian) < 3 * _INVERSE_ERROR
-        assert relative_error(damped_inverse(gram, 1e-9), hessian) < 3 * _INVERSE_ERROR
-    assert found[1]
-    assert found[2]
-    assert not found[5]
-    assert not found[6]
-
-
-def test_a_matrix_that_float32_cannot_factorise_is_inverted_in_float64():
-    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
-    gram = x.T @ x  # singular
-    assert inverse_if_float32_suffices(gram, 1e-6) is None
-    found = prune_site(torch.randn(8, 300), gram, columns_per_unit=1, sizes=[200], damping=1e-6)
-    assert torch.isfinite(found[0].weight_OK).all()
-
-
-@pytest.mark.parametrize("power", [2, 3])
-def test_the_precision_of_the_first_inverse_changes_no_removal(power, monkeypatch):
-    gram = gram_of_condition(power, columns=600)
-    weight = torch.randn(32, 600, generator=torch.Generator().manual_seed(1))
-    sizes = range(560, 0, -80)
-    found = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
-    monkeypatch.setattr(solver, "inverse_if_float32_suffices", lambda gram, ridge: None)
-    for one, other in zip(
-        found, prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING), strict=True
-    ):
-        assert one.kept == other.kept
-        assert one.error == pytest.approx(other.error, rel=1e-4)
-        assert torch.allclose(one.weight_OK, other.weight_OK, rtol=1e-3, atol=1e-3)

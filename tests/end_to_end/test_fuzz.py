@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from helpers import SPACE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from spaces import TINY_SPACE
 
 from darwinlm.config.loading import known_keys, load_recipe, parse_override
 from darwinlm.config.recipe import Recipe
@@ -124,8 +124,8 @@ PLANS = st.fixed_dictionaries(
     optional={
         "format": st.just(1) | VALUES,
         "levels": VALUES
-        | st.fixed_dictionaries({site.name: st.integers(-1, 4) | VALUES for site in SPACE.sites})
-        | st.fixed_dictionaries({site.name: st.integers(0, 2) for site in SPACE.sites}),
+        | st.fixed_dictionaries({site.name: st.integers(-1, 4) | VALUES for site in TINY_SPACE.sites})
+        | st.fixed_dictionaries({site.name: st.integers(0, 2) for site in TINY_SPACE.sites}),
     },
 )
 
@@ -134,12 +134,12 @@ PLANS = st.fixed_dictionaries(
 @given(payload=PLANS)
 def test_a_plan_of_any_values(payload):
     try:
-        plan = Plan.from_dict(payload, SPACE)
+        plan = Plan.from_dict(payload, TINY_SPACE)
     except UserError as error:
         one_line(error)
         return
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(SPACE))), SPACE) == plan
-    assert SPACE.fixed_parameters <= SPACE.parameters(plan.levels) <= SPACE.dense_parameters
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(TINY_SPACE))), TINY_SPACE) == plan
+    assert TINY_SPACE.fixed_parameters <= TINY_SPACE.parameters(plan.levels) <= TINY_SPACE.dense_parameters
 
 
 @FUZZ
@@ -152,7 +152,7 @@ def test_a_json_file_of_any_bytes(content, tmp_path):
     (tmp_path / "plan.json").write_bytes(content)
     try:
         payload = read_json(tmp_path / "plan.json")
-        Plan.from_dict(payload, SPACE)
+        Plan.from_dict(payload, TINY_SPACE)
     except UserError as error:
         one_line(error)
 
@@ -199,13 +199,13 @@ def test_an_index_of_any_values(payload, tmp_path):
 @given(target=st.floats(0, 1, exclude_min=True) | st.integers(1, 400))
 def test_a_budget_is_met_or_refused(target):
     try:
-        budget = parameter_budget(target, SPACE)
+        budget = parameter_budget(target, TINY_SPACE)
     except UserError as error:
         one_line(error)
         return
     most = budget.limits[0].maximum
-    assert SPACE.fixed_parameters <= most <= SPACE.dense_parameters
-    assert most == target if isinstance(target, int) else most <= target * SPACE.dense_parameters + 1e-9
+    assert TINY_SPACE.fixed_parameters <= most <= TINY_SPACE.dense_parameters
+    assert most == target if isinstance(target, int) else most <= target * TINY_SPACE.dense_parameters + 1e-9
 
 
 def test_a_recipe_without_an_end_is_refused():

@@ -5,13 +5,13 @@ import hashlib
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 from helpers import SETTINGS
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import Page
 from safetensors.torch import load_file
 
 from darwinlm import cli
@@ -19,43 +19,12 @@ from darwinlm.commands.inspect import inspect
 from darwinlm.commands.recover import recover_again
 from darwinlm.errors import UserError
 from darwinlm.pipeline import prune
-from darwinlm.report.charts import Column, Point, Series, columns, curve, nice_ticks
 from darwinlm.report.facts import collect, compared, thinned
 from darwinlm.report.page import render, watch_report, write_report
 from darwinlm.run.models import models_of_run
 from darwinlm.runtime.files import read_json, write_json
 
 EVIL = "<script>alert('&amp;')</script>\"><img src=x onerror=alert(1)>{{ 7 * 7 }}"
-
-
-class Page(HTMLParser):
-    """What a reader gets to see (tooltips too), the scripts, and the tags with their attributes."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.seen, self.scripts, self.tags, self._path = [], [], [], []
-        self.feed(html)
-        assert self._path == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "link", "rect", "line", "circle", "polyline", "polygon", "img"):
-            self._path.append((tag, dict(attributes)))
-        elif not self.get_starttag_text().endswith("/>"):
-            assert tag in ("meta", "link", "img")
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self._path.pop()[0] == tag
-
-    def handle_data(self, data):
-        tags = [tag for tag, _ in self._path]
-        if "script" in tags:
-            self.scripts.append(data)
-        elif "style" not in tags and not any("aria-hidden" in attributes for _, attributes in self._path):
-            self.seen.append(data)
 
 
 def numbers_in(value):
@@ -113,9 +82,6 @@ def family(run, checkpoint, tmp_path_factory):
 @pytest.fixture
 def copied(run, tmp_path):
     return shutil.copytree(run[0].path, tmp_path / "run")
-
-
-# ---- what is on the page
 
 
 @pytest.mark.parametrize("which", ["run", "family"])
@@ -220,9 +186,6 @@ def test_tasks_are_on_the_page_with_their_numbers(copied):
     assert not_in({**metrics, "tasks": tasks}, html) == ["3.1e-07"]
 
 
-# ---- text that is not ours
-
-
 def test_text_of_models_and_users_stays_text(run):
     metrics = json.loads(json.dumps(run[0].metrics))
     clean = Page(render(metrics))
@@ -252,9 +215,6 @@ def test_the_page_asks_for_nothing_and_only_its_own_scripts_can_run(run, refresh
     for _, attributes in page.tags:
         assert "src" not in attributes and attributes.get("href", "data:,") == "data:,"
     assert "url(" not in html and "@import" not in html
-
-
-# ---- at any moment of a run
 
 
 def test_the_command_writes_what_the_run_has_written_and_touches_nothing_else(copied, capsys):
@@ -407,36 +367,3 @@ def test_a_family_has_a_part_for_every_size(family):
         )
         assert {"layers", "search", "recovery", "rows"} <= set(facts)
         assert len(facts["search"]["forecast"]["steps"]) == len(SETTINGS["search.survivors"])
-
-
-# ---- charts
-
-
-@given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9), st.booleans())
-def test_ticks_are_few_evenly_spaced_and_around_all_values(a, b, whole):
-    low, high = min(a, b), max(a, b)
-    ticks = nice_ticks(low, high, whole=whole)
-    assert 2 <= len(ticks) <= 8
-    step = ticks[1] - ticks[0]
-    assert ticks[0] <= low + 1e-6 * step and ticks[-1] >= high - 1e-6 * step
-    for one, other in pairwise(ticks):
-        assert other - one == pytest.approx(step)
-    if whole:
-        assert all(tick == round(tick) for tick in ticks)
-
-
-def test_columns_are_as_high_as_their_shares():
-    shares = [1.0, 0.25, 0.0]
-    chart = columns([Column(share=share, title="") for share in shares], colour="mlp", label="", height=100)
-    fills = [a for tag, a in Page(str(chart)).tags if tag == "rect" and a["class"].startswith("fill")]
-    assert [float(fill["height"][:-1]) for fill in fills] == [100, 25, 0]
-    assert [float(fill["y"][:-1]) for fill in fills] == [0, 75, 100]
-
-
-def test_a_curve_puts_its_values_between_its_ticks_to_scale():
-    points = [Point(x=x, y=y, title=f"at {x}") for x, y in ((0, 1.0), (1, 3.0), (4, 2.0))]
-    chart = str(curve([Series(points=points, colour="found")], label="", height=100))
-    dots = [a for tag, a in Page(chart).tags if tag == "circle"]
-    assert [float(dot["cx"][:-1]) for dot in dots] == [0, 25, 100]
-    assert [float(dot["cy"][:-1]) for dot in dots] == [100, 0, 50]
-    assert curve([Series(points=[Point(x=0, y=None, title="")], colour="found")], label="", height=100) == ""

@@ -1,0 +1,66 @@
+"""Sizes and targets, and the sizes of a family."""
+
+import pytest
+
+from darwinlm.config.loading import make_recipe
+from darwinlm.config.target import parse_size, parse_target, split_targets
+
+GIVEN = {"model": "some/model", "target": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (0.5, 0.5),
+        ("0.5", 0.5),
+        (" .25 ", 0.25),
+        ("5e-1", 0.5),
+        (1, 1.0),
+        ("1", 1.0),
+        ("2.7B", 2_700_000_000),
+        ("2.7 b", 2_700_000_000),
+        ("8.03B", 8_030_000_000),  # 8.03 * 1e9 is 8029999999.999999
+        ("500M", 500_000_000),
+        ("0.5B", 500_000_000),
+        ("1.5k", 1_500),
+        ("1T", 10**12),
+        ("1_000_000", 1_000_000),
+        ("1e9", 10**9),
+        (2_700_000_000, 2_700_000_000),
+        (1e9, 10**9),
+        (10**400, 10**400),
+    ],
+)
+def test_a_size_is_a_fraction_or_a_count(text, size):
+    found = parse_size(text)
+    assert found == size
+    assert type(found) is type(size)
+
+
+@pytest.mark.parametrize("text", ["abc", "", "50%", "0.5x", "2.7BB", "B", "1,000,000", "½", "0x10"])
+def test_what_is_no_size_is_refused_with_an_example_of_each_kind(text):
+    with pytest.raises(ValueError, match=r"neither a fraction of the parameters \(0.5\) nor a number of them \(2.7B"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        (0.5, {"params": 0.5}),
+        ("2.7B", {"params": 2_700_000_000}),
+        ("params=2.7B, kv_cache=0.5", {"params": 2_700_000_000, "kv_cache": 0.5}),
+        ("latency=0.6,flops=1", {"latency": 0.6, "flops": 1.0}),
+        ("memory=8GB", {"memory": 8 * 10**9}),
+        ("memory=1.5GiB", {"memory": 3 * 2**29}),
+        ("memory=0.25", {"memory": 0.25}),
+    ],
+)
+def test_a_target_is_a_limit_for_each_resource(text, limits):
+    assert parse_target(text) == limits
+    assert parse_target(make_recipe({**GIVEN, "target": text}).target) == limits
+
+
+def test_sizes_with_commas_between_are_a_family():
+    assert split_targets("0.8, 0.6,100M") == ["0.8", "0.6", "100M"]
+    assert split_targets("params=0.5,kv_cache=0.5") == ["params=0.5,kv_cache=0.5"]
+    assert split_targets(0.5) == [0.5]

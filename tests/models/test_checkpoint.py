@@ -1,0 +1,26 @@
+"""Checkpoints whose files are missing."""
+
+import shutil
+
+import pytest
+import torch
+
+from darwinlm.errors import UserError
+from darwinlm.models.checkpoint import Checkpoint
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def fail(*arguments, **named):
+        raise ConnectionError("the Hub\nis away")
+
+    monkeypatch.setattr("darwinlm.models.checkpoint.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"^model 'owner/it': its weights cannot be downloaded: the Hub is away$"):
+        Checkpoint("owner/it")
+
+
+def test_a_model_whose_files_go_away_while_it_is_read(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    found = Checkpoint(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read \(No such file.*; download the whole"):
+        found.read(["lm_head.weight"], torch.device("cpu"))

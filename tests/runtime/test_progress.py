@@ -1,0 +1,11 @@
+"""Progress bars."""
+
+from darwinlm.runtime import progress
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_bars", True)
+    with progress.task("search (generations)", 4) as task:
+        task.advance(3, note="KL 0.5")
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("search (generations)", "3/4", "KL 0.5"))
