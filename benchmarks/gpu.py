@@ -414,8 +414,7 @@ def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
     from darwinlm.data.tokens import Tokens
     from darwinlm.models.cutting import build_model
     from darwinlm.models.loading import fast_dtype
-    from darwinlm.recovery import trainer
-    from darwinlm.recovery import training as stage
+    from darwinlm.recovery import trainer, training
 
     given = prepare(bench, shape, folder)
     cuts = given.database.cuts(given.dense.sites, given.plan.levels, bench.device)
@@ -435,7 +434,7 @@ def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
 
     # The checkpoint at the end would be written for nothing.
     with (
-        patch.object(stage, "Follow", Timed),
+        patch.object(training, "Follow", Timed),
         patch.object(trainer, "save_checkpoint", lambda *arguments: None),
         tempfile.TemporaryDirectory() as place,
     ):
@@ -443,7 +442,7 @@ def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
             Tokens.unmasked(text(shape, tokens, seed))
             for tokens, seed in ((steps * shape.recovery, 3), (shape.length, 4))
         )
-        stage.recover(model, teacher, train, score, recipe, seed=0, folder=Path(place), device=bench.device)
+        training.recover(model, teacher, train, score, recipe, seed=0, folder=Path(place), device=bench.device)
     seconds = statistics.median(b - a for a, b in zip(ends[warm - 1 :], ends[warm:], strict=False))
     trained, taught = given.weights, weights_per_token(given.dense, given.dense.parameters)
     bound = shape.recovery * (6 * trained + 2 * taught) / given.peak

@@ -29,7 +29,7 @@ import darwinlm.models.families as families
 import darwinlm.models.loading as loading
 import darwinlm.search.neighbourhood as neighbourhood
 import darwinlm.search.sensitivity as sensitivity
-import darwinlm.search.trial_training as training
+import darwinlm.search.trial_training as trial_training
 import darwinlm.search.trials as trials
 from darwinlm.config.recipe import Recipe
 from darwinlm.data.corpus import Corpus
@@ -302,7 +302,7 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
 
         return empty
 
-    places = (loading, neighbourhood, sensitivity, training, trials)
+    places = (loading, neighbourhood, sensitivity, trial_training, trials)
     with ExitStack() as stack:
         for place in places:
             if hasattr(place, "fast_dtype"):

@@ -8,7 +8,7 @@ import pytest
 from tasks import ITEMS, write
 
 from darwinlm import cli
-from darwinlm.commands import evaluate as judging
+from darwinlm.commands import evaluate
 from darwinlm.errors import UserError
 from darwinlm.runtime.files import read_json, write_json
 
@@ -31,9 +31,9 @@ def answering(monkeypatch):
             after_task(task.name)
         return {task.name: {"acc": right} for task in tasks}
 
-    monkeypatch.setattr(judging, "run_tasks", run_tasks)
-    monkeypatch.setattr(judging, "require_lm_eval", lambda: None)
-    monkeypatch.setattr(judging, "check_data", lambda tasks: None)
+    monkeypatch.setattr(evaluate, "run_tasks", run_tasks)
+    monkeypatch.setattr(evaluate, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(evaluate, "check_data", lambda tasks: None)
     return asked
 
 
@@ -55,7 +55,7 @@ def test_a_run_is_judged_dense_and_pruned_and_what_was_judged_before_stays(copie
     assert "Zero-shot tasks" in (copied / "report" / "index.html").read_text()
 
     (tmp_path / "tasks" / "second.jsonl").unlink()
-    results = judging.evaluate(str(copied), tasks_dir=tmp_path / "tasks", limit=1)
+    results = evaluate.evaluate(str(copied), tasks_dir=tmp_path / "tasks", limit=1)
     assert [one["task"] for one in results["tasks"]] == ["first"]
     joined = json.loads((copied / "report" / "tasks.json").read_text())["tasks"]
     assert [(one["task"], one["limit"]) for one in joined] == [("second", None), ("first", 1)]
@@ -64,7 +64,7 @@ def test_a_run_is_judged_dense_and_pruned_and_what_was_judged_before_stays(copie
 def test_a_model_alone_is_judged_alone(run, checkpoint, answering, tmp_path):
     write(tmp_path, "first", ITEMS["choice"])
     for source, accuracy_found in ((run[0].model_path, 0.2), (checkpoint("llama"), 0.9)):
-        results = judging.evaluate(str(source), tasks_dir=tmp_path)
+        results = evaluate.evaluate(str(source), tasks_dir=tmp_path)
         assert results["tasks"][0]["models"] == {
             "model": {"accuracy": accuracy_found, "stderr": pytest.approx(0.1, abs=0.05)}
         }
@@ -97,7 +97,7 @@ def test_a_run_without_a_model_or_of_a_model_that_has_changed(copied, answering,
     manifest = read_json(copied / "manifest.json")
     write_json(copied / "manifest.json", {**manifest, "facts": {**manifest["facts"], "model": "another"}})
     with pytest.raises(UserError, match="has changed since this run"):
-        judging.evaluate(str(copied), tasks_dir=tmp_path)
+        evaluate.evaluate(str(copied), tasks_dir=tmp_path)
     shutil.rmtree(copied / "model")
     with pytest.raises(UserError, match="finish the run first"):
-        judging.evaluate(str(copied), tasks_dir=tmp_path)
+        evaluate.evaluate(str(copied), tasks_dir=tmp_path)

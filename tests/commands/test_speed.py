@@ -11,12 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from darwinlm import cli
 from darwinlm.commands.speed import measure_speeds
-from darwinlm.engines import llama_cpp
-from darwinlm.engines import vllm as vllm_engine
+from darwinlm.engines import llama_cpp, vllm
 from darwinlm.evaluation import measure
 from darwinlm.models import loading
 from darwinlm.pipeline import prune
-from darwinlm.search import budgets as resources
+from darwinlm.search import budgets
 
 
 def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
@@ -25,8 +24,10 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     command = ["evaluate", str(copied), "--speed", "--batches", "1,2", "--lengths", "8,16"]
     assert cli.exit_code(command) == 0
     out = capsys.readouterr().out
-    transformers, engine, vllm = json.loads((copied / "report" / "speed.json").read_text())["engines"]
-    assert vllm["engine"] == "vLLM" and vllm["skipped"].startswith("not installed here; --vllm PYTHON selects")
+    transformers, engine, vllm_results = json.loads((copied / "report" / "speed.json").read_text())["engines"]
+    assert vllm_results["engine"] == "vLLM" and vllm_results["skipped"].startswith(
+        "not installed here; --vllm PYTHON selects"
+    )
     sizes = [(row["batch_size"], row["prompt_tokens"]) for row in transformers["rows"]]
     assert sizes == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert [(row["batch_size"], row["prompt_tokens"]) for row in engine["rows"]] == [(1, 8), (1, 16)]
@@ -50,7 +51,7 @@ def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, 
         timed.append(model.dtype)
         return 1.0, 1.0
 
-    for user in (measure, resources):
+    for user in (measure, budgets):
         monkeypatch.setattr(user, "time_request", time_request)
     folder = make_checkpoint("qwen3", tmp_path / "dense", torch.bfloat16)
     settings = SETTINGS | {"data.source": str(text), "recovery.tokens": 0}
@@ -84,8 +85,8 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
             seen[name] = type(model).__name__, model(ids).logits
         return "a device", [dict.fromkeys(folders, (2.0, 4.0)) for _ in requests]
 
-    monkeypatch.setattr(vllm_engine, "engine_version", lambda python: "vllm 0")
-    monkeypatch.setattr(vllm_engine, "time_requests", time_requests)
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "vllm 0")
+    monkeypatch.setattr(vllm, "time_requests", time_requests)
     uninstall(llama_cpp.PACKAGE, monkeypatch)
     engine = measure_speeds(str(copied), [2], [8])["engines"][2]
     assert (seen["dense"][0], seen["pruned"][0]) == ("Qwen3ForCausalLM", "DarwinLMQwen3ForCausalLM")

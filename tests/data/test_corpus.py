@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from darwinlm.config.recipe import DataRecipe
-from darwinlm.data import corpus as data
+from darwinlm.data import corpus as corpus_module
 from darwinlm.data.corpus import SPLITS, Corpus, TextStream, load_corpus, needed_blocks, pack, read_corpus, save_corpus
 from darwinlm.data.documents import find_documents
 from darwinlm.data.tokens import Tokens
@@ -374,7 +374,7 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
         tokenizer.decode(corpus.splits[name].input_ids_BT.flatten().tolist()) for name in ("test", "validation")
     )
     seen = {piece.strip() for piece in text.split("</s>")}
-    judge = {text.strip() for text in documents if data._fingerprint(text) in corpus.reserved}
+    judge = {text.strip() for text in documents if corpus_module._fingerprint(text) in corpus.reserved}
     assert len(judge) > 10
     # 1500 blocks are more than one pass: all else has come.
     assert {text.strip() for text in documents} - seen == judge
@@ -387,7 +387,9 @@ def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
     asked = DataRecipe(source=str(tmp_path / "text.txt"), sequence_length=32)
     stream = TextStream(asked, make_tokenizer(), 0, frozenset())
     assert len(streamed(stream, 3)[0]) == 3
-    everything = frozenset(data._fingerprint(piece.text) for piece in data._cut("word " * 100, asked, None))
+    everything = frozenset(
+        corpus_module._fingerprint(piece.text) for piece in corpus_module._cut("word " * 100, asked, None)
+    )
     with pytest.raises(UserError, match=r"has less than a block of 32 tokens beyond the evaluation"):
         next(TextStream(asked, make_tokenizer(), 0, everything).blocks())
 

@@ -15,7 +15,7 @@ from darwinlm.config.stage import Stage
 from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.pipeline import prune
-from darwinlm.recovery import stage as recovering
+from darwinlm.recovery import stage
 from darwinlm.run import prepare
 from darwinlm.run.directory import RunDirectory
 from darwinlm.runtime.files import read_json, write_json
@@ -124,7 +124,7 @@ def test_a_damaged_refit_is_made_again(damage, again, monkeypatch):
         raise UserError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(recovering, "recover", stop)
+        patch.setattr(stage, "recover", stop)
         with pytest.raises(UserError, match="stopped"):
             same_command()
     damage(out / "recovery" / "refit" / "weights.safetensors")

@@ -24,7 +24,7 @@ from darwinlm.config.loading import load_recipe
 from darwinlm.config.stage import Stage
 from darwinlm.models.loading import load_dense
 from darwinlm.pipeline import prune
-from darwinlm.recovery import stage as recovering
+from darwinlm.recovery import stage as recovery_stage
 from darwinlm.recovery import training
 from darwinlm.run import prepare
 from darwinlm.run.lock import RunLock
@@ -249,7 +249,7 @@ def test_no_file_of_a_training_is_removed_before_all_ranks_have_read_it(run, tmp
     finished, _ = run
     shutil.copytree(finished.path, tmp_path / "run")
     events = []
-    for module, name in ((recovering, "recover"), (dist, "barrier"), (recovering, "forget_recovery")):
+    for module, name in ((recovery_stage, "recover"), (dist, "barrier"), (recovery_stage, "forget_recovery")):
         function = getattr(module, name)
 
         def noted(*arguments, name=name, function=function, **more):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from darwinlm.engines import vllm as vllm_engine
+from darwinlm.engines import vllm
 from darwinlm.errors import EngineError
 
 STAND_IN = '''
@@ -50,7 +50,7 @@ def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stan
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     folders = {"dense": tmp_path / "a", "pruned": tmp_path / "b"}
-    device, times = vllm_engine.time_requests(folders, [(1, 8, 4), (3, 16, 4)], repeats=2, vocabulary=50)
+    device, times = vllm.time_requests(folders, [(1, 8, 4), (3, 16, 4)], repeats=2, vocabulary=50)
     asked = [json.loads(line) for line in stand_in.read_text().splitlines()]
     assert [one[:4] for one in asked] == [
         [name, batch, length, tokens]
@@ -67,7 +67,7 @@ def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stan
 
 def test_what_vllm_cannot_load_is_its_own_reason(stand_in, tmp_path):
     with pytest.raises(EngineError, match=r"^ValueError: no model there$"):
-        vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
+        vllm.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
 
 
 def test_of_what_vllm_says_the_cause_is_told(stand_in, tmp_path):
@@ -83,4 +83,4 @@ atexit.register(print, "UserWarning: leaked objects", file=sys.stderr)
 """
     (tmp_path / "site" / "vllm" / "__init__.py").write_text(failing)
     with pytest.raises(EngineError, match=r"^ValueError: No memory for the cache$"):
-        vllm_engine.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
+        vllm.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)

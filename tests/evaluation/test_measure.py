@@ -5,7 +5,7 @@ import torch
 from helpers import VOCABULARY, halved
 
 from darwinlm.config.recipe import WorkloadRecipe
-from darwinlm.evaluation import measure as measuring
+from darwinlm.evaluation import measure as measure_module
 from darwinlm.evaluation.measure import kv_cache_bytes, measure, parameters_of, speeds
 from darwinlm.models.walking import CACHE
 
@@ -31,7 +31,7 @@ def test_speeds_count_the_tokens_of_all_requests_and_are_medians(asked, new, pru
         seen.append(request)
         return next(seconds)
 
-    monkeypatch.setattr(measuring, "time_request", time_request)
+    monkeypatch.setattr(measure_module, "time_request", time_request)
     request = {"batch_size": 3, "prompt_tokens": 8}
     found = speeds({"dense": pruned("qwen3", "kv_group")[0].model}, WorkloadRecipe(**request, new_tokens=asked))
     assert seen == 4 * [{**request, "new_tokens": new}]
@@ -43,7 +43,7 @@ def test_a_request_that_does_not_fit_in_memory_costs_only_the_speeds(pruned, mon
     def time_request(model, **request):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total ...")
 
-    monkeypatch.setattr(measuring, "time_request", time_request)
+    monkeypatch.setattr(measure_module, "time_request", time_request)
     models = {"dense": pruned("qwen3", "kv_group")[0].model}
     (row,) = measure(models, BLOCKS.long(), WorkloadRecipe(batch_size=512), torch.float32)
     assert row["perplexity"] > 1

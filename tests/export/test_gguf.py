@@ -15,7 +15,7 @@ from darwinlm import UserError
 from darwinlm.cli import exit_code
 from darwinlm.engines import llama_cpp, quantize
 from darwinlm.engines.llama_cpp import Engine, EngineError, ask
-from darwinlm.export import gguf as export_gguf
+from darwinlm.export import gguf
 from darwinlm.export.gguf_tokenizer import read_vocabulary
 from darwinlm.export.proof import logits_of
 from darwinlm.export.targets import TARGETS, export_model
@@ -50,8 +50,8 @@ def write(config, folder):
     save_pruned(config, folder)
     model = load(folder)
     vocabulary = read_vocabulary(make_tokenizer(), VOCABULARY, folder)
-    architecture = export_gguf.choose_architecture(config)
-    export_gguf.write_gguf(model, vocabulary, folder / "model.gguf", "f32", "tiny", architecture)
+    architecture = gguf.choose_architecture(config)
+    gguf.write_gguf(model, vocabulary, folder / "model.gguf", "f32", "tiny", architecture)
     return folder / "model.gguf"
 
 
@@ -116,14 +116,14 @@ def test_scaled_rope(family, rope, tmp_path):
 
 
 def test_without_stubs_the_file_is_wrong_or_kills_the_engine(tmp_path, monkeypatch):
-    stub = export_gguf._stub
+    stub = gguf._stub
 
     def no_mlp(config, architecture, shape, like):
         parts = stub(config, architecture, shape, like)
         return {name: part for name, part in parts.items() if shape.width or not name.startswith("ffn")}
 
-    monkeypatch.setattr(export_gguf, "STUB_WIDTH", 0)
-    monkeypatch.setattr(export_gguf, "_stub", no_mlp)
+    monkeypatch.setattr(gguf, "STUB_WIDTH", 0)
+    monkeypatch.setattr(gguf, "_stub", no_mlp)
     middle = make_config("llama")
     middle.per_layer_config = SHAPES["middle without MLP"]
     assert differences(tmp_path, write(middle, tmp_path)).max() > 0.05
@@ -140,7 +140,7 @@ def test_without_stubs_the_file_is_wrong_or_kills_the_engine(tmp_path, monkeypat
 
 
 def test_a_stub_is_needed_where_the_first_layer_has_no_attention(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_gguf, "file_shapes", lambda config, _: export_gguf.layer_shapes(config))
+    monkeypatch.setattr(gguf, "file_shapes", lambda config, _: gguf.layer_shapes(config))
     config = make_config("llama")
     config.per_layer_config = SHAPES["first without attention"]
     with pytest.raises(EngineError):

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from darwinlm import UserError
 from darwinlm.engines.llama_cpp import Engine
-from darwinlm.export import gguf as export_gguf
+from darwinlm.export import gguf
 from darwinlm.export.gguf_tokenizer import PRE_TOKENIZERS, read_vocabulary
 from darwinlm.export.proof import TEXT
 from darwinlm.export.targets import export_model
-from darwinlm.models import smollm2 as demo
+from darwinlm.models import smollm2
 from darwinlm.models.families import causal_lm
 
 
@@ -64,9 +64,9 @@ def sentencepiece(prefix):
 def engine_ids(tokenizer, folder, texts):
     size = len(tokenizer) + 5  # embeddings are often larger than the vocabulary
     config = make_config("llama", vocab_size=size, num_hidden_layers=1)
-    architecture = export_gguf.choose_architecture(config)
+    architecture = gguf.choose_architecture(config)
     vocabulary = read_vocabulary(tokenizer, size, folder)
-    export_gguf.write_gguf(causal_lm(config)(config), vocabulary, folder / "t.gguf", "f32", "t", architecture)
+    gguf.write_gguf(causal_lm(config)(config), vocabulary, folder / "t.gguf", "f32", "t", architecture)
     engine = Engine(folder / "t.gguf")
     found = [engine.token_ids(text) for text in texts]
     engine.close()
@@ -107,7 +107,7 @@ def test_sentencepiece_token_ids(prefix, tmp_path):
 
 
 def test_token_ids_of_smollm2(tmp_path):
-    tokenizer = demo.smollm2_tokenizer()
+    tokenizer = smollm2.smollm2_tokenizer()
     found, vocabulary = engine_ids(tokenizer, tmp_path, [TEXT, *TEXT.splitlines()])
     assert vocabulary.pre == "smollm"
     assert vocabulary.chat_template == tokenizer.chat_template

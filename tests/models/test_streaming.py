@@ -28,8 +28,7 @@ from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.pipeline import prune
 from darwinlm.plan import Plan, parameter_budget
 from darwinlm.report.summary import show
-from darwinlm.search import sensitivity
-from darwinlm.search import trial_training as training
+from darwinlm.search import sensitivity, trial_training
 from darwinlm.search.neighbourhood import Neighbourhood
 from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.stage import search_plan
@@ -105,7 +104,7 @@ def test_predictions_are_the_same(family, both, copies):
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trial_is_the_same(family, batch, both, copies, monkeypatch):
-    monkeypatch.setattr(training, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.float32)
     dense, streamed, database = both(family)
     cuts = database.cuts(dense.sites, middle(database, dense).levels, CPU)
     settings = {"optimizer": "sign", "rate": LearningRate(2.0**-8, relative=True), "batch_size": batch}

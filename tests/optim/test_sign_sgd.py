@@ -13,7 +13,7 @@ from darwinlm.models.device_memory import Portion
 from darwinlm.optim import sign_sgd
 from darwinlm.optim.learning_rate import LearningRate
 from darwinlm.optim.sign_sgd import SignSGD
-from darwinlm.search import trial_training as training
+from darwinlm.search import trial_training
 from darwinlm.search.trial_training import train_briefly
 
 BLOCKS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -37,7 +37,7 @@ def halved(pruned):
 
 
 def in_dtype(monkeypatch, dtype):
-    monkeypatch.setattr(training, "fast_dtype", lambda device: dtype)
+    monkeypatch.setattr(trial_training, "fast_dtype", lambda device: dtype)
 
 
 def layers_of(model):

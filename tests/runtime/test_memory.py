@@ -19,7 +19,7 @@ from darwinlm.database.store import Database
 from darwinlm.errors import UserError
 from darwinlm.models.checkpoint import Checkpoint
 from darwinlm.pipeline import prune
-from darwinlm.recovery import stage as recovering
+from darwinlm.recovery import stage as recovery_stage
 from darwinlm.runtime import memory
 from darwinlm.runtime.memory import available_memory, check_room, naming_memory_faults
 
@@ -166,7 +166,7 @@ def test_while_the_result_is_trained_nothing_that_it_was_made_from_is_in_memory(
 
     watch(Checkpoint, "read")
     watch(Database, "cut")
-    monkeypatch.setattr(recovering, "recover", train)
+    monkeypatch.setattr(recovery_stage, "recover", train)
     settings = {"recovery.refit_tokens": refit_tokens, "recovery.distillation": distillation, "search.generations": 0}
     with pytest.raises(UserError, match="trained"):
         prune(

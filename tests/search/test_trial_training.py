@@ -7,7 +7,7 @@ from helpers import VOCABULARY, apart, halved
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.device_memory import Portion
 from darwinlm.optim.learning_rate import LearningRate
-from darwinlm.search import trial_training as training
+from darwinlm.search import trial_training
 from darwinlm.search.trial_training import train_briefly
 
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
@@ -40,9 +40,11 @@ def test_a_trial_follows_the_gradient_of_its_loss(loss, pruned, monkeypatch):
     expected = torch.autograd.grad(value, layers)
     norm = torch.stack([gradient.norm() for gradient in expected]).norm().clamp_min(1)
     seen = []
-    monkeypatch.setattr(training, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(
-        training.Adam, "step", lambda one: seen.extend(tensor.grad for part in one._parts for tensor, _, _ in part)
+        trial_training.Adam,
+        "step",
+        lambda one: seen.extend(tensor.grad for part in one._parts for tensor, _, _ in part),
     )
     aims = DenseReference(dense.model, BLOCKS).mean_head_rows() if loss == "distillation" else None
     arguments = {"rate": LearningRate(1e-3), "batch_size": len(BLOCKS), "portion": Portion(2, "search")}
@@ -91,15 +93,15 @@ def test_a_trial_that_runs_out_of_memory_takes_the_same_steps_in_parts(pruned, l
 
 def test_a_trial_in_bfloat16_adds_up_its_parts_in_float32(pruned, monkeypatch):
     dense, database = pruned("qwen3", "kv_group")
-    monkeypatch.setattr(training, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.bfloat16)
     added = []
-    step = training.Adam.step
+    step = trial_training.Adam.step
 
     def watched(optimizer):
         added.append([tensor.grad.clone() for part in optimizer._parts for tensor, _, _ in part])
         return step(optimizer)
 
-    monkeypatch.setattr(training.Adam, "step", watched)
+    monkeypatch.setattr(trial_training.Adam, "step", watched)
     for parts in (Portion(1, "search"), None):
         model = halved(dense, database, trainable=True)
         train_briefly(model, BLOCKS[:4], rate=LearningRate(1e-3), batch_size=4, portion=parts)

@@ -17,8 +17,7 @@ from darwinlm.models.cutting import build_model
 from darwinlm.optim.learning_rate import LearningRate, parameter_groups
 from darwinlm.plan import parameter_budget
 from darwinlm.runtime.files import read_json, write_json
-from darwinlm.search import stage, trials
-from darwinlm.search import trial_training as training
+from darwinlm.search import stage, trial_training, trials
 from darwinlm.search.allocation import error_plan, uniform_plan
 from darwinlm.search.evolution import Evolution, Score
 from darwinlm.search.stage import search_plan
@@ -48,7 +47,7 @@ CORPUS = Corpus({"train": Tokens.unmasked(text(1)), "validation": Tokens.unmaske
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_a_trial_gains_does_not_depend_on_how_weights_are_scaled(family, loss, optimizer, pruned, monkeypatch):
     if optimizer == "sign":  # chance rounds other weights otherwise
-        monkeypatch.setattr(training, "fast_dtype", lambda device: torch.float32)
+        monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned(family, "kv_group")
     levels = [1 + i % 2 for i in range(len(dense.sites))]
     cuts = database.cuts(dense.sites, levels, dense.device)
@@ -94,13 +93,13 @@ def test_a_relative_step_is_the_same_share_of_every_tensor():
 @pytest.mark.parametrize("together", [1, 30, 10**6])
 @pytest.mark.parametrize("rate", [LearningRate(0.01), LearningRate(0.01, relative=True)])
 def test_adam_takes_the_steps_of_pytorchs(rate, together, monkeypatch):
-    monkeypatch.setattr(training, "TOGETHER", together)
+    monkeypatch.setattr(trial_training, "TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 7), (3,), (4, 2), (6,))]
     start[1] *= 100
     start[2][:] = 0  # no size: it stays at a relative rate
     ours, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
-    mine, other = training.Adam(ours, rate), torch.optim.AdamW(parameter_groups(theirs, rate), weight_decay=0.0)
+    mine, other = trial_training.Adam(ours, rate), torch.optim.AdamW(parameter_groups(theirs, rate), weight_decay=0.0)
     for _ in range(5):
         for one, two in list(zip(ours, theirs, strict=True))[:3]:  # the last never gets a gradient
             one.grad = torch.randn(one.shape, generator=generator)

@@ -12,7 +12,7 @@ import yaml
 from helpers import make_tokenizer
 
 from darwinlm import cli
-from darwinlm.commands import evaluate as judging
+from darwinlm.commands import evaluate
 from darwinlm.errors import UserError
 from darwinlm.evaluation import zero_shot
 from darwinlm.evaluation.local_tasks import local_tasks
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judged(run, folder, tmp_path_factory):
     copied = shutil.copytree(run[0].path, tmp_path_factory.mktemp("judged") / "run")
-    return copied, judging.evaluate(str(copied), tasks_dir=folder)
+    return copied, evaluate.evaluate(str(copied), tasks_dir=folder)
 
 
 def test_the_model_is_asked_what_the_files_say(tmp_path):
@@ -135,7 +135,7 @@ def test_lm_evals_own_command_line_says_the_same(judged, folder, tmp_path):
 
 def test_the_first_items_are_the_same_items(judged, folder):
     run, _ = judged
-    few = judging.evaluate(str(run / "model"), ["choice"], tasks_dir=folder, limit=5)
+    few = evaluate.evaluate(str(run / "model"), ["choice"], tasks_dir=folder, limit=5)
     assert [one["items"] for one in few["tasks"]] == [5, 5]
     assert [one["limit"] for one in few["tasks"]] == [5, 5]
 
@@ -150,7 +150,7 @@ def test_the_papers_tasks_are_tasks_of_lm_eval():
 def test_unknown_tasks_and_data_that_cannot_be_had(judged, capsys):
     run, _ = judged
     with pytest.raises(UserError, match=r"--tasks piqu: unknown lm-eval task; similar tasks are .*piqa"):
-        judging.evaluate(str(run), ["piqu"])
+        evaluate.evaluate(str(run), ["piqu"])
     before = (run / "report" / "tasks.json").read_bytes()
     assert cli.exit_code(["evaluate", str(run), "--tasks", "piqa", "--quiet"]) == 2
     error = capsys.readouterr().err
