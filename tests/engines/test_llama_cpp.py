@@ -1,5 +1,7 @@
 """llama.cpp: logits token by token, and timing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from helpers import make_config, save_pruned
@@ -25,7 +27,20 @@ def test_token_by_token_llama_cpp_says_what_it_says_of_the_whole_text(file):
     step_by_step = [engine._decode(context, tokens[:10], 0, outputs=1).copy()]
     step_by_step += [engine._decode(context, [tokens[i]], i, outputs=1).copy() for i in range(10, len(tokens))]
     assert np.abs(np.concatenate(step_by_step) - whole_TV[9:]).max() < 1e-4 * np.abs(whole_TV).max()
-    assert min(engine.request_seconds(8, 4)) > 0
+    engine.close()
+
+
+def test_request_seconds_of_a_prompt_and_of_new_tokens(file, monkeypatch):
+    """On a clock on which a call takes a second and one for each of its tokens."""
+    engine, decode, now = Engine(file), Engine._decode, [0]
+
+    def timed(engine, context, tokens, *arguments, **named):
+        now[0] += 1 + len(tokens)
+        return decode(engine, context, tokens, *arguments, **named)
+
+    monkeypatch.setattr(Engine, "_decode", timed)
+    monkeypatch.setattr(llama_cpp, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert engine.request_seconds(8, 4) == (9, 8)
     engine.close()
 
 

@@ -1,5 +1,7 @@
 """Sizes and speeds of a model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import VOCABULARY, halved
@@ -12,15 +14,31 @@ from darwinlm.models.walking import CACHE
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 
 
-def test_sizes_and_speeds_are_of_the_model_itself(pruned):
+def test_sizes_are_those_of_the_model(pruned):
     dense, database = pruned("qwen3", "kv_group")
     model = halved(dense, database)
     cache = model(BLOCKS.long()[:1], use_cache=True)[CACHE]
     stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if layer.keys is not None)
     assert kv_cache_bytes(model, torch.bfloat16) == 2 * stored / BLOCKS.shape[1]
     assert parameters_of(model) == sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
-    timed = speeds({"dense": dense.model, "cut": model}, WorkloadRecipe(prompt_tokens=8, new_tokens=2))
-    assert all(value > 0 for speed in timed.values() for value in speed.values())
+
+
+def test_speeds_are_tokens_over_seconds(pruned, monkeypatch):
+    """With a clock on which a pass takes a second and one for each token, times the cost of the model."""
+    dense, database = pruned("qwen3", "kv_group")
+    models, costs, now = {"dense": dense.model, "cut": halved(dense, database)}, {"dense": 1.0, "cut": 0.5}, [0.0]
+
+    def wait(cost):
+        return lambda model, inputs: now.__setitem__(0, now[0] + cost * (1 + inputs[0].shape[1]))
+
+    monkeypatch.setattr("darwinlm.metrics.latency.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    hooks = [model.register_forward_pre_hook(wait(costs[name])) for name, model in models.items()]
+    found = speeds(models, WorkloadRecipe(prompt_tokens=8, new_tokens=2))
+    for hook in hooks:
+        hook.remove()
+    for name, cost in costs.items():
+        assert found[name]["prefill_tokens_per_second"] == 8 / (9 * cost)
+        assert found[name]["decode_tokens_per_second"] == 2 / (2 * 2 * cost)
 
 
 @pytest.mark.parametrize(("asked", "new"), [(0, 1), (20, 20), (500, 32)])
