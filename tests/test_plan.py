@@ -12,7 +12,7 @@ from darwinlm.plan import Plan, check_target, parameter_budget
 @pytest.mark.parametrize(
     ("smallest", "dense"), [(29, 100), (58, 100), (57, 1_000), (24_912, 72_192), (1, 3), (99, 100)]
 )
-def test_the_smallest_target_that_is_named_is_accepted(smallest, dense):
+def test_check_target_accepts_smallest_named_target(smallest, dense):
     with pytest.raises(UserError) as caught:
         check_target("params", smallest - 1, dense, smallest)
     named = float(str(caught.value).rsplit(" ", 1)[1])
@@ -21,7 +21,7 @@ def test_the_smallest_target_that_is_named_is_accepted(smallest, dense):
         check_target("params", named - 0.0001, dense, smallest)
 
 
-def test_only_a_lone_limit_must_be_used_up():
+def test_budget_minimum_only_for_single_limit():
     lone, both = two_limits({"kv_cache": 0.5}), two_limits({"kv_cache": 0.5, "params": 0.9})
     assert lone.limits[0].minimum > 0
     assert [limit.minimum for limit in both.limits] == [0, 0]
@@ -29,7 +29,7 @@ def test_only_a_lone_limit_must_be_used_up():
         two_limits({"kv_cache": 0.001})
 
 
-def test_a_target_out_of_reach_is_refused_with_what_can_be_met():
+def test_parameter_budget_unreachable_target():
     dense, smallest = SPACE.dense_parameters, SPACE.fixed_parameters
     with pytest.raises(UserError, match=rf"the smallest possible target is {-(-smallest * 10_000 // dense) / 1e4}"):
         parameter_budget(0.01, SPACE)
@@ -38,7 +38,7 @@ def test_a_target_out_of_reach_is_refused_with_what_can_be_met():
     assert parameter_budget(dense, SPACE).limits[0].maximum == dense
 
 
-def test_plans_survive_json_and_refuse_what_does_not_fit():
+def test_plan_json_round_trip():
     plan = Plan(levels=(0, 1, 2, 3, 1, 2))
     payload = json.loads(json.dumps(plan.to_dict(SPACE)))
     assert Plan.from_dict(payload, SPACE) == plan

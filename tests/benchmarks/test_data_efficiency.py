@@ -65,7 +65,7 @@ def without_clocks(row):
     return {key: value for key, value in row.items() if not key.endswith("seconds")}
 
 
-def test_every_method_keeps_to_the_size_and_has_the_same_points(finished):
+def test_methods_meet_size_and_share_points(finished):
     _, rows, settings = finished
     [setting] = settings.values()
     dense = setting.dense
@@ -85,7 +85,7 @@ def test_every_method_keeps_to_the_size_and_has_the_same_points(finished):
         assert {"torch", "transformers", "torch-pruning"} <= row["versions"].keys()
 
 
-def test_a_row_stops_and_goes_on_to_the_same_numbers(finished, checkpoint, text, tmp_path, monkeypatch):
+def test_run_row_resumes_to_same_numbers(finished, checkpoint, text, tmp_path, monkeypatch):
     _, rows, _ = finished
     row, steps = Row(str(checkpoint("llama")), "even", 0.7, 0), itertools.count(1)
 
@@ -111,14 +111,14 @@ def test_a_row_stops_and_goes_on_to_the_same_numbers(finished, checkpoint, text,
         run_row(row, Options(**{**vars(whole), "training": Settings(rate_factor=2.0)}), {}, stop)
 
 
-def test_results_name_no_place_of_this_machine(finished):
+def test_results_contain_no_local_paths(finished):
     folder, rows, _ = finished
     for file in (folder / "results").glob("*.json"):
         assert str(folder) not in file.read_text()
     assert rows
 
 
-def test_points_are_on_one_grid():
+def test_grid():
     assert grid(8, 0, 64) == [0, 8, 16, 32, 64]
     assert grid(8, 0, 50) == [0, 8, 16, 32, 50]
     assert grid(8, 24, 64) == [24, 32, 64]
@@ -143,7 +143,7 @@ def pruned(dense, trainable=True):
     return revive(dense, facts_of(model), tensors, trainable=trainable)
 
 
-def test_the_loss_and_its_gradients_are_those_of_the_project(dense, states):
+def test_kl_loss_and_gradients(dense, states):
     one, other = pruned(dense), pruned(dense)
     loss = kl_loss(one, states, [1, 6])
     loss.backward()
@@ -155,7 +155,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_project(dense, states):
         torch.testing.assert_close(parameter.grad, second.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_step_is_that_of_adamw_at_a_relative_rate(dense, states, tmp_path):
+def test_trainee_step_matches_adamw(dense, states, tmp_path):
     model, start = pruned(dense), pruned(dense)
     settings = Settings(warm_up_steps=4)
     trainee = Trainee(model, states, settings, tmp_path, passed=2)
@@ -174,7 +174,7 @@ def test_a_step_is_that_of_adamw_at_a_relative_rate(dense, states, tmp_path):
     assert moved > 1000
 
 
-def test_the_dense_models_states_are_read_again(dense, states):
+def test_dense_states_cached_on_disk(dense, states):
     first = states[3]
     with torch.no_grad():
         expected = dense.model.model(states.blocks_BT[3:4], use_cache=False).last_hidden_state[0]
@@ -184,7 +184,7 @@ def test_the_dense_models_states_are_read_again(dense, states):
     assert torch.equal(again[3], first)
 
 
-def test_a_model_is_revived_from_its_tensors(calibrated):
+def test_revive_model_from_tensors(calibrated):
     for make in (flap.by_fluctuation, slicegpt.by_rotation):
         [(_, model)] = make(calibrated, int(calibrated.dense.parameters * 0.8))
         again = revive(calibrated.dense, json.loads(json.dumps(facts_of(model))), tensors_of(model))
@@ -202,7 +202,7 @@ def gates_of(dense, seed=0):
     return gates
 
 
-def test_the_expected_size_is_that_of_many_draws(dense):
+def test_gates_expected_share_matches_samples(dense):
     gates, generator = gates_of(dense), torch.Generator().manual_seed(1)
     with torch.no_grad():
         drawn = torch.stack([gates.sample(generator) for _ in range(4000)])
@@ -213,7 +213,7 @@ def test_the_expected_size_is_that_of_many_draws(dense):
     assert drawn.max() == 1
 
 
-def test_gates_are_what_the_cut_model_computes_with(dense):
+def test_gates_match_cut_model(dense):
     gates = gates_of(dense)
     parameters = int(dense.parameters * 0.8)
     kept = gates.choose(parameters - dense.fixed_parameters)
@@ -228,7 +228,7 @@ def test_gates_are_what_the_cut_model_computes_with(dense):
         hook.remove()
 
 
-def test_masks_come_to_the_size_and_units_that_matter_stay(dense, states):
+def test_learnt_masks_meet_size_and_keep_important_units(dense, states):
     lines = []
     settings = learnt_masks.MaskSettings()
     target = int(dense.parameters * 0.7)
@@ -243,7 +243,7 @@ def test_masks_come_to_the_size_and_units_that_matter_stay(dense, states):
 # FLAP.
 
 
-def test_the_bias_of_flap_is_what_is_gone_on_average(calibrated):
+def test_flap_bias_is_mean_of_removed_output(calibrated):
     dense = calibrated.dense
     inputs = flap.inputs_of(calibrated)
     site = dense.sites[1]
@@ -264,7 +264,7 @@ def test_the_bias_of_flap_is_what_is_gone_on_average(calibrated):
         torch.testing.assert_close(module(x_NI[:, columns]).mean(0), whole(x_NI).mean(0), rtol=1e-3, atol=1e-4)
 
 
-def test_what_fluctuates_least_goes(calibrated):
+def test_flap_removes_least_fluctuating(calibrated):
     dense, inputs = calibrated.dense, flap.inputs_of(calibrated)
     scores = flap.scores(calibrated, inputs)
     kept = flap.choose(calibrated, scores, int(dense.parameters * 0.8))
@@ -281,13 +281,13 @@ def test_what_fluctuates_least_goes(calibrated):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_nothing_sliced_is_the_dense_model(checkpoint, calibration, family):
+def test_slicegpt_unsliced_is_dense_model(checkpoint, calibration, family):
     calibrated = Calibrated(load_dense(str(checkpoint(family)), "kv_group", torch.device("cpu")), calibration)
     model = slicegpt.sliced(calibrated.dense, slicegpt.axes(calibrated), calibrated.dense.config.hidden_size)
     torch.testing.assert_close(logits(model), logits(calibrated.dense.model), rtol=1e-3, atol=1e-3)
 
 
-def test_sliced_models_have_the_size_that_is_said(calibrated):
+def test_slicegpt_parameter_count(calibrated):
     axes = slicegpt.axes(calibrated)
     for axis in axes:
         torch.testing.assert_close(axis.T @ axis, torch.eye(len(axis)), rtol=0, atol=1e-4)
@@ -296,7 +296,7 @@ def test_sliced_models_have_the_size_that_is_said(calibrated):
         assert parameters_of(model) == slicegpt.sliced_parameters(calibrated.dense, size)
 
 
-def test_the_axes_kept_hold_most_of_the_signal(calibrated):
+def test_slicegpt_axes_are_principal_components(calibrated):
     dense = calibrated.dense
     first = slicegpt.axes(calibrated)[0]
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_the_axes_kept_hold_most_of_the_signal(calibrated):
     torch.testing.assert_close(powers[:10], singular, rtol=1e-3, atol=1e-3)
 
 
-def test_names_and_ways_belong_together():
+def test_method_names_match_methods():
     assert efficiency_rows.NAMES.keys() == METHODS.keys() >= efficiency_rows.REIMPLEMENTED.keys()
 
 
@@ -319,7 +319,7 @@ def curve(method, *points):
     return Curve(method, method, points)
 
 
-def test_what_a_rival_needs_is_read_off_its_curve():
+def test_curve_interpolation():
     ours = curve("ours", (0, 4.0), (8, 2.0), (32, 1.0))
     rival = curve("even", (0, 5.0), (8, 3.0), (32, 2.0), (128, 1.5))
     assert ours.at(16) == pytest.approx(1.5)
@@ -342,7 +342,7 @@ def test_what_a_rival_needs_is_read_off_its_curve():
     assert chosen_point(ours, []) is None
 
 
-def test_curves_are_means_over_seeds_where_all_were_measured():
+def test_curves_average_seeds():
     def row(seed, values, text=0):
         points = [{"tokens": tokens, "kl_wikitext": value} for tokens, value in values.items()]
         return {
@@ -359,7 +359,7 @@ def test_curves_are_means_over_seeds_where_all_were_measured():
     assert curves(rows, "zero_shot") == []
 
 
-def test_plots_and_tables_are_made_of_the_rows(finished, tmp_path, capsys):
+def test_report_plots_and_tables(finished, tmp_path, capsys):
     folder, rows, _ = finished
     label = rows["ours"]["model"]
     options = ["--results", str(folder / "results"), "--model", label, "--target", "0.7"]
@@ -380,7 +380,7 @@ def test_plots_and_tables_are_made_of_the_rows(finished, tmp_path, capsys):
     assert "Times the training tokens of ours" in table
 
 
-def test_labels_do_not_touch():
+def test_labels_do_not_overlap():
     assert apart([10, 12, 40], 10, 0, 100) == [10, 20, 40]
     assert apart([40, 98, 99], 10, 0, 100) == [40, 90, 100]
     assert apart([5, 1], 10, 0, 100) == [11, 1]

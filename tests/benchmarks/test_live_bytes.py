@@ -17,7 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from live_bytes import LiveBytes  # noqa: E402
 
 
-def test_a_storage_counts_once_and_until_it_is_freed():
+def test_live_bytes_counts_storages_once():
     with LiveBytes() as live:
         whole = torch.empty(10, 100)
         views = [whole[:3], whole.t()]
@@ -44,7 +44,7 @@ print(json.dumps({peak.stage: [peak.device, peak.host] for peak in found}))
 
 
 @pytest.mark.parametrize("place", ["device", "cpu"])
-def test_a_search_is_traced(place, tmp_path):
+def test_trace_of_search(place, tmp_path):
     settings = {
         "model": str(make_checkpoint("llama", tmp_path)), "target": 0.7, "data.sequence_length": 32,
         "database.levels": 4, "search.offload": place, "search.trial_tokens": [64], "search.score_tokens": [64],

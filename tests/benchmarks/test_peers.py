@@ -41,7 +41,7 @@ def target(dense, fraction):
 
 @pytest.mark.parametrize("peer", [by_weights, by_activations, by_second_order, torch_pruner.by_taylor])
 @pytest.mark.parametrize("fraction", [0.9, 0.7])
-def test_sizes_are_within_one_channel_a_layer_below_the_target(calibrated, peer, fraction):
+def test_peer_sizes_meet_target(calibrated, peer, fraction):
     dense = calibrated.dense
     channel = 3 * dense.config.hidden_size + 2
     found = {name: parameters_of(model) for name, model in peer(calibrated, target(dense, fraction))}
@@ -51,14 +51,14 @@ def test_sizes_are_within_one_channel_a_layer_below_the_target(calibrated, peer,
 
 
 @pytest.mark.parametrize("fraction", [0.85, 0.7])
-def test_as_many_whole_layers_go_as_bring_the_size_nearest(calibrated, fraction):
+def test_by_influence_size_nearest_to_target(calibrated, fraction):
     dense = calibrated.dense
     layer = sum(count_parameters(site, dense.shapes, range(site.num_units)) for site in dense.sites[:2])
     [(_, model)] = by_influence(calibrated, target(dense, fraction))
     assert abs(parameters_of(model) - target(dense, fraction)) <= layer / 2
 
 
-def test_the_example_is_as_large_as_said_and_one_step_more_would_be_too_large(checkpoint, calibration):
+def test_torch_pruner_example_size(checkpoint, calibration):
     dense = load_dense(str(checkpoint("mistral")), "kv_group", torch.device("cpu"))
     calibrated = Calibrated(dense, calibration)
     [(name, model)] = torch_pruner.as_in_the_example(calibrated, target(dense, 0.8))
@@ -83,7 +83,7 @@ def masked(dense, cuts):
     return build_model(dense.config, dense.sites, weights, {})
 
 
-def test_even_widths_are_the_dense_model_without_the_other_columns(calibrated):
+def test_even_widths_match_masked_dense_model(calibrated):
     dense = calibrated.dense
     shape = even_shapes(dense, target(dense, 0.7))[-1]
     for cuts in (
@@ -96,7 +96,7 @@ def test_even_widths_are_the_dense_model_without_the_other_columns(calibrated):
         torch.testing.assert_close(logits(model), logits(masked(dense, cuts)), rtol=1e-4, atol=1e-4)
 
 
-def test_units_of_the_highest_scores_are_kept(calibrated):
+def test_even_cuts_keep_highest_scores(calibrated):
     dense, scores = calibrated.dense, weight_scores(calibrated.dense)
     cuts = even_cuts(dense, scores, even_shapes(dense, target(dense, 0.7))[-1])
     assert cuts
@@ -105,7 +105,7 @@ def test_units_of_the_highest_scores_are_kept(calibrated):
         assert scores[name][list(cut.kept)].min() >= scores[name][gone].max()
 
 
-def test_scores_are_those_of_a_plain_loop(calibrated):
+def test_scores_match_plain_loop(calibrated):
     dense = calibrated.dense
     seen = {}
     hooks = [
@@ -137,7 +137,7 @@ def test_scores_are_those_of_a_plain_loop(calibrated):
             assert weight_scores(dense)[site.name][unit] == pytest.approx(power.item(), rel=1e-4)
 
 
-def test_the_layers_that_change_least_go(calibrated):
+def test_by_influence_removes_least_changing_layer(calibrated):
     dense = calibrated.dense
     with torch.no_grad():
         states = [dense.model.model.embed_tokens(calibrated.blocks_BT)]
@@ -155,7 +155,7 @@ def test_the_layers_that_change_least_go(calibrated):
     assert parameters_of(model) == dense.parameters - layer
 
 
-def test_torch_pruning_keeps_what_taylor_says_and_runs_as_its_own_model(calibrated, monkeypatch):
+def test_torch_pruning_keeps_highest_taylor_scores(calibrated, monkeypatch):
     dense = calibrated.dense
     made = []
     express = torch_pruner.express
@@ -188,7 +188,7 @@ def test_torch_pruning_keeps_what_taylor_says_and_runs_as_its_own_model(calibrat
         torch.testing.assert_close(mlp.down_proj.weight.detach(), expected)
 
 
-def test_gradients_are_those_of_the_mean_loss(calibrated, monkeypatch):
+def test_calibrated_gradients_match_finite_differences(calibrated, monkeypatch):
     import calibrated as module
 
     monkeypatch.setattr(module, "fast_dtype", lambda device: torch.float32)
@@ -207,7 +207,7 @@ def test_gradients_are_those_of_the_mean_loss(calibrated, monkeypatch):
     assert (found[name] * step).sum().item() == pytest.approx(slope, rel=0.02)
 
 
-def test_a_wrong_expression_of_torch_prunings_model_is_noticed(calibrated):
+def test_torch_pruner_express_rejects_changed_model(calibrated):
     model = torch_pruner.native_model(calibrated.dense)
     torch_pruner._set_gradients(model, calibrated.gradients)
     importance = torch_pruning.importance.GroupTaylorImportance()
@@ -218,7 +218,7 @@ def test_a_wrong_expression_of_torch_prunings_model_is_noticed(calibrated):
         torch_pruner.express(model, calibrated.dense)
 
 
-def test_the_best_candidate_is_taken(calibrated):
+def test_best_takes_lowest_kl(calibrated):
     dense = calibrated.dense
     score = DenseReference(dense.model, IDS)
     models = list(by_weights(calibrated, target(dense, 0.8)))
@@ -226,7 +226,7 @@ def test_the_best_candidate_is_taken(calibrated):
     assert score.compare(model).kl == min(score.compare(one).kl for _, one in models)
 
 
-def test_ours_has_the_size_and_recovery_leaves_the_dense_weights_and_the_pruned_model_alone(calibrated, text, tmp_path):
+def test_ours_meets_size_and_recovered_copies_model(calibrated, text, tmp_path):
     dense = calibrated.dense
     recipe = load_recipe("quick", {**SETTINGS, "model": dense.source, "target": 0.7, "data.source": str(text)})
     corpus = read_corpus(recipe.data, dense.tokenizer, 0)
@@ -240,7 +240,7 @@ def test_ours_has_the_size_and_recovery_leaves_the_dense_weights_and_the_pruned_
     assert any(not torch.equal(tensor, pruned[key]) for key, tensor in trained.state_dict().items())
 
 
-def test_rows_are_kept_and_summed_up(tmp_path):
+def test_rows_stored_and_summarised(tmp_path):
     rows = compare.Rows(tmp_path / "rows.jsonl")
     rows.add({"method": "dense", "perplexity": 20.0})
     row = {

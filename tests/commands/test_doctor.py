@@ -54,7 +54,7 @@ def failed(examination):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_healthy(family, checkpoint):
+def test_doctor_passes_on_family(family, checkpoint):
     examination = examine(str(checkpoint(family)))
     found = results(examination)
     assert set(MODEL.values()) | set(EXPORTS.values()) <= set(found)
@@ -228,13 +228,13 @@ def break_native(monkeypatch):
         (break_native, {"hf-native"}, ["vllm", "hf-native"]),
     ],
 )
-def test_what_is_broken_is_told(broken, told, targets, checkpoint, monkeypatch):
+def test_doctor_reports_broken_check(broken, told, targets, checkpoint, monkeypatch):
     monkeypatch.setattr("darwinlm.commands.doctor.TARGETS", targets)
     broken(monkeypatch)
     assert failed(examine(str(checkpoint("llama")))) == told
 
 
-def test_a_checkpoint_in_bfloat16_is_healthy_while_rope_stays_in_float32(tmp_path, monkeypatch):
+def test_doctor_bfloat16_needs_float32_rope(tmp_path, monkeypatch):
     folder = str(make_checkpoint("llama", tmp_path / "bfloat16", torch.bfloat16))
     monkeypatch.setattr("darwinlm.commands.doctor.TARGETS", [])
     assert examine(folder).passed
@@ -242,7 +242,7 @@ def test_a_checkpoint_in_bfloat16_is_healthy_while_rope_stays_in_float32(tmp_pat
     assert failed(examine(folder)) == {"saved"}
 
 
-def test_the_command_shows_a_line_a_check_and_ends_with_1_where_one_fails(checkpoint, monkeypatch, capsys):
+def test_doctor_command_output_and_exit_code(checkpoint, monkeypatch, capsys):
     folder = str(checkpoint("qwen3"))
     assert cli.exit_code(["doctor", folder]) == 0
     out = capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_the_command_shows_a_line_a_check_and_ends_with_1_where_one_fails(checkp
     assert out.splitlines()[-1] == "13 passed, 1 failed"
 
 
-def test_an_engine_that_is_missing_or_cannot_run_the_model_is_a_reason_and_no_failure(tmp_path, monkeypatch):
+def test_doctor_skips_unavailable_engine(tmp_path, monkeypatch):
     folder = make_checkpoint("qwen3", tmp_path / "untied")
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = False
@@ -271,14 +271,14 @@ def test_an_engine_that_is_missing_or_cannot_run_the_model_is_a_reason_and_no_fa
     assert healthy.passed
 
 
-def test_heads_without_groups_need_no_second_granularity(tmp_path, monkeypatch):
+def test_doctor_skips_query_heads_without_groups(tmp_path, monkeypatch):
     monkeypatch.setitem(helpers.SIZES, "num_key_value_heads", 6)
     examination = examine(str(make_checkpoint("mistral", tmp_path / "ungrouped")))
     assert results(examination)[MODEL["heads"]] == "skipped"
     assert examination.passed
 
 
-def test_a_model_that_cannot_be_read_is_one_line(checkpoint, tmp_path, capsys):
+def test_doctor_unreadable_model_one_line(checkpoint, tmp_path, capsys):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "broken")
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
@@ -287,7 +287,7 @@ def test_a_model_that_cannot_be_read_is_one_line(checkpoint, tmp_path, capsys):
     assert error.count("\n") == 1 and "supported families" in error
 
 
-def test_large_models_are_checked_on_a_few_layers_of_every_kind(checkpoint, monkeypatch):
+def test_doctor_checks_few_layers_of_large_model(checkpoint, monkeypatch):
     large = make_config(
         "llama", num_hidden_layers=80, hidden_size=8192, intermediate_size=11008, num_attention_heads=64, head_dim=128
     )
@@ -308,7 +308,7 @@ def test_large_models_are_checked_on_a_few_layers_of_every_kind(checkpoint, monk
     assert examination.reduced[0] == "2 of 3 layers (0, 2); the weights of the others are not read"
 
 
-def test_some_layers_of_a_checkpoint_are_those_of_the_whole(checkpoint):
+def test_checkpoint_some_layers(checkpoint):
     whole = Checkpoint(str(checkpoint("llama")))
     some = whole.some_layers([2, 0])
     names = [name for name in whole.shapes if name.startswith("model.layers.2.")]
@@ -319,7 +319,7 @@ def test_some_layers_of_a_checkpoint_are_those_of_the_whole(checkpoint):
     assert some.shapes["lm_head.weight"] == whole.shapes["lm_head.weight"]
 
 
-def test_a_long_window_is_made_short_so_that_it_is_reached(tmp_path, monkeypatch):
+def test_doctor_reduces_sliding_window(tmp_path, monkeypatch):
     monkeypatch.setitem(helpers.OWN_SETTINGS["mistral"], "sliding_window", 100)
     folder = str(make_checkpoint("mistral", tmp_path / "long"))
     assert load_config(folder).sliding_window == 100

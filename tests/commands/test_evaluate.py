@@ -37,7 +37,7 @@ def answering(monkeypatch):
     return asked
 
 
-def test_a_run_is_judged_dense_and_pruned_and_what_was_judged_before_stays(copied, answering, tmp_path, capsys):
+def test_evaluate_run_keeps_earlier_tasks(copied, answering, tmp_path, capsys):
     write(tmp_path / "tasks", "first", ITEMS["choice"])
     write(tmp_path / "tasks", "second", ITEMS["word"])
     command = ["evaluate", str(copied), "--tasks-dir", str(tmp_path / "tasks"), "--quiet"]
@@ -61,7 +61,7 @@ def test_a_run_is_judged_dense_and_pruned_and_what_was_judged_before_stays(copie
     assert [(one["task"], one["limit"]) for one in joined] == [("second", None), ("first", 1)]
 
 
-def test_a_model_alone_is_judged_alone(run, checkpoint, answering, tmp_path):
+def test_evaluate_single_model(run, checkpoint, answering, tmp_path):
     write(tmp_path, "first", ITEMS["choice"])
     for source, accuracy_found in ((run[0].model_path, 0.2), (checkpoint("llama"), 0.9)):
         results = evaluate.evaluate(str(source), tasks_dir=tmp_path)
@@ -81,7 +81,7 @@ def test_a_model_alone_is_judged_alone(run, checkpoint, answering, tmp_path):
         (["--tasks-dir", "TASKS", "--limit", "0"], "--limit"),
     ],
 )
-def test_what_cannot_be_judged_is_said_in_one_line(arguments, message, copied, tmp_path, capsys, monkeypatch):
+def test_evaluate_error_one_line(arguments, message, copied, tmp_path, capsys, monkeypatch):
     write(tmp_path / "tasks", "first", ITEMS["choice"])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
@@ -92,7 +92,7 @@ def test_what_cannot_be_judged_is_said_in_one_line(arguments, message, copied, t
     assert not (copied / "report" / "tasks.json").exists()
 
 
-def test_a_run_without_a_model_or_of_a_model_that_has_changed(copied, answering, tmp_path):
+def test_evaluate_unfinished_or_changed_run(copied, answering, tmp_path):
     write(tmp_path, "first", ITEMS["choice"])
     manifest = read_json(copied / "manifest.json")
     write_json(copied / "manifest.json", {**manifest, "facts": {**manifest["facts"], "model": "another"}})

@@ -18,7 +18,7 @@ from darwinlm.report.layers import model_sizes
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_from_a_config_are_those_of_the_model_and_of_the_plan(family, granularity, pruned, tmp_path):
+def test_model_sizes_match_model_and_plan(family, granularity, pruned, tmp_path):
     dense, database = pruned(family, granularity)
     space = database.space(dense.sites)
     last = [len(site.units) - 1 for site in space.sites]
@@ -36,13 +36,13 @@ def test_sizes_from_a_config_are_those_of_the_model_and_of_the_plan(family, gran
         assert found["attention"] == planned["attention"]
 
 
-def test_a_dense_model_is_whole(checkpoint):
+def test_model_sizes_of_dense_model(checkpoint):
     sizes = model_sizes(load_sizes(str(checkpoint("mistral"))))
     assert sizes["parameters"] == sizes["dense_parameters"]
     assert all(layer[kind]["share"] == 1 for layer in sizes["layers"] for kind in ("attention", "mlp"))
 
 
-def test_a_run_is_its_model_and_an_unfinished_one_its_best_plan(run, tmp_path, capsys):
+def test_inspect_run_and_unfinished_run(run, tmp_path, capsys):
     finished, _ = run
     assert cli.exit_code(["inspect", str(finished.path)]) == 0
     of_run = capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_a_run_is_its_model_and_an_unfinished_one_its_best_plan(run, tmp_path, c
         inspect(str(copied))
 
 
-def test_no_weight_is_needed_and_none_is_made(tmp_path):
+def test_inspect_needs_no_weights(tmp_path):
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
@@ -75,14 +75,14 @@ def test_no_weight_is_needed_and_none_is_made(tmp_path):
 @pytest.mark.parametrize(
     "content", ["{}", "[1]", "{", '{"model_type": "bert"}', '{"model_type": "darwinlm", "rope_parameters": 3}']
 )
-def test_a_folder_that_holds_no_model(content, tmp_path, capsys):
+def test_inspect_folder_without_model(content, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     code = cli.exit_code(["inspect", str(tmp_path)])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
 
 
-def test_a_pruned_config_that_makes_no_sense(run, tmp_path):
+def test_inspect_invalid_pruned_config(run, tmp_path):
     config = json.loads((run[0].model_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": "three"}))
     with pytest.raises(UserError, match="cannot be used"):

@@ -18,7 +18,7 @@ from darwinlm.pipeline import prune
 from darwinlm.search import budgets
 
 
-def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
+def test_speed_of_run_by_batch_length_engine(run, tmp_path, capsys):
     finished, _ = run
     copied = shutil.copytree(finished.path, tmp_path / "run")
     command = ["evaluate", str(copied), "--speed", "--batches", "1,2", "--lengths", "8,16"]
@@ -42,7 +42,7 @@ def test_a_run_is_timed_by_batch_length_and_engine(run, tmp_path, capsys):
     assert f"({ratio:.2f}x)" in out
 
 
-def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, capsys):
+def test_speed_dtype_in_all_outputs(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "fast_dtype", lambda device: torch.float32)
     uninstall(llama_cpp.PACKAGE, monkeypatch)
     timed = []
@@ -66,14 +66,14 @@ def test_every_timing_is_of_that_dtype_and_says_so(text, tmp_path, monkeypatch, 
         assert json.load(file)["dtype"] == "bfloat16"
 
 
-def test_one_model_alone_is_timed_and_a_missing_engine_is_a_reason(checkpoint, monkeypatch, capsys):
+def test_speed_of_single_model_skips_missing_engine(checkpoint, monkeypatch, capsys):
     uninstall(llama_cpp.PACKAGE, monkeypatch)
     results = measure_speeds(str(checkpoint("llama")), [1], [8])
     assert list(results["engines"][0]["rows"][0]["models"]) == ["model"]
     assert results["engines"][1]["skipped"] == "run pip install xllamacpp"
 
 
-def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_code(run, tmp_path, monkeypatch):
+def test_speed_vllm_folders(run, tmp_path, monkeypatch):
     finished, _ = run
     copied = shutil.copytree(finished.path, tmp_path / "run")
     seen = {}
@@ -107,7 +107,7 @@ def test_vllm_gets_the_dense_model_in_its_own_words_and_the_pruned_one_with_our_
         (["--lengths", "8,120"], "--lengths 120 and 32 new tokens exceed the model's maximum of 128"),
     ],
 )
-def test_what_cannot_be_timed_is_one_clear_line(options, message, checkpoint, capsys):
+def test_speed_error_one_line(options, message, checkpoint, capsys):
     assert cli.exit_code(["evaluate", str(checkpoint("llama")), "--speed", *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error

@@ -30,7 +30,7 @@ def former_settings(monkeypatch):
 OLD = "search: {children: 8, luck: 3}\ndescent: {rounds: 2}\nrandom_seed: 5\n"
 
 
-def test_former_settings_are_read_with_one_warning(former_settings, tmp_path, caplog):
+def test_former_settings_warn_once(former_settings, tmp_path, caplog):
     (tmp_path / "old.yaml").write_text(OLD)
     recipe = load_recipe(tmp_path / "old.yaml", GIVEN)
     assert recipe == load_recipe("quick", {**GIVEN, "search.offspring": 8, "search.descent_rounds": 2, "seed": 5})
@@ -47,7 +47,7 @@ def test_former_settings_are_read_with_one_warning(former_settings, tmp_path, ca
     ]
 
 
-def test_an_override_wins_by_either_name(former_settings, tmp_path, caplog):
+def test_override_by_former_or_present_name(former_settings, tmp_path, caplog):
     (tmp_path / "old.yaml").write_text(OLD)
     (tmp_path / "new.yaml").write_text("search: {offspring: 8}\nseed: 5\n")
     for file in ("old.yaml", "new.yaml"):
@@ -70,17 +70,17 @@ def test_an_override_wins_by_either_name(former_settings, tmp_path, caplog):
         ({"descent": {"rounds": 2}, "search": 3}, "search = 3: this is a section"),
     ],
 )
-def test_former_settings_are_checked_like_present_ones(settings, message, former_settings):
+def test_former_settings_validated(settings, message, former_settings):
     with pytest.raises(UserError, match=f"^recipe: {message}"):
         make_recipe({**GIVEN, **settings})
 
 
-def test_an_override_given_by_both_names_is_refused(former_settings):
+def test_override_by_both_names_refused(former_settings):
     with pytest.raises(UserError, match=r"search\.children is the former name of search\.offspring, and both"):
         load_recipe("quick", {**GIVEN, "search.children": 4, "search.offspring": 4})
 
 
-def test_a_former_value_is_read_like_the_present_one(caplog):
+def test_former_value(caplog):
     former._warn_once.cache_clear()
     for recipe in (
         make_recipe({**GIVEN, "recovery": {"text": "trial"}}),
@@ -90,7 +90,7 @@ def test_a_former_value_is_read_like_the_present_one(caplog):
     assert caplog.messages == ["recipe: recovery.text=trial was renamed to recovery.text=train in 0.3.0"]
 
 
-def test_every_former_setting_has_a_present_name_or_a_reason():
+def test_former_settings_complete():
     for key, change in former.FORMER.items():
         assert key not in known_keys()
         assert change.now in known_keys() if change.now else change.reason, key

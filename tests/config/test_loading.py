@@ -17,7 +17,7 @@ GIVEN = {"model": "some/model", "target": 0.5}
 patient = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def test_a_recipe_file_is_read_and_overridden_key_by_key(tmp_path):
+def test_load_recipe_file_with_overrides(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 3\nsearch: {generations: 2}\nrecovery:\n  # nothing here yet\n")
     recipe = load_recipe(file, {**GIVEN, "search.offspring": 9, "recovery.tokens": 0, "data.source": "text.txt"})
@@ -25,7 +25,7 @@ def test_a_recipe_file_is_read_and_overridden_key_by_key(tmp_path):
     assert (recipe.recovery.tokens, recipe.recovery.batch_size, recipe.data.source) == (0, 2, "text.txt")
 
 
-def test_differences_name_the_setting_and_both_values():
+def test_differences():
     old, new = make_recipe(GIVEN), load_recipe("quick", {**GIVEN, "seed": 1, "search.offspring": 8})
     assert differences(old, new) == ["seed: 0 -> 1", "search.offspring: 6 -> 8"]
     assert differences(new, old) == ["seed: 1 -> 0", "search.offspring: 8 -> 6"]
@@ -42,11 +42,11 @@ def test_differences_name_the_setting_and_both_values():
         ("device=", ("device", None)),
     ],
 )
-def test_an_override_is_a_key_and_a_yaml_value(text, expected):
+def test_parse_override(text, expected):
     assert parse_override(text) == expected
 
 
-def test_a_learning_rate_may_be_written_as_yaml_does_not_know_it():
+def test_parse_override_learning_rate_1e_4():
     key, value = parse_override("search.learning_rate=1e-4")
     assert load_recipe("quick", {**GIVEN, key: value}).search.learning_rate == 1e-4
 
@@ -95,7 +95,7 @@ def refused_or_read(read):
 @example(nested={"target": "9" * 400 + "B"})
 @example(nested={"target": "2\n"})
 @example(nested={"seed": date(2024, 1, 1)})
-def test_any_nested_settings_are_read_or_refused(nested):
+def test_make_recipe_any_settings(nested):
     refused_or_read(lambda: make_recipe(nested))
     refused_or_read(lambda: make_recipe({**GIVEN, **nested}))
 
@@ -104,7 +104,7 @@ def test_any_nested_settings_are_read_or_refused(nested):
 @given(overrides=st.dictionaries(st.lists(KEYS, min_size=1, max_size=3).map(".".join), VALUES, max_size=3))
 @example(overrides={"seed.a": 1})
 @example(overrides={"x\n": 1, "x\n.y": 2})
-def test_any_overrides_are_read_or_refused(overrides):
+def test_load_recipe_any_overrides(overrides):
     refused_or_read(lambda: load_recipe("quick", {**GIVEN, **overrides}))
 
 
@@ -132,7 +132,7 @@ YAML = st.one_of(
 @example(content=b"? [a]\n: b")
 @example(content=b"=")
 @example(content=b"\xff\xfe")
-def test_any_file_is_read_or_refused_as_a_recipe(content, tmp_path_factory):
+def test_load_recipe_any_file(content, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     file.write_bytes(content)
     refused_or_read(lambda: load_recipe(file, GIVEN))
@@ -141,7 +141,7 @@ def test_any_file_is_read_or_refused_as_a_recipe(content, tmp_path_factory):
 
 @patient
 @given(text=st.one_of(st.text(max_size=30), st.builds("{}={}".format, KEYS, st.text(YAML_CHARACTERS, max_size=20))))
-def test_any_set_option_is_read_or_refused(text):
+def test_parse_override_any_text(text):
     def read():
         key, value = parse_override(text)
         return load_recipe("quick", {**GIVEN, key: value})
@@ -155,5 +155,5 @@ def test_any_set_option_is_read_or_refused(text):
 @example(name="x" * 300)
 @example(name="quick/")
 @example(name="")
-def test_any_recipe_name_is_known_or_refused(name):
+def test_load_recipe_any_name(name):
     refused_or_read(lambda: load_recipe(name, GIVEN))

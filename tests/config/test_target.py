@@ -31,14 +31,14 @@ GIVEN = {"model": "some/model", "target": 0.5}
         (10**400, 10**400),
     ],
 )
-def test_a_size_is_a_fraction_or_a_count(text, size):
+def test_parse_size(text, size):
     found = parse_size(text)
     assert found == size
     assert type(found) is type(size)
 
 
 @pytest.mark.parametrize("text", ["abc", "", "50%", "0.5x", "2.7BB", "B", "1,000,000", "½", "0x10"])
-def test_what_is_no_size_is_refused_with_an_example_of_each_kind(text):
+def test_parse_size_error(text):
     with pytest.raises(ValueError, match=r"neither a fraction of the parameters \(0.5\) nor a number of them \(2.7B"):
         parse_size(text)
 
@@ -55,12 +55,12 @@ def test_what_is_no_size_is_refused_with_an_example_of_each_kind(text):
         ("memory=0.25", {"memory": 0.25}),
     ],
 )
-def test_a_target_is_a_limit_for_each_resource(text, limits):
+def test_parse_target(text, limits):
     assert parse_target(text) == limits
     assert parse_target(make_recipe({**GIVEN, "target": text}).target) == limits
 
 
-def test_sizes_with_commas_between_are_a_family():
+def test_split_targets():
     assert split_targets("0.8, 0.6,100M") == ["0.8", "0.6", "100M"]
     assert split_targets("params=0.5,kv_cache=0.5") == ["params=0.5,kv_cache=0.5"]
     assert split_targets(0.5) == [0.5]

@@ -62,14 +62,14 @@ def is_last(word):
     return word == LONG - 1 or (word >= LONG and word % LENGTH == LENGTH - 1)
 
 
-def test_no_token_of_the_text_is_in_two_splits_or_twice_in_one(mixed):
+def test_splits_are_disjoint(mixed):
     corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
     used = [word for text in corpus.splits.values() for word in text.input_ids_BT.flatten().tolist() if word != END]
     assert len(used) > 3_000
     assert Counter(used).most_common(1)[0][1] == 1
 
 
-def test_every_split_has_the_blocks_it_needs_and_none_is_padded(mixed):
+def test_splits_have_needed_blocks_without_padding(mixed):
     asked = recipe(mixed, tokens=64, test_tokens=1, validation_tokens=17, train_tokens=1_000)
     corpus = read_corpus(asked, Words(), seed=0)
     assert needed_blocks(asked) == {"test": 1, "validation": 2, "calibration": 4, "train": 63}
@@ -80,7 +80,7 @@ def test_every_split_has_the_blocks_it_needs_and_none_is_padded(mixed):
         assert "-1, -1" not in str(corpus.splits[split].input_ids_BT.flatten().tolist())
 
 
-def test_documents_end_with_the_end_token_and_only_they_do(mixed):
+def test_end_token_ends_documents(mixed):
     corpus = read_corpus(recipe(mixed, tokens=900), Words(), seed=0)
     for text in corpus.splits.values():
         tokens = text.input_ids_BT.flatten().tolist()
@@ -91,7 +91,7 @@ def test_documents_end_with_the_end_token_and_only_they_do(mixed):
                 assert following in (END, word + 1) or word < LONG
 
 
-def test_no_document_reaches_into_two_splits():
+def test_documents_not_shared_between_splits():
     asked = recipe("any", tokens=1, test_tokens=32)
     documents = [range(10), range(10, 40), range(40, 60), range(60, 80), range(80, 90), range(90, 96), range(96, 99)]
     splits = pack(map(Tokens.document, documents), asked).splits
@@ -103,7 +103,7 @@ def test_no_document_reaches_into_two_splits():
         pack(map(Tokens.document, documents[:5]), asked)
 
 
-def test_positions_begin_anew_with_every_piece_and_block():
+def test_positions_restart_with_pieces_and_blocks():
     # Three pieces, of which the second is not to be learnt, and one that is cut short.
     pieces = [Tokens.document([5, 6, 7]), Tokens.document([8, 9, 0, 3], [False] * 4)]
     pieces += map(Tokens.document, ([2], range(30), *[[1] * 16] * 3))
@@ -113,7 +113,7 @@ def test_positions_begin_anew_with_every_piece_and_block():
     assert text.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(8)], list(range(16))]
 
 
-def test_a_stream_knows_where_documents_begin(mixed):
+def test_stream_marks_document_starts(mixed):
     blocks = TextStream(recipe(mixed), Words(), 0, frozenset()).blocks()
     for _ in range(100):
         block, _ = next(blocks)
@@ -122,14 +122,14 @@ def test_a_stream_knows_where_documents_begin(mixed):
         assert found == [place - max(begin for begin in begins if begin <= place) for place in range(16)]
 
 
-def test_the_seed_alone_decides_what_is_read(mixed):
+def test_read_corpus_seed(mixed):
     corpora = [read_corpus(recipe(mixed), Words(), seed) for seed in (3, 3, 4)]
     one, same, other = ([corpus.splits[split].input_ids_BT for split in SPLITS] for corpus in corpora)
     assert all(map(torch.equal, one, same))
     assert not any(map(torch.equal, one, other))
 
 
-def test_long_documents_are_used_in_proportion(mixed):
+def test_long_documents_proportional_share(mixed):
     shares = []
     for seed in range(5):
         for text in read_corpus(recipe(mixed, tokens=900), Words(), seed).splits.values():
@@ -139,13 +139,13 @@ def test_long_documents_are_used_in_proportion(mixed):
     assert 0.25 < min(shares) < max(shares) < 0.75
 
 
-def test_a_repeated_document_counts_once(tmp_path):
+def test_repeated_documents_deduplicated(tmp_path):
     source = write_lines(tmp_path / "repeated.jsonl", [words(0, 9), f"  {words(0, 9)}\n", words(0, 9), words(9, 18)])
     with pytest.raises(UserError, match=r"has 20 tokens, but the splits need 256 \(test 64, validation 64, cali"):
         read_corpus(recipe(source), Words(), seed=0)
 
 
-def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
+def test_byte_order_marks_blank_lines_and_nulls(tmp_path):
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfab")
     (tmp_path / "lines.jsonl").write_bytes(
         b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": null}\n{"text": "\\ud83d"}\n{"text": "b"}'
@@ -158,7 +158,7 @@ def test_marks_blank_lines_nulls_and_broken_characters_do_no_harm(tmp_path):
         read_corpus(recipe(str(tmp_path)), make_tokenizer(), seed=0)
 
 
-def test_a_corpus_is_the_same_after_saving(mixed, tmp_path):
+def test_corpus_save_and_load(mixed, tmp_path):
     corpus = read_corpus(recipe(mixed), Words(), seed=0)
     save_corpus(corpus, tmp_path / "run" / "corpus.safetensors")
     loaded = load_corpus(tmp_path / "run" / "corpus.safetensors")
@@ -206,7 +206,7 @@ def chat_corpus(tmp_path):
 
 
 @pytest.mark.parametrize("reserved", [True, False])
-def test_a_corpus_of_version_0_2_is_read_and_restored_byte_for_byte(reserved, chat_corpus, tmp_path):
+def test_corpus_of_version_0_2(reserved, chat_corpus, tmp_path):
     corpus = chat_corpus if reserved else Corpus(chat_corpus.splits)
     former_file(corpus, tmp_path / "former.safetensors")
     loaded = load_corpus(tmp_path / "former.safetensors")
@@ -216,7 +216,7 @@ def test_a_corpus_of_version_0_2_is_read_and_restored_byte_for_byte(reserved, ch
     assert (tmp_path / "restored.safetensors").read_bytes() == (tmp_path / "former.safetensors").read_bytes()
 
 
-def test_the_corpus_file_has_a_tensor_for_every_split_and_column(chat_corpus, tmp_path):
+def test_corpus_file_tensors(chat_corpus, tmp_path):
     """As docs/formats.md says."""
     save_corpus(chat_corpus, tmp_path / "corpus.safetensors")
     with safe_open(tmp_path / "corpus.safetensors", "pt") as file:
@@ -230,7 +230,7 @@ def test_the_corpus_file_has_a_tensor_for_every_split_and_column(chat_corpus, tm
     }
 
 
-def test_a_corpus_of_an_unknown_format_or_without_a_column_is_refused(tmp_path):
+def test_corpus_invalid_file_refused(tmp_path):
     save_file({"train.input_ids": torch.zeros(1, 16)}, tmp_path / "corpus.safetensors", {"format": "3"})
     with pytest.raises(UserError, match=r"corpus.safetensors is of format 3, but this version reads formats up to 2"):
         load_corpus(tmp_path / "corpus.safetensors")
@@ -239,7 +239,7 @@ def test_a_corpus_of_an_unknown_format_or_without_a_column_is_refused(tmp_path):
         load_corpus(tmp_path / "corpus.safetensors")
 
 
-def test_a_stream_goes_on_from_a_state_of_version_0_2(tmp_path):
+def test_stream_resumes_from_state_of_version_0_2(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))
     stream = TextStream(DataRecipe(source=str(tmp_path), sequence_length=32), make_tokenizer(), 0, frozenset())
     _, state = streamed(stream, 5)
@@ -249,7 +249,7 @@ def test_a_stream_goes_on_from_a_state_of_version_0_2(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 2)), (5, (1, 5)), (16, (1, 16)), (17, (2, 16)), (64, (4, 16))])
-def test_fewer_tokens_are_the_beginning_of_more(mixed, count, shape):
+def test_corpus_tokens_prefix(mixed, count, shape):
     corpus = read_corpus(recipe(mixed), Words(), seed=0)
     tokens = corpus.splits["train"].first(count).input_ids_BT
     assert tokens.shape == shape
@@ -298,7 +298,7 @@ def endless(characters):
 
 
 @pytest.mark.parametrize("characters", [80, 4_000])
-def test_of_a_hub_stream_only_what_the_splits_need_is_read(characters, hub):
+def test_hub_dataset_read_only_as_needed(characters, hub):
     stream = hub(endless(characters))
     corpus = read_corpus(recipe("owner/name:en"), Words(), seed=5)
     assert stream.asked == ("owner/name", "en", "train", True)
@@ -308,14 +308,14 @@ def test_of_a_hub_stream_only_what_the_splits_need_is_read(characters, hub):
     assert stream.taken * characters <= 12 * (needed + 4 * 16) + 2 * characters
 
 
-def test_a_hub_stream_of_one_token_a_character_is_enough(hub):
+def test_hub_dataset_one_token_per_character(hub):
     hub({"text": f"{number:040d}"} for number in range(10**9))
     asked = recipe("owner/name", tokens=16)
     corpus = read_corpus(asked, make_tokenizer(), seed=0)
     assert [len(corpus.splits[split]) for split in SPLITS] == [1, 1, 1, 1]
 
 
-def test_local_files_are_read_whole(tmp_path):
+def test_local_files_read_completely(tmp_path):
     # The first documents of a sorted file are no sample of it.
     source = write_lines(tmp_path / "sorted.jsonl", [words(10 * i, 10 * i + 10) for i in range(2_000)])
     corpus = read_corpus(recipe(source, tokens=16), Words(), seed=0)
@@ -332,7 +332,7 @@ def test_local_files_are_read_whole(tmp_path):
         ([{"text": words(0, 3)}], "'owner/name' has 4 tokens, but the splits need 256"),
     ],
 )
-def test_a_hub_that_fails_gives_one_line(records, message, hub):
+def test_hub_error_one_line(records, message, hub):
     hub(iter(records))
     with pytest.raises(UserError, match=message) as caught:
         read_corpus(recipe("owner/name"), Words(), seed=0)
@@ -349,7 +349,7 @@ def streamed(stream, count, state=None):
     return found, json.loads(json.dumps({**state, "tokens": state["tokens"].to_json()}))
 
 
-def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path):
+def test_stream_resumes_and_excludes_evaluation_text(tmp_path):
     tokenizer = make_tokenizer()
     documents = [f"document {number}: " + "word " * (number % 30) for number in range(400)]
     with (tmp_path / "text.jsonl").open("w") as file:
@@ -382,7 +382,7 @@ def test_a_stream_goes_on_anywhere_and_holds_everything_but_what_judges(tmp_path
     assert whole_ones <= judge and len(judge - whole_ones) <= 2  # those cut short at the end of a split
 
 
-def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
+def test_stream_with_only_evaluation_text(tmp_path):
     (tmp_path / "text.txt").write_text("word " * 100)
     asked = DataRecipe(source=str(tmp_path / "text.txt"), sequence_length=32)
     stream = TextStream(asked, make_tokenizer(), 0, frozenset())
@@ -394,7 +394,7 @@ def test_a_stream_of_nothing_but_what_judges_is_one_clear_line(tmp_path):
         next(TextStream(asked, make_tokenizer(), 0, everything).blocks())
 
 
-def test_a_hub_stream_goes_on_from_the_data_sets_own_state(monkeypatch):
+def test_hub_stream_resumes_from_dataset_state(monkeypatch):
     rows = [{"text": f"row {number} " * 5} for number in range(500)]
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
@@ -426,7 +426,7 @@ def chats(count):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub", "field"])
-def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, monkeypatch):
+def test_chat_labels_only_assistant_messages(kind, tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML
     field = "conversation" if kind == "field" else "messages"
@@ -474,7 +474,7 @@ def test_of_a_chat_only_what_the_assistant_says_is_to_be_learnt(kind, tmp_path, 
         ),
     ],
 )
-def test_a_chat_that_cannot_be_read_is_one_clear_line(messages, template, message, tmp_path):
+def test_chat_error(messages, template, message, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     (tmp_path / "text.jsonl").write_text(json.dumps({"messages": messages}) + "\n")

@@ -19,7 +19,7 @@ def write_lines(file, documents):
     return str(file)
 
 
-def test_any_kind_of_source_gives_the_same_documents(tmp_path):
+def test_find_documents_same_for_all_sources(tmp_path):
     documents = ["eins zwei\n", "drei", "vier é 😀\n\nfünf"]
     folder = tmp_path / "folder"
     (folder / "deeper" / "not-a-file.txt").mkdir(parents=True)
@@ -58,7 +58,7 @@ def table_of(documents, delimiter):
 
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize("name", HELD)
-def test_files_are_read_as_people_have_them(name, packed, tmp_path):
+def test_find_documents_file_types_and_compression(name, packed, tmp_path):
     documents = ['eins, "zwei"\n', "drei\tvier", "é 😀\n\nfünf"]
     write, expected = HELD[name]
     (tmp_path / f"{name}{packed}").write_bytes(PACKERS[packed](write(documents).encode("utf-8-sig")))
@@ -66,7 +66,7 @@ def test_files_are_read_as_people_have_them(name, packed, tmp_path):
         assert list(find_documents(str(source), "text", seed=0)) == expected(documents)
 
 
-def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_refused(tmp_path, caplog):
+def test_find_documents_records_without_field(tmp_path, caplog):
     def write(records):
         (tmp_path / "l.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return find_documents(str(tmp_path / "l.jsonl"), "text", seed=0)
@@ -104,12 +104,12 @@ def test_a_record_without_the_field_is_passed_over_and_counted_and_most_of_them_
         ("l.gz", b"", "unsupported file type"),
     ],
 )
-def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
+def test_find_documents_error(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(find_documents(str(tmp_path / name), "text", seed=0))
 
 
-def test_another_text_field_can_be_named(tmp_path):
+def test_find_documents_text_field(tmp_path):
     (tmp_path / "lines.jsonl").write_text('{"text": 1, "body": "a"}\n')
     assert list(find_documents(str(tmp_path / "lines.jsonl"), "body", seed=0)) == ["a"]

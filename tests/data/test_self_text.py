@@ -26,7 +26,7 @@ def ends_of(dense):
     return {257, dense.tokenizer.eos_token_id}
 
 
-def test_own_text_is_seeded_and_enough(dense):
+def test_write_documents_seed_and_token_count(dense):
     texts = [list(write_documents(dense, tokens=2_000, longest=64, seed=seed)) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     for documents in texts:
@@ -34,7 +34,7 @@ def test_own_text_is_seeded_and_enough(dense):
         assert len(set(map(tuple, documents))) > 0.9 * len(documents)
 
 
-def test_an_own_document_begins_with_the_first_token_and_stops_at_its_end_token(dense):
+def test_write_documents_first_and_end_token(dense):
     documents = list(write_documents(dense, tokens=6_000, longest=96, seed=0))
     assert {document[0] for document in documents} == {dense.tokenizer.bos_token_id}
     for document in documents:
@@ -44,7 +44,7 @@ def test_an_own_document_begins_with_the_first_token_and_stops_at_its_end_token(
     assert any(len(document) < 96 for document in documents)
 
 
-def test_own_documents_are_written_side_by_side_and_leave_when_they_end(dense):
+def test_write_documents_batch_shrinks(dense):
     sizes = []
     hook = dense.model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
     documents = list(write_documents(dense, tokens=64 * 32, longest=32, seed=0))
@@ -55,7 +55,7 @@ def test_own_documents_are_written_side_by_side_and_leave_when_they_end(dense):
     assert sum(rows for rows, _ in sizes) == sum(len(document) - 1 for document in documents)
 
 
-def test_own_text_is_what_the_model_writes_without_cache_or_batching_tricks(dense, monkeypatch):
+def test_write_documents_matches_uncached_generation(dense, monkeypatch):
     expected = list(write_documents(dense, tokens=200, longest=20, seed=3))
 
     def write_batch(dense, first, ends, longest, count, generator):
@@ -73,7 +73,7 @@ def test_own_text_is_what_the_model_writes_without_cache_or_batching_tricks(dens
     assert list(write_documents(dense, tokens=200, longest=20, seed=3)) == expected
 
 
-def test_a_token_is_drawn_as_often_as_it_is_likely():
+def test_sample_frequencies():
     likely = torch.tensor([0.5, 0.0, 0.3, 0.2])
     drawn = self_text._sample(likely.log().expand(20_000, 4), torch.Generator().manual_seed(0))
     share = torch.bincount(drawn[:, 0], minlength=4) / 20_000
@@ -81,7 +81,7 @@ def test_a_token_is_drawn_as_often_as_it_is_likely():
     assert (share - likely).abs().max() < 0.015
 
 
-def test_own_text_fills_the_splits_of_a_recipe(dense):
+def test_self_text_fills_splits(dense):
     asked = recipe("self", tokens=100)
     needed = (sum(needed_blocks(asked).values()) + len(SPLITS)) * 16
     corpus = pack(map(Tokens.document, write_documents(dense, tokens=needed, longest=16, seed=0)), asked)
@@ -95,14 +95,14 @@ def with_ends(dense, monkeypatch, *, tokenizer=(256, 257), configured=257):
     return dense
 
 
-def test_a_model_that_only_stops_is_refused(dense, monkeypatch):
+def test_write_documents_empty_documents_error(dense, monkeypatch):
     with pytest.raises(UserError, match="'self': the model generates only empty documents; set --data to a text"):
         list(
             write_documents(with_ends(dense, monkeypatch, configured=list(range(259))), tokens=5_000, longest=8, seed=0)
         )
 
 
-def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can(dense, monkeypatch):
+def test_write_documents_without_first_token(dense, monkeypatch):
     documents = list(
         write_documents(with_ends(dense, monkeypatch, tokenizer=(None, 257)), tokens=90, longest=9, seed=0)
     )
@@ -111,6 +111,6 @@ def test_without_a_first_token_the_end_token_begins_and_without_both_nothing_can
         list(write_documents(with_ends(dense, monkeypatch, tokenizer=(None, None)), tokens=9, longest=9, seed=0))
 
 
-def test_without_an_end_token_documents_are_as_long_as_they_may(dense, monkeypatch):
+def test_write_documents_without_end_token(dense, monkeypatch):
     endless = with_ends(dense, monkeypatch, tokenizer=(256, None), configured=None)
     assert {len(document) for document in write_documents(endless, tokens=90, longest=9, seed=0)} == {9}

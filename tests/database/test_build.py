@@ -49,7 +49,7 @@ def assert_same(one, other, tolerance=0.0):
                 torch.testing.assert_close(tensor, other[name][key], rtol=tolerance, atol=tolerance)
 
 
-def test_the_walk_sees_what_the_whole_model_sees(dense, calibration, tmp_path):
+def test_walk_blocks_grams_match_whole_model(dense, calibration, tmp_path):
     inputs, streams = {}, {}
     for site in dense.sites:
         dense.model.get_submodule(site.output).register_forward_pre_hook(
@@ -73,7 +73,7 @@ def test_the_walk_sees_what_the_whole_model_sees(dense, calibration, tmp_path):
 
 
 @pytest.mark.parametrize("offload", ["device", "cpu", "disk"])
-def test_where_activations_lie_changes_nothing_and_leaves_nothing(offload, dense, calibration, tmp_path):
+def test_offload_of_activations_changes_nothing(offload, dense, calibration, tmp_path):
     build_database(dense, calibration, RECIPE, tmp_path / "auto")
     recipe = RECIPE.model_copy(update={"offload": offload})
     build_database(dense, calibration, recipe, tmp_path / offload)
@@ -81,13 +81,13 @@ def test_where_activations_lie_changes_nothing_and_leaves_nothing(offload, dense
     assert not list((tmp_path / offload).glob("*.draft"))
 
 
-def test_activations_go_where_there_is_room(monkeypatch):
+def test_choose_place(monkeypatch):
     monkeypatch.setattr("darwinlm.database.activations.available_memory", lambda: 1_000)
     assert choose_place(100, CPU) == "device"
     assert choose_place(900, CPU) == "disk"
 
 
-def test_activations_on_disk_are_what_was_written(tmp_path):
+def test_activations_on_disk(tmp_path):
     with open_activations((4, 3, 2), torch.bfloat16, CPU, "disk", tmp_path) as stored:
         values = torch.arange(24, dtype=torch.bfloat16).view(4, 3, 2)
         stored[:] = values
@@ -96,7 +96,7 @@ def test_activations_on_disk_are_what_was_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_build_goes_on_where_it_stopped_and_reads_no_more_weights_than_it_needs(dense, calibration, tmp_path):
+def test_build_resumes(dense, calibration, tmp_path):
     whole = build_database(dense, calibration, RECIPE, tmp_path / "whole")
     broken = build_database(dense, calibration, RECIPE, tmp_path / "broken")
     index = json.loads((broken.folder / "index.json").read_text())
@@ -129,7 +129,7 @@ dist.stop()
 """
 
 
-def test_two_ranks_give_the_database_of_one(dense, checkpoint, calibration, tmp_path):
+def test_two_ranks_build_same_database(dense, checkpoint, calibration, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"tokens": calibration}, tmp_path / "tokens.safetensors")
@@ -146,14 +146,14 @@ def test_two_ranks_give_the_database_of_one(dense, checkpoint, calibration, tmp_
     assert_same(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 
 
-def test_columns_are_stored_in_the_dtype_of_the_checkpoint(dense, calibration, tmp_path):
+def test_database_dtype(dense, calibration, tmp_path):
     build_database(replace(dense, dtype=torch.bfloat16), calibration, RECIPE, tmp_path)
     stored = load_file(tmp_path / "layers.0.mlp.safetensors")
     assert stored["1.output"].dtype == torch.bfloat16
     assert Database(tmp_path).cut(dense.sites[1], 1, CPU).output_weight.dtype == torch.bfloat16
 
 
-def test_a_damaged_file_is_named_and_an_old_format_refused(dense, calibration, tmp_path):
+def test_damaged_file_and_old_format(dense, calibration, tmp_path):
     database = build_database(dense, calibration, RECIPE, tmp_path)
     file = tmp_path / "layers.1.mlp.safetensors"
     content = bytearray(file.read_bytes())
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_named_and_an_old_format_refused(dense, calibration, t
         Database(tmp_path)
 
 
-def test_activations_that_overflow_are_named_by_site(checkpoint, tmp_path):
+def test_activation_overflow_names_site(checkpoint, tmp_path):
     dense = load_dense(str(checkpoint("llama")), "kv_group", CPU)
     tokens = torch.randint(0, VOCABULARY, (2, 8))
     block = dense.block
@@ -184,14 +184,14 @@ def test_activations_that_overflow_are_named_by_site(checkpoint, tmp_path):
         list(walk_blocks(dense, tokens, batch_size=1, scratch=tmp_path))
 
 
-def test_a_damping_that_rounding_drowns_is_named(dense, calibration, tmp_path):
+def test_damping_too_small_names_site(dense, calibration, tmp_path):
     recipe = RECIPE.model_copy(update={"damping": 1e-30})
     message = r"layers\.\d\.\w+: its Gram matrix is numerically singular at database.damping=1e-30; raise it"
     with pytest.raises(UserError, match=message):
         build_database(dense, calibration[:1, :4], recipe, tmp_path)
 
 
-def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration, tmp_path, monkeypatch, caplog):
+def test_out_of_memory_reduces_blocks_per_pass(dense, calibration, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("darwinlm.database.grams._NO_LIMIT", ())
     whole = build_database(dense, calibration, RECIPE.model_copy(update={"batch_size": 2}), tmp_path / "whole")
     seen, forward = [], Qwen2DecoderLayer.forward
@@ -211,7 +211,7 @@ def test_a_device_with_room_for_few_blocks_gets_fewer_at_once(dense, calibration
     assert_same(whole.folder, built.folder)
 
 
-def test_a_device_without_room_for_a_block_fails(dense, calibration, tmp_path, monkeypatch):
+def test_out_of_memory_with_one_block_fails(dense, calibration, tmp_path, monkeypatch):
     def none(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -221,7 +221,7 @@ def test_a_device_without_room_for_a_block_fails(dense, calibration, tmp_path, m
         build_database(dense, calibration, RECIPE, tmp_path)
 
 
-def test_large_sites_are_written_beside_the_work_and_give_the_same_database(dense, calibration, tmp_path, monkeypatch):
+def test_background_writing_same_database(dense, calibration, tmp_path, monkeypatch):
     build_database(dense, calibration, RECIPE, tmp_path / "one")
     monkeypatch.setattr(build, "_SMALL", 0)
     threads = set()
@@ -240,7 +240,7 @@ def test_large_sites_are_written_beside_the_work_and_give_the_same_database(dens
     assert indices[0] == indices[1]
 
 
-def test_what_goes_wrong_beside_the_work_ends_the_stage_and_is_not_entered(dense, calibration, tmp_path, monkeypatch):
+def test_background_writing_error(dense, calibration, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_SMALL", 0)
     write_site = Database.write_site
 
@@ -258,7 +258,7 @@ def test_what_goes_wrong_beside_the_work_ends_the_stage_and_is_not_entered(dense
     assert all(site in whole for site in dense.sites)
 
 
-def test_cuts_that_stay_on_a_device_are_those_asked_for_last():
+def test_resident_cuts_least_recently_used_evicted():
     database = Database.__new__(Database)
     database._resident = OrderedDict()
     for number in range(5):

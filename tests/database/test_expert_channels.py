@@ -80,7 +80,7 @@ def tokens_of(length=20):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_a_narrower_expert_is_one_whose_other_columns_are_zero(family, mixture, tmp_path):
+def test_narrowed_experts_match_masked_experts(family, mixture, tmp_path):
     dense = mixture(family)
     cuts = {site.name: random_cut(dense, site, seed=site.layer) for site in dense.sites if site.experts}
     cut = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
@@ -109,7 +109,7 @@ def test_a_narrower_expert_is_one_whose_other_columns_are_zero(family, mixture, 
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_two_ways_to_narrow_agree(family, mixture):
+def test_narrowed_experts_match_cut_model(family, mixture):
     dense = mixture(family)
     site = next(site for site in dense.sites if site.experts)
     cut = random_cut(dense, site)
@@ -129,7 +129,7 @@ def statistics_of(dense, calibration, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
-def test_errors_are_those_of_the_layer_and_the_refit_lowers_them(family, mixture, calibration, tmp_path):
+def test_prune_expert_channels_errors(family, mixture, calibration, tmp_path):
     dense = mixture(family)
     site, statistics, experts = statistics_of(dense, calibration, tmp_path)
     x_ND = statistics.inputs_ND
@@ -157,7 +157,7 @@ def test_errors_are_those_of_the_layer_and_the_refit_lowers_them(family, mixture
 
 
 @torch.no_grad()
-def test_a_single_expert_is_pruned_as_an_mlp_is(mixture, calibration, tmp_path):
+def test_prune_expert_channels_single_expert(mixture, calibration, tmp_path):
     dense = mixture("mixtral")
     site, statistics, experts = statistics_of(dense, calibration, tmp_path)
     alone = replace(experts.some([0]), routed=1)
@@ -171,7 +171,7 @@ def test_a_single_expert_is_pruned_as_an_mlp_is(mixture, calibration, tmp_path):
 
 
 @torch.no_grad()
-def test_an_expert_that_no_token_goes_to_is_pruned_by_what_came_near(mixture, calibration, tmp_path, caplog):
+def test_prune_expert_channels_unused_expert(mixture, calibration, tmp_path, caplog):
     dense = mixture("mixtral")
     site, statistics, experts = statistics_of(dense, calibration, tmp_path)
     # Far from what any token asks for, but not infinitely.
@@ -189,7 +189,7 @@ def test_an_expert_that_no_token_goes_to_is_pruned_by_what_came_near(mixture, ca
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_the_database_counts_what_its_models_hold(family, mixture, calibration, tmp_path):
+def test_database_parameter_counts(family, mixture, calibration, tmp_path):
     dense = mixture(family)
     build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3, experts="channels"), tmp_path)
     database = Database(tmp_path, kept=sites_needed(dense.config, dense.sites))
@@ -205,7 +205,7 @@ def test_the_database_counts_what_its_models_hold(family, mixture, calibration, 
         assert limit.cost(levels) == active
 
 
-def test_levels_are_those_of_an_mlp_and_never_none(mixture):
+def test_level_sizes(mixture):
     dense = mixture("qwen3_moe")
     site = next(site for site in dense.sites if site.experts)
     assert level_sizes(site, 4) == (16, 12, 8, 4, 0)
@@ -215,7 +215,7 @@ def test_levels_are_those_of_an_mlp_and_never_none(mixture):
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_a_run_ends_in_transformers_own_model(family, mixture, text, tmp_path):
+def test_run_exports_native_model(family, mixture, text, tmp_path):
     """As all mixtures do by default."""
     dense = mixture(family)
     settings = {**SETTINGS, "data.source": str(text), "database.experts": "channels"}
@@ -233,7 +233,7 @@ def test_a_run_ends_in_transformers_own_model(family, mixture, text, tmp_path):
     assert [layer["mlp"] for layer in facts["layers"]] == [layer["mlp"] for layer in layers]
 
 
-def test_first_experts_and_then_their_channels(text, tmp_path):
+def test_run_with_experts_then_channels(text, tmp_path):
     """One kind of unit a run; what the first has left, the second makes narrower."""
     folder = make_checkpoint("mixtral", tmp_path / "dense")
     settings = {**SETTINGS, "data.source": str(text)}
@@ -246,7 +246,7 @@ def test_first_experts_and_then_their_channels(text, tmp_path):
     assert narrower.layer(0).intermediate_size < fewer.layer(0).intermediate_size == 64
 
 
-def test_a_model_without_experts_has_no_channels_of_theirs(checkpoint, text, tmp_path):
+def test_model_without_experts_refused(checkpoint, text, tmp_path):
     with pytest.raises(UserError, match=r"database\.experts=channels: .* has no experts"):
         prune(
             checkpoint("llama"), target=0.8, out=tmp_path / "run",
@@ -255,7 +255,7 @@ def test_a_model_without_experts_has_no_channels_of_theirs(checkpoint, text, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_channels_of_all_experts_need_no_list(mixture):
+def test_cut_of_equal_channels_needs_no_list(mixture):
     dense = mixture("gpt_oss")
     site = next(site for site in dense.sites if site.experts)
     kept = (1, 4, 9)

@@ -58,7 +58,7 @@ def first_experts(dense):
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
-def test_one_expert_after_another_is_transformers_block(family, settings, mixture):
+def test_experts_match_transformers_block(family, settings, mixture):
     dense = mixture(family, **settings)
     site = first_experts(dense)
     experts = Experts.of(dense.config, site, dense.weights)
@@ -74,7 +74,7 @@ def test_one_expert_after_another_is_transformers_block(family, settings, mixtur
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
-def test_a_removed_expert_is_one_that_the_router_cannot_reach(family, settings, mixture):
+def test_removed_experts_match_masked_router(family, settings, mixture):
     dense = mixture(family, **settings)
     kept = {site.name: tuple(range(site.num_units))[1::2] for site in dense.sites if site.routed}
     cuts = {
@@ -110,7 +110,7 @@ def error_without(experts, statistics, gone):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "settings"), CASES)
-def test_the_one_that_goes_moves_the_output_least(family, settings, mixture, calibration, tmp_path):
+def test_removal_order_smallest_error(family, settings, mixture, calibration, tmp_path):
     dense = mixture(family, **settings)
     site, statistics = statistics_of(dense, calibration, tmp_path)
     assert isinstance(statistics, ExpertStatistics) and len(statistics.inputs_ND) == calibration.numel()
@@ -130,7 +130,7 @@ def test_the_one_that_goes_moves_the_output_least(family, settings, mixture, cal
 
 
 @torch.no_grad()
-def test_twins_are_known_where_scores_of_one_alone_are_not(mixture, calibration, tmp_path):
+def test_removal_order_of_duplicate_experts(mixture, calibration, tmp_path):
     """Two experts that do the same, and matter most: one of them goes first, for nothing."""
     dense = mixture("mixtral")
     site, statistics = statistics_of(dense, calibration, tmp_path)
@@ -153,7 +153,7 @@ def test_twins_are_known_where_scores_of_one_alone_are_not(mixture, calibration,
 
 
 @torch.no_grad()
-def test_those_left_make_up_for_the_others(mixture, calibration, tmp_path):
+def test_prune_experts_errors(mixture, calibration, tmp_path):
     """Errors said are those found by running the layer; they fall by the refit, and rise with what goes."""
     dense = mixture("granitemoe")
     site, statistics = statistics_of(dense, calibration, tmp_path)
@@ -175,7 +175,7 @@ def test_those_left_make_up_for_the_others(mixture, calibration, tmp_path):
 
 
 @torch.no_grad()
-def test_the_last_expert_is_refitted_as_least_squares_would(mixture, calibration):
+def test_refit_experts_matches_least_squares(mixture, calibration):
     """One expert that all tokens go to: what a long way round gives, with the ridge that tokens held back chose."""
     dense = mixture("mixtral")
     experts = Experts.of(dense.config, first_experts(dense), dense.weights)
@@ -191,7 +191,7 @@ def test_the_last_expert_is_refitted_as_least_squares_would(mixture, calibration
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_active_parameters_are_those_of_the_experts_that_a_token_goes_to(family, mixture, calibration, tmp_path):
+def test_active_params_limit(family, mixture, calibration, tmp_path):
     """Counted in the cut model: a shared expert, norms and the router are for every token."""
     dense = mixture(family)
     build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3), tmp_path)
@@ -209,7 +209,7 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_goes_to(family,
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 @pytest.mark.parametrize("unit", ["whole", "channels"])
-def test_mixtures_are_timed_beside_the_layers_without_experts(family, unit, mixture, calibration, tmp_path):
+def test_measure_latencies_of_mixtures(family, unit, mixture, calibration, tmp_path):
     source = mixture(family).source
     dense = load_dense(source, "kv_group", CPU, expert_unit=unit)
     build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3, experts=unit), tmp_path)
@@ -230,7 +230,7 @@ def test_mixtures_are_timed_beside_the_layers_without_experts(family, unit, mixt
     assert limit.dense > limit.fixed > 0
 
 
-def test_rare_experts_are_named_and_left_as_they_are(mixture, calibration, tmp_path, caplog):
+def test_rare_experts_reported_and_not_refitted(mixture, calibration, tmp_path, caplog):
     dense = mixture("mixtral")
     site, statistics = statistics_of(dense, calibration, tmp_path)
     experts = Experts.of(dense.config, site, dense.weights)
@@ -241,14 +241,14 @@ def test_rare_experts_are_named_and_left_as_they_are(mixture, calibration, tmp_p
     assert torch.isfinite(snapshots[0].weight_OK).all()
 
 
-def test_levels_end_where_a_token_finds_as_many_as_it_needs(mixture):
+def test_level_sizes_of_experts(mixture):
     site = first_experts(mixture("qwen3_moe"))
     assert level_sizes(site, 4) == (8, 6, 4, 2, 0)
     assert level_sizes(site, 10) == (8, 7, 6, 5, 4, 3, 2, 0)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
-def test_scores_near_a_plan_and_sensitivities_know_experts(family, mixture, calibration, tmp_path, monkeypatch):
+def test_neighbourhood_and_sensitivity_of_experts(family, mixture, calibration, tmp_path, monkeypatch):
     # Where a token goes is a matter of rounding for some of them.
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
     dense = mixture(family)
@@ -296,7 +296,7 @@ def slope(dense, model, site, cut, reference, step=1e-3):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_run_from_end_to_end(family, mixture, text, tmp_path):
+def test_run_of_mixture(family, mixture, text, tmp_path):
     # As small as a KV group, so that many plans meet a budget.
     dense = mixture(family, intermediate_size=16)
     settings = {**SETTINGS, "data.source": str(text), "search.uniform": False}
@@ -319,7 +319,7 @@ def test_a_run_from_end_to_end(family, mixture, text, tmp_path):
 @pytest.mark.parametrize(
     ("family", "model"), [("mixtral", "MixtralForCausalLM"), ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")]
 )
-def test_a_uniform_plan_needs_no_code_of_ours(family, model, mixture, text, tmp_path):
+def test_uniform_run_exports_native_mixture(family, model, mixture, text, tmp_path):
     """The default for mixtures."""
     settings = {**SETTINGS, "data.source": str(text)}
     dense = mixture(family, intermediate_size=16)
@@ -332,7 +332,7 @@ def test_a_uniform_plan_needs_no_code_of_ours(family, model, mixture, text, tmp_
     assert getattr(native.config, setting) < getattr(dense.config, setting)
 
 
-def test_a_checkpoint_that_balances_its_experts_runs_when_pruned(tmp_path):
+def test_pruned_mixture_with_load_balancing_runs(tmp_path):
     """Its config asks for a loss that only layers with one number of experts have."""
     folder = make_checkpoint("mixtral", tmp_path / "dense", output_router_logits=True)
     dense = load_dense(str(folder), "kv_group", CPU)
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_balances_its_experts_runs_when_pruned(tmp_path):
     assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (1, 11)
 
 
-def test_half_a_checkpoint_is_refused(mixture, tmp_path):
+def test_missing_expert_weights_refused(mixture, tmp_path):
     folder = make_checkpoint("mixtral", tmp_path / "dense")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.block_sparse_moe.experts.3.w3.weight"]
@@ -353,5 +353,5 @@ def test_half_a_checkpoint_is_refused(mixture, tmp_path):
         load_dense(str(folder), "kv_group", CPU)
 
 
-def test_make_config_gives_each_family_experts():
+def test_make_config_of_mixtures():
     assert {family: make_config(family).num_experts_per_tok for family in MIXTURES} == dict.fromkeys(MIXTURES, 2)

@@ -23,7 +23,7 @@ def relative_error(inverse, hessian):
     return ((inverse.double() - exact) * scale[:, None] * scale).square().sum(1).mean().sqrt().item()
 
 
-def test_an_inverse_is_taken_from_float32_only_where_that_is_as_good():
+def test_inverse_float32_only_if_accurate():
     found = {}
     for power in (1, 2, 3, 4, 5, 6):
         gram = gram_of_condition(power)
@@ -39,7 +39,7 @@ def test_an_inverse_is_taken_from_float32_only_where_that_is_as_good():
     assert not found[6]
 
 
-def test_a_matrix_that_float32_cannot_factorise_is_inverted_in_float64():
+def test_inverse_float64_for_singular_matrix():
     x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
     gram = x.T @ x  # singular
     assert inverse_if_float32_suffices(gram, 1e-6) is None
@@ -48,7 +48,7 @@ def test_a_matrix_that_float32_cannot_factorise_is_inverted_in_float64():
 
 
 @pytest.mark.parametrize("power", [2, 3])
-def test_the_precision_of_the_first_inverse_changes_no_removal(power, monkeypatch):
+def test_inverse_precision_changes_no_removal(power, monkeypatch):
     gram = gram_of_condition(power, columns=600)
     weight = torch.randn(32, 600, generator=torch.Generator().manual_seed(1))
     sizes = range(560, 0, -80)

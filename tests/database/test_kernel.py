@@ -80,7 +80,7 @@ def interpreted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_kernel_chooses_what_the_plain_loop_chooses(name, interpreted):
+def test_kernel_matches_loop(name, interpreted):
     blocks, found = interpreted
     chosen, scores, factor = found[name]
     inverse_DD, squares_DD, removals = blocks[name]
@@ -91,7 +91,7 @@ def test_the_kernel_chooses_what_the_plain_loop_chooses(name, interpreted):
     torch.testing.assert_close(factor.tril(), exact, rtol=1e-4, atol=1e-5)
 
 
-def test_in_the_kernel_the_first_of_equal_columns_goes(interpreted):
+def test_kernel_removes_first_of_equal_columns(interpreted):
     blocks, found = interpreted
     expected = [0, 1, 3, 4, 5, 2]
     assert found["tied"][0].tolist() == expected
@@ -99,7 +99,7 @@ def test_in_the_kernel_the_first_of_equal_columns_goes(interpreted):
         assert choose(*blocks["tied"])[0].tolist() == expected
 
 
-def test_in_the_kernel_a_block_ends_where_there_is_no_positive_pivot(interpreted):
+def test_kernel_block_ends_without_positive_pivot(interpreted):
     _, found = interpreted
     chosen, scores, factor = found["no pivot"]
     assert solver._sound_steps(scores, factor) == 1
@@ -108,7 +108,7 @@ def test_in_the_kernel_a_block_ends_where_there_is_no_positive_pivot(interpreted
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_with_the_kernel_a_site_loses_its_columns_in_the_plain_order(name, interpreted):
+def test_kernel_site_order_matches_solver(name, interpreted):
     units, removals = SITES[name]
     weight, _, gram = problem(units, 1)
     sizes = range(units - 1, units - 1 - removals, -1)
@@ -119,13 +119,13 @@ def test_with_the_kernel_a_site_loses_its_columns_in_the_plain_order(name, inter
     assert gone(interpreted[1][name], units) == gone(expected, units)
 
 
-def test_with_the_kernel_the_lowest_of_equal_units_goes(interpreted):
+def test_kernel_removes_lowest_of_equal_units(interpreted):
     _, _, order = tied_site()
     assert gone(interpreted[1]["ties"], len(order)) == [set(order[: i + 1]) for i in range(len(order) - 1)]
 
 
 @pytest.mark.parametrize("name", ["choose", "choose_without_waiting", "heads"])
-def test_the_lowest_of_equal_units_goes(name, monkeypatch):
+def test_solver_removes_lowest_of_equal_units(name, monkeypatch):
     weight, gram, order = tied_site(columns_per_unit=2 if name == "heads" else 1)
     if name != "heads":
         monkeypatch.setattr(solver, "choose", getattr(solver, name))
@@ -136,7 +136,7 @@ def test_the_lowest_of_equal_units_goes(name, monkeypatch):
         assert gone([one.kept for one in found], len(order)) == [set(order[: len(order) - size]) for size in sizes]
 
 
-def test_cuda_gets_the_kernel_and_other_devices_the_loop(monkeypatch):
+def test_chooser_by_device(monkeypatch):
     kernel = type("Kernel", (), {"LARGEST": 100, "choose_at_once": staticmethod(lambda *block: None)})
     monkeypatch.setattr(solver, "_kernel", lambda kind: kernel if kind == "cuda" else None)
     assert solver._chooser(torch.device("cuda"), 100) is kernel.choose_at_once
@@ -144,7 +144,7 @@ def test_cuda_gets_the_kernel_and_other_devices_the_loop(monkeypatch):
     assert solver._chooser(torch.device("xpu"), 100) is solver.choose_without_waiting
 
 
-def test_where_triton_does_not_work_the_loop_is_taken_and_a_line_says_why(monkeypatch, caplog):
+def test_kernel_falls_back_without_triton(monkeypatch, caplog):
     def broken(*block):
         raise RuntimeError("Failed to find C compiler")
 
@@ -165,7 +165,7 @@ def columns_of(units):
 
 
 @pytest.mark.parametrize("removals", [40, 160])
-def test_a_block_takes_few_launches_however_many_columns_go(removals, monkeypatch):
+def test_launches_of_a_block(removals, monkeypatch):
     monkeypatch.setattr(symmetric, "_LEAST", symmetric._LEAST_ON_ACCELERATORS)
     site = columns_of(700)
     with Operations() as operations:
@@ -174,7 +174,7 @@ def test_a_block_takes_few_launches_however_many_columns_go(removals, monkeypatc
     assert operations.waits <= 3, operations.counts
 
 
-def test_a_head_takes_few_launches():
+def test_launches_of_a_head():
     weight, _, gram = problem(12, 4)
     site = solver._Blocks(weight.T.contiguous(), gram, 0.1, 4)
     with Operations() as operations:
@@ -183,7 +183,7 @@ def test_a_head_takes_few_launches():
     assert operations.waits <= 1, operations.counts
 
 
-def test_a_level_takes_few_launches():
+def test_launches_of_a_level():
     site = columns_of(100)
     site.remove(20)
     with Operations() as operations:
@@ -192,7 +192,7 @@ def test_a_level_takes_few_launches():
     assert operations.waits <= 3, operations.counts
 
 
-def test_the_larger_leaves_of_an_accelerator_give_the_same_inverse_in_fewer_launches(monkeypatch):
+def test_launches_of_inverse_on_accelerators(monkeypatch):
     _, _, gram = problem(700, 1)
     expected = damped_inverse(gram, 0.1)
     monkeypatch.setattr(inverse, "_LEAF", inverse._LEAF_ON_ACCELERATORS)
@@ -203,7 +203,7 @@ def test_the_larger_leaves_of_an_accelerator_give_the_same_inverse_in_fewer_laun
     assert operations.waits <= 2, operations.counts
 
 
-def test_nothing_but_the_solver_asks_for_triton():
+def test_only_kernel_imports_triton():
     source = Path(solver.__file__).parents[1]
     named = [file.name for file in source.rglob("*.py") if "import triton" in file.read_text(encoding="utf-8")]
     assert named == ["kernel.py"]

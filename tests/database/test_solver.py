@@ -13,7 +13,7 @@ from darwinlm.database.solver import prune_site, removal_error
 
 @pytest.mark.parametrize(("units", "columns_per_unit"), [(24, 1), (6, 4)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_units_go_in_the_order_of_exhaustive_search(units, columns_per_unit, seed):
+def test_prune_site_order_matches_exhaustive_search(units, columns_per_unit, seed):
     weight, _, gram = problem(units, columns_per_unit, seed=seed)
     order = one_at_a_time(weight, gram, columns_per_unit)
     sizes = list(range(units - 1, 0, -1))
@@ -21,7 +21,7 @@ def test_units_go_in_the_order_of_exhaustive_search(units, columns_per_unit, see
     assert [set(range(units)) - set(s.kept) for s in snapshots] == [set(order[: i + 1]) for i in range(units - 1)]
 
 
-def test_removing_more_than_a_block_at_once_gives_the_order_of_single_steps():
+def test_prune_site_large_steps_match_single_steps():
     weight, _, gram = problem(300, 1)
     steps = prune_site(weight, gram, columns_per_unit=1, sizes=range(299, 0, -1), damping=DAMPING)
     leaps = prune_site(weight, gram, columns_per_unit=1, sizes=[200, 60, 1], damping=DAMPING)
@@ -32,7 +32,7 @@ def test_removing_more_than_a_block_at_once_gives_the_order_of_single_steps():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_column_that_was_no_candidate_goes_when_its_turn_comes(seed, monkeypatch):
+def test_prune_site_candidates_extended(seed, monkeypatch):
     weight, _, gram = problem(120, 1, seed=seed)
     sizes = range(119, 0, -1)
     expected = prune_site(weight, gram, columns_per_unit=1, sizes=sizes, damping=DAMPING)
@@ -61,7 +61,7 @@ def snapshots_of(columns_per_unit=1, units=300):
     return prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING)
 
 
-def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatch):
+def test_choose_without_waiting_matches_choose(monkeypatch):
     expected = snapshots_of()
     monkeypatch.setattr(solver, "choose", solver.choose_without_waiting)
     for one, other in zip(snapshots_of(), expected, strict=True):
@@ -71,7 +71,7 @@ def test_the_loop_for_accelerators_removes_what_the_one_for_cpus_does(monkeypatc
 
 
 @pytest.mark.parametrize("choose", [solver.choose, solver.choose_without_waiting])
-def test_choosing_also_factorises(choose):
+def test_choose_returns_cholesky_factor(choose):
     weight, _, gram = problem(60, 1)
     inverse = damped_inverse(gram, 0.1)
     chosen, scores, factor = choose(inverse, weight.T @ weight, 24)
@@ -83,7 +83,7 @@ def test_choosing_also_factorises(choose):
 
 
 @pytest.mark.parametrize("choose", [solver.choose, solver.choose_without_waiting])
-def test_what_has_no_positive_pivot_is_not_removed(choose):
+def test_choose_stops_without_positive_pivot(choose):
     indefinite = torch.tensor([[1.0, 0.0, 0.5], [0.0, 9.0, 8.0], [0.5, 8.0, 6.0]])
     chosen, scores, factor = choose(indefinite, torch.eye(3), 3)
     assert solver._sound_steps(scores, factor) == 1
@@ -91,7 +91,7 @@ def test_what_has_no_positive_pivot_is_not_removed(choose):
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
-def test_the_scale_of_the_inputs_changes_nothing(accelerator, monkeypatch):
+def test_prune_site_scale_invariant(accelerator, monkeypatch):
     if accelerator:
         monkeypatch.setattr(solver, "choose", solver.choose_without_waiting)
     weight, _, gram = problem(60, 1)
@@ -107,7 +107,7 @@ def test_the_scale_of_the_inputs_changes_nothing(accelerator, monkeypatch):
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-7])
-def test_duplicates_with_hardly_any_damping_are_pruned_or_refused(damping, recwarn):
+def test_prune_site_duplicate_columns_low_damping(damping, recwarn):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 90, generator=generator) * torch.logspace(-3, 1, 90)
     x = torch.cat([x, x[:, :30]], dim=1)
@@ -122,7 +122,7 @@ def test_duplicates_with_hardly_any_damping_are_pruned_or_refused(damping, recwa
     assert not recwarn.list
 
 
-def test_a_block_ends_where_rounding_leaves_no_pivot_and_the_inverse_is_computed_anew(monkeypatch):
+def test_inverse_renewed_without_sound_pivot(monkeypatch):
     expected = snapshots_of()
     renewed, look, renew = [], solver._sound_steps, solver._State.renew
     answers = iter([40, 0, 7, 0])
@@ -139,7 +139,7 @@ def test_a_block_ends_where_rounding_leaves_no_pivot_and_the_inverse_is_computed
 
 
 @pytest.mark.parametrize(("columns_per_unit", "units"), [(1, 300), (4, 60)])
-def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monkeypatch):
+def test_inverse_renewed_after_rounding_errors(columns_per_unit, units, monkeypatch):
     expected = snapshots_of(columns_per_unit, units)
     renewed, look, renew = [], solver._State._spoilt, solver._State.renew
 
@@ -159,7 +159,7 @@ def test_what_rounding_has_spoilt_is_computed_anew(columns_per_unit, units, monk
 
 @settings(max_examples=25, deadline=None)
 @given(units=st.integers(2, 20), columns_per_unit=st.integers(1, 3), seed=st.integers(0, 1000))
-def test_refit_is_least_squares_and_error_is_the_trace(units, columns_per_unit, seed):
+def test_refit_matches_least_squares(units, columns_per_unit, seed):
     weight, x, gram = problem(units, columns_per_unit, seed=seed)
     sizes = sorted({units - 1, units // 2, 1} - {0, units}, reverse=True)
     for snapshot in prune_site(weight, gram, columns_per_unit=columns_per_unit, sizes=sizes, damping=DAMPING):
@@ -170,7 +170,7 @@ def test_refit_is_least_squares_and_error_is_the_trace(units, columns_per_unit, 
         assert snapshot.error == pytest.approx(output, rel=2e-3, abs=1e-3)
 
 
-def test_the_refit_agrees_with_lstsq_on_the_data_itself():
+def test_refit_matches_lstsq_on_data():
     weight, x, gram = problem(16, 1)
     snapshot = prune_site(weight, gram, columns_per_unit=1, sizes=[12], damping=1e-9)[0]
     kept = list(snapshot.kept)
@@ -178,7 +178,7 @@ def test_the_refit_agrees_with_lstsq_on_the_data_itself():
     assert torch.allclose(snapshot.weight_OK.double(), solution, atol=1e-3)
 
 
-def test_units_that_never_fire_go_first_and_cost_nothing():
+def test_prune_site_inactive_units_first():
     weight, x, _ = problem(10, 1)
     x[:, [2, 7]] = 0
     gram = x.T @ x / len(x)
@@ -187,7 +187,7 @@ def test_units_that_never_fire_go_first_and_cost_nothing():
     assert snapshots[1].error == pytest.approx(0, abs=1e-5 * removal_error(weight, gram))
 
 
-def test_a_site_that_never_fires_and_a_singular_one_are_pruned_without_complaint():
+def test_prune_site_zero_and_singular_gram():
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     for gram in (torch.zeros(8, 8), torch.ones(8, 8)):
         for columns_per_unit in (1, 2):
@@ -196,6 +196,6 @@ def test_a_site_that_never_fires_and_a_singular_one_are_pruned_without_complaint
             assert len(snapshot.kept) == 2
 
 
-def test_removal_error_is_the_output_itself():
+def test_removal_error_is_output_power():
     weight, x, gram = problem(5, 2)
     assert removal_error(weight, gram) == pytest.approx((x @ weight.T).square().sum().item() / len(x), rel=1e-4)

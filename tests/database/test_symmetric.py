@@ -5,7 +5,7 @@ from darwinlm.database.symmetric import add_symmetric, mirror
 
 
 @pytest.mark.parametrize("size", [3, 5, 13])
-def test_a_symmetric_sum_is_whole_and_symmetric_whatever_the_strips(size, monkeypatch):
+def test_add_symmetric_for_any_strip_size(size, monkeypatch):
     monkeypatch.setattr("darwinlm.database.symmetric._LEAST", 5)
     x = torch.randn(20, size, generator=torch.Generator().manual_seed(0))
     start = torch.eye(size)

@@ -71,7 +71,7 @@ def again(run, checkpoint, tmp_path, caplog):
     return tmp_path / "run", same_command
 
 
-def test_these_are_all_files_of_a_run(run):
+def test_all_files_of_run_are_listed(run):
     finished, _ = run
     found = {str(file.relative_to(finished.path)) for file in finished.path.rglob("*") if file.is_file()} - {"lock"}
     assert found == {*MADE_AGAIN, *NOT_NEEDED, *OTHERWISE}
@@ -79,7 +79,7 @@ def test_these_are_all_files_of_a_run(run):
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", MADE_AGAIN)
-def test_a_damaged_file_is_named_and_made_again(name, damage, again):
+def test_damaged_file_recreated(name, damage, again):
     out, same_command = again
     before = files_of(out)
     card = (out / "model" / "README.md").read_text()
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named_and_made_again(name, damage, again):
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", NOT_NEEDED)
-def test_a_damaged_file_that_nothing_reads_does_no_harm(name, damage, again):
+def test_damaged_unneeded_file(name, damage, again):
     out, same_command = again
     damage(out / name)
     before = files_of(out)
@@ -105,7 +105,7 @@ def test_a_damaged_file_that_nothing_reads_does_no_harm(name, damage, again):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_trained_weights_are_made_again_when_they_are_needed(damage, again):
+def test_damaged_trained_weights_recreated(damage, again):
     out, same_command = again
     before = files_of(out)
     damage(out / "recovery" / "weights.safetensors")
@@ -116,7 +116,7 @@ def test_trained_weights_are_made_again_when_they_are_needed(damage, again):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_refit_is_made_again(damage, again, monkeypatch):
+def test_damaged_refit_recreated(damage, again, monkeypatch):
     out, same_command = again
     before = files_of(out)
     for folder in ("model", "recovery"):
@@ -136,7 +136,7 @@ def test_a_damaged_refit_is_made_again(damage, again, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_recipe_is_written_again_and_damaged_numbers_are_measured_again(damage, again):
+def test_damaged_recipe_and_report_recreated(damage, again):
     out, same_command = again
     recipe = (out / "recipe.yaml").read_bytes()
     numbers = read_json(out / "report" / "metrics.json")
@@ -154,7 +154,7 @@ def test_a_damaged_recipe_is_written_again_and_damaged_numbers_are_measured_agai
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_without_its_manifest_a_folder_is_no_run(damage, again):
+def test_damaged_manifest_refused(damage, again):
     out, same_command = again
     damage(out / "manifest.json")
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -166,7 +166,7 @@ def test_without_its_manifest_a_folder_is_no_run(damage, again):
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["state.json", "descent.json"])
-def test_a_damaged_search_state_is_named_and_without_it_the_search_runs_anew(name, damage, again):
+def test_damaged_search_state_refused(name, damage, again):
     out, same_command = again
     before = files_of(out)
     (out / "search" / "best_plan.json").unlink()
@@ -181,7 +181,7 @@ def test_a_damaged_search_state_is_named_and_without_it_the_search_runs_anew(nam
     assert files_of(out) == before
 
 
-def test_an_index_that_cannot_be_read_is_kept(again, monkeypatch):
+def test_unreadable_index_kept(again, monkeypatch):
     out, same_command = again
     flip_a_bit(out / "database" / "index.json")
     before = files_of(out)
@@ -191,7 +191,7 @@ def test_an_index_that_cannot_be_read_is_kept(again, monkeypatch):
     assert files_of(out) == before
 
 
-def test_a_damaged_corpus_is_not_replaced_by_another_text(again, text):
+def test_damaged_corpus_with_changed_text_refused(again, text):
     out, same_command = again
     delete(out / "corpus.safetensors")
     content = text.read_text()
@@ -206,7 +206,7 @@ def test_a_damaged_corpus_is_not_replaced_by_another_text(again, text):
     assert (out / "corpus.safetensors").exists()
 
 
-def test_a_site_damaged_while_a_run_uses_it_is_named(pruned, tmp_path):
+def test_site_missing_during_run(pruned, tmp_path):
     dense, database = pruned("qwen3", "kv_group")
     shutil.copytree(database.folder, tmp_path / "database")
     mine = Database(tmp_path / "database")
@@ -216,7 +216,7 @@ def test_a_site_damaged_while_a_run_uses_it_is_named(pruned, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname"])
-def test_a_manifest_names_no_file_outside_its_run(name, again):
+def test_manifest_with_outside_path(name, again):
     out, same_command = again
     (out.parent / "outside.txt").write_text("mine")
     manifest = read_json(out / "manifest.json")
@@ -227,7 +227,7 @@ def test_a_manifest_names_no_file_outside_its_run(name, again):
 
 
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_a_sealed_file_changes_nothing_unseen(position, bit, tmp_path_factory):
+def test_flipped_bit_in_sealed_json_detected(position, bit, tmp_path_factory):
     payload = {"levels": [1, 2], "score": 0.1 + 0.2, "name": "é", "none": None, "deep": {"a": [True, 1e-300]}}
     file = tmp_path_factory.getbasetemp() / "sealed.json"
     write_json(file, payload, sealed=True)
@@ -242,7 +242,7 @@ def test_a_flipped_bit_in_a_sealed_file_changes_nothing_unseen(position, bit, tm
     assert {key: found[key] for key in payload} == payload
 
 
-def test_a_stage_that_leaves_other_files_than_before_has_those_after_it_run_again(tmp_path):
+def test_changed_stage_files_rerun_later_stages(tmp_path):
     recipe = load_recipe("quick", {"model": "m", "target": 0.5})
     run = RunDirectory.open(tmp_path / "run", recipe, {})
     for content, still_done in (("one", False), ("one", True), ("two", False)):
@@ -253,7 +253,7 @@ def test_a_stage_that_leaves_other_files_than_before_has_those_after_it_run_agai
             pass
 
 
-def test_a_model_that_is_not_read_back_as_it_was_is_not_left(again, monkeypatch):
+def test_model_with_different_logits_discarded(again, monkeypatch):
     out, same_command = again
     before = files_of(out)
     shutil.rmtree(out / "model")
@@ -276,7 +276,7 @@ def test_a_model_that_is_not_read_back_as_it_was_is_not_left(again, monkeypatch)
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_damaged_model_cannot_be_loaded(name, damage, message, again):
+def test_load_damaged_model(name, damage, message, again):
     out, _ = again
     damage(out / "model" / name)
     with pytest.raises(UserError, match=message):
@@ -290,7 +290,7 @@ def test_a_damaged_model_cannot_be_loaded(name, damage, message, again):
         ({"device": "abacus"}, "device 'abacus' is not available"),
     ],
 )
-def test_a_pruned_model_asked_for_in_a_way_that_is_not(options, message, run):
+def test_load_invalid_dtype_and_device(options, message, run):
     with pytest.raises(UserError, match=message) as caught:
         darwinlm.load(run[0].path, **options)
     assert "\n" not in str(caught.value)

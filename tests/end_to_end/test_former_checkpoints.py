@@ -39,12 +39,12 @@ def last_logits(model):
         return model(TOKENS).logits[:, -1, :8]
 
 
-def test_it_is_loaded(former):
+def test_former_checkpoint_loads(former):
     folder, logits = former
     assert torch.allclose(last_logits(darwinlm.load(folder)), logits, atol=1e-4)
 
 
-def test_it_can_be_pruned_further(former):
+def test_former_checkpoint_pruned_further(former):
     folder, logits = former
     dense = load_dense(str(folder), "query_head", torch.device("cpu"))
     assert torch.allclose(last_logits(dense.model), logits, atol=1e-4)
@@ -52,7 +52,7 @@ def test_it_can_be_pruned_further(former):
     assert names == ["layers.0.mlp", "layers.1.attention", "layers.1.mlp", "layers.2.attention"]
 
 
-def test_its_code_is_renewed(former, tmp_path):
+def test_former_checkpoint_code_renewed(former, tmp_path):
     folder, logits = former
     renewed = export_model(folder, "hf", tmp_path / "renewed").path
     model = AutoModelForCausalLM.from_pretrained(renewed, trust_remote_code=True)

@@ -20,7 +20,7 @@ FORMER = json.loads((Path(__file__).parents[1] / "fixtures" / "former_run.json")
 """What the manifest of a run of version 0.1.0 says of its recipe, and of itself."""
 
 
-def test_every_setting_that_it_had_keeps_its_value():
+def test_former_run_settings_keep_values():
     recipe = make_recipe(FORMER["recipe"])
     now = _flatten(recipe.model_dump(mode="json"))
     for key, value in _flatten(FORMER["recipe"]).items():
@@ -31,7 +31,7 @@ def test_every_setting_that_it_had_keeps_its_value():
     assert not recipe.wants_uniform(experts=False)
 
 
-def test_it_is_continued_with_its_own_recipe_file(tmp_path, caplog):
+def test_former_run_resumed_with_recipe_file(tmp_path, caplog):
     former._warn_once.cache_clear()
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(FORMER["recipe"]))
@@ -48,7 +48,7 @@ def test_it_is_continued_with_its_own_recipe_file(tmp_path, caplog):
         RunDirectory.check(tmp_path, now)
 
 
-def test_a_finished_run_is_continued(run, checkpoint, tmp_path, caplog):
+def test_former_finished_run_resumed(run, checkpoint, tmp_path, caplog):
     finished, settings = run
     copied = tmp_path / "run"
     shutil.copytree(finished.path, copied)
@@ -89,7 +89,7 @@ def of_0_2_0(run, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_run_of_0_2_0_is_continued_and_its_corpus_restored(lost, of_0_2_0, run, checkpoint, caplog):
+def test_former_run_0_2_resumed_with_restored_corpus(lost, of_0_2_0, run, checkpoint, caplog):
     out, settings = of_0_2_0
     corpus, before = (out / "corpus.safetensors").read_bytes(), read_json(out / "manifest.json")
     shutil.rmtree(out / "model")
@@ -108,7 +108,7 @@ def test_a_run_of_0_2_0_is_continued_and_its_corpus_restored(lost, of_0_2_0, run
     assert weights[0] == weights[1]
 
 
-def test_a_run_of_0_2_0_is_the_same_under_the_present_names(of_0_2_0, checkpoint, run):
+def test_former_run_0_2_same_under_present_names(of_0_2_0, checkpoint, run):
     out, _ = of_0_2_0
     recipe = load_recipe("quick", {**run[1], "model": str(checkpoint("qwen3")), "target": TARGET})
     RunDirectory.check(out, recipe)
@@ -117,7 +117,7 @@ def test_a_run_of_0_2_0_is_the_same_under_the_present_names(of_0_2_0, checkpoint
         RunDirectory.check(out, longer)
 
 
-def test_another_model_is_refused_as_before(tmp_path):
+def test_former_run_of_another_model_refused(tmp_path):
     recipe = make_recipe(FORMER["recipe"])
     write_json(tmp_path / "manifest.json", {"format": 1, **FORMER, "stages": {}}, sealed=True)
     with pytest.raises(darwinlm.UserError, match=r"model was .* when this run started"):

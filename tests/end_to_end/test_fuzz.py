@@ -58,7 +58,7 @@ def one_line(error):
 @example(content=b"target: !!binary aGVsbG8=")
 @example(content=b"<<: 1")
 @example(content=b"\xef\xbb\xbfseed: 1")
-def test_a_recipe_file_of_any_bytes(content, tmp_path):
+def test_fuzz_recipe_file(content, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(content)
     try:
         recipe = load_recipe(tmp_path / "recipe.yaml", {"model": "m", "target": 0.5})
@@ -70,7 +70,7 @@ def test_a_recipe_file_of_any_bytes(content, tmp_path):
 
 @FUZZ
 @given(settings=st.dictionaries(KEYS, VALUES, max_size=5))
-def test_a_recipe_of_any_values(settings, tmp_path):
+def test_fuzz_recipe_values(settings, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"seed": 1}))
     try:
         recipe = load_recipe(tmp_path / "recipe.yaml", {"model": "m", "target": 0.5, **settings})
@@ -86,7 +86,7 @@ def test_a_recipe_of_any_values(settings, tmp_path):
 @given(text=st.text(max_size=60))
 @example(text="a=" + "[" * 5_000)
 @example(text="=")
-def test_a_setting_of_any_text(text):
+def test_fuzz_setting(text):
     try:
         key, value = parse_override(text)
         load_recipe("quick", {"model": "m", "target": 0.5, key: value})
@@ -107,7 +107,7 @@ def test_a_setting_of_any_text(text):
 @example("memory=" + "9" * 400 + "GB")
 @example("0." + "0" * 400 + "1")
 @example("5e-324")
-def test_a_target_of_any_kind(target):
+def test_fuzz_target(target):
     try:
         recipe = load_recipe("quick", {"model": "m", "target": target})
     except UserError as error:
@@ -132,7 +132,7 @@ PLANS = st.fixed_dictionaries(
 
 @FUZZ
 @given(payload=PLANS)
-def test_a_plan_of_any_values(payload):
+def test_fuzz_plan(payload):
     try:
         plan = Plan.from_dict(payload, TINY_SPACE)
     except UserError as error:
@@ -148,7 +148,7 @@ def test_a_plan_of_any_values(payload):
 @example(content=b"1" * 10_000)
 @example(content=b'{"checksum": []}')
 @example(content=b'{"a": NaN, "checksum": "x"}')
-def test_a_json_file_of_any_bytes(content, tmp_path):
+def test_fuzz_json_file(content, tmp_path):
     (tmp_path / "plan.json").write_bytes(content)
     try:
         payload = read_json(tmp_path / "plan.json")
@@ -179,7 +179,7 @@ ENTRY |= {"parameters": [20, 0], "kv_elements": [0, 0], "errors": [0.0, 1.0]}
 @example(payload={"format": 2, "sites": {"layers.0.mlp": ENTRY}, "fixed_parameters": 10})
 @example(payload={"format": 2, "sites": {"layers.0.mlp": ENTRY | {"errors": [0.0]}}})
 @example(payload={"format": 2, "sqtes": {}})
-def test_an_index_of_any_values(payload, tmp_path):
+def test_fuzz_database_index(payload, tmp_path):
     try:
         write_json(tmp_path / "index.json", payload, sealed=True)
     except (TypeError, ValueError):  # a date, NaN, or an integer of thousands of digits
@@ -197,7 +197,7 @@ def test_an_index_of_any_values(payload, tmp_path):
 
 @FUZZ
 @given(target=st.floats(0, 1, exclude_min=True) | st.integers(1, 400))
-def test_a_budget_is_met_or_refused(target):
+def test_fuzz_budget(target):
     try:
         budget = parameter_budget(target, TINY_SPACE)
     except UserError as error:
@@ -208,6 +208,6 @@ def test_a_budget_is_met_or_refused(target):
     assert most == target if isinstance(target, int) else most <= target * TINY_SPACE.dense_parameters + 1e-9
 
 
-def test_a_recipe_without_an_end_is_refused():
+def test_endless_recipe_file_refused():
     with pytest.raises(UserError, match="recipe '/dev/zero' is larger than 1 MiB and not a recipe"):
         load_recipe("/dev/zero", {"model": "m", "target": 0.5})

@@ -80,9 +80,7 @@ def composed(first, cut):
 
 
 @pytest.mark.parametrize(("family", "granularity"), CASES)
-def test_a_model_cut_twice_gives_the_logits_of_the_dense_one_masked_twice(
-    family, granularity, twice, pruned, checkpoint, tmp_path
-):
+def test_model_cut_twice_matches_masked_model(family, granularity, twice, pruned, checkpoint, tmp_path):
     first, again, database = twice(family, granularity)
     dense, _ = pruned(family, granularity)
     space = database.space(again.sites)
@@ -106,7 +104,7 @@ def test_a_model_cut_twice_gives_the_logits_of_the_dense_one_masked_twice(
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_sizes_of_a_second_cut_are_counted_as_the_model_has_them(granularity, twice):
+def test_sizes_of_second_cut(granularity, twice):
     _, again, database = twice("qwen3", granularity)
     for site in again.sites:
         for level in range(1, len(database.space([site]).sites[0].units)):
@@ -124,14 +122,14 @@ def test_sizes_of_a_second_cut_are_counted_as_the_model_has_them(granularity, tw
                 assert stored == kv_elements(site, cut.kept, again.config.head_dim)
 
 
-def test_a_part_that_goes_leaves_no_size_behind(twice):
+def test_removed_part_leaves_no_sizes(twice):
     _, again, _ = twice("qwen2", "query_head")
     cuts = {site.name: Cut((), None) for site in again.sites}
     model = build_model(again.config, again.sites, again.weights, cuts)
     assert set(map(str, sizes_by_layer(model.config).values())) == {"{'skip': ['attention', 'mlp']}"}
 
 
-def test_scores_are_against_the_model_that_the_run_began_with(twice, pruned):
+def test_scores_against_dense_model(twice, pruned):
     _, again, database = twice("llama", "kv_group")
     dense, _ = pruned("llama", "kv_group")
     corpus = Corpus(dict.fromkeys(("validation", "train"), Tokens.unmasked(TOKENS.int())))
@@ -146,7 +144,7 @@ def test_scores_are_against_the_model_that_the_run_began_with(twice, pruned):
     assert scorer.score_after(whole, 24, TOKENS.numel()).kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_reference_of_a_refit_may_lack_parts_too(twice):
+def test_refit_reference_with_missing_parts(twice):
     _, again, _ = twice("qwen3", "kv_group")
     model = build_model(again.config, again.sites, again.weights, {})
     refit(model, again.model, TOKENS)
@@ -154,7 +152,7 @@ def test_the_reference_of_a_refit_may_lack_parts_too(twice):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_every_size_of_a_pruned_model_is_timed(twice):
+def test_measure_latencies_of_pruned_model(twice):
     _, again, database = twice("qwen2", "query_head")
     space = database.space(again.sites)
     table = measure_latencies(again, space, WorkloadRecipe(prompt_tokens=4, new_tokens=2))
@@ -163,7 +161,7 @@ def test_every_size_of_a_pruned_model_is_timed(twice):
         assert set(table[kind]) == sizes
 
 
-def test_uneven_groups_of_heads_are_no_units_together(twice):
+def test_uneven_kv_groups_refused(twice):
     _, again, database = twice("llama", "query_head")
     space = database.space(again.sites)
     uneven = next(
@@ -189,7 +187,7 @@ def test_uneven_groups_of_heads_are_no_units_together(twice):
         (None, "has no attention or MLP left to prune"),
     ],
 )
-def test_a_pruned_model_whose_sizes_make_no_sense_is_one_line(change, message, twice, tmp_path):
+def test_invalid_pruned_config(change, message, twice, tmp_path):
     _, again, _ = twice("qwen2", "kv_group")
     folder = shutil.copytree(again.source, tmp_path / "model")
     config = whole_settings(json.loads((folder / "config.json").read_text()))
@@ -203,7 +201,7 @@ def test_a_pruned_model_whose_sizes_make_no_sense_is_one_line(change, message, t
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_no_code_of_a_pruned_model_is_run(twice, tmp_path):
+def test_code_of_pruned_model_not_run(twice, tmp_path):
     _, again, _ = twice("llama", "kv_group")
     folder = shutil.copytree(again.source, tmp_path / "model")
     (folder / "modeling_darwinlm.py").write_text("raise SystemExit('code of the model was run')\n")
@@ -223,7 +221,7 @@ def limit(dense, fixed, reference=None):
     )
 
 
-def test_each_step_leaves_the_same_share_of_what_can_be_removed():
+def test_steps_remove_equal_shares():
     sizes = [
         make_budget({"params": 0.46}, {"params": limit(1000, 100)}, part / 3).limits[0].maximum for part in (1, 2, 3)
     ]
@@ -235,7 +233,7 @@ def test_each_step_leaves_the_same_share_of_what_can_be_removed():
     assert (later.maximum, later.dense, later.uncut) == (460, 1000, 700)
 
 
-def test_the_steps_of_a_training_read_on_where_the_one_before_stopped(tmp_path):
+def test_steps_continue_training_text(tmp_path):
     blocks = Tokens.unmasked(torch.arange(10).view(5, 2))
     whole = Blocks(blocks, 12, 3, 0, False)
     parts = [*Blocks(blocks, 7, 3, 0, False), *Blocks(blocks, 5, 3, 7, False)]
@@ -260,7 +258,7 @@ def test_the_steps_of_a_training_read_on_where_the_one_before_stopped(tmp_path):
         ({"steps": 2, "target": "params=0.5,latency=0.5"}, "steps=2 with a latency limit"),
     ],
 )
-def test_steps_that_cannot_be_are_refused(settings, message):
+def test_invalid_steps_refused(settings, message):
     with pytest.raises(UserError, match=message):
         load_recipe("quick", {"model": "m", "target": 0.5, **settings})
 
@@ -309,7 +307,7 @@ def units_of(folder):
     return json.loads((folder / "plan.json").read_text())["units"]
 
 
-def test_a_gradual_run_meets_its_target_and_what_was_removed_stays_removed(gradual):
+def test_gradual_run_meets_target(gradual):
     run, _, _ = gradual
     rows = {row["name"]: row for row in run.metrics["rows"]}
     assert list(rows) == ["dense", "uniform", "step 1", "found", "recovered"]
@@ -331,7 +329,7 @@ def test_a_gradual_run_meets_its_target_and_what_was_removed_stays_removed(gradu
     assert (budget["dense"], budget["found"]) == (dense, rows["found"]["parameters"])
 
 
-def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engines(gradual, checkpoint, tmp_path):
+def test_gradual_run_evaluated_and_exported(gradual, checkpoint, tmp_path):
     run, _, _ = gradual
     test = load_corpus(run.path / "corpus.safetensors").splits["test"].input_ids_BT.long()
     with torch.no_grad():
@@ -345,7 +343,7 @@ def test_what_it_leaves_is_compared_with_the_first_model_and_proved_in_the_engin
     assert export_model(run.path / "step-1", "vllm", tmp_path / "vllm").proof is not None
 
 
-def test_its_steps_share_out_the_training_and_are_in_the_report(gradual):
+def test_gradual_run_splits_training_over_steps(gradual):
     run, _, begun = gradual
     losses = [json.loads((path / "recovery" / "losses.json").read_text()) for path in (run.path / "step-1", run.path)]
     # Of 96 tokens 48, in batches of 2 * 16: 2 steps; then what is left.
@@ -363,7 +361,7 @@ def test_its_steps_share_out_the_training_and_are_in_the_report(gradual):
     assert SIZE < unfinished["share"] < 1
 
 
-def test_inspect_shows_it_against_the_dense_model_however_far_it_is(gradual, tmp_path, capsys):
+def test_inspect_of_gradual_run(gradual, tmp_path, capsys):
     run, _, begun = gradual
     assert exit_code(["inspect", str(run.path)]) == 0
     of_run = capsys.readouterr().out
@@ -385,7 +383,7 @@ def test_inspect_shows_it_against_the_dense_model_however_far_it_is(gradual, tmp
     "place",
     ["step 1", "nothing", "run/database/index.json", "run/search/state.json", "run/recovery/weights", "run/model"],
 )
-def test_it_ends_the_same_wherever_it_stops(place, gradual, checkpoint, tmp_path, monkeypatch):
+def test_gradual_run_resumes_to_same_files(place, gradual, checkpoint, tmp_path, monkeypatch):
     finished, settings, begun = gradual
     shutil.copytree(begun.with_name("early") if place == "step 1" else begun, tmp_path / "run")
     if place.startswith("run/"):
@@ -401,7 +399,7 @@ def test_it_ends_the_same_wherever_it_stops(place, gradual, checkpoint, tmp_path
     assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
-def test_more_training_is_of_the_last_step(gradual, tmp_path):
+def test_recover_again_trains_last_step(gradual, tmp_path):
     finished, _, _ = gradual
     shutil.copytree(finished.path, tmp_path / "run")
     recover_again(tmp_path / "run", {"recovery.tokens": "0.192K"})
@@ -411,7 +409,7 @@ def test_more_training_is_of_the_last_step(gradual, tmp_path):
     assert len(json.loads((tmp_path / "run" / "recovery" / "losses.json").read_text())["loss"]) == 4
 
 
-def test_a_model_of_a_run_can_be_pruned_by_itself(gradual, text, tmp_path):
+def test_prune_model_of_a_step(gradual, text, tmp_path):
     run, _, _ = gradual
     source = run.path / "step-1" / "model"
     settings = {**SETTINGS, "data.source": str(text), "recovery.tokens": 0, "search.generations": 1}
@@ -429,7 +427,7 @@ def test_a_model_of_a_run_can_be_pruned_by_itself(gradual, text, tmp_path):
         prune(source, target=0.8, out=tmp_path / "other", settings={**settings, "search.uniform": True})
 
 
-def test_two_ranks_take_the_steps_together_and_read_one_stream(gradual, checkpoint, text, tmp_path):
+def test_gradual_run_of_two_ranks(gradual, checkpoint, text, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
     command += ["prune", str(checkpoint("qwen3")), "--target", "0.5", "--out", str(tmp_path / "run"), "--quiet"]
     settings = {**GRADUAL, "data.source": str(text), "database.granularity": "query_head", "recovery.text": "stream"}
@@ -446,7 +444,7 @@ def test_two_ranks_take_the_steps_together_and_read_one_stream(gradual, checkpoi
     assert units_of(first.folder / "model").keys() >= units_of(tmp_path / "run" / "model").keys()
 
 
-def test_a_plan_counts_every_step(checkpoint, capsys):
+def test_plan_command_lists_steps(checkpoint, capsys):
     command = ["plan", str(checkpoint("llama")), "--target", "0.6", "--gpu", "h100", "--set", "data.sequence_length=64"]
     assert exit_code([*command, "--steps", "2"]) == 0
     gradual = " ".join(capsys.readouterr().out.split())
@@ -457,7 +455,7 @@ def test_a_plan_counts_every_step(checkpoint, capsys):
     assert "step 1: evaluation" not in gradual and "evaluation" in gradual
 
 
-def test_a_plan_of_a_pruned_model_is_of_what_is_left(gradual):
+def test_plan_run_of_pruned_model(gradual):
     run, _, _ = gradual
     whole, left = run.metrics["rows"][0]["parameters"], run.metrics["rows"][-1]["parameters"]
     from darwinlm.commands.plan import plan_run

@@ -35,9 +35,7 @@ def half(pruned, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_run_with_the_dense_model_in_bfloat16_finds_what_one_in_float32_finds(
-    family, checkpoint, text, monkeypatch, tmp_path
-):
+def test_run_with_bfloat16_dense_model(family, checkpoint, text, monkeypatch, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "search.descent_rounds": 1, "recovery.refit_tokens": 64}
     rows = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -51,7 +49,7 @@ def test_a_run_with_the_dense_model_in_bfloat16_finds_what_one_in_float32_finds(
         assert half["kl"] == pytest.approx(full["kl"], rel=0.25)
 
 
-def test_the_dense_model_is_never_held_in_float32(half):
+def test_dense_model_stays_in_bfloat16(half):
     dense, database = half
     space = database.space(dense.sites)
     plan = error_plan(space, parameter_budget(TARGET, space))
@@ -62,7 +60,7 @@ def test_the_dense_model_is_never_held_in_float32(half):
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.weights.items())
 
 
-def test_layers_are_parked_where_a_trial_would_not_fit_beside_them(pruned, monkeypatch):
+def test_layers_offloaded_when_trial_does_not_fit(pruned, monkeypatch):
     dense, database = pruned("qwen2", "kv_group")
     space = database.space(dense.sites)
     plan = error_plan(space, parameter_budget(TARGET, space))
@@ -76,7 +74,7 @@ def test_layers_are_parked_where_a_trial_would_not_fit_beside_them(pruned, monke
         assert parked == expected
 
 
-def test_sensitivities_in_bfloat16_are_those_in_float32(half, monkeypatch):
+def test_sensitivities_in_bfloat16(half, monkeypatch):
     dense, database = half
     space = database.space(dense.sites)
     base = error_plan(space, parameter_budget(TARGET, space))

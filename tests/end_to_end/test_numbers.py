@@ -68,9 +68,7 @@ def write(shape, folder):
     draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=6, max_size=6),
     target=st.floats(0.3, 1),
 )
-def test_any_shape_can_be_cut_to_any_plan_and_takes_what_its_space_says(
-    shape, granularity, levels, draws, target, tmp_path_factory
-):
+def test_any_shape_and_plan(shape, granularity, levels, draws, target, tmp_path_factory):
     dense = load_dense(write(shape, tmp_path_factory.mktemp("model")), granularity, CPU)
     tokens = torch.arange(16).view(2, 8) % shape["vocab_size"]
     recipe = DatabaseRecipe(levels=levels, granularity=granularity)
@@ -104,7 +102,7 @@ def test_any_shape_can_be_cut_to_any_plan_and_takes_what_its_space_says(
 
 
 @pytest.mark.parametrize("heads", [(6, 4), (5, 2), (2, 3)])
-def test_kv_heads_that_do_not_divide_the_heads_are_refused(heads, checkpoint, tmp_path):
+def test_kv_heads_not_dividing_heads_refused(heads, checkpoint, tmp_path):
     make_checkpoint("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
@@ -115,7 +113,7 @@ def test_kv_heads_that_do_not_divide_the_heads_are_refused(heads, checkpoint, tm
 
 
 @pytest.mark.parametrize("head_dim", [1, 7])
-def test_odd_head_dims_which_rotation_cannot_pair_are_refused(head_dim, tmp_path):
+def test_odd_head_dim_refused(head_dim, tmp_path):
     make_checkpoint("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": head_dim}))
@@ -143,7 +141,7 @@ DEAD = {
 
 
 @pytest.mark.parametrize("case", DEAD)
-def test_units_that_never_fire_go_first_and_cost_nothing(case, calibration, tmp_path):
+def test_inactive_units_removed_first(case, calibration, tmp_path):
     folder = make_checkpoint("qwen3", tmp_path / "model")
     change_weights(folder, DEAD[case])
     dense = load_dense(str(folder), "kv_group", CPU)
@@ -163,14 +161,14 @@ def test_units_that_never_fire_go_first_and_cost_nothing(case, calibration, tmp_
 
 
 @pytest.mark.parametrize("tokens", [torch.full((8, 32), 7), torch.zeros(1, 2), torch.arange(2).repeat(4, 8)])
-def test_text_of_repeated_tokens_gives_a_database(tokens, checkpoint, tmp_path):
+def test_database_from_repeated_tokens(tokens, checkpoint, tmp_path):
     dense = load_dense(str(checkpoint("qwen3")), "kv_group", CPU)
     database = build_database(dense, tokens.int(), DatabaseRecipe(levels=4), tmp_path)
     assert all(math.isfinite(error) for site in database.space(dense.sites).sites for error in site.errors)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_batch_size_changes_rounding_alone(batch_size, calibration, checkpoint, tmp_path):
+def test_database_independent_of_batch_size(batch_size, calibration, checkpoint, tmp_path):
     dense = load_dense(str(checkpoint("qwen3")), "kv_group", CPU)
     one, other = (
         build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=size), tmp_path / str(size))
@@ -182,7 +180,7 @@ def test_the_batch_size_changes_rounding_alone(batch_size, calibration, checkpoi
         torch.testing.assert_close(first.output_weight, second.output_weight, rtol=1e-3, atol=1e-4)
 
 
-def test_documents_of_one_token_fill_the_splits():
+def test_pack_documents_of_one_token():
     recipe = DataRecipe(
         source="x", sequence_length=8, calibration_tokens=16, train_tokens=8, validation_tokens=8, test_tokens=8
     )
@@ -190,7 +188,7 @@ def test_documents_of_one_token_fill_the_splits():
     assert torch.cat([corpus.splits[split].input_ids_BT for split in SPLITS]).flatten().tolist() == list(range(40))
 
 
-def test_a_model_of_one_layer_and_documents_of_one_character_go_the_whole_way(tmp_path):
+def test_run_of_one_layer_and_one_character_documents(tmp_path):
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = write(
         {"model_type": "llama", "vocab_size": VOCABULARY, "num_key_value_heads": 1, "head_dim": 6, **shape},
@@ -220,7 +218,7 @@ def scorer(pruned, calibration):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_trial_whose_loss_has_no_value_scores_worst(value, scorer, monkeypatch):
+def test_trial_with_nonfinite_loss(value, scorer, monkeypatch):
     dense, database, scorer = scorer
     plan = error_plan(database.space(dense.sites), parameter_budget(0.8, database.space(dense.sites)))
 
@@ -233,14 +231,14 @@ def test_a_trial_whose_loss_has_no_value_scores_worst(value, scorer, monkeypatch
     assert scorer.score_after(plan, 64, 64).kl is None
 
 
-def test_a_trial_whose_gradient_has_no_value_scores_worst_though_its_weights_are_whole(scorer, monkeypatch):
+def test_trial_with_nonfinite_gradient(scorer, monkeypatch):
     dense, database, scorer = scorer
     plan = error_plan(database.space(dense.sites), parameter_budget(0.8, database.space(dense.sites)))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda masters, most: torch.tensor(torch.inf))
     assert scorer.score_after(plan, 64, 64).kl is None
 
 
-def test_training_stops_where_the_loss_has_no_value(pruned):
+def test_train_briefly_stops_at_nonfinite_loss(pruned):
     dense, _ = pruned("qwen3", "kv_group")
     weights = {name: tensor.clone() for name, tensor in dense.weights.items()}
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.inf
@@ -253,7 +251,7 @@ def test_training_stops_where_the_loss_has_no_value(pruned):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(scores=st.lists(st.sampled_from([None, 0.5, 1.0, 0.0]), min_size=200, max_size=200), seed=st.integers(0, 99))
-def test_a_search_among_diverging_candidates_ends_within_the_budget(scores, seed, pruned_space):
+def test_search_with_diverging_candidates(scores, seed, pruned_space):
     space = pruned_space
     budget = parameter_budget(0.8, space)
     recipe = SearchRecipe(

@@ -31,7 +31,7 @@ from darwinlm.run.lock import RunLock
 from darwinlm.runtime import dist, progress
 
 
-def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
+def test_run_meets_target_and_writes_metrics(run):
     finished, _ = run
     rows = {row["name"]: row for row in finished.metrics["rows"]}
     assert list(rows) == ["dense", "uniform", "found", "recovered"]
@@ -52,7 +52,7 @@ def test_a_run_leaves_a_model_of_the_size_asked_for_and_what_was_measured(run):
     assert plan == json.loads((finished.path / "search" / "best_plan.json").read_text())
 
 
-def test_the_model_card_has_the_numbers_the_recipe_and_no_path_of_this_machine(run):
+def test_model_card_without_local_paths(run):
     finished, settings = run
     card = (finished.model_path / "README.md").read_text()
     assert f"{finished.metrics['rows'][-1]['parameters']:,}" in card
@@ -62,14 +62,14 @@ def test_the_model_card_has_the_numbers_the_recipe_and_no_path_of_this_machine(r
     assert str(Path(settings["data.source"]).parent) not in card
 
 
-def test_the_search_found_the_best_of_what_it_scored(run):
+def test_search_history_keeps_best_score(run):
     finished, _ = run
     lines = [json.loads(line) for line in (finished.path / "search" / "history.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [0, 1, 2]
     assert all(line["score"] == min(line["scores"]) for line in lines)
 
 
-def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoint, tmp_path):
+def test_family_of_sizes_shares_database(run, checkpoint, tmp_path):
     _, settings = run
     settings = {**settings, "search.generations": 1, "recovery.tokens": 0}
     family = prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
@@ -104,7 +104,7 @@ def test_a_family_shares_a_database_and_its_table_holds_every_size(run, checkpoi
         ("recovery", "evaluation", True),
     ],
 )
-def test_what_is_made_again_after_a_stage(stage, later, follows):
+def test_stage_affects_later_stages(stage, later, follows):
     stage, later = Stage.parse(stage), Stage.parse(later)
     assert stage.affects(later) == follows
 
@@ -112,7 +112,7 @@ def test_what_is_made_again_after_a_stage(stage, later, follows):
 @pytest.mark.parametrize(
     ("name", "family"), [("llama2_7b_2.7b", "llama"), ("llama3.1_8b_4.6b", "llama"), ("qwen2.5_14b_8.4b", "qwen2")]
 )
-def test_a_case_of_the_paper_runs_on_a_model_of_its_shape_made_small(name, family, run, checkpoint, tmp_path):
+def test_paper_recipe_runs_on_tiny_model(name, family, run, checkpoint, tmp_path):
     _, settings = run
     kept = ("search.survivors", "search.offspring", "search.learning_rate")
     small = {key: value for key, value in settings.items() if key not in kept}
@@ -126,7 +126,7 @@ def test_a_case_of_the_paper_runs_on_a_model_of_its_shape_made_small(name, famil
     assert recovered["name"] == "recovered" and recovered["parameters"] <= TARGET * dense["parameters"]
 
 
-def test_several_limits_hold_for_the_model_that_is_written(run, checkpoint, tmp_path):
+def test_run_with_several_limits(run, checkpoint, tmp_path):
     _, settings = run
     settings = {**settings, "recovery.tokens": 0}
     target = "params=0.8,kv_cache=0.5,latency=0.99"
@@ -141,7 +141,7 @@ def test_several_limits_hold_for_the_model_that_is_written(run, checkpoint, tmp_
     assert set(limits["latency"]["measured"]) == {"dense", "found"}
 
 
-def test_the_same_command_again_does_nothing_and_another_is_refused(run, checkpoint):
+def test_same_command_again_does_nothing(run, checkpoint):
     finished, settings = run
     before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}
     again = prune(checkpoint("qwen3"), target=TARGET, out=finished.path, settings=settings)
@@ -151,7 +151,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(run, checkpo
     assert before == {file: file.stat().st_mtime_ns for file in finished.path.rglob("*") if file.is_file()}
 
 
-def test_the_command_recover_goes_on_with_a_run(run, tmp_path, capsys, monkeypatch):
+def test_recover_command_resumes_run(run, tmp_path, capsys, monkeypatch):
     finished, _ = run
     out = shutil.copytree(finished.path, tmp_path / "run")
     before = files_of(out)
@@ -165,7 +165,7 @@ def test_the_command_recover_goes_on_with_a_run(run, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("extra", [{"lora_rank": 2}, {"teacher_top_k": 8, "teacher_dtype": "int8"}])
-def test_recover_trains_the_same_plan_anew_and_touches_nothing_else(extra, run, tmp_path, monkeypatch):
+def test_recover_again_trains_same_plan(extra, run, tmp_path, monkeypatch):
     finished, _ = run
     # Whether so short a training improves so small a model depends on the rounding of the hardware.
     monkeypatch.setattr(training, "best_of", lambda evaluations: evaluations[-1])
@@ -205,9 +205,7 @@ main()
 """
 
 
-def test_two_ranks_that_shard_the_training_outlive_a_kill_and_write_a_model_that_transformers_loads(
-    run, checkpoint, tmp_path
-):
+def test_two_sharded_ranks_resume_after_kill(run, checkpoint, tmp_path):
     finished, settings = run
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
@@ -231,7 +229,7 @@ def test_two_ranks_that_shard_the_training_outlive_a_kill_and_write_a_model_that
     assert (here - there).abs().max() < 0.02 * there.abs().max()
 
 
-def test_ranks_that_wait_for_one_that_stops_say_so_in_one_line(run, checkpoint):
+def test_ranks_report_stopped_rank_in_one_line(run, checkpoint):
     finished, settings = run
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
     command += ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(finished.path), "--quiet"]
@@ -244,7 +242,7 @@ def test_ranks_that_wait_for_one_that_stops_say_so_in_one_line(run, checkpoint):
     assert "[rank1]: Traceback" not in refused.stderr, refused.stderr
 
 
-def test_no_file_of_a_training_is_removed_before_all_ranks_have_read_it(run, tmp_path, monkeypatch):
+def test_recovery_files_removed_after_barrier(run, tmp_path, monkeypatch):
     """The last that they read are the best weights, at the end of `recover`."""
     finished, _ = run
     shutil.copytree(finished.path, tmp_path / "run")
@@ -267,7 +265,7 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("nth", range(1, 31, 4))
-def test_a_run_that_crashes_at_any_file_it_writes_ends_the_same(nth, run, checkpoint, tmp_path, monkeypatch):
+def test_run_resumes_after_crash_at_any_file(nth, run, checkpoint, tmp_path, monkeypatch):
     finished, settings = run
     count = 0
     replace = os.replace
@@ -286,9 +284,7 @@ def test_a_run_that_crashes_at_any_file_it_writes_ends_the_same(nth, run, checkp
     assert files_of(resumed.path) == files_of(finished.path)
 
 
-def test_a_run_that_crashes_between_its_text_and_the_note_of_it_reads_the_same_text(
-    run, checkpoint, tmp_path, monkeypatch
-):
+def test_run_resumes_after_crash_before_corpus_is_recorded(run, checkpoint, tmp_path, monkeypatch):
     finished, settings = run
     replace = os.replace
 
@@ -306,7 +302,7 @@ def test_a_run_that_crashes_between_its_text_and_the_note_of_it_reads_the_same_t
     assert files_of(tmp_path / "run") == files_of(finished.path)
 
 
-def test_a_clock_that_jumps_changes_nothing(run, checkpoint, tmp_path, monkeypatch):
+def test_clock_jumps_change_nothing(run, checkpoint, tmp_path, monkeypatch):
     finished, settings = run
     now, jumps = time.time, itertools.cycle([0, 1e8, -1e8, 3_600, -7_200])
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
@@ -316,7 +312,7 @@ def test_a_clock_that_jumps_changes_nothing(run, checkpoint, tmp_path, monkeypat
     assert all(0 <= stage["seconds"] < 10_000 for stage in stages.values())
 
 
-def test_text_that_the_model_writes_is_as_long_as_the_splits_need(checkpoint):
+def test_generate_text_fills_splits(checkpoint):
     dense = load_dense(str(checkpoint("qwen3")), "kv_group", torch.device("cpu"))
     recipe = load_recipe("quick", {"model": "m", "target": TARGET, **SETTINGS})
     corpus = prepare.generate_text(dense, recipe)
@@ -348,7 +344,7 @@ main()
 """
 
 
-def test_kill_9_in_database_and_search_changes_no_byte_of_the_plan(run, checkpoint, tmp_path):
+def test_run_resumes_after_sigkill(run, checkpoint, tmp_path):
     finished, settings = run
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
     for key, value in settings.items():
@@ -392,7 +388,7 @@ main()
         ("SIGINT,SIGINT", "search/state.json,manifest.json"),
     ],
 )
-def test_signals_end_a_run_with_130_and_keep_what_was_done(numbers, places, run, checkpoint, tmp_path):
+def test_signals_end_run_with_130(numbers, places, run, checkpoint, tmp_path):
     finished, settings = run
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run")]
     for key, value in settings.items():
@@ -430,18 +426,18 @@ sys.exit(cli.exit_code([]))
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
-def test_told_twice_to_end_it_ends_at_once(first, second):
+def test_second_signal_ends_at_once(first, second):
     done = subprocess.run([sys.executable, "-c", TWICE, first, second], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (130, "putting in order\n", f"\n{cli._KEPT}\n")
 
 
-def test_another_model_under_the_same_name_is_refused(run, checkpoint, tmp_path):
+def test_another_model_in_same_run_refused(run, checkpoint, tmp_path):
     finished, settings = run
     with pytest.raises(darwinlm.UserError, match="is a run with another recipe"):
         prune(checkpoint("llama"), target=TARGET, out=finished.path, settings=settings)
 
 
-def test_removed_units_are_in_no_tensor_of_the_result(run):
+def test_removed_units_absent_from_tensors(run):
     finished, _ = run
     tensors = load_file(finished.model_path / "model.safetensors")
     plan = json.loads((finished.model_path / "plan.json").read_text())
@@ -456,7 +452,7 @@ def test_removed_units_are_in_no_tensor_of_the_result(run):
             assert (tensors[name].shape[0] // 16 if name in tensors else 0) == units
 
 
-def test_a_model_written_by_a_run_can_be_told_from_a_dense_one(run):
+def test_load_model_of_run(run):
     finished, _ = run
     model = darwinlm.load(finished.path)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def change(file, **entries):
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
-def test_the_payload_leaves_a_mark_where_it_is_unpickled(mark, tmp_path):
+def test_payload_leaves_mark(mark, tmp_path):
     plant(tmp_path, mark)
     with open(tmp_path / "optimizer.pt", "rb") as file:
         pickle.load(file)
@@ -87,7 +87,7 @@ def test_the_payload_leaves_a_mark_where_it_is_unpickled(mark, tmp_path):
     assert mark.exists()
 
 
-def test_pickles_beside_the_weights_and_in_the_run_are_never_read(model, text, mark, tmp_path, monkeypatch):
+def test_pickles_never_read(model, text, mark, tmp_path, monkeypatch):
     plant(model, mark)
     settings = {**SETTINGS, "data.source": str(text), "recovery.checkpoint_steps": 1}
     replace = os.replace
@@ -112,7 +112,7 @@ def test_pickles_beside_the_weights_and_in_the_run_are_never_read(model, text, m
     assert not mark.exists()
 
 
-def test_pickled_weights_alone_are_refused(model, mark):
+def test_pickled_weights_refused(model, mark):
     plant(model, mark)
     (model / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"only safetensors files are supported; convert .* which can run code"):
@@ -138,7 +138,7 @@ AUTO_MAP = {
         lambda folder: write_json(folder / "generation_config.json", {"custom_generate": str(folder)}),
     ],
 )
-def test_code_that_comes_with_a_model_is_never_run(plant_code, model, mark):
+def test_code_of_checkpoint_never_run(plant_code, model, mark):
     for name in ("custom.py", "modeling_custom.py", "tokenizer.py", "setup.py", "conftest.py", "custom_generate.py"):
         (model / name).write_text(code(mark))
     (model / "custom_generate").mkdir()
@@ -150,7 +150,7 @@ def test_code_that_comes_with_a_model_is_never_run(plant_code, model, mark):
     assert str(model) not in sys.path
 
 
-def test_loading_a_pruned_model_runs_no_code_from_its_folder(run, mark, tmp_path):
+def test_load_runs_no_code_from_folder(run, mark, tmp_path):
     shutil.copytree(run[0].model_path, tmp_path / "pruned")
     (tmp_path / "pruned" / "modeling_darwinlm.py").write_text(code(mark))
     darwinlm.load(tmp_path / "pruned")
@@ -163,7 +163,7 @@ def test_loading_a_pruned_model_runs_no_code_from_its_folder(run, mark, tmp_path
 @pytest.mark.parametrize(
     "name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".", "model.bin", None, 3]
 )
-def test_an_index_names_no_file_outside_its_folder(name, model):
+def test_index_with_outside_path_refused(name, model):
     shutil.move(model / "model.safetensors", model.parent / "other.safetensors")
     write_json(model / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": name}})
     with pytest.raises(UserError, match=r"index\.json cannot be read \(it lists files outside its folder, or of"):
@@ -171,7 +171,7 @@ def test_an_index_names_no_file_outside_its_folder(name, model):
 
 
 @pytest.mark.parametrize("name", ["../../../evil", "/tmp/evil", "a/b", ".hidden", "a\nb", ""])
-def test_a_chat_template_names_no_file_outside_its_folder(name, model):
+def test_chat_template_with_outside_path_refused(name, model):
     (model / "chat_template.jinja").unlink()
     templates = [{"name": "default", "template": "{{ 1 }}"}, {"name": name, "template": "{{ 1 }}"}]
     change(model / "tokenizer_config.json", chat_template=templates)
@@ -180,7 +180,7 @@ def test_a_chat_template_names_no_file_outside_its_folder(name, model):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "search/best_plan.json"])
-def test_a_link_in_the_place_of_a_draft_is_not_followed(name, tmp_path):
+def test_symlink_as_draft_not_followed(name, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     file = tmp_path / "run" / name
@@ -196,7 +196,7 @@ def test_a_link_in_the_place_of_a_draft_is_not_followed(name, tmp_path):
     assert precious.read_text() == "mine"
 
 
-def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path):
+def test_symlink_as_lock_refused(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").symlink_to(tmp_path / "precious")
@@ -234,7 +234,7 @@ def metrics_of(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_shows_names_as_text(name):
+def test_model_card_escapes_names(name):
     def tags(name):
         recipe = load_recipe("quick", {"model": name, "target": 0.5, "data.source": name, "data.text_field": name})
         card = model_card(recipe, PLAN, metrics_of(name))
@@ -246,7 +246,7 @@ def test_the_card_shows_names_as_text(name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "[/red]", "[bold", "[link=https://example.com]x[/link]"])
-def test_the_table_at_the_end_shows_names_as_text(name, capsys):
+def test_summary_escapes_names(name, capsys):
     show(metrics_of(name), Console(width=200, force_terminal=False))
     printed = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in printed)
@@ -255,7 +255,7 @@ def test_the_table_at_the_end_shows_names_as_text(name, capsys):
             assert word in printed
 
 
-def test_an_error_says_nothing_to_the_terminal(capsys):
+def test_errors_escape_terminal_codes(capsys):
     assert cli._fail("model '\x1b]0;owned\x07\x1b[2J' is\r\nnowhere\u202e") == 2
     assert capsys.readouterr().err == "error: model ' ]0;owned [2J' is nowhere\n"
 
@@ -267,7 +267,7 @@ def test_an_error_says_nothing_to_the_terminal(capsys):
         (Path(mlx.__file__).with_name("darwinlm_mlx.py"), {"dataclasses", "mlx", "mlx_lm"}),
     ],
 )
-def test_the_code_in_a_folder_needs_its_engine_only(file, needed):
+def test_shipped_code_imports_only_its_engine(file, needed):
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

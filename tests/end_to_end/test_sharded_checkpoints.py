@@ -27,7 +27,7 @@ def small_files(monkeypatch):
         monkeypatch.setattr(module, "SHARD", "40KB")
 
 
-def test_a_checkpoint_of_several_files_goes_in_and_out(checkpoint, run, text, small_files, tmp_path):
+def test_sharded_checkpoint_pruned_and_written(checkpoint, run, text, small_files, tmp_path):
     whole, _ = run
     model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
@@ -59,7 +59,7 @@ def test_a_checkpoint_of_several_files_goes_in_and_out(checkpoint, run, text, sm
 
 
 @pytest.mark.parametrize("target", ["gguf", "mlx", "hf-native", "vllm"])
-def test_exports_read_and_write_several_files(target, checkpoint, text, small_files, tmp_path):
+def test_sharded_checkpoint_exported(target, checkpoint, text, small_files, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "search.uniform": True, "recovery.tokens": 0}
     out = prune(checkpoint("llama"), target=TARGET, out=tmp_path / "run", settings=settings).path
     assert (out / "model" / INDEX).exists()

@@ -19,7 +19,7 @@ def file(tmp_path_factory):
     return export_model(folder, "gguf").path
 
 
-def test_token_by_token_llama_cpp_says_what_it_says_of_the_whole_text(file):
+def test_llama_cpp_logits_token_by_token(file):
     engine = Engine(file)
     tokens = list(range(20, 44))
     whole_TV = engine.logits(tokens)
@@ -30,7 +30,7 @@ def test_token_by_token_llama_cpp_says_what_it_says_of_the_whole_text(file):
     engine.close()
 
 
-def test_request_seconds_of_a_prompt_and_of_new_tokens(file, monkeypatch):
+def test_llama_cpp_request_seconds(file, monkeypatch):
     """On a clock on which a call takes a second and one for each of its tokens."""
     engine, decode, now = Engine(file), Engine._decode, [0]
 
@@ -44,7 +44,7 @@ def test_request_seconds_of_a_prompt_and_of_new_tokens(file, monkeypatch):
     engine.close()
 
 
-def test_files_are_timed_in_turns_and_the_first_pass_does_not_count(monkeypatch, tmp_path):
+def test_llama_cpp_alternates_files_after_warm_up(monkeypatch, tmp_path):
     timed = []
 
     class Fake:
@@ -64,7 +64,7 @@ def test_files_are_timed_in_turns_and_the_first_pass_does_not_count(monkeypatch,
     assert found[1]["dense"][0] == 16.0
 
 
-def test_a_file_that_cannot_be_run_is_the_engines_own_reason(tmp_path):
+def test_llama_cpp_error_of_broken_file(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(EngineError):
         time_requests({"broken": tmp_path / "broken.gguf"}, [(4, 1)], 1)

@@ -49,7 +49,7 @@ def stand_in(tmp_path, monkeypatch):
     return notes
 
 
-def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stand_in, tmp_path):
+def test_vllm_alternates_models_by_batch_and_length(stand_in, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -70,12 +70,12 @@ def test_vllm_is_timed_in_turns_in_a_process_of_its_own_by_batch_and_length(stan
     assert times == [dict.fromkeys(folders, seconds) for seconds in expected]
 
 
-def test_what_vllm_cannot_load_is_its_own_reason(stand_in, tmp_path):
+def test_vllm_load_error(stand_in, tmp_path):
     with pytest.raises(EngineError, match=r"^ValueError: no model there$"):
         vllm.time_requests({"dense": tmp_path}, [(1, 8, 4)], 1, 50)
 
 
-def test_of_what_vllm_says_the_cause_is_told(stand_in, tmp_path):
+def test_vllm_error_names_root_cause(stand_in, tmp_path):
     failing = """
 import sys
 class LLM:

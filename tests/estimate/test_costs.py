@@ -33,7 +33,7 @@ def stages(costs):
     return {stage.name: stage for stage in costs.stages}
 
 
-def test_sizes_are_those_of_the_model_and_the_config_is_enough(checkpoint, tmp_path):
+def test_plan_run_sizes_from_config_only(checkpoint, tmp_path):
     folder = tmp_path / "config alone"
     folder.mkdir()
     shutil.copy(checkpoint("qwen3") / "config.json", folder)
@@ -55,7 +55,7 @@ def test_sizes_are_those_of_the_model_and_the_config_is_enough(checkpoint, tmp_p
         ({"workload__batch_size": 10**4}, "evaluation"),
     ],
 )
-def test_more_of_something_costs_more_where_it_is_used_and_in_proportion(settings, stage, checkpoint):
+def test_costs_proportional_to_settings(settings, stage, checkpoint):
     few, some, double = (
         stages(costs_of(checkpoint("llama"), **{key: int(value * times) for key, value in settings.items()}))
         for times in (0.5, 1, 2)
@@ -66,7 +66,7 @@ def test_more_of_something_costs_more_where_it_is_used_and_in_proportion(setting
         assert double[other].seconds == pytest.approx(some[other].seconds)
 
 
-def test_devices_share_out_the_work_and_sharding_the_memory(checkpoint):
+def test_costs_with_several_devices_and_sharding(checkpoint):
     one = stages(costs_of(checkpoint("llama"), recovery__tokens=10**9, recovery__batch_size=8))
     eight = Machine(name="eight", devices=8, memory=80e9, accelerator=True)
     many = stages(costs_of(checkpoint("llama"), eight, recovery__tokens=10**9, recovery__batch_size=8))
@@ -77,7 +77,7 @@ def test_devices_share_out_the_work_and_sharding_the_memory(checkpoint):
     assert stages(shared)["recovery"].memory < many["recovery"].memory
 
 
-def test_what_does_not_fit_comes_with_the_settings_that_make_it(checkpoint):
+def test_costs_advice_when_memory_is_exceeded(checkpoint):
     small = Machine(name="small", devices=2, memory=1e6, accelerator=True)
     costs = costs_of(checkpoint("llama"), small)
     assert "recovery.activations=recompute" in costs.advice
@@ -86,7 +86,7 @@ def test_what_does_not_fit_comes_with_the_settings_that_make_it(checkpoint):
     assert costs_of(checkpoint("llama"), large).advice == ()
 
 
-def test_the_command_prints_a_table(checkpoint, capsys, monkeypatch):
+def test_plan_command_prints_table(checkpoint, capsys, monkeypatch):
     command = ["darwinlm", "plan", str(checkpoint("llama")), "--target", "0.7", "--gpu", "h100", "--gpus", "8"]
     monkeypatch.setattr("sys.argv", [*command, "--gpu-memory", "40GB", "--set", "data.sequence_length=64"])
     with pytest.raises(SystemExit) as ended:
@@ -106,7 +106,7 @@ def test_the_command_prints_a_table(checkpoint, capsys, monkeypatch):
         (["--set", "target=0.01"], "target 0.01"),
     ],
 )
-def test_what_cannot_be_planned_is_one_clear_line(options, message, checkpoint, capsys, monkeypatch):
+def test_plan_command_error_one_line(options, message, checkpoint, capsys, monkeypatch):
     command = ["darwinlm", "plan", str(checkpoint("llama")), "--target", "0.7", *options]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:
@@ -116,7 +116,7 @@ def test_what_cannot_be_planned_is_one_clear_line(options, message, checkpoint, 
     assert error.count("\n") == 1 and message in error
 
 
-def test_what_is_not_done_costs_nothing(checkpoint, tmp_path):
+def test_costs_of_omitted_work(checkpoint, tmp_path):
     model = checkpoint("llama")
     whole = stages(costs_of(model))
     assert stages(costs_of(model, search__uniform=True))["search"].seconds < 0.5 * whole["search"].seconds

@@ -7,7 +7,7 @@ from darwinlm.errors import UserError
 from darwinlm.evaluation.local_tasks import local_tasks
 
 
-def test_each_shape_of_item_gets_its_own_kind_of_task(tmp_path):
+def test_local_tasks_by_item_format(tmp_path):
     for name, item in ITEMS.items():
         write(tmp_path, name, item, "", item)
     configs = local_tasks(tmp_path)
@@ -32,13 +32,13 @@ def test_each_shape_of_item_gets_its_own_kind_of_task(tmp_path):
         ([{**ITEMS["contexts"], "gold": "1"}], r"line 1: gold must be the index of one of the 2 context_options"),
     ],
 )
-def test_what_is_no_task_is_said_with_its_line(lines, message, tmp_path):
+def test_local_tasks_error_names_line(lines, message, tmp_path):
     write(tmp_path, "task", *lines)
     with pytest.raises(UserError, match=message):
         local_tasks(tmp_path)
 
 
-def test_a_folder_without_tasks(tmp_path):
+def test_local_tasks_folder_without_tasks(tmp_path):
     with pytest.raises(UserError, match=r"contains no \*\.jsonl"):
         local_tasks(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):

@@ -14,7 +14,7 @@ from darwinlm.models.walking import CACHE
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 
 
-def test_sizes_are_those_of_the_model(pruned):
+def test_parameters_of_and_kv_cache_bytes(pruned):
     dense, database = pruned("qwen3", "kv_group")
     model = halved(dense, database)
     cache = model(BLOCKS.long()[:1], use_cache=True)[CACHE]
@@ -42,7 +42,7 @@ def test_speeds_are_tokens_over_seconds(pruned, monkeypatch):
 
 
 @pytest.mark.parametrize(("asked", "new"), [(0, 1), (20, 20), (500, 32)])
-def test_speeds_count_the_tokens_of_all_requests_and_are_medians(asked, new, pruned, monkeypatch):
+def test_speeds_are_medians_over_batch(asked, new, pruned, monkeypatch):
     seen, seconds = [], iter([(9.0, 9.0), (0.1, 0.5), (0.4, 4.0), (0.2, 0.1)])
 
     def time_request(model, **request):
@@ -57,7 +57,7 @@ def test_speeds_count_the_tokens_of_all_requests_and_are_medians(asked, new, pru
     assert (prefill, decode) == (pytest.approx(3 * 8 / 0.2), pytest.approx(3 * new / 0.5))
 
 
-def test_a_request_that_does_not_fit_in_memory_costs_only_the_speeds(pruned, monkeypatch, caplog):
+def test_measure_without_memory_for_speeds(pruned, monkeypatch, caplog):
     def time_request(model, **request):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total ...")
 

@@ -14,20 +14,20 @@ RIGHT = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, ma
 
 
 @pytest.mark.parametrize(("ones", "others"), list(itertools.product(range(6), repeat=2)))
-def test_mcnemar_counts_the_tosses_that_are_at_least_as_uneven(ones, others):
+def test_mcnemar_matches_enumeration(ones, others):
     tosses = list(itertools.product((0, 1), repeat=ones + others))
     uneven = [abs(2 * sum(toss) - len(toss)) >= abs(ones - others) for toss in tosses]
     assert mcnemar(ones, others) == pytest.approx(sum(uneven) / len(tosses))
 
 
-def test_mcnemar_of_thousands_of_items_is_near_the_normal_approximation():
+def test_mcnemar_near_normal_approximation():
     z = (2_600 - 2_400 - 1) / math.sqrt(5_000)
     assert mcnemar(2_400, 2_600) == mcnemar(2_600, 2_400) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
     assert mcnemar(0, 5_000) == 0.0
 
 
 @given(RIGHT)
-def test_a_paired_comparison_is_that_of_the_differences(items):
+def test_paired_matches_differences(items):
     ones, others = ([float(pair[side]) for pair in items] for side in (0, 1))
     found, differences = paired(ones, others), np.subtract(ones, others)
     assert found["difference"] == pytest.approx(differences.mean(), abs=1e-12)
@@ -38,7 +38,7 @@ def test_a_paired_comparison_is_that_of_the_differences(items):
     assert alone["stderr"] == pytest.approx(np.std(ones, ddof=1) / math.sqrt(len(ones)), abs=1e-9)
 
 
-def test_the_mean_of_tasks_weighs_tasks_alike_and_pools_their_items():
+def test_mean_of_tasks():
     def entry(ones, others):
         return {"models": {"dense": accuracy(others), "pruned": accuracy(ones) | paired(ones, others)}}
 

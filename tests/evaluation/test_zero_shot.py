@@ -6,7 +6,7 @@ from darwinlm.errors import UserError
 from darwinlm.evaluation import zero_shot
 
 
-def test_items_keep_their_order_over_parts_and_filters():
+def test_items_ordered_over_parts_and_filters():
     def sample(number, acc, kind="none"):
         return {"doc_id": number, "filter": kind, "acc": acc, "acc_norm": 1 - acc}
 

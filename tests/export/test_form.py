@@ -90,7 +90,7 @@ def decode(model):
 
 @pytest.mark.parametrize("shape", ["groups differ", "only half layers"])
 @pytest.mark.parametrize("case", [*_KNOWN, *OTHERS])
-def test_a_plain_decoder_of_that_form_gives_the_logits(case, shape, tmp_path):
+def test_form_decoder_matches_logits(case, shape, tmp_path):
     family, settings = OTHERS.get(case, (case, {}))
     config = make_config(family, **settings)
     config.per_layer_config = SHAPES[shape]
@@ -102,7 +102,7 @@ def test_a_plain_decoder_of_that_form_gives_the_logits(case, shape, tmp_path):
     assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_the_cases_differ_where_their_names_say():
+def test_form_of_cases_differs():
     def turns(family, **settings):
         return read_rope(make_config(family, **settings), 0).turns
 
@@ -114,11 +114,11 @@ def test_the_cases_differ_where_their_names_say():
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(_KNOWN)))
-def test_other_families_are_refused(family):
+def test_form_of_other_families_refused(family):
     with pytest.raises(UserError, match=f"an engine cannot run a {family} model whose layers differ in size: it has"):
         read_form(make_config(family), "an engine")
 
 
-def test_bounded_attention_scores_are_refused():
+def test_form_with_attention_softcap_refused():
     with pytest.raises(UserError, match="an engine does not support the attention softcap of a gemma3_text model"):
         read_form(make_config("gemma3_text", attn_logit_softcapping=50.0), "an engine")

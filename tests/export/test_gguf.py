@@ -57,7 +57,7 @@ def write(config, folder):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family, shape, tmp_path):
+def test_gguf_logits_match_transformers(family, shape, tmp_path):
     config = make_config(family, sliding_window=None)
     config.per_layer_config = SHAPES[shape] or None
     assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
@@ -81,7 +81,7 @@ HALF_A_HEAD = {"rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_facto
         ("smollm3", {"no_rope_layer_interval": 4}),
     ],
 )
-def test_families_that_are_laid_out_in_another_way(family, settings, tmp_path):
+def test_gguf_logits_of_other_layouts(family, settings, tmp_path):
     config = make_config(family, **settings)
     config.per_layer_config = SHAPES["groups differ"] | {2: ATTENTION}
     assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
@@ -95,7 +95,7 @@ def test_families_that_are_laid_out_in_another_way(family, settings, tmp_path):
         ("mistral", {"sliding_window": None, "head_dim": 32}),
     ],
 )
-def test_tied_heads_biases_and_head_sizes(family, settings, tmp_path):
+def test_gguf_tied_heads_biases_and_head_sizes(family, settings, tmp_path):
     config = make_config(family, **settings)
     config.per_layer_config = SHAPES["only half layers"]
     assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
@@ -104,7 +104,7 @@ def test_tied_heads_biases_and_head_sizes(family, settings, tmp_path):
 @pytest.mark.parametrize(
     ("family", "rope"), [*[("llama", rope) for rope in ROPES], ("qwen3", "linear"), ("qwen3", "yarn")]
 )
-def test_scaled_rope(family, rope, tmp_path):
+def test_gguf_scaled_rope(family, rope, tmp_path):
     config = make_config(family, rope_parameters={**ROPES[rope], "rope_theta": 10_000.0})
     config.per_layer_config = SHAPES["groups differ"]
     assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
@@ -115,7 +115,7 @@ def test_scaled_rope(family, rope, tmp_path):
     assert np.abs(other - logits_of(load(tmp_path), TOKENS)).max() > 0.01
 
 
-def test_without_stubs_the_file_is_wrong_or_kills_the_engine(tmp_path, monkeypatch):
+def test_gguf_without_stubs_fails(tmp_path, monkeypatch):
     stub = gguf._stub
 
     def no_mlp(config, architecture, shape, like):
@@ -139,7 +139,7 @@ def test_without_stubs_the_file_is_wrong_or_kills_the_engine(tmp_path, monkeypat
     assert not list(tmp_path.glob("new*"))
 
 
-def test_a_stub_is_needed_where_the_first_layer_has_no_attention(tmp_path, monkeypatch):
+def test_gguf_first_layer_without_attention_needs_stub(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "file_shapes", lambda config, _: gguf.layer_shapes(config))
     config = make_config("llama")
     config.per_layer_config = SHAPES["first without attention"]
@@ -148,7 +148,7 @@ def test_a_stub_is_needed_where_the_first_layer_has_no_attention(tmp_path, monke
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("f16", 5e-3), ("bf16", 0.05), ("q8_0", 0.15)])
-def test_smaller_dtypes(dtype, most, tmp_path):
+def test_gguf_smaller_dtypes(dtype, most, tmp_path):
     config = make_config("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=4)
     config.per_layer_config = {0: {"intermediate_size": 48}, 1: ATTENTION, 2: MLP}
     save_pruned(config, tmp_path / "model")
@@ -184,7 +184,7 @@ def stand_in(tmp_path, monkeypatch):
     return install
 
 
-def test_k_quants_are_made_by_llama_cpp_and_proved(stand_in, tmp_path):
+def test_k_quants_made_and_verified(stand_in, tmp_path):
     config = make_config("llama")
     config.per_layer_config = SHAPES["middle without MLP"]
     save_pruned(config, tmp_path / "model")
@@ -208,7 +208,7 @@ def test_k_quants_are_made_by_llama_cpp_and_proved(stand_in, tmp_path):
         ),
     ],
 )
-def test_k_quants_that_went_wrong_are_not_kept(body, match, stand_in, tmp_path):
+def test_k_quants_discarded_after_failure(body, match, stand_in, tmp_path):
     save_pruned(make_config("llama"), tmp_path / "model")
     stand_in(body)
     with pytest.raises(UserError, match=match):
@@ -216,7 +216,7 @@ def test_k_quants_that_went_wrong_are_not_kept(body, match, stand_in, tmp_path):
     assert not list(tmp_path.glob("model-*"))
 
 
-def test_a_sliding_window_limits_the_context(tmp_path):
+def test_gguf_sliding_window_limits_context(tmp_path):
     config = make_config("mistral")
     config.per_layer_config = SHAPES["middle without MLP"]
     save_pruned(config, tmp_path / "model")
@@ -228,7 +228,7 @@ def test_a_sliding_window_limits_the_context(tmp_path):
     assert by_position[:8].max() < 1e-4 < by_position[8:].max()
 
 
-def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
+def test_export_command_reports_verification(tmp_path, capsys, monkeypatch):
     config = make_config("llama")
     config.per_layer_config = SHAPES["last without attention"]
     save_pruned(config, tmp_path / "model")
@@ -264,7 +264,7 @@ def test_the_command_says_what_it_proved(tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_what_llama_cpp_cannot_run_is_refused(settings, shape, match, tmp_path):
+def test_gguf_unsupported_model_refused(settings, shape, match, tmp_path):
     family, changed = settings
     config = make_config(family, **changed)
     config.per_layer_config = shape or None
@@ -283,7 +283,7 @@ def test_what_llama_cpp_cannot_run_is_refused(settings, shape, match, tmp_path):
         (["--to", "gguf", "--out", "notes.txt"], "already exists and is not a GGUF file"),
     ],
 )
-def test_mistakes_are_one_line(arguments, match, tmp_path, capsys, monkeypatch):
+def test_export_command_error_one_line(arguments, match, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_pruned(make_config("llama"), tmp_path / "model")
     (tmp_path / "notes.txt").write_text("mine")
@@ -294,7 +294,7 @@ def test_mistakes_are_one_line(arguments, match, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_damaged_or_incomplete_model_is_one_line(target, tmp_path):
+def test_export_of_damaged_model(target, tmp_path):
     folder = tmp_path / "model"
     with pytest.raises(UserError, match="contains no model"):
         export_model(folder, target)
@@ -313,7 +313,7 @@ def test_a_damaged_or_incomplete_model_is_one_line(target, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_weights_beyond_float16_are_refused(tmp_path):
+def test_gguf_weights_beyond_float16_refused(tmp_path):
     config = make_config("llama")
     model = save_pruned(config, tmp_path / "model")
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_weights_beyond_float16_are_refused(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_engine_of_another_layout_is_not_asked(tmp_path, monkeypatch):
+def test_llama_cpp_with_changed_api_refused(tmp_path, monkeypatch):
     file = write(make_config("llama"), tmp_path)
     monkeypatch.setitem(llama_cpp._DEFAULTS, "n_ctx", 4096)
     with pytest.raises(EngineError, match=r"the API of .* is not supported"):

@@ -88,7 +88,7 @@ def test_byte_level_token_ids(key, tmp_path):
     assert max(map(len, found)) < len(TEXT.encode())  # some merges did apply
 
 
-def test_beginning_and_end_of_text_are_added_as_the_tokenizer_does(tmp_path):
+def test_tokenizer_adds_bos_and_eos(tmp_path):
     tokenizer = trained(*next(iter(PRE_TOKENIZERS)), wrapped=True)
     found, vocabulary = engine_ids(tokenizer, tmp_path, ["a b"])
     assert (vocabulary.add_bos, vocabulary.add_eos) == (True, True)
@@ -114,7 +114,7 @@ def test_token_ids_of_smollm2(tmp_path):
     assert found == tokenizer([TEXT, *TEXT.splitlines()]).input_ids
 
 
-def test_another_tokenizer_than_the_models_is_noticed(tmp_path, monkeypatch):
+def test_different_tokenizer_refused(tmp_path, monkeypatch):
     read = read_vocabulary
     monkeypatch.setattr(
         "darwinlm.export.gguf.read_vocabulary", lambda *args: dataclasses.replace(read(*args), add_bos=True)
@@ -125,7 +125,7 @@ def test_another_tokenizer_than_the_models_is_noticed(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_llama_cpp_itself_splits_otherwise_is_said(tmp_path):
+def test_llama_cpp_splits_differently_is_noted(tmp_path):
     key = next(key for key, name in PRE_TOKENIZERS.items() if name == "tekken")
     tokenizer = trained(*key)
     save_pruned(make_config("llama", vocab_size=len(tokenizer)), tmp_path / "model")
@@ -150,7 +150,7 @@ def test_what_llama_cpp_itself_splits_otherwise_is_said(tmp_path):
         ),
     ],
 )
-def test_unknown_tokenizers_are_refused(change, match, tmp_path):
+def test_unsupported_tokenizers_refused(change, match, tmp_path):
     tokenizer = make_tokenizer()
     for name, value in change.items():
         setattr(tokenizer.backend_tokenizer, name, value)

@@ -119,7 +119,7 @@ def result(request, results):
     return root / name, outputs, json.loads((root / f"{name}.json").read_text()), expected[request.param]
 
 
-def test_logits_are_those_of_the_cut_model(result):
+def test_saved_model_logits(result):
     _, outputs, _, (logits, hidden) = result
     assert torch.allclose(outputs["logits"], logits, atol=1e-4)
     assert torch.allclose(outputs["eager"], logits, atol=1e-4)
@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_cut_model(result):
     assert torch.allclose(outputs["last_hidden"], hidden, atol=1e-4)
 
 
-def test_greedy_tokens_do_not_depend_on_the_cache(result):
+def test_saved_model_generation_independent_of_cache(result):
     _, outputs, _, _ = result
     assert outputs["cached"].shape == (3, 12 + NEW)
     assert torch.equal(outputs["cached"], outputs["uncached"])
@@ -135,18 +135,18 @@ def test_greedy_tokens_do_not_depend_on_the_cache(result):
     assert torch.equal(outputs["beams"], outputs["beams_uncached"])
 
 
-def test_a_left_padded_row_says_what_it_says_alone(result):
+def test_saved_model_left_padding(result):
     _, outputs, _, _ = result
     assert torch.equal(outputs["left_padded"][0, -NEW:], outputs["alone"][0, -NEW:])
 
 
-def test_it_can_be_trained_and_saved_again(result):
+def test_saved_model_trained_and_saved_again(result):
     _, _, checks, _ = result
     assert checks["checkpointing"] < 1e-5
     assert checks["saved_again"] == 0
 
 
-def test_the_folder_holds_what_a_user_expects(result):
+def test_saved_folder_files(result):
     folder, _, checks, _ = result
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == f"modeling_darwinlm.{config['architectures'][0]}"
@@ -161,7 +161,7 @@ def test_the_folder_holds_what_a_user_expects(result):
 TOKENIZER = "from transformers import AutoTokenizer; print(len(AutoTokenizer.from_pretrained({folder!r})), 'tokens')"
 
 
-def test_on_a_terminal_the_tokenizer_is_loaded_without_a_question_or_a_warning(result, checkpoint):
+def test_tokenizer_loads_on_terminal_without_prompt(result, checkpoint):
     """AutoTokenizer asks there whether it may run the code of a folder, and waits for the answer."""
     command = [PYTHON, "-c", TOKENIZER.format(folder=str(result[0]))]
     terminal, end = pty.openpty()
@@ -179,7 +179,7 @@ def test_on_a_terminal_the_tokenizer_is_loaded_without_a_question_or_a_warning(r
     assert said.decode().splitlines() == [f"{len(dense)} tokens"]
 
 
-def test_a_tokenizer_that_comes_out_otherwise_is_told(result, checkpoint, caplog):
+def test_tokenizer_saved_differently_is_reported(result, checkpoint, caplog):
     dense = AutoTokenizer.from_pretrained(checkpoint(result[0].name.split("-")[0]))
     _check_tokenizer(dense, result[0])
     assert not caplog.messages
@@ -188,7 +188,7 @@ def test_a_tokenizer_that_comes_out_otherwise_is_told(result, checkpoint, caplog
     assert len(caplog.messages) == 1 and "gives other tokens): use the dense model's tokenizer" in caplog.messages[0]
 
 
-def test_without_its_code_no_model_is_made_of_it(result, tmp_path):
+def test_saved_model_not_loadable_without_code(result, tmp_path):
     """Not even of one that lacks whole parts alone, whose tensors would all fit."""
     with pytest.raises(KeyError, match="this model is pruned: load it with trust_remote_code=True"):
         AutoModelForCausalLM.from_pretrained(result[0])
@@ -199,12 +199,12 @@ def test_without_its_code_no_model_is_made_of_it(result, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
 
 
-def test_the_tokenizer_has_a_name_that_transformers_4_knows(result):
+def test_tokenizer_class_of_transformers_4(result):
     settings = json.loads((result[0] / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer")
 
 
-def test_removed_sites_and_tied_heads_take_no_space(result):
+def test_removed_sites_and_tied_heads_not_stored(result):
     folder, _, _, _ = result
     tensors = load_file(folder / "model.safetensors")
     assert not any(name.startswith("model.layers.0.self_attn") for name in tensors)
@@ -213,7 +213,7 @@ def test_removed_sites_and_tied_heads_take_no_space(result):
     assert ("lm_head.weight" in tensors) == (not tied)
 
 
-def test_darwinlm_load_needs_no_flag_and_refuses_other_folders(result, tmp_path, checkpoint):
+def test_load_refuses_other_folders(result, tmp_path, checkpoint):
     folder, _, _, (logits, _) = result
     with torch.no_grad():
         assert torch.allclose(darwinlm.load(folder)(TOKENS).logits, logits, atol=1e-4)
@@ -223,7 +223,7 @@ def test_darwinlm_load_needs_no_flag_and_refuses_other_folders(result, tmp_path,
         darwinlm.load(checkpoint("llama"))
 
 
-def test_the_sliding_window_is_kept(pruned):
+def test_saved_model_keeps_sliding_window(pruned):
     dense, _ = pruned("mistral", "kv_group")
     assert dense.config.sliding_window == 8
     long = torch.randint(0, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(3))

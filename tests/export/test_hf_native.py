@@ -48,7 +48,7 @@ def logits(model):
     ],
 )
 @pytest.mark.parametrize("dropped", [None, 0, 1, 2])
-def test_transformers_loads_it_as_its_own(family, settings, sizes, kind, dropped, tmp_path):
+def test_native_folder_loads_in_transformers(family, settings, sizes, kind, dropped, tmp_path):
     config = make_config(family, **settings)
     config.per_layer_config = {layer: BOTH if layer == dropped else sizes for layer in range(3)}
     model = save_pruned(config, tmp_path / "model")
@@ -63,7 +63,7 @@ def test_transformers_loads_it_as_its_own(family, settings, sizes, kind, dropped
     assert "auto_map" not in json.loads((exported.path / "config.json").read_text())
 
 
-def test_a_dense_model_comes_back_as_it_was(tmp_path, checkpoint, pruned):
+def test_native_export_of_dense_model(tmp_path, checkpoint, pruned):
     dense, _ = pruned("qwen3", "kv_group")
     save_pruned(dense.config, tmp_path / "model")
     dense.model.save_pretrained(tmp_path / "model")
@@ -89,7 +89,7 @@ def test_a_dense_model_comes_back_as_it_was(tmp_path, checkpoint, pruned):
         ),
     ],
 )
-def test_what_has_no_native_form_is_refused(settings, shape, match, tmp_path):
+def test_native_export_refused(settings, shape, match, tmp_path):
     config = make_config("llama", **settings)
     config.per_layer_config = shape
     save_pruned(config, tmp_path / "model")
@@ -98,7 +98,7 @@ def test_what_has_no_native_form_is_refused(settings, shape, match, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_layer_with_linear_attention_keeps_its_mlp(calibration, tmp_path):
+def test_linear_attention_layer_keeps_mlp(calibration, tmp_path):
     """Its attention stays, and no layer of transformers' own could do without; one that attends may go as a whole."""
     kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
     folder = make_checkpoint("qwen3_5_text", tmp_path / "dense", num_hidden_layers=4, layer_types=kinds)
@@ -120,7 +120,7 @@ def test_a_layer_with_linear_attention_keeps_its_mlp(calibration, tmp_path):
 
 
 @pytest.mark.parametrize("target", [0.95, 0.8, 0.7, 0.5])
-def test_even_plans_are_all_the_largest_ones(pruned, target):
+def test_even_plans_are_largest(pruned, target):
     dense, database = pruned("qwen2", "kv_group")
     space = database.space(dense.sites)
     budget = parameter_budget(target, space)
@@ -148,7 +148,7 @@ def test_even_plans_are_all_the_largest_ones(pruned, target):
     assert even_plans(space, replace(budget, limits=(tight,))) == []
 
 
-def test_layers_whose_removal_errors_are_least_go_first_and_kept_ones_never(pruned):
+def test_even_plans_remove_layers_by_error(pruned):
     dense, database = pruned("qwen2", "kv_group")
     budget = parameter_budget(0.7, database.space(dense.sites))
 
@@ -168,7 +168,7 @@ def test_layers_whose_removal_errors_are_least_go_first_and_kept_ones_never(prun
     assert removed({site.name for site in dense.sites}) <= {()}
 
 
-def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsys):
+def test_uniform_run_exports_native_folder(checkpoint, text, tmp_path, capsys):
     settings = SETTINGS | {"data.source": str(text), "search.uniform": True}
     run = prune(checkpoint("qwen2"), target=0.8, out=tmp_path / "run", settings=settings)
     assert not (tmp_path / "run" / "search" / "descent.json").exists()
@@ -192,7 +192,7 @@ def test_a_uniform_run_ends_in_a_native_folder(checkpoint, text, tmp_path, capsy
     assert "## Measured" in card and "uniform: true" in card
 
 
-def test_uniform_sizes_take_whole_kv_groups():
+def test_uniform_needs_kv_group_granularity():
     given = {"model": "m", "target": 0.5, "search": {"uniform": True}}
     assert make_recipe(given).search.uniform
     with pytest.raises(UserError, match=r"search.uniform=true with database.granularity=query_head"):

@@ -26,7 +26,7 @@ LLAMA3 = {
 
 @pytest.mark.parametrize("shape", ["groups differ", "only half layers", "middle without both"])
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3", "gemma3_text", "olmo2", "glm4", "smollm3"])
-def test_the_mlx_folder_says_what_its_code_reads(family, shape, tmp_path, monkeypatch):
+def test_mlx_folder_contains_settings_of_its_code(family, shape, tmp_path, monkeypatch):
     """Every setting that the code of the folder asks for, sizes that give the tensors' shapes, one code file."""
     uninstall(mlx.PACKAGE, monkeypatch)
     config = make_config(family)
@@ -63,7 +63,7 @@ def test_the_mlx_folder_says_what_its_code_reads(family, shape, tmp_path, monkey
 
 
 @pytest.mark.parametrize("rope", [None, LLAMA3])
-def test_rope_periods_are_those_of_transformers(rope, tmp_path, monkeypatch, capsys):
+def test_mlx_rope_periods_match_transformers(rope, tmp_path, monkeypatch, capsys):
     uninstall(mlx.PACKAGE, monkeypatch)
     config = make_config("llama", **({"rope_parameters": rope} if rope else {}))
     model = save_pruned(config, tmp_path / "model")
@@ -91,7 +91,7 @@ def test_rope_periods_are_those_of_transformers(rope, tmp_path, monkeypatch, cap
         ),
     ],
 )
-def test_what_the_mlx_code_cannot_run_is_refused(changes, shape, match, tmp_path):
+def test_mlx_unsupported_model_refused(changes, shape, match, tmp_path):
     config = make_config("llama", **changes)
     config.per_layer_config = shape or None
     save_pruned(config, tmp_path / "model")

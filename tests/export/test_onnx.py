@@ -25,7 +25,7 @@ def exported(tmp_path_factory):
     return save_pruned(config, folder / "model"), export_model(folder, "onnx")
 
 
-def test_onnxruntime_gives_the_logits_at_any_length(exported):
+def test_onnx_logits_at_any_length(exported):
     model, done = exported
     assert done.proof.positions == 128 and done.proof.difference < 1e-5
     for length in (1, 2, 50):
@@ -34,7 +34,7 @@ def test_onnxruntime_gives_the_logits_at_any_length(exported):
         assert np.abs(onnx_logits(done.path, tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_the_onnx_folder_is_complete_and_written_again(exported, tmp_path):
+def test_onnx_folder_files(exported, tmp_path):
     _, done = exported
     assert {file.name for file in done.path.iterdir()} >= {"model.onnx", "tokenizer.json", "export.json"}
     graph = onnx_format.load(done.path / "model.onnx", load_external_data=False).graph
@@ -45,7 +45,7 @@ def test_the_onnx_folder_is_complete_and_written_again(exported, tmp_path):
     assert facts["proof"]["agreeing"] == facts["proof"]["positions"]
 
 
-def test_what_is_missing_for_onnx_is_said(exported, tmp_path, monkeypatch):
+def test_onnx_missing_packages(exported, tmp_path, monkeypatch):
     _, done = exported
     source = done.path.with_name("model")
     monkeypatch.setattr(onnx, "_WRITERS", ("no_such_module", "onnxscript"))

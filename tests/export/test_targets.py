@@ -25,7 +25,7 @@ from darwinlm.search.allocation import cheapest_plan, even_plans
 from darwinlm.search.sensitivity import measure_sensitivity
 
 
-def test_every_name_that_a_recipe_takes_is_that_of_its_engine():
+def test_target_names_match_engines():
     assert get_args(Target) == TARGETS
     assert [engine.name for engine in ENGINES.values()] == [*ENGINES] == [*TARGETS, "hf"]
 
@@ -34,7 +34,7 @@ BROKEN = "raise RuntimeError('the code of an earlier version')\n"
 CODE = "modeling_darwinlm.py"
 
 
-def test_the_code_in_a_run_is_renewed_and_the_run_stays_finished(run, tmp_path, caplog, capsys):
+def test_export_hf_renews_code_of_run(run, tmp_path, caplog, capsys):
     finished, settings = run
     copied = shutil.copytree(finished.path, tmp_path / "run")
     code, before = copied / "model" / CODE, files_of(copied)
@@ -59,7 +59,7 @@ def test_the_code_in_a_run_is_renewed_and_the_run_stays_finished(run, tmp_path, 
     assert {name for name in {*before, *after} if before.get(name) != after.get(name)} <= {"model/config.json"}
 
 
-def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, capsys):
+def test_export_hf_renews_code_of_folder(tmp_path, capsys):
     config = make_config("llama")
     config.per_layer_config = {1: {"skip": ["mlp"]}}
     save_pruned(config, tmp_path / "model")
@@ -90,12 +90,12 @@ def test_the_code_in_a_folder_is_renewed_elsewhere_or_there_is_none(tmp_path, ca
         ),
     ],
 )
-def test_a_recipe_that_cannot_work_is_refused(settings, match):
+def test_export_invalid_recipe_refused(settings, match):
     with pytest.raises(UserError, match=match):
         make_recipe({"model": "m", "target": 0.5} | settings)
 
 
-def test_a_model_that_an_engine_cannot_run_is_refused_before_anything_is_written(tmp_path, text):
+def test_unsupported_engine_refused_before_run(tmp_path, text):
     folder = make_checkpoint("qwen3", tmp_path / "dense")
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = False
@@ -106,7 +106,7 @@ def test_a_model_that_an_engine_cannot_run_is_refused_before_anything_is_written
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 
-def test_no_plan_removes_a_site_that_is_kept(pruned):
+def test_plans_keep_required_sites(pruned):
     dense, database = pruned("llama", "kv_group")
     whole = database.space(dense.sites)
     kept = Database(database.folder, kept=sites_kept_for(["gguf"])).space(dense.sites)
@@ -121,7 +121,7 @@ def test_no_plan_removes_a_site_that_is_kept(pruned):
     assert plan.levels[0] == len(whole.sites[0].units) - 2
 
 
-def test_sensitivities_of_the_levels_left_stay_as_they_are(pruned, calibration):
+def test_sensitivities_with_kept_sites(pruned, calibration):
     dense, database = pruned("llama", "kv_group")
     kept = Database(database.folder, kept={"layers.0.attention", "layers.1.mlp"})
     base = Plan(levels=(1, 0, 1, 1, 0, 1))
@@ -142,7 +142,7 @@ def test_sensitivities_of_the_levels_left_stay_as_they_are(pruned, calibration):
         assert len(after) == len(before) - (index in (0, 3))
 
 
-def test_layers_that_devices_cannot_share_out_are_refused_before_anything_is_written(tmp_path, checkpoint, text):
+def test_indivisible_tensor_parallel_refused_before_run(tmp_path, checkpoint, text):
     for parallel, told in (
         (3, "does not divide the 2 KV heads of the model's layers; choose one of 1, 2"),
         (128, "2 KV heads"),
@@ -155,7 +155,7 @@ def test_layers_that_devices_cannot_share_out_are_refused_before_anything_is_wri
 
 @pytest.mark.parametrize(("kv_heads", "width"), [(8, 64), (2, 22), (6, 1536), (4, 11008)])
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_all_levels_divide(kv_heads, width, parallel):
+def test_level_sizes_divisible_by_tensor_parallel(kv_heads, width, parallel):
     config = make_config("mistral", num_attention_heads=3 * kv_heads, num_key_value_heads=kv_heads)
     config.intermediate_size = width
     attention, mlp = find_sites(config, "kv_group")[:2]
@@ -166,7 +166,7 @@ def test_all_levels_divide(kv_heads, width, parallel):
         assert len(sizes) == min(11, site.num_units // parallel + 1)
 
 
-def test_a_run_for_two_devices(checkpoint, text, tmp_path):
+def test_run_with_tensor_parallel(checkpoint, text, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "export.tensor_parallel": 2, "export.targets": ["vllm"]}
     run = prune(checkpoint("qwen2"), target=0.6, out=tmp_path / "run", settings=settings)
     sizes = json.loads((run.model_path / "plan.json").read_text())["units"].values()
@@ -175,7 +175,7 @@ def test_a_run_for_two_devices(checkpoint, text, tmp_path):
     assert facts["tensor_parallel"] == 2
 
 
-def test_a_run_writes_what_its_engines_take(checkpoint, text, tmp_path):
+def test_run_exports_targets(checkpoint, text, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "export.targets": ["gguf", "vllm"]}
     run = prune(checkpoint("llama"), target=0.55, out=tmp_path / "run", settings=settings)
     file = tmp_path / "run" / "model-f32.gguf"
@@ -193,7 +193,7 @@ def test_a_run_writes_what_its_engines_take(checkpoint, text, tmp_path):
     assert file.stat().st_mtime_ns == before
 
 
-def test_uniform_sizes_are_found_where_a_site_is_kept(pruned):
+def test_even_plans_with_kept_site(pruned):
     dense, database = pruned("qwen3", "kv_group")
     spaces = [one.space(dense.sites) for one in (database, Database(database.folder, kept={"layers.0.attention"}))]
     for target in (0.9, 0.8):

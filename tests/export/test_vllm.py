@@ -24,7 +24,7 @@ TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_has_attention_and_nothing_else_changes(family, shape, tmp_path):
+def test_vllm_folder_adds_attention_stubs(family, shape, tmp_path):
     config = make_config(family)
     config.per_layer_config = SHAPES[shape] or None
     model = save_pruned(config, tmp_path / "model")
@@ -47,7 +47,7 @@ def test_every_layer_has_attention_and_nothing_else_changes(family, shape, tmp_p
         assert sizes.num_attention_heads % sizes.num_key_value_heads == 0
 
 
-def test_devices_share_out_the_stubs_too(tmp_path):
+def test_vllm_tensor_parallel_stubs(tmp_path):
     config = make_config("llama")
     config.per_layer_config = {0: {"num_attention_heads": 3, "num_key_value_heads": 1}, 1: ATTENTION}
     save_pruned(config, tmp_path / "odd")
@@ -69,7 +69,7 @@ def test_devices_share_out_the_stubs_too(tmp_path):
         export_model(tmp_path / "even", "gguf", tensor_parallel=2)
 
 
-def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
+def test_vllm_folder_files(tmp_path, capsys):
     config = make_config("qwen2")
     config.per_layer_config = SHAPES["first without attention"]
     model = save_pruned(config, tmp_path / "model").to(torch.bfloat16)
@@ -93,7 +93,7 @@ def test_the_folder_is_complete_and_loads_by_its_own_code(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_is_written_as_the_backend_reads_it(family):
+def test_attention_source_matches_vllm_backend(family):
     """vLLM finds attention by its source: one call of a local name taken from the table of attention functions."""
     attention = empty_layer(make_config(family), 0).self_attn
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(attention).forward))))
@@ -110,7 +110,7 @@ def test_attention_is_written_as_the_backend_reads_it(family):
     assert {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}["scaling"] == "self.scaling"
 
 
-def test_what_vllm_cannot_run_and_foreign_folders_are_refused(tmp_path):
+def test_vllm_unsupported_model_refused(tmp_path):
     config = make_config("llama")
     config.per_layer_config = {
         1: {"num_attention_heads": 4, "num_key_value_heads": 2, "query_heads_per_kv_head": [1, 3]}

@@ -11,7 +11,7 @@ from darwinlm.metrics.kl import DenseReference
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 
 
-def test_kl_and_perplexity_are_those_of_the_full_logits_in_float64(pruned):
+def test_kl_and_perplexity_match_float64(pruned):
     dense, database = pruned("qwen2", "kv_group")
     model = halved(dense, database)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def test_kl_and_perplexity_are_those_of_the_full_logits_in_float64(pruned):
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_a_model_is_at_no_distance_from_itself_and_a_prefix_is_a_prefix(pruned):
+def test_kl_of_dense_model_is_zero(pruned):
     dense, database = pruned("qwen2", "kv_group")
     model = halved(dense, database)
     reference = DenseReference(dense.model, BLOCKS)
@@ -32,7 +32,7 @@ def test_a_model_is_at_no_distance_from_itself_and_a_prefix_is_a_prefix(pruned):
     assert reference.compare(model, tokens=30).kl == DenseReference(dense.model, BLOCKS[:2]).compare(model).kl
 
 
-def test_a_score_that_runs_out_of_memory_is_the_same(pruned, little_memory, caplog):
+def test_kl_after_out_of_memory(pruned, little_memory, caplog):
     dense, database = pruned("qwen2", "kv_group")
     model = halved(dense, database)
     expected = DenseReference(dense.model, BLOCKS).compare(model)

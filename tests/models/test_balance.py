@@ -29,7 +29,7 @@ def gradients_of(model):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_loss_and_gradients_are_those_of_transformers(family, tmp_path):
+def test_balance_loss_matches_transformers(family, tmp_path):
     dense = load_dense(str(asking(family, tmp_path)), "kv_group", CPU)
     assert dense.balance == 0.5
     whole = AutoModelForCausalLM.from_pretrained(tmp_path).train()
@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_transformers(family, tmp_path):
             torch.testing.assert_close(parameter.grad, expected[f"model.layers.{name}"], atol=1e-5, rtol=1e-3)
 
 
-def test_layers_with_other_numbers_of_experts_count_alike(tmp_path):
+def test_balance_loss_with_uneven_experts(tmp_path):
     dense = load_dense(str(asking("mixtral", tmp_path)), "kv_group", CPU)
     site = next(site for site in dense.sites if site.routed)
     kept = (0, 2, 5)
@@ -73,7 +73,7 @@ def test_layers_with_other_numbers_of_experts_count_alike(tmp_path):
 
 
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_trials_and_recovery_take_what_the_checkpoint_asks_for(activations, text, tmp_path, monkeypatch):
+def test_balance_from_checkpoint_in_trials_and_recovery(activations, text, tmp_path, monkeypatch):
     seen, tried = [], []
 
     class Watched(Objective):
@@ -93,7 +93,7 @@ def test_trials_and_recovery_take_what_the_checkpoint_asks_for(activations, text
     assert set(seen) == set(tried) == {0.5}
 
 
-def test_a_number_takes_the_place_of_the_checkpoints(tmp_path):
+def test_balance_setting_overrides_checkpoint(tmp_path):
     """And 0 leaves it out: gradients are those of the other losses."""
     dense = load_dense(str(asking("qwen3_moe", tmp_path / "dense")), "kv_group", CPU)
     ends = []

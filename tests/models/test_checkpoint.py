@@ -9,7 +9,7 @@ from darwinlm.errors import UserError
 from darwinlm.models.checkpoint import Checkpoint
 
 
-def test_weights_that_cannot_be_downloaded(monkeypatch):
+def test_checkpoint_download_error(monkeypatch):
     def fail(*arguments, **named):
         raise ConnectionError("the Hub\nis away")
 
@@ -18,7 +18,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         Checkpoint("owner/it")
 
 
-def test_a_model_whose_files_go_away_while_it_is_read(checkpoint, tmp_path):
+def test_checkpoint_file_missing_while_reading(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
     found = Checkpoint(str(folder))
     (folder / "model.safetensors").unlink()

@@ -50,7 +50,7 @@ def load(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_the_doctor_finds_it_healthy(family, load, monkeypatch):
+def test_doctor_passes(family, load, monkeypatch):
     """Level 0 is transformers' model; cuts equal masks; caches, gradients, saving and loading; each export proved or
     refused."""
     targets = ["gguf", "vllm", "hf-native", "mlx"]
@@ -67,7 +67,7 @@ def test_the_doctor_finds_it_healthy(family, load, monkeypatch):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_head_is_known(family, load):
+def test_head_logits(family, load):
     dense = load(family)
     with torch.no_grad():
         logits = dense.model(TOKENS, use_cache=False).logits
@@ -78,7 +78,7 @@ def test_the_head_is_known(family, load):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "phi"])
-def test_gradients_by_hidden_states_are_those_of_autograd(family, load):
+def test_head_gradients_match_autograd(family, load):
     dense, generator = load(family), torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(5, dense.config.hidden_size, generator=generator)
     target_NV = torch.randn(5, dense.config.vocab_size, generator=generator).softmax(-1)
@@ -107,7 +107,7 @@ def keep_in(found):
 
 
 @pytest.mark.parametrize("family", FORMS)
-def test_grams_weigh_errors_as_the_stream_takes_them(family, load, calibration, tmp_path):
+def test_grams_weighted_by_stream(family, load, calibration, tmp_path):
     """The stream behind attention, found another way: as what the layer gives without its MLP."""
     dense = load(family)
     form = family_of(dense.config)
@@ -132,9 +132,7 @@ def test_grams_weigh_errors_as_the_stream_takes_them(family, load, calibration, 
 
 
 @pytest.mark.parametrize("family", FORMS)
-def test_plans_are_scored_from_the_first_layer_on_that_differs_and_refit_follows_the_stream(
-    family, load, calibration, tmp_path
-):
+def test_neighbourhood_scores_and_refit(family, load, calibration, tmp_path):
     dense = load(family)
     database = build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=4), tmp_path)
     space = database.space(dense.sites)
@@ -157,7 +155,7 @@ def test_plans_are_scored_from_the_first_layer_on_that_differs_and_refit_follows
 
 
 @pytest.mark.parametrize("family", ["olmo2", "olmo3"])
-def test_a_norm_over_all_heads_keeps_its_mean(family, calibration, tmp_path):
+def test_norm_over_all_heads_corrected(family, calibration, tmp_path):
     """Multiplied by what calibration says, queries come out of the norm as large as they were."""
     folder = make_checkpoint(family, tmp_path / "dense")
     tensors = load_file(folder / "model.safetensors")
@@ -187,7 +185,7 @@ def test_a_norm_over_all_heads_keeps_its_mean(family, calibration, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "phi3", "cohere", "qwen3_5_text"])
-def test_it_is_pruned_from_end_to_end(family, load, text, tmp_path):
+def test_run_of_family(family, load, text, tmp_path):
     settings = {**SETTINGS, "data.source": str(text)}
     found = prune(load(family).source, target=TARGET, out=tmp_path / "run", settings=settings)
     dense, *_, model = found.metrics["rows"]
@@ -198,7 +196,7 @@ def test_it_is_pruned_from_end_to_end(family, load, text, tmp_path):
 
 
 @pytest.mark.parametrize("family", FORMS)
-def test_removing_a_part_is_not_free(family, load, calibration, tmp_path):
+def test_removed_parts_have_positive_sensitivity(family, load, calibration, tmp_path):
     """Sensitivities expand KL behind the norm of a part, which does not see how large its input is."""
     dense = load(family)
     database = build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=4), tmp_path)
@@ -220,7 +218,7 @@ def test_removing_a_part_is_not_free(family, load, calibration, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma3_text"])
-def test_a_checkpoint_in_bfloat16_is_healthy(family, tmp_path, monkeypatch):
+def test_doctor_passes_in_bfloat16(family, tmp_path, monkeypatch):
     """Gemma multiplies embeddings by a number that bfloat16 would round."""
     monkeypatch.setattr(doctor, "TARGETS", ["vllm", "hf-native"])
     folder = make_checkpoint(family, tmp_path / "dense", torch.bfloat16, hidden_size=40, num_attention_heads=4)
@@ -229,7 +227,7 @@ def test_a_checkpoint_in_bfloat16_is_healthy(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["cohere", "qwen3_5_text"])
-def test_latencies_are_measured_where_layers_hold_more_than_sites(family, load, calibration, tmp_path):
+def test_measure_latencies_with_parts_outside_sites(family, load, calibration, tmp_path):
     dense = load(family)
     database = build_database(dense, calibration, DatabaseRecipe(levels=3, batch_size=4), tmp_path)
     workload = WorkloadRecipe(prompt_tokens=4, new_tokens=2)
@@ -237,7 +235,7 @@ def test_latencies_are_measured_where_layers_hold_more_than_sites(family, load, 
     assert table["fixed"] > 0 and table["attention"] and table["mlp"]
 
 
-def test_layers_that_have_no_sites_left_count_in_a_neighbourhood(load, calibration, tmp_path):
+def test_neighbourhood_with_empty_layers(load, calibration, tmp_path):
     whole = load("llama")
     gone = {site.name: Cut((), None) for site in whole.sites if site.layer == 1}
     export_hf(build_model(whole.config, whole.sites, whole.weights, gone), whole, {}, "", tmp_path / "pruned")
@@ -255,7 +253,7 @@ def test_layers_that_have_no_sites_left_count_in_a_neighbourhood(load, calibrati
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_it_is_loaded_by_transformers_with_its_code_and_not_without(family, load, tmp_path):
+def test_saved_model_needs_trust_remote_code(family, load, tmp_path):
     dense = load(family)
     last = next(site for site in reversed(dense.sites) if not site.routed)
     gone = {last.name: Cut((), None)}
@@ -268,7 +266,7 @@ def test_it_is_loaded_by_transformers_with_its_code_and_not_without(family, load
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=False)
 
 
-def test_a_setting_that_layers_of_other_sizes_cannot_have_is_refused(tmp_path):
+def test_setting_that_depends_on_heads_refused(tmp_path):
     """Phi's norm on queries gets its size from the number of heads."""
     folder = make_checkpoint("phi", tmp_path, qk_layernorm=True)
     with pytest.raises(UserError, match=r"layers\.2\.attention with fewer units cannot be built .* setting"):
@@ -284,7 +282,7 @@ MULTIMODAL = {
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
-def test_of_a_multimodal_checkpoint_the_text_model_is_pruned(kind, text, tmp_path, caplog):
+def test_multimodal_checkpoint_text_model(kind, text, tmp_path, caplog):
     family, vision = MULTIMODAL[kind]
     settings = {**SIZES, "model_type": family, **OWN_SETTINGS[family]}
     own = {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -21,7 +21,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 @every_family
 @both
-def test_level_0_is_the_dense_model(family, granularity, checkpoint, pruned):
+def test_level_0_is_dense_model(family, granularity, checkpoint, pruned):
     dense, _ = pruned(family, granularity)
     with torch.no_grad():
         expected = native_model(checkpoint(family))(TOKENS).logits
@@ -29,7 +29,7 @@ def test_level_0_is_the_dense_model(family, granularity, checkpoint, pruned):
 
 
 @every_family
-def test_a_model_in_bfloat16_has_the_angles_of_the_dense_one(family, checkpoint, pruned):
+def test_rope_angles_in_bfloat16(family, checkpoint, pruned):
     dense, _ = pruned(family, "kv_group")
     model = dense.load(torch.device("cpu"), torch.float32).to(torch.bfloat16)
     long = TOKENS.repeat(1, 5)
@@ -43,7 +43,7 @@ def test_a_model_in_bfloat16_has_the_angles_of_the_dense_one(family, checkpoint,
 
 @every_family
 @both
-def test_a_cut_model_gives_the_logits_of_the_masked_dense_model_at_every_level(family, granularity, checkpoint, pruned):
+def test_cut_model_matches_masked_model(family, granularity, checkpoint, pruned):
     dense, database = pruned(family, granularity)
     space = database.space(dense.sites)
     deepest = max(len(site.units) for site in space.sites) - 1
@@ -62,7 +62,7 @@ def test_a_cut_model_gives_the_logits_of_the_masked_dense_model_at_every_level(f
 
 @every_family
 @both
-def test_parameters_and_cache_are_counted_as_the_cut_model_has_them(family, granularity, pruned):
+def test_count_parameters_and_kv_elements(family, granularity, pruned):
     dense, database = pruned(family, granularity)
     shapes = {name: tensor.shape for name, tensor in dense.weights.items()}
     for site in dense.sites:
@@ -84,7 +84,7 @@ def test_parameters_and_cache_are_counted_as_the_cut_model_has_them(family, gran
 
 
 @every_family
-def test_the_finest_level_of_an_mlp_is_even_in_parameters(family, pruned):
+def test_levels_of_sites_are_monotonic(family, pruned):
     dense, database = pruned(family, "kv_group")
     for site in database.space(dense.sites).sites:
         assert site.units[0] > site.units[-1] == 0
@@ -117,13 +117,13 @@ def ropes(head_dim):
     }
 
 
-def test_all_kinds_of_rope_are_tried():
+def test_rope_types_complete():
     assert set(ropes(8)) == {"default", *ROPE_INIT_FUNCTIONS}
 
 
 @every_family
 @pytest.mark.parametrize("kind", ropes(8))
-def test_every_kind_of_rope_is_cut_saved_and_loaded(family, kind, pruned, tmp_path):
+def test_rope_types_cut_saved_and_loaded(family, kind, pruned, tmp_path):
     head_dim = pruned(family, "kv_group")[0].config.head_dim
     rope = {"rope_type": kind, "rope_theta": 1e4, **ropes(head_dim)[kind]}
     folder = make_checkpoint(family, tmp_path / "dense", rope_parameters=rope)
@@ -144,7 +144,7 @@ def test_every_kind_of_rope_is_cut_saved_and_loaded(family, kind, pruned, tmp_pa
             assert torch.allclose(loaded(tokens).logits, native(tokens).logits, atol=1e-4), length
 
 
-def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path):
+def test_unsupported_family_refused(tmp_path):
     from transformers import GPT2Config
 
     from darwinlm.models.config import load_config

@@ -18,7 +18,7 @@ from darwinlm.models import loading
         ("float32", "cuda", True, "float32"),
     ],
 )
-def test_a_model_is_timed_in_the_dtype_that_a_user_would_run_it_in(stored, device, fast, served, monkeypatch):
+def test_served_dtype(stored, device, fast, served, monkeypatch):
     found = torch.bfloat16 if fast else torch.float32
     monkeypatch.setattr(loading, "fast_dtype", lambda device: found)
     assert loading.served_dtype(getattr(torch, stored), torch.device(device)) == getattr(torch, served)

@@ -91,7 +91,7 @@ def python(code, *arguments):
 
 
 @pytest.mark.parametrize("change", ["", *CHANGES])
-def test_a_changed_transformers_is_refused_when_the_model_is_loaded(change, folder):
+def test_changed_transformers_refused_on_load(change, folder):
     done = python(CHANGES.get(change, "") + LOAD, folder)
     if not change:
         assert done.stdout == "loaded\n", done.stderr
@@ -102,13 +102,13 @@ def test_a_changed_transformers_is_refused_when_the_model_is_loaded(change, fold
     assert "install another version of transformers" in last
 
 
-def test_the_command_line_says_so_in_one_line(folder):
+def test_changed_transformers_one_line_in_command(folder):
     done = python(RENAME_IN_GENERATE + COMMAND, "inspect", folder)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("error: this pruned model's code does not work with transformers ")
 
 
-def test_the_check_leaves_random_numbers_as_they_were_and_minds_no_default():
+def test_version_check_keeps_random_state():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     try:
@@ -122,7 +122,7 @@ def test_the_check_leaves_random_numbers_as_they_were_and_minds_no_default():
 
 
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_a_classifier_begins_with_the_pruned_weights(kind, folder):
+def test_classifier_from_pruned_weights(kind, folder):
     tokens = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
     causal = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     classifier = kind.from_pretrained(folder, trust_remote_code=True, num_labels=3)

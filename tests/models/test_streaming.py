@@ -83,7 +83,7 @@ def copies(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_predictions_are_the_same(family, both, copies):
+def test_streamed_predictions(family, both, copies):
     dense, streamed, database = both(family)
     plan = middle(database, dense)
     reference = DenseReference(dense.model, blocks_of(2))
@@ -103,7 +103,7 @@ def test_predictions_are_the_same(family, both, copies):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_trial_is_the_same(family, batch, both, copies, monkeypatch):
+def test_streamed_trial(family, batch, both, copies, monkeypatch):
     monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.float32)
     dense, streamed, database = both(family)
     cuts = database.cuts(dense.sites, middle(database, dense).levels, CPU)
@@ -126,7 +126,7 @@ def test_a_trial_is_the_same(family, batch, both, copies, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sensitivities_are_the_same(family, both, copies, monkeypatch):
+def test_streamed_sensitivities(family, both, copies, monkeypatch):
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
     dense, streamed, database = both(family)
 
@@ -144,7 +144,7 @@ def test_sensitivities_are_the_same(family, both, copies, monkeypatch):
     assert copies[0] == 1
 
 
-def test_a_search_finds_the_same_plan(both, copies, tmp_path):
+def test_streamed_search_finds_same_plan(both, copies, tmp_path):
     dense, streamed, database = both("qwen3")
     budget = parameter_budget(0.7, database.space(dense.sites))
     recipe = SearchRecipe(
@@ -163,7 +163,7 @@ def test_a_search_finds_the_same_plan(both, copies, tmp_path):
     assert copies[0] == 1
 
 
-def test_a_run_ends_at_the_same_model(both, text, tmp_path):
+def test_streamed_run_gives_same_model(both, text, tmp_path):
     dense, _, _ = both("gemma2")
     settings = {**SETTINGS, "data.source": str(text), "recovery.refit_tokens": 64}
     runs = [
@@ -181,7 +181,7 @@ def test_a_run_ends_at_the_same_model(both, text, tmp_path):
     show(runs[1].metrics, Console())
 
 
-def test_what_does_not_go_together_is_refused(both, text, tmp_path):
+def test_streaming_invalid_settings_refused(both, text, tmp_path):
     dense, _, _ = both("qwen3")
     settings = {**SETTINGS, "data.source": str(text), "search.offload": "cpu"}
     with pytest.raises(UserError, match=r"search\.offload=cpu needs search\.trial_optimizer=sign"):
@@ -190,7 +190,7 @@ def test_what_does_not_go_together_is_refused(both, text, tmp_path):
         prune(dense.source, target="latency=0.8", out=tmp_path / "b", settings=settings)
 
 
-def test_a_checkpoint_that_balances_its_experts_is_refused(text, tmp_path):
+def test_streaming_with_load_balancing_refused(text, tmp_path):
     """Routers are seen where layers are computed for their gradients, not where the loss is."""
     folder = make_checkpoint("mixtral", tmp_path / "dense", output_router_logits=True)
     settings = {**SETTINGS, "data.source": str(text), "search.offload": "cpu"}
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_balances_its_experts_is_refused(text, tmp_path):
         prune(folder, target=0.8, out=tmp_path / "run", settings=settings)
 
 
-def test_a_candidate_is_gone_once_it_is_not_needed(both):
+def test_streamed_candidate_is_freed(both):
     _, streamed, database = both("qwen3")
     cuts = database.cuts(streamed.sites, middle(database, streamed).levels, CPU)
     model = streamed.cut(cuts, trainable=True, shared_ends=True)
@@ -212,7 +212,7 @@ def test_a_candidate_is_gone_once_it_is_not_needed(both):
         gc.enable()
 
 
-def test_layers_are_read_from_their_files_and_never_held(tmp_path):
+def test_streamed_layers_are_memory_mapped(tmp_path):
     """In the checkpoint's dtype, though they compute in another; ends are copies, and nothing reads a wrong number."""
     dense = load_dense(str(make_checkpoint("qwen3", tmp_path, torch.bfloat16)), "kv_group", CPU)
     streamed = replace(dense, offload=True)
@@ -234,7 +234,7 @@ def mapped_file(tensor):
     raise AssertionError("no mapping holds it")
 
 
-def test_a_copied_layer_computes_by_itself(both):
+def test_copied_streamed_layer_is_independent(both):
     """As refit does: in another dtype, and not with the weights of the layer that it was copied from."""
     _, streamed, _ = both("qwen3")
     layer = streamed.model.model.layers[0]
@@ -243,7 +243,7 @@ def test_a_copied_layer_computes_by_itself(both):
     assert {one.dtype for one in copied.forward.copies().values()} == {torch.float64}
 
 
-def test_adamw_is_refused(both):
+def test_streaming_with_adamw_refused(both):
     _, streamed, _ = both("qwen3")
     model = streamed.cut({}, trainable=True)
     with pytest.raises(ValueError, match="sign"):

@@ -46,7 +46,7 @@ def layers_of(model):
 
 @pytest.mark.parametrize("together", [1, 500, 10**7])
 @pytest.mark.parametrize("loss", ["next-token", "distillation"])
-def test_a_step_is_the_first_of_adamw(loss, together, halved, monkeypatch):
+def test_sign_step_matches_first_adamw_step(loss, together, halved, monkeypatch):
     in_dtype(monkeypatch, torch.float32)
     monkeypatch.setattr(sign_sgd, "TOGETHER", together)
     dense, get = halved
@@ -60,7 +60,7 @@ def test_a_step_is_the_first_of_adamw(loss, together, halved, monkeypatch):
         torch.testing.assert_close(layers_of(ours)[name] - start[name], tensor - start[name], atol=2e-6, rtol=1e-3)
 
 
-def test_a_number_is_the_step_of_every_tensor(halved, monkeypatch):
+def test_sign_absolute_rate(halved, monkeypatch):
     in_dtype(monkeypatch, torch.float32)
     _, get = halved
     model = get()
@@ -70,7 +70,7 @@ def test_a_number_is_the_step_of_every_tensor(halved, monkeypatch):
         assert (tensor.detach() - start[name]).abs().median().item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_in_bfloat16_steps_are_right_on_average():
+def test_sign_steps_in_bfloat16_unbiased():
     """Far less than the distance to the next number, of which rounding to nearest would leave nothing."""
     weight = torch.nn.Parameter(torch.full((200_000,), 1.0, dtype=torch.bfloat16))
     nearest = (weight.detach().float() - 2.0**-10).bfloat16()
@@ -86,7 +86,7 @@ def test_in_bfloat16_steps_are_right_on_average():
     assert moved[1::2].mean().item() == pytest.approx(2.0**-10, rel=0.05)
 
 
-def test_a_trial_in_bfloat16_gains_what_one_in_float32_does(halved, monkeypatch):
+def test_sign_trial_in_bfloat16(halved, monkeypatch):
     dense, get = halved
     target_rows_BTD, judge = DenseReference(dense.model, BLOCKS).mean_head_rows(), DenseReference(dense.model, BLOCKS)
     before, gains = judge.compare(get()).kl, {}
@@ -100,7 +100,7 @@ def test_a_trial_in_bfloat16_gains_what_one_in_float32_does(halved, monkeypatch)
     assert gains[torch.bfloat16] == pytest.approx(gains[torch.float32], rel=0.3)
 
 
-def test_the_same_trial_ends_at_the_same_weights(halved, monkeypatch):
+def test_sign_trial_reproducible(halved, monkeypatch):
     in_dtype(monkeypatch, torch.bfloat16)
     _, get = halved
     one, other = get(torch.bfloat16), get(torch.bfloat16)
@@ -110,7 +110,7 @@ def test_the_same_trial_ends_at_the_same_weights(halved, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_no_gradient_of_the_whole_model_exists(halved, monkeypatch):
+def test_sign_gradients_freed_during_backward(halved, monkeypatch):
     in_dtype(monkeypatch, torch.bfloat16)
     monkeypatch.setattr(sign_sgd, "TOGETHER", 1)
     _, get = halved
@@ -127,7 +127,7 @@ def test_no_gradient_of_the_whole_model_exists(halved, monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_in_parts_the_step_is_that_of_the_whole(halved, monkeypatch):
+def test_sign_step_in_parts(halved, monkeypatch):
     in_dtype(monkeypatch, torch.float32)
     _, get = halved
     whole, parts = get(), get()
@@ -137,7 +137,7 @@ def test_in_parts_the_step_is_that_of_the_whole(halved, monkeypatch):
     assert moved.abs().max() < 1e-4
 
 
-def test_a_trial_that_runs_out_of_memory_begins_again_in_parts(halved, little_memory, monkeypatch):
+def test_sign_trial_out_of_memory_restarts_in_parts(halved, little_memory, monkeypatch):
     in_dtype(monkeypatch, torch.float32)
     _, get = halved
     start, whole, parts = get(), get(), get()
@@ -151,7 +151,7 @@ def test_a_trial_that_runs_out_of_memory_begins_again_in_parts(halved, little_me
     assert torch.linalg.norm(moved[0] - moved[1]) < 0.05 * torch.linalg.norm(moved[0])
 
 
-def test_a_step_half_taken_cannot_be_taken_back(halved, monkeypatch):
+def test_sign_partial_step_out_of_memory(halved, monkeypatch):
     in_dtype(monkeypatch, torch.float32)
     monkeypatch.setattr(sign_sgd, "TOGETHER", 1)
     _, get = halved
@@ -166,7 +166,7 @@ def test_a_step_half_taken_cannot_be_taken_back(halved, monkeypatch):
         train_briefly(model, BLOCKS, **SIGN)
 
 
-def test_a_forecast_trains_too():
+def test_offload_needs_sign_and_memory():
     with pytest.raises(ValueError, match=r"search\.offload=cpu needs search\.trial_optimizer=sign"):
         SearchRecipe(trial_tokens=(0, 0), learning_rate=1e-4, offload="cpu", forecast_candidates=3)
     assert not SearchRecipe(learning_rate=1e-4).offloads(10, 0, 1, accelerator=True)
@@ -177,7 +177,7 @@ def test_a_forecast_trains_too():
     )
 
 
-def test_a_gradient_without_a_value_is_told(halved, monkeypatch):
+def test_sign_nonfinite_gradient(halved, monkeypatch):
     in_dtype(monkeypatch, torch.bfloat16)
     _, get = halved
     model = get(torch.bfloat16)
@@ -185,7 +185,7 @@ def test_a_gradient_without_a_value_is_told(halved, monkeypatch):
     assert not train_briefly(model, BLOCKS, **SIGN)
 
 
-def test_auto_takes_it_where_rates_are_found():
+def test_sign_is_auto_with_auto_rate():
     assert SearchRecipe().optimizer == "sign"
     assert SearchRecipe(learning_rate=1e-5).optimizer == "adamw"
     assert SearchRecipe(learning_rate=1e-5, trial_optimizer="sign").optimizer == "sign"

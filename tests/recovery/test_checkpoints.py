@@ -35,7 +35,7 @@ def interrupted(pruned, tmp_path_factory):
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, damage, interrupted, tmp_path, caplog):
+def test_damaged_checkpoint_falls_back_to_earlier(name, damage, interrupted, tmp_path, caplog):
     run = shutil.copytree(interrupted[2], tmp_path / "run")
     damage(run / "checkpoint-6" / name)
     assert newest_intact(run) == run / "checkpoint-3"
@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, damage,
     ("damaged", "says"),
     [((6,), ["resuming from checkpoint-3"]), ((3, 6), ["resuming from .+", "restarting the training"])],
 )
-def test_past_damage_a_recovery_comes_to_the_same(damaged, says, interrupted, pruned, tmp_path, caplog):
+def test_recovery_resumes_past_damaged_checkpoints(damaged, says, interrupted, pruned, tmp_path, caplog):
     dense, database = pruned("llama", "kv_group")
     done, whole, broken = interrupted
     run = shutil.copytree(broken, tmp_path / "run")
@@ -64,7 +64,7 @@ def test_past_damage_a_recovery_comes_to_the_same(damaged, says, interrupted, pr
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["weights.safetensors", "checksums.json"])
-def test_damaged_best_weights_are_named_before_they_are_used(name, damage, pruned, tmp_path):
+def test_damaged_best_weights_refused(name, damage, pruned, tmp_path):
     dense, database = pruned("llama", "kv_group")
     model = halved(dense, database, trainable=True)
     save_best(tmp_path, model)
@@ -77,7 +77,7 @@ def test_damaged_best_weights_are_named_before_they_are_used(name, damage, prune
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_checkpoint_that_cannot_be_read_is_kept(interrupted, tmp_path, monkeypatch):
+def test_unreadable_checkpoint_kept(interrupted, tmp_path, monkeypatch):
     shutil.copytree(interrupted[2], tmp_path / "run")
 
     def fail(path):

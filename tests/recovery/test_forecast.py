@@ -8,7 +8,7 @@ from darwinlm.recovery.forecast import forecast
 
 
 @pytest.mark.parametrize("exponent", [0.1, 0.3, 0.7])
-def test_a_forecast_finds_where_a_power_law_leads(exponent):
+def test_forecast_of_power_law(exponent):
     rng = random.Random(0)
     losses = [2.0 + 3.0 * step**-exponent + rng.gauss(0, 0.02) for step in range(1, 2001)]
     expected = 2.0 + 3.0 * 2000**-exponent

@@ -16,7 +16,7 @@ from darwinlm.recovery.teacher import write_predictions
 
 
 @pytest.mark.parametrize(("share", "temperature"), [(0.0, 1.0), (0.3, 1.0), (1.0, 1.0), (0.5, 2.5)])
-def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, share, temperature, monkeypatch):
+def test_objective_and_gradient_match_whole_logits(pruned, share, temperature, monkeypatch):
     monkeypatch.setattr(objective, "_CHUNK_TOKENS", 40)
     dense, database = pruned("qwen2", "kv_group")
     ids = BLOCKS.long()
@@ -35,9 +35,7 @@ def test_the_objective_is_that_of_whole_logits_and_so_is_its_gradient(pruned, sh
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (7, 2.5), (VOCABULARY - 1, 1.0)])
-def test_from_the_likeliest_tokens_kl_is_that_of_these_and_another_one_and_so_is_its_gradient(
-    top_k, temperature, pruned, tmp_path, monkeypatch
-):
+def test_objective_with_top_k_teacher(top_k, temperature, pruned, tmp_path, monkeypatch):
     for module in (objective, teacher):
         monkeypatch.setattr(module, "_CHUNK_TOKENS", 20)
     monkeypatch.setattr(teacher, "_PIECE_BLOCKS", 4)
@@ -61,7 +59,7 @@ def test_from_the_likeliest_tokens_kl_is_that_of_these_and_another_one_and_so_is
 
 
 @pytest.mark.parametrize(("share", "temperature", "at_most"), [(1.0, 1.0, 4), (0.5, 2.0, 5)])
-def test_the_objective_never_holds_more_than_so_many_tensors_of_the_size_of_its_logits(share, temperature, at_most):
+def test_objective_peak_memory(share, temperature, at_most):
     """Gradients included: `darwinlm plan` counts on it."""
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
     config = LlamaConfig(vocab_size=2**16, **sizes)
@@ -74,7 +72,7 @@ def test_the_objective_never_holds_more_than_so_many_tensors_of_the_size_of_its_
     assert at_most - 1 < max(live) / (4 * 2**16 * ids.numel()) < at_most + 0.1
 
 
-def test_the_objective_of_cut_documents_is_that_of_each_alone(pruned):
+def test_objective_of_cut_documents(pruned):
     dense, database = pruned("mistral", "kv_group")
     lengths = [[5, 12, 1, 6], [24], [20, 4]]
     blocks, documents = zip(*map(packed, lengths), strict=True)

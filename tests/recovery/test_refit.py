@@ -10,7 +10,7 @@ from darwinlm.models.cutting import build_model
 from darwinlm.recovery.refit import refit, refit_if_it_helps
 
 
-def test_a_refit_is_ridge_regression_from_what_the_model_computes_to_what_the_stream_lacks(pruned):
+def test_refit_matches_ridge_regression(pruned):
     dense, database = pruned("llama", "kv_group")
     weights = {name: tensor.clone() for name, tensor in dense.weights.items()}
     before, model = halved(dense, database), halved(dense, database)
@@ -53,7 +53,7 @@ def new_output(model, before, x):
     return x @ (weights[0] - weights[1]).T
 
 
-def test_a_refit_of_the_dense_model_changes_nothing(pruned):
+def test_refit_of_dense_model_changes_nothing(pruned):
     dense, _ = pruned("qwen3", "query_head")
     model = build_model(dense.config, dense.sites, dense.weights, {})
     refit(model, dense.model, BLOCKS)
@@ -62,7 +62,7 @@ def test_a_refit_of_the_dense_model_changes_nothing(pruned):
 
 
 @pytest.mark.parametrize("harm", [False, True])
-def test_a_refit_that_leads_away_on_other_text_is_taken_back(harm, pruned, monkeypatch):
+def test_refit_undone_when_harmful(harm, pruned, monkeypatch):
     dense, database = pruned("llama", "kv_group")
     model, judge = halved(dense, database), DenseReference(dense.model, BLOCKS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

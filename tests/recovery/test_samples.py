@@ -14,7 +14,7 @@ from darwinlm.recovery.training import recover
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_document_in_a_block_of_several_is_read_as_if_it_were_alone(family, attention, pruned):
+def test_packed_documents_match_single_documents(family, attention, pruned):
     dense, database = pruned(family, "kv_group")
     block, documents = packed([5, 12, 1, 6])
     for model in (dense.load(CPU, torch.float32), halved(dense, database)):
@@ -26,7 +26,7 @@ def test_a_document_in_a_block_of_several_is_read_as_if_it_were_alone(family, at
         assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_labels_positions_and_attention_are_those_written_by_hand(pruned):
+def test_sample_labels_positions_and_attention(pruned):
     """Two blocks: the second document reaches into the second block, and a token of each is left out of the loss."""
     dense, _ = pruned("llama", "kv_group")
     text = Tokens(
@@ -56,7 +56,7 @@ def test_labels_positions_and_attention_are_those_written_by_hand(pruned):
         assert torch.equal(attention.ne(0), seen[:, None].expand_as(attention))
 
 
-def test_training_on_cut_documents_begins_with_their_loss(pruned, tmp_path):
+def test_training_on_cut_documents_starts_at_their_loss(pruned, tmp_path):
     dense, database = pruned("qwen3", "kv_group")
     blocks, documents = zip(*(packed([length, 24 - length]) for length in (7, 11, 3)), strict=True)
     recipe = RecoveryRecipe(tokens=24 * 3, batch_size=3, micro_batch_size=1, distillation=0, cut_documents=True)

@@ -37,7 +37,7 @@ dist.stop()
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # the second has a tied head
 @pytest.mark.parametrize("offload", [False, True])
-def test_all_of_a_sharded_model_and_its_teacher_is_on_the_device(family, offload, pruned, monkeypatch):
+def test_sharded_model_and_teacher_on_device(family, offload, pruned, monkeypatch):
     """They begin in CPU memory, and FSDP only moves what it shards: of the teacher, the layers."""
     dense, database = pruned(family, "kv_group")
     device, taught = torch.device("meta"), dense.load(CPU, torch.float32)
@@ -49,7 +49,7 @@ def test_all_of_a_sharded_model_and_its_teacher_is_on_the_device(family, offload
         assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {device}
 
 
-def test_two_ranks_train_what_one_does_and_one_goes_on_where_two_stopped(checkpoint, pruned, tmp_path):
+def test_two_ranks_train_like_one_rank(checkpoint, pruned, tmp_path):
     dense, database = pruned("qwen3", "kv_group")
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -13,7 +13,7 @@ from darwinlm.recovery.sharding import is_sharded
 from darwinlm.runtime import dist
 
 
-def test_one_process_has_nobody_to_share_with(monkeypatch):
+def test_sharding_ignored_with_one_process(monkeypatch):
     """Whatever the setting says: model and teacher are then on the device."""
     recipe = load_recipe("quick", {"model": "m", "target": 0.5, "recovery.sharding": "fsdp", "recovery.tokens": 64})
     places = []

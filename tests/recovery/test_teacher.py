@@ -13,7 +13,7 @@ from darwinlm.recovery.training import recover
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_recovery_from_all_predictions_is_that_from_the_dense_model(cut, pruned, tmp_path, monkeypatch):
+def test_recovery_from_cached_predictions(cut, pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned("llama", "kv_group")
     text = Tokens.cat([packed([5, 9, 10])[0], TEXT])
@@ -33,7 +33,7 @@ def test_a_recovery_from_all_predictions_is_that_from_the_dense_model(cut, prune
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
-def test_predictions_are_written_once_and_a_damaged_piece_again(pruned, tmp_path, monkeypatch):
+def test_write_predictions_rewrites_damaged_piece(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "_PIECE_BLOCKS", 2)
     dense, _ = pruned("qwen3", "kv_group")
     asked = []
@@ -56,7 +56,7 @@ def test_predictions_are_written_once_and_a_damaged_piece_again(pruned, tmp_path
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_a_teacher_in_8_bits_is_the_dense_model_but_for_rounding(pruned):
+def test_teacher_in_8_bits(pruned):
     dense, _ = pruned("qwen2", "kv_group")
     rounded = load_teacher(dense, torch.float32, CPU, int8=True)
     for name, linear in dense.model.model.layers.named_modules():

@@ -18,7 +18,7 @@ from darwinlm.recovery.trainer import best_of
         ([math.nan, 1.0], [math.nan, 3.0], 0),
     ],
 )
-def test_weights_are_taken_that_are_no_worse_in_any_part_of_the_loss(kls, next_tokens, taken):
+def test_best_of_improves_every_loss(kls, next_tokens, taken):
     evaluations = [
         {"step": step, "loss": kl + next_token, "kl": kl, "next_token": next_token}
         for step, (kl, next_token) in enumerate(zip(kls, next_tokens, strict=True))

@@ -20,7 +20,7 @@ from darwinlm.recovery.objective import Objective
 from darwinlm.recovery.training import recover, steps_for
 
 
-def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_path):
+def test_recovery_lowers_loss_and_is_reproducible(pruned, tmp_path):
     dense, database = pruned("mistral", "kv_group")
     recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2)
 
@@ -38,7 +38,7 @@ def test_recovery_lowers_the_loss_and_is_the_same_for_the_same_seed(pruned, tmp_
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
-def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_path, monkeypatch, stop_at):
+def test_killed_recovery_resumes(pruned, tmp_path, monkeypatch, stop_at):
     dense, database = pruned("llama", "kv_group")
     recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, checkpoint_steps=2)
     whole = halved(dense, database, trainable=True)
@@ -61,7 +61,7 @@ def test_a_killed_recovery_goes_on_to_the_same_losses_and_weights(pruned, tmp_pa
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):
+def test_recovery_diverged_error(pruned, tmp_path):
     dense, database = pruned("mistral", "kv_group")
     model = halved(dense, database, trainable=True)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_recovery_that_diverges_is_one_clear_line(pruned, tmp_path):
         train(model, dense, RecoveryRecipe(tokens=48, learning_rate=1e-3), tmp_path)
 
 
-def test_the_weights_that_did_best_on_the_validation_text_are_taken(pruned, tmp_path):
+def test_recovery_takes_best_validation_weights(pruned, tmp_path):
     dense, database = pruned("qwen2", "kv_group")
     # Far too fast, so that what is learnt from the few blocks is soon wrong for others.
     recipe = RecoveryRecipe(tokens=24 * 48, learning_rate=3e-2, batch_size=2, evaluations=24, checkpoint_steps=5)
@@ -89,9 +89,7 @@ def test_the_weights_that_did_best_on_the_validation_text_are_taken(pruned, tmp_
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["whole", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_at_the_rate_auto_does_not_depend_on_how_weights_are_scaled(
-    family, settings, pruned, tmp_path, monkeypatch
-):
+def test_auto_rate_independent_of_weight_scale(family, settings, pruned, tmp_path, monkeypatch):
     dense, database = pruned(family, "kv_group")
     # Of small batches a small part is taken.
     monkeypatch.setattr(training, "RELATIVE_RATE", 0.003 if settings else 0.05)
@@ -111,7 +109,7 @@ def test_training_at_the_rate_auto_does_not_depend_on_how_weights_are_scaled(
     assert [one - other[0] for one in other] == pytest.approx([one - own[0] for one in own], rel=0.25, abs=1e-4)
 
 
-def test_a_step_of_low_rank_updates_is_a_share_of_the_weight():
+def test_lora_step_relative_to_weight():
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng():
@@ -128,7 +126,7 @@ def test_a_step_of_low_rank_updates_is_a_share_of_the_weight():
     assert moved.item() == pytest.approx(1e-3 * training._LORA_RATE, rel=0.05)
 
 
-def test_a_training_that_does_harm_leaves_the_weights_as_they_were(pruned, tmp_path, caplog):
+def test_harmful_training_leaves_weights(pruned, tmp_path, caplog):
     dense, database = pruned("qwen2", "kv_group")
     before, model = halved(dense, database), halved(dense, database, trainable=True)
     done = train(model, dense, RecoveryRecipe(tokens=24 * 8, learning_rate=1.0, batch_size=2), tmp_path)
@@ -138,7 +136,7 @@ def test_a_training_that_does_harm_leaves_the_weights_as_they_were(pruned, tmp_p
     assert any(message.startswith(said) for message in caplog.messages)
 
 
-def test_a_batch_in_parts_gives_the_same_training(pruned, tmp_path):
+def test_micro_batches_match_whole_batch(pruned, tmp_path):
     dense, database = pruned("qwen3", "kv_group")
     trained = []
     for name, micro in (("whole", None), ("parts", 1)):
@@ -156,9 +154,7 @@ def test_a_batch_in_parts_gives_the_same_training(pruned, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"distillation": 0, "evaluations": 0}, {"distillation": 0.5, "evaluations": 1}])
-def test_a_recovery_that_runs_out_of_memory_takes_the_same_steps_in_parts(
-    settings, pruned, little_memory, tmp_path, caplog
-):
+def test_recovery_out_of_memory_splits_batches(settings, pruned, little_memory, tmp_path, caplog):
     dense, database = pruned("qwen3", "kv_group")
     start, whole, parts = (halved(dense, database, trainable=True) for _ in range(3))
     recipe = RecoveryRecipe(tokens=24 * 12, batch_size=4, **settings)
@@ -182,7 +178,7 @@ def test_a_recovery_that_runs_out_of_memory_takes_the_same_steps_in_parts(
         ({"loggers": ["wandb"]}, "wandb", r"^recovery\.loggers: wandb is not installed; pip install wandb$"),
     ],
 )
-def test_what_cannot_be_met_here_is_said_before_the_training(settings, missing, message, pruned, tmp_path, monkeypatch):
+def test_recovery_missing_package_error(settings, missing, message, pruned, tmp_path, monkeypatch):
     dense, database = pruned("qwen3", "kv_group")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
@@ -193,7 +189,7 @@ def test_what_cannot_be_met_here_is_said_before_the_training(settings, missing, 
     assert not list(tmp_path.iterdir())
 
 
-def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_path):
+def test_lora_changes_have_its_rank(pruned, tmp_path):
     dense, database = pruned("llama", "kv_group")
     recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=1e-2, batch_size=2, lora_rank=2, evaluations=0)
     before, model = halved(dense, database), halved(dense, database, trainable=True)
@@ -208,7 +204,7 @@ def test_lora_moves_no_more_than_its_rank_and_leaves_a_plain_model(pruned, tmp_p
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
-def test_what_is_not_to_be_learnt_moves_no_weight(pruned, tmp_path):
+def test_masked_labels_do_not_train(pruned, tmp_path):
     dense, database = pruned("qwen2", "kv_group")
     recipe = RecoveryRecipe(tokens=24 * 8, learning_rate=5e-3, batch_size=2, evaluations=0)
     loss_mask = torch.arange(24).expand_as(BLOCKS) < 12
@@ -225,7 +221,7 @@ def test_what_is_not_to_be_learnt_moves_no_weight(pruned, tmp_path):
     assert not all(torch.allclose(one[name], whole[name], atol=1e-3) for name in one)
 
 
-def test_a_killed_recovery_on_a_stream_goes_on_to_the_same_losses(pruned, tmp_path, monkeypatch):
+def test_killed_recovery_on_stream_resumes(pruned, tmp_path, monkeypatch):
     dense, database = pruned("qwen2", "kv_group")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))
     data = DataRecipe(source=str(tmp_path / "text.jsonl"), sequence_length=24)

@@ -11,7 +11,7 @@ from darwinlm.report.charts import Column, Point, Series, columns, curve, nice_t
 
 
 @given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9), st.booleans())
-def test_ticks_are_few_evenly_spaced_and_around_all_values(a, b, whole):
+def test_nice_ticks(a, b, whole):
     low, high = min(a, b), max(a, b)
     ticks = nice_ticks(low, high, whole=whole)
     assert 2 <= len(ticks) <= 8
@@ -23,7 +23,7 @@ def test_ticks_are_few_evenly_spaced_and_around_all_values(a, b, whole):
         assert all(tick == round(tick) for tick in ticks)
 
 
-def test_columns_are_as_high_as_their_shares():
+def test_columns_to_scale():
     shares = [1.0, 0.25, 0.0]
     chart = columns([Column(share=share, title="") for share in shares], colour="mlp", label="", height=100)
     fills = [a for tag, a in Page(str(chart)).tags if tag == "rect" and a["class"].startswith("fill")]
@@ -31,7 +31,7 @@ def test_columns_are_as_high_as_their_shares():
     assert [float(fill["y"][:-1]) for fill in fills] == [0, 75, 100]
 
 
-def test_a_curve_puts_its_values_between_its_ticks_to_scale():
+def test_curve_to_scale():
     points = [Point(x=x, y=y, title=f"at {x}") for x, y in ((0, 1.0), (1, 3.0), (4, 2.0))]
     chart = str(curve([Series(points=points, colour="found")], label="", height=100))
     dots = [a for tag, a in Page(chart).tags if tag == "circle"]

@@ -85,7 +85,7 @@ def copied(run, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["run", "family"])
-def test_every_number_on_the_page_is_in_metrics_json(which, request):
+def test_page_numbers_are_in_metrics(which, request):
     finished = request.getfixturevalue(which)
     path = (finished[0] if which == "run" else finished).path
     metrics = json.loads((path / "report" / "metrics.json").read_text())
@@ -94,7 +94,7 @@ def test_every_number_on_the_page_is_in_metrics_json(which, request):
     assert not_in(metrics, html.replace("</body>", "<p>KL 98,765.4321</p></body>")) == ["98,765.4321"]
 
 
-def test_what_the_report_says_of_layers_is_what_the_model_has(run):
+def test_report_layers_match_model(run):
     finished, _ = run
     tensors = load_file(finished.model_path / "model.safetensors")
     for layer in finished.metrics["layers"]:
@@ -110,7 +110,7 @@ def test_what_the_report_says_of_layers_is_what_the_model_has(run):
     assert finished.metrics["parameters"] == finished.metrics["rows"][-1]["parameters"]
 
 
-def test_accepted_moves_are_those_between_the_parents_of_the_history(run):
+def test_accepted_moves_match_history(run):
     finished, _ = run
     lines = (finished.path / "search" / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
@@ -124,7 +124,7 @@ def test_accepted_moves_are_those_between_the_parents_of_the_history(run):
 
 
 @pytest.mark.parametrize("diverged", [None, 1e9])  # 1e9: as version 0.1.0 wrote it
-def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_curve(diverged, copied):
+def test_moves_by_kind_and_diverged_candidates(diverged, copied):
     file = copied / "search" / "state.json"
     state = read_json(file)
     sites = len(state["parent"])
@@ -144,7 +144,7 @@ def test_moves_are_told_apart_by_kind_and_diverged_candidates_do_not_bend_the_cu
     assert [one["diverged"] for one in search["generations"]] == [0, 1, 0, 0, 0]
 
 
-def test_quotients_are_of_the_dense_and_of_the_uniform_row(run):
+def test_compared_quotients(run):
     rows = {row["name"]: row for row in run[0].metrics["rows"]}
     for row in rows.values():
         for name, quotient in row["of_dense"].items():
@@ -156,7 +156,7 @@ def test_quotients_are_of_the_dense_and_of_the_uniform_row(run):
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=100), st.integers(1, 30))
-def test_a_thinned_curve_keeps_every_step_once_and_its_mean(values, points):
+def test_thinned_curve(values, points):
     curve = thinned(values, points)
     assert len(curve) <= points
     assert [step for one in curve for step in range(one["first"], one["last"] + 1)] == list(range(1, len(values) + 1))
@@ -165,7 +165,7 @@ def test_a_thinned_curve_keeps_every_step_once_and_its_mean(values, points):
     assert min(one["low"] for one in curve) == min(values) and max(one["high"] for one in curve) == max(values)
 
 
-def test_tasks_are_on_the_page_with_their_numbers(copied):
+def test_page_shows_tasks(copied):
     entries = []
     for name, p in (("piqa", 0.123), ("arc_easy", 3.1415e-7)):
         pruned = {"accuracy": 0.4321, "stderr": 0.0123, "difference": -0.0789, "difference_stderr": 0.0111}
@@ -186,7 +186,7 @@ def test_tasks_are_on_the_page_with_their_numbers(copied):
     assert not_in({**metrics, "tasks": tasks}, html) == ["3.1e-07"]
 
 
-def test_text_of_models_and_users_stays_text(run):
+def test_page_escapes_text(run):
     metrics = json.loads(json.dumps(run[0].metrics))
     clean = Page(render(metrics))
     metrics["model"] = metrics["target"] = metrics["attention_unit"] = EVIL
@@ -204,7 +204,7 @@ def test_text_of_models_and_users_stays_text(run):
 
 
 @pytest.mark.parametrize("refresh", [False, True])
-def test_the_page_asks_for_nothing_and_only_its_own_scripts_can_run(run, refresh):
+def test_page_loads_nothing_and_restricts_scripts(run, refresh):
     html = render(run[0].metrics, refresh=refresh)
     page = Page(html)
     assert len(page.scripts) == (2 if refresh else 1)
@@ -217,7 +217,7 @@ def test_the_page_asks_for_nothing_and_only_its_own_scripts_can_run(run, refresh
     assert "url(" not in html and "@import" not in html
 
 
-def test_the_command_writes_what_the_run_has_written_and_touches_nothing_else(copied, capsys):
+def test_report_command_rewrites_same_page(copied, capsys):
     before = {file: file.stat().st_mtime_ns for file in copied.rglob("*") if file.is_file()}
     assert cli.exit_code(["report", str(copied)]) == 0
     assert str(copied / "report" / "index.html") in capsys.readouterr().out
@@ -238,7 +238,7 @@ def forget(run, *stages, files):
 
 
 @pytest.mark.parametrize("generations", [0, 7])
-def test_a_search_is_of_as_many_generations_as_it_has_and_not_of_the_recipe(generations, copied):
+def test_page_counts_generations_of_history(generations, copied):
     """Plans of uniform layers are compared in generation 0, and there is no other."""
     forget(copied, "search", "recovery", "evaluation", "export", files=["search/best_plan.json"])
     state = read_json(copied / "search" / "state.json")
@@ -249,7 +249,7 @@ def test_a_search_is_of_as_many_generations_as_it_has_and_not_of_the_recipe(gene
     assert (f"of {generations} generations" in page) == (generations > 0)
 
 
-def test_an_unfinished_run_shows_what_there_is_so_far(copied):
+def test_page_of_unfinished_run(copied):
     written = json.loads((copied / "recovery" / "losses.json").read_text())
     losses, evaluations = written["loss"], written["evaluations"]
     assert len(evaluations) > 1 and collect(copied)["recovery"]["evaluations"] == evaluations
@@ -288,7 +288,7 @@ def test_an_unfinished_run_shows_what_there_is_so_far(copied):
     assert "not finished" in render(write_report(copied))
 
 
-def test_watching_ends_with_the_run_and_leaves_a_page_that_stays_as_it_is(copied):
+def test_watch_report_ends_with_run(copied):
     manifest = (copied / "manifest.json").read_bytes()
     forget(copied, "export", files=[])
     page = copied / "report" / "index.html"
@@ -305,7 +305,7 @@ def test_watching_ends_with_the_run_and_leaves_a_page_that_stays_as_it_is(copied
     assert "location.reload()" not in page.read_text()
 
 
-def test_a_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(copied):
+def test_watch_report_interrupted(copied):
     forget(copied, "export", files=[])
 
     def interrupt():
@@ -329,7 +329,7 @@ def test_a_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(copied):
         (lambda run: (run / "report" / "index.html").unlink() or (run / "report" / "index.html").mkdir(), "index.html"),
     ],
 )
-def test_what_is_no_run_or_is_damaged_is_said_in_one_line(damage, message, copied, capsys):
+def test_report_command_error_one_line(damage, message, copied, capsys):
     damage(copied)
     assert cli.exit_code(["report", str(copied)]) == 2
     error = capsys.readouterr().err
@@ -345,7 +345,7 @@ def test_what_is_no_run_or_is_damaged_is_said_in_one_line(damage, message, copie
         (lambda manifest: {**manifest, "recipe": {}}, r"a run whose recipe this version cannot read \(recipe: "),
     ],
 )
-def test_all_that_read_a_run_say_the_same_of_a_manifest(change, message, copied):
+def test_manifest_errors_same_for_all_readers(change, message, copied):
     manifest = read_json(copied / "manifest.json")
     write_json(copied / "manifest.json", change(manifest), sealed=True)
     said = set()
@@ -356,7 +356,7 @@ def test_all_that_read_a_run_say_the_same_of_a_manifest(change, message, copied)
     assert len(said) == 1
 
 
-def test_a_family_has_a_part_for_every_size(family):
+def test_page_of_family_has_every_size(family):
     metrics = family.metrics
     assert list(metrics["sizes"]) == ["0.8", "0.6"]
     html = (family.path / "report" / "index.html").read_text()

@@ -20,7 +20,7 @@ def rows_of(folder, *options):
     return found
 
 
-def test_every_section_runs_and_has_its_bounds(tmp_path):
+def test_gpu_benchmark_sections_have_bounds(tmp_path):
     found = rows_of(tmp_path)
     assert list(found) == ["peaks", "solver", "database", "search", "candidate", "recovery"]
     for section in found.keys() - {"peaks"}:
@@ -32,7 +32,7 @@ def test_every_section_runs_and_has_its_bounds(tmp_path):
     assert "kept columns equal: True" in notes
 
 
-def test_sections_can_be_chosen_and_what_does_not_fit_the_time_is_left_out(tmp_path):
+def test_gpu_benchmark_chosen_sections_and_time_limit(tmp_path):
     assert list(rows_of(tmp_path, "--sections", "candidate")) == ["peaks", "candidate"]
     found = rows_of(tmp_path, "--minutes", "0")
     assert len(found) == 6

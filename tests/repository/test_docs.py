@@ -53,7 +53,7 @@ def blocks(page, *languages):
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
@@ -64,7 +64,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
-def test_the_navigation_has_every_page_once():
+def test_navigation_has_every_page():
     def pages(entries):
         for entry in entries:
             for value in entry.values():
@@ -75,11 +75,11 @@ def test_the_navigation_has_every_page_once():
 
 
 @pytest.mark.parametrize("name", ["cli.md", "recipe.md"])
-def test_the_references_are_what_the_code_says(name):
+def test_references_are_up_to_date(name):
     assert (DOCS / name).read_text() == generator().PAGES[name](), "run: python docs/reference.py"
 
 
-def test_every_command_and_every_setting_is_explained():
+def test_commands_and_settings_documented():
     commands, settings = (DOCS / "cli.md").read_text(), (DOCS / "recipe.md").read_text()
     for name, command in COMMANDS.items():
         assert f"\n## {name}\n" in commands
@@ -108,12 +108,12 @@ def public_names():
             yield from ((f"{name}.{key}", part) for key, part in vars(value).items() if key in shown)
 
 
-def test_the_api_reference_has_every_public_name_once():
+def test_api_reference_has_public_names():
     names = re.findall(r"^::: darwinlm\.(\w+)$", REFERENCE, flags=re.M)
     assert sorted(names) == sorted(set(darwinlm.__all__) - {"__version__"})
 
 
-def test_public_names_say_what_they_take_return_and_raise():
+def test_public_docstrings_have_sections():
     checked = dict(public_names())
     assert {"prune", "load", "load_recipe", "Run.load", "Run.model_path", "Recipe.to_yaml"} <= checked.keys()
     for name, value in checked.items():
@@ -139,19 +139,19 @@ def command_lines(page):
 
 
 @every_page
-def test_commands_parse(page):
+def test_commands_in_docs_parse(page):
     for name, *arguments in command_lines(page):
         context = COMMANDS[name].make_context(name, list(arguments))
         for setting in context.params.get("settings") or []:
             assert setting.partition("=")[0] in known_keys(), setting
 
 
-def test_there_are_commands_to_parse():
+def test_docs_use_every_command():
     found = {arguments[0] for page in PAGES for arguments in command_lines(page)}
     assert found == set(COMMANDS)
 
 
-def test_the_examples_run(checkpoint, text, tmp_path, monkeypatch, capsys):
+def test_api_examples_run(checkpoint, text, tmp_path, monkeypatch, capsys):
     shutil.copytree(checkpoint("mistral"), tmp_path / "my-checkpoint")
     (tmp_path / "texts").mkdir()
     shutil.copy(text, tmp_path / "texts")
@@ -172,7 +172,7 @@ def test_the_examples_run(checkpoint, text, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_every_file_of_a_run_is_described(run, tmp_path):
+def test_formats_describe_every_file(run, tmp_path):
     finished, _ = run
     described = re.findall(r"`([^`\n]+)`", (DOCS / "formats.md").read_text())
     patterns = {name for name in described if "." in name or name.endswith("/")}
@@ -182,7 +182,7 @@ def test_every_file_of_a_run_is_described(run, tmp_path):
         assert file.is_dir() or any(Path(name).match(one) or Path(inside).match(one) for one in patterns), name
 
 
-def test_what_is_said_of_json_files_is_there(run):
+def test_formats_keys_exist(run):
     """Every key that a table of formats.md names first is in one of the run's JSON files."""
     finished, _ = run
     known = set()

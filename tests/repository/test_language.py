@@ -42,10 +42,10 @@ def faults(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
-def test_prose(file):
+def test_prose_of_source(file):
     assert not faults(file.read_text(encoding="utf-8"))
 
 
-def test_faults_are_found():
+def test_prose_faults_found():
     source = 'class A:\n    rate: float\n    """Of trials."""\n\n    # It is read anew.\n    text = f"{1} of so many"\n'
     assert faults(source) == ["3: 'Of trials.'", "5: 'anew'", "6: 'so many'"]

@@ -31,7 +31,7 @@ def commands(file):
         yield from (step["run"] for step in job["steps"] if "run" in step)
 
 
-def test_ci_tests_the_pythons_that_the_package_names():
+def test_ci_python_versions():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     tested = jobs["test"]["strategy"]["matrix"]["python"]
     named = [text.split(" :: ")[-1] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)]
@@ -39,12 +39,12 @@ def test_ci_tests_the_pythons_that_the_package_names():
     assert PROJECT["requires-python"] == f">={tested[0]}"
 
 
-def test_no_older_python_is_promised_than_transformers_runs_on():
+def test_python_version_of_transformers():
     assert metadata.metadata("transformers")["Requires-Python"].startswith(PROJECT["requires-python"])
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
-def test_workflows_use_targets_and_files_that_exist(file):
+def test_workflows_use_existing_targets(file):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     lines = list(commands(file))
     assert lines
@@ -56,7 +56,7 @@ def test_workflows_use_targets_and_files_that_exist(file):
 
 
 @pytest.mark.parametrize("file", FORMS, ids=lambda file: file.name)
-def test_issue_forms_have_what_a_form_needs(file):
+def test_issue_forms(file):
     form = yaml.safe_load(file.read_text())
     assert {"name", "description", "body"} <= form.keys()
     fields = [part for part in form["body"] if part["type"] != "markdown"]
@@ -68,7 +68,7 @@ def test_issue_forms_have_what_a_form_needs(file):
         assert (ROOT / name).exists(), name
 
 
-def test_changelog_and_citation_are_of_this_version():
+def test_changelog_and_citation_version():
     (version, date), *former = re.findall(
         r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M
     )
@@ -78,7 +78,7 @@ def test_changelog_and_citation_are_of_this_version():
     assert all(Version(older) < Version(version) for older, _ in former)
 
 
-def test_the_settings_of_an_earlier_version_are_settings():
+def test_changelog_recipes_load():
     """The changelog gives recipes for who moves on."""
     changes = (ROOT / "CHANGELOG.md").read_text()
     recipes = [textwrap.dedent(code) for code in re.findall(r"^ *```yaml\n(.*?)^ *```", changes, flags=re.M | re.S)]
@@ -87,19 +87,19 @@ def test_the_settings_of_an_earlier_version_are_settings():
         make_recipe({"model": "smollm2", "target": 0.5, **yaml.safe_load(code)})
 
 
-def test_pre_commit_has_the_versions_of_constraints():
+def test_pre_commit_versions_match_constraints():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     pinned = {repo["repo"].rpartition("/")[2]: repo["rev"] for repo in hooks if repo["repo"] != "local"}
     assert pinned == {"ruff-pre-commit": f"v{PINS['ruff']}", "codespell": f"v{PINS['codespell']}"}
 
 
-def test_constraints_pin_everything_that_the_package_asks_for():
+def test_constraints_pin_all_dependencies():
     asked = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
     for one in map(Requirement, asked):
         assert one.specifier.contains(PINS[canonicalize_name(one.name)]), one
 
 
-def test_constraints_can_be_installed_together():
+def test_constraints_are_consistent():
     """Every pin is in the range that every other pinned package asks for, where that is installed."""
     for name in PINS:
         try:

@@ -27,7 +27,7 @@ except darwinlm.UserError as error:
 """
 
 
-def test_models_are_loaded_and_runs_refused_in_one_line(run, tmp_path):
+def test_windows_loads_models_and_refuses_runs(run, tmp_path):
     finished, _ = run
     command = [sys.executable, "-c", WINDOWS, str(finished.model_path), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -31,7 +31,7 @@ def no_kernel_locks(descriptor, operation):
     raise OSError(lock.errno.ENOLCK, "No locks available")
 
 
-def test_a_second_owner_is_refused_and_the_file_goes_with_the_first(tmp_path):
+def test_lock_refuses_second_owner(tmp_path):
     with RunLock(tmp_path / "run") as first:
         first.take()
         first.take()
@@ -44,7 +44,7 @@ def test_a_second_owner_is_refused_and_the_file_goes_with_the_first(tmp_path):
         third.take()
 
 
-def test_a_living_process_is_named_and_one_killed_by_sigkill_is_succeeded(tmp_path):
+def test_lock_of_living_and_killed_process(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -85,7 +85,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_the_file_says_decides_where_the_kernel_does_not(case, tmp_path, monkeypatch):
+def test_lock_file_decides_without_kernel_lock(case, tmp_path, monkeypatch):
     changes, silent, kernel, message = CASES[case]
     if not kernel:
         monkeypatch.setattr(fcntl, "flock", no_kernel_locks)
@@ -105,7 +105,7 @@ ENDLESS = '{"pid": 1, "host": "elsewhere", "boot": "", "started": 0, "since": Na
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 500, '{"pid": 1e999}', ENDLESS])
-def test_a_file_that_says_nothing_is_nobodys_unless_the_kernel_says_otherwise(content, tmp_path):
+def test_lock_file_without_owner(content, tmp_path):
     (tmp_path / "lock").write_text(content)
     with open(tmp_path / "lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -116,7 +116,7 @@ def test_a_file_that_says_nothing_is_nobodys_unless_the_kernel_says_otherwise(co
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_file_deleted_between_opening_and_locking_is_not_taken(tmp_path, monkeypatch):
+def test_lock_file_deleted_before_locking(tmp_path, monkeypatch):
     flock, times = fcntl.flock, []
 
     def given_back_meanwhile(descriptor, operation):
@@ -133,7 +133,7 @@ def test_a_file_deleted_between_opening_and_locking_is_not_taken(tmp_path, monke
             other.take()
 
 
-def test_the_owner_gives_signs_of_life(tmp_path, monkeypatch):
+def test_lock_file_touched_by_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.001)
     with RunLock(tmp_path) as mine:
         mine.take()
@@ -147,5 +147,5 @@ def test_the_owner_gives_signs_of_life(tmp_path, monkeypatch):
     ("seconds", "text"),
     [(-5, "0 s"), (59, "59 s"), (61, "1 min"), (7_530, "2 h 5 min"), (90_000, "1 d 1 h")],
 )
-def test_durations(seconds, text):
+def test_lock_duration(seconds, text):
     assert re.fullmatch(text, lock._duration(seconds))

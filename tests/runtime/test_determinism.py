@@ -13,7 +13,7 @@ from darwinlm.errors import UserError
 from darwinlm.runtime.determinism import same_bits
 
 
-def test_another_process_with_more_threads_comes_to_the_same_database_plan_and_model(run, checkpoint, tmp_path):
+def test_run_same_in_process_with_more_threads(run, checkpoint, tmp_path):
     finished, settings = run
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
     for key, value in {**settings, "deterministic": True}.items():
@@ -40,7 +40,7 @@ def settings_of_torch():
     )
 
 
-def test_what_is_asked_of_torch_ends_with_the_run(monkeypatch):
+def test_same_bits_restores_torch_settings(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = settings_of_torch()
     assert before[0] is False
@@ -58,7 +58,7 @@ def fail_without_a_deterministic_algorithm():
         torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
 
-def test_an_operation_without_a_deterministic_algorithm_is_one_line():
+def test_same_bits_nondeterministic_operation_error():
     before = settings_of_torch()
     with pytest.raises(UserError, match=r"^deterministic=true: put_ has no deterministic implementation on this"):
         fail_without_a_deterministic_algorithm()

@@ -12,7 +12,7 @@ from darwinlm.runtime import dist
 @pytest.mark.parametrize(
     "missing", [{"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"MASTER_ADDR": None}, {"MASTER_PORT": "1"}]
 )
-def test_a_rank_that_cannot_ask_the_others_says_it(missing, monkeypatch):
+def test_should_report_without_store(missing, monkeypatch):
     found = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     monkeypatch.setattr(dist, "_ASKING", timedelta(milliseconds=10))
     for name, value in (found | missing).items():
@@ -38,7 +38,7 @@ def test_a_rank_that_cannot_ask_the_others_says_it(missing, monkeypatch):
         (RuntimeError("Backend gloo does not support reduce_scatter"), False),
     ],
 )
-def test_only_the_loss_of_a_rank_is_called_that_and_by_all_ranks_alike(error, lost, monkeypatch):
+def test_naming_lost_ranks(error, lost, monkeypatch):
     said = set()
     for rank in (0, 2):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)

@@ -14,7 +14,7 @@ from darwinlm.runtime import files
 from darwinlm.runtime.files import naming_disk_faults, new_folder
 
 
-def test_a_file_that_cannot_be_begun_leaves_the_old_one(tmp_path, monkeypatch):
+def test_write_json_full_disk_keeps_old_file(tmp_path, monkeypatch):
     files.write_json(tmp_path / "a.json", {"a": 1})
     monkeypatch.setattr(files, "open", FullDisk(0).open, raising=False)
     with pytest.raises(UserError, match=r"the disk is full while writing .*a.json; free some space and run the same"):
@@ -23,7 +23,7 @@ def test_a_file_that_cannot_be_begun_leaves_the_old_one(tmp_path, monkeypatch):
     assert not drafts(tmp_path)
 
 
-def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+def test_new_folder_full_disk_keeps_old_folder(tmp_path):
     for content in ("old", "new"):
         try:
             with new_folder(tmp_path / "model") as draft:
@@ -41,12 +41,12 @@ def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path):
     ("number", "reason"),
     [(errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only file system"), (errno.EIO, "Input/output error")],
 )
-def test_a_place_that_cannot_be_written_is_named_with_the_reason(number, reason, tmp_path):
+def test_naming_disk_faults(number, reason, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written: {reason}"), naming_disk_faults(tmp_path):
         raise OSError(number, "whatever")
 
 
-def test_a_file_larger_than_the_system_allows_is_named_and_leaves_the_old_one(tmp_path):
+def test_file_size_limit_keeps_old_file(tmp_path):
     files.write_bytes(tmp_path / "a", b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -64,6 +64,6 @@ def test_a_file_larger_than_the_system_allows_is_named_and_leaves_the_old_one(tm
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_a_fault_of_ours_is_not_taken_for_one_of_the_disk(tmp_path):
+def test_naming_disk_faults_passes_other_errors(tmp_path):
     with pytest.raises(FileNotFoundError), naming_disk_faults(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "whatever")

@@ -42,7 +42,7 @@ CPU_ALLOCATOR = (
         (Exception("Error while deserializing header: I/O error: x (os error 12)"), "out of memory"),
     ],
 )
-def test_each_lack_of_memory_is_one_line(error, message):
+def test_naming_memory_faults(error, message):
     lower = "set search.offload=cpu, lower search.batch_size or data.sequence_length"
     remedy = f"run the same command on a larger machine, or {lower} in a new"
     with (
@@ -52,20 +52,20 @@ def test_each_lack_of_memory_is_one_line(error, message):
         raise error
 
 
-def test_what_the_libraries_really_raise_is_recognised():
+def test_naming_memory_faults_of_libraries():
     for allocate in (lambda: torch.empty(2**50), lambda: numpy.empty(2**50), lambda: bytearray(2**60)):
         with pytest.raises(UserError, match=r"out of memory"), naming_memory_faults("database"):
             allocate()
 
 
-def test_another_fault_is_left_alone():
+def test_naming_memory_faults_passes_other_errors():
     with pytest.raises(RuntimeError, match="shapes"), naming_memory_faults("database"):
         raise RuntimeError("shapes do not match")
     with pytest.raises(UserError, match=r"^mine$"), naming_memory_faults("database"):
         raise UserError("mine")
 
 
-def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monkeypatch):
+def test_available_memory(tmp_path, monkeypatch):
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
@@ -109,7 +109,7 @@ def test_what_is_free_is_the_least_of_machine_group_and_own_limit(tmp_path, monk
     assert available_memory() == 0
 
 
-def test_a_model_that_cannot_fit_is_refused_before_any_work(checkpoint, text, tmp_path, monkeypatch):
+def test_model_larger_than_memory_refused(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
     message = r"model '.+' in float32 takes 0.0 GiB, but only 0.0 GiB of memory are free; free some, or use a larger"
     with pytest.raises(UserError, match=message):
@@ -119,7 +119,7 @@ def test_a_model_that_cannot_fit_is_refused_before_any_work(checkpoint, text, tm
 
 
 @pytest.mark.parametrize("stage", ["database", "search", "recovery", "evaluation"])
-def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, checkpoint, text, tmp_path, monkeypatch):
+def test_stage_out_of_memory_then_resume(stage, checkpoint, text, tmp_path, monkeypatch):
     def fail(*arguments, **named):
         raise torch.OutOfMemoryError(GPU)
 
@@ -140,9 +140,7 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_goes_on_with_more(stage, ch
 
 @pytest.mark.parametrize("refit_tokens", [0, 32])
 @pytest.mark.parametrize("distillation", [0.0, 0.5])
-def test_while_the_result_is_trained_nothing_that_it_was_made_from_is_in_memory(
-    refit_tokens, distillation, checkpoint, text, tmp_path, monkeypatch
-):
+def test_dense_model_freed_during_recovery(refit_tokens, distillation, checkpoint, text, tmp_path, monkeypatch):
     read = []
 
     def watch(owner, name):
@@ -195,7 +193,7 @@ main()
 """
 
 
-def test_a_limit_on_memory_gives_one_line(checkpoint, text, tmp_path):
+def test_memory_limit_error_one_line(checkpoint, text, tmp_path):
     command = [
         "prune",
         str(checkpoint("llama")),
@@ -216,7 +214,7 @@ def test_a_limit_on_memory_gives_one_line(checkpoint, text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lack_of_memory_outside_of_the_stages_gives_one_line(monkeypatch, tmp_path, capsys):
+def test_out_of_memory_outside_stages_one_line(monkeypatch, tmp_path, capsys):
     def fail(*arguments):
         raise MemoryError
 

@@ -3,7 +3,7 @@
 from darwinlm.runtime import progress
 
 
-def test_on_a_terminal_a_bar_shows_how_far_it_is(monkeypatch, capsys):
+def test_progress_bar_on_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_bars", True)
     with progress.task("search (generations)", 4) as task:
         task.advance(3, note="KL 0.5")

@@ -13,7 +13,7 @@ from darwinlm.search.allocation import cheapest_plan, error_plan, sparing_plans,
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_the_allocation_is_the_best_of_all_plans(data):
+def test_cheapest_plan_is_best_of_all_plans(data):
     sizes = [
         [*sorted(data.draw(st.sets(st.integers(1, 40), min_size=1, max_size=3)), reverse=True), 0] for _ in range(4)
     ]
@@ -35,7 +35,7 @@ def test_the_allocation_is_the_best_of_all_plans(data):
         assert sum(costs[i, level] for i, level in enumerate(found.levels)) == min(every)
 
 
-def test_uniform_is_even_and_least_error_spares_the_sensitive():
+def test_uniform_plan_and_error_plan():
     budget = parameter_budget(0.6, SPACE)
     uniform = uniform_plan(SPACE, budget)
     assert max(uniform.levels[:4]) - min(uniform.levels[:4]) <= 1
@@ -43,7 +43,7 @@ def test_uniform_is_even_and_least_error_spares_the_sensitive():
     assert sum(least.levels[:2]) >= sum(least.levels[4:])
 
 
-def test_plans_that_spare_the_ends_or_attention():
+def test_sparing_plans():
     sizes = [[90, 60, 30, 0]] * 64
     space = space_of(sizes)
     space = replace(
@@ -67,7 +67,7 @@ def test_plans_that_spare_the_ends_or_attention():
     assert all(len(set(plan.levels)) == 1 for plan in sparing_plans(space, parameter_budget(100, space)))
 
 
-def test_prices_find_nearly_the_best_plan_under_two_limits():
+def test_error_plan_under_two_limits():
     budget = two_limits({"params": 0.7, "kv_cache": 0.5})
     every = [Plan(levels=levels) for levels in itertools.product(range(4), repeat=6) if budget.holds(levels)]
     best = min(sum(s.errors[k] for s, k in zip(SPACE.sites, plan.levels, strict=True)) for plan in every)

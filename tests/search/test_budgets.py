@@ -29,7 +29,7 @@ def cut(request, pruned, tmp_path):
     return dense, space, plan, model, limits
 
 
-def test_flops_are_those_that_pytorch_counts(cut):
+def test_flops_match_pytorch(cut):
     dense, _, plan, model, limits = cut
     model.config._attn_implementation = "eager"  # of the others PyTorch does not count all kernels
     ids = torch.zeros(WORKLOAD.batch_size, WORKLOAD.prompt_tokens, dtype=torch.long)
@@ -49,7 +49,7 @@ def test_flops_are_those_that_pytorch_counts(cut):
     assert limits["flops"].cost(plan.levels) == pytest.approx(expected, rel=1e-3)
 
 
-def test_parameters_cache_and_memory_are_those_of_the_cut_model(cut):
+def test_parameters_kv_cache_and_memory(cut):
     dense, _, plan, model, limits = cut
     assert limits["params"].cost(plan.levels) == parameters_of(model)
     assert limits["kv_cache"].cost(plan.levels) == kv_cache_bytes(model, dense.dtype)
@@ -60,7 +60,7 @@ def test_parameters_cache_and_memory_are_those_of_the_cut_model(cut):
     )
 
 
-def test_latencies_are_kept_in_the_run_and_not_measured_twice(pruned, tmp_path, monkeypatch):
+def test_latencies_stored_in_run(pruned, tmp_path, monkeypatch):
     dense, database = pruned("llama", "kv_group")
     space = database.space(dense.sites)
     sizes = {
@@ -77,7 +77,7 @@ def test_latencies_are_kept_in_the_run_and_not_measured_twice(pruned, tmp_path, 
     assert budget.limits[0].maximum == limit.dense // 2
 
 
-def test_every_size_of_every_kind_is_timed(pruned):
+def test_measure_latencies_times_every_size(pruned):
     dense, database = pruned("qwen2", "kv_group")
     space = database.space(dense.sites)
     table = measure_latencies(dense, space, WorkloadRecipe(prompt_tokens=4, new_tokens=2))
@@ -87,7 +87,7 @@ def test_every_size_of_every_kind_is_timed(pruned):
         assert set(table[kind]) == sizes
 
 
-def test_every_resource_that_a_target_can_name_can_be_counted(pruned, tmp_path):
+def test_resources_have_limits(pruned, tmp_path):
     dense, database = pruned("llama", "kv_group")
     space = database.space(dense.sites)
     (tmp_path / "latency.json").write_text(json.dumps({"fixed": 1, "attention": {}, "mlp": {}}))

@@ -18,7 +18,7 @@ def sensitivity_around(base):
 
 
 @pytest.mark.parametrize("target", [0.5, 0.6, 0.7])
-def test_downhill_plans_are_the_best_within_reach_of_the_base(target):
+def test_downhill_plans_are_best_within_reach(target):
     budget = parameter_budget(target, SPACE)
     base = uniform_plan(SPACE, budget)
     sensitivity = sensitivity_around(base)
@@ -41,7 +41,7 @@ def test_downhill_plans_are_the_best_within_reach_of_the_base(target):
         assert min(worth(plan, caution) for plan in [base, *found]) <= best(reach, caution)
 
 
-def test_where_every_step_is_uphill_there_is_nowhere_to_go():
+def test_downhill_without_improvement_is_empty():
     budget = parameter_budget(0.6, SPACE)
     base = uniform_plan(SPACE, budget)
     flat = [[0.0] * 4 for _ in base.levels]

@@ -40,7 +40,7 @@ def run(search):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), target=st.floats(0.3, 0.95))
-def test_every_plan_asked_for_is_within_the_budget(seed, target):
+def test_evolution_plans_within_budget(seed, target):
     budget = parameter_budget(target, SPACE)
     start = uniform_plan(SPACE, budget)
     if start is None:
@@ -51,7 +51,7 @@ def test_every_plan_asked_for_is_within_the_budget(seed, target):
             assert budget.holds(plan.levels)
 
 
-def test_a_plan_is_scored_once_a_step_and_only_survivors_go_on():
+def test_evolution_scores_plans_once_per_step():
     search, _ = begin()
     requests = run(search)
     for step in range(3):
@@ -61,7 +61,7 @@ def test_a_plan_is_scored_once_a_step_and_only_survivors_go_on():
     assert sizes == [5, 3, 2]
 
 
-def test_the_best_plan_is_never_lost_and_gets_better():
+def test_evolution_keeps_best_plan():
     search, _ = begin()
     run(search)
     best = [entry["score"] for entry in search.history]
@@ -71,7 +71,7 @@ def test_the_best_plan_is_never_lost_and_gets_better():
 
 
 @pytest.mark.parametrize("stop_after", range(1, 16))
-def test_resuming_after_any_step_changes_nothing(stop_after):
+def test_evolution_resumes_after_any_step(stop_after):
     whole, budget = begin(seed=7)
     run(whole)
     broken, _ = begin(seed=7)
@@ -84,7 +84,7 @@ def test_resuming_after_any_step_changes_nothing(stop_after):
     assert resumed.state() == whole.state()
 
 
-def test_a_search_with_nothing_left_to_try_ends():
+def test_evolution_ends_without_new_plans():
     space = space_of([[10, 0], [10, 0]], fixed=0)
     budget = Budget(limits=(replace(parameter_limit(space), maximum=10, minimum=10),))
     recipe = SearchRecipe(generations=50, offspring=2, survivors=(1,), trial_tokens=(0,), score_tokens=(1,))
@@ -94,14 +94,14 @@ def test_a_search_with_nothing_left_to_try_ends():
     assert search.stop() == "all neighbors of the best plan have been tried"
 
 
-def test_a_budget_that_no_plan_meets_is_one_line():
+def test_starting_plans_unreachable_budget_error():
     budget = Budget(limits=(replace(parameter_limit(SPACE), maximum=101, minimum=101),))
     message = r"no plan has 101 to 101 parameters with this database's levels; change target slightly or raise data"
     with pytest.raises(UserError, match=message):
         starting_plans(SPACE, budget)
 
 
-def test_known_costs_draw_better_offspring():
+def test_evolution_costs_improve_offspring():
     budget = parameter_budget(0.6, SPACE)
     start = uniform_plan(SPACE, budget)
     costs = [[score(Plan(levels=tuple(k if j == i else 0 for j in range(6)))) for k in range(4)] for i in range(6)]
@@ -116,7 +116,7 @@ def test_known_costs_draw_better_offspring():
 
 @settings(max_examples=40, deadline=None)
 @given(params=st.floats(0.35, 1), kv=st.floats(0.1, 1), seed=st.integers(0, 1000))
-def test_every_limit_of_a_budget_holds_for_every_plan(params, kv, seed):
+def test_evolution_plans_meet_all_limits(params, kv, seed):
     budget = two_limits({"params": params, "kv_cache": kv})
     starts = [plan for plan in (uniform_plan(SPACE, budget), error_plan(SPACE, budget)) if plan is not None]
     assert starts, "there is room for many plans here"
@@ -128,7 +128,7 @@ def test_every_limit_of_a_budget_holds_for_every_plan(params, kv, seed):
             assert budget.limits[1].cost(plan.levels) <= kv * budget.limits[1].dense
 
 
-def test_relatives_keep_the_budget_and_leave_the_search_as_it_was():
+def test_relatives_keep_budget_and_state():
     one, budget = begin(seed=5)
     other, _ = begin(seed=5)
     found = one.relatives(8)

@@ -16,13 +16,13 @@ from darwinlm.search.forecast import spearman
         ([3, 3, 3, 3], [1, 2, 3, 4], 0.0),
     ],
 )
-def test_spearman_is_the_correlation_of_ranks(ones, others, rho):
+def test_spearman(ones, others, rho):
     found = spearman(ones, others)
     assert found.rho == pytest.approx(rho)
     assert -1 <= found.low <= found.rho + 1e-5 and found.rho - 1e-5 <= found.high <= 1
 
 
-def test_more_plans_make_the_interval_of_a_rank_correlation_narrower():
+def test_spearman_interval_narrows_with_more_plans():
     def width(count):
         found = spearman(range(count), [x ^ 1 for x in range(count)])
         return found.high - found.low

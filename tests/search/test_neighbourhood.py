@@ -18,7 +18,7 @@ def one_level_away(space, base, index):
     return Plan(levels=(*base.levels[:index], moved, *base.levels[index + 1 :]))
 
 
-def test_a_plan_near_another_is_scored_as_if_cut_whole(pruned):
+def test_neighbourhood_matches_whole_model(pruned):
     dense, database = pruned("mistral", "query_head")
     base = Plan(levels=tuple(i % 3 for i in range(len(dense.sites))))
     reference = DenseReference(dense.model, BLOCKS)

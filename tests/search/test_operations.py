@@ -40,7 +40,7 @@ def candidate(folder, family, layers, rate):
 
 
 @pytest.mark.parametrize("rate", [1e-3, "auto"])
-def test_a_candidate(rate, tmp_path):
+def test_operations_of_candidate(rate, tmp_path):
     """All its sites are cut, it is trained for a step, and scored before and after."""
     two, four = (candidate(tmp_path / str(layers), "llama", layers, rate) for layers in (2, 4))
     assert four.launches - two.launches <= 2 * 105, four.counts
@@ -48,7 +48,7 @@ def test_a_candidate(rate, tmp_path):
     assert two.waits == four.waits <= 4, four.counts
 
 
-def test_a_step_of_recovery(tmp_path):
+def test_operations_of_recovery_step(tmp_path):
     found = []
     for layers in (2, 4):
         folder = make_checkpoint("llama", tmp_path / str(layers), num_hidden_layers=layers)

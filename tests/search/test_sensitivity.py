@@ -14,7 +14,7 @@ BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manua
 
 
 @pytest.mark.parametrize(("family", "granularity"), [("llama", "kv_group"), ("qwen3", "query_head")])
-def test_sensitivities_are_the_derivatives_of_kl_by_the_share_of_a_level(pruned, family, granularity, monkeypatch):
+def test_sensitivity_first_order_matches_finite_differences(pruned, family, granularity, monkeypatch):
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned(family, granularity)
     space = database.space(dense.sites)
@@ -62,7 +62,7 @@ def test_sensitivities_are_the_derivatives_of_kl_by_the_share_of_a_level(pruned,
             assert found.first[index][level] == pytest.approx(slope, rel=0.02, abs=2e-4)
 
 
-def test_near_the_dense_model_the_second_order_is_the_whole_change(pruned, monkeypatch):
+def test_sensitivity_second_order_matches_kl(pruned, monkeypatch):
     """Without a first order, KL is half the Fisher form: the sampled one must agree with KL measured directly."""
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned("mistral", "kv_group")

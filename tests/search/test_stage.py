@@ -52,7 +52,7 @@ def scored(request, pruned):
     return dense, database, space, parameter_budget(0.7, space)
 
 
-def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monkeypatch):
+def test_score_without_trial_matches_whole_model(scored, monkeypatch):
     monkeypatch.setattr(trials, "fast_dtype", lambda device: torch.float32)
     dense, database, space, budget = scored
     scorer = TrialScorer(dense, database, CORPUS, RECIPE)
@@ -65,7 +65,7 @@ def test_a_step_without_trials_scores_as_if_the_plan_were_cut_whole(scored, monk
         assert scorer.score(one, 0, parent).kl == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, monkeypatch, tmp_path):
+def test_search_drops_diverged_candidates(scored, monkeypatch, tmp_path):
     dense, database, _, budget = scored
     trained = []
 
@@ -87,7 +87,7 @@ def test_a_candidate_that_diverges_is_dropped_and_the_search_goes_on(scored, mon
         assert entry["score"] == min(finite)
 
 
-def test_a_search_of_a_former_version_with_diverged_trials_is_resumed(scored):
+def test_search_resumes_former_state_with_diverged_trials(scored):
     """It wrote 1e9 for them."""
     _, _, space, budget = scored
     starts = stage.starting_plans(space, budget)
@@ -114,7 +114,7 @@ def test_a_search_of_a_former_version_with_diverged_trials_is_resumed(scored):
     assert any(None in entry["scores"] for entry in now.history)
 
 
-def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
+def test_plans_without_finite_kl_ranked_last(scored, monkeypatch):
     dense, database, space, budget = scored
     plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
     comparison = stage._PlanComparison(dense, database, CORPUS.splits["validation"].input_ids_BT)
@@ -130,7 +130,7 @@ def test_plans_without_a_finite_kl_come_last_and_have_none(scored, monkeypatch):
     assert comparison.ranked([plans[1]]) == ([0], [None])
 
 
-def test_trials_learn_from_the_dense_model_if_asked(scored):
+def test_trial_loss_distillation(scored):
     dense, database, space, budget = scored
     plan, recipe = error_plan(space, budget), RECIPE.model_copy(update={"learning_rate": 1e-3})
     score = CORPUS.splits["validation"]
@@ -151,7 +151,7 @@ def test_trials_learn_from_the_dense_model_if_asked(scored):
     assert kls["distillation"][0] < kls["none"] and kls["distillation"][0] < kls["next-token"][0]
 
 
-def test_a_forecast_compares_every_step_with_the_long_training(scored, tmp_path):
+def test_search_forecast_of_every_step(scored, tmp_path):
     dense, database, _, budget = scored
     recipe = RECIPE.model_copy(update={"forecast_candidates": 5, "descent_rounds": 0})
     found = search_plan(dense, database, CORPUS, budget, recipe, 0, tmp_path / "with")
@@ -167,7 +167,7 @@ def test_a_forecast_compares_every_step_with_the_long_training(scored, tmp_path)
     )
 
 
-def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
+def test_early_stopping_finds_best_plan(scored):
     dense, database, space, budget = scored
     plans = [uniform_plan(space, budget), error_plan(space, budget), Plan(levels=(1,) * len(space.sites))]
     hopeless = Plan(levels=tuple(len(site.units) - 1 for site in space.sites))
@@ -185,7 +185,7 @@ def test_a_race_finds_the_best_and_gives_up_what_is_clearly_worse(scored):
     assert found[best] == pytest.approx(kls[best], rel=0.02)
 
 
-def test_a_plan_that_was_given_up_on_easy_text_does_not_look_better_than_the_winner(scored, monkeypatch):
+def test_early_stopping_on_easy_text(scored, monkeypatch):
     dense, database, _, _ = scored
     judge = stage._PlanComparison(dense, database, torch.zeros(16, 8, dtype=torch.long))
     harder = {id(heat): number for number, heat in enumerate(judge._references)}
@@ -202,7 +202,7 @@ def test_a_plan_that_was_given_up_on_easy_text_does_not_look_better_than_the_win
     assert scores[0] == pytest.approx(scores[1] + 0.5)
 
 
-def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_path):
+def test_uniform_search_trains_best_even_plans(scored, monkeypatch, tmp_path):
     dense, database, space, budget = scored
     plans = even_plans(space, parameter_budget(0.7, space))
     reference = DenseReference(dense.model, CORPUS.splits["validation"].input_ids_BT)
@@ -226,7 +226,7 @@ def test_of_plans_of_equal_layers_the_best_are_trained(scored, monkeypatch, tmp_
     assert max(kls[plan] for plan in trained) <= 1.02 * sorted(kls.values())[2] < max(kls.values())
 
 
-def test_the_paired_difference_decides_a_race():
+def test_early_stopping_uses_paired_difference():
     assert stage._beaten([2.0, 3.1, 4.0, 2.6], [1.0, 2.0, 3.1, 1.5])
     assert not stage._beaten([2.0, 3.0, 4.0, 2.6], [1.0, 4.0, 3.0, 3.5])
     assert not stage._beaten([9.0, 9.0], [1.0, 1.0]), "two blocks say too little"
@@ -255,7 +255,7 @@ dist.stop()
 """
 
 
-def test_three_ranks_write_the_bytes_of_one(checkpoint, calibration, tmp_path):
+def test_three_ranks_write_same_files(checkpoint, calibration, tmp_path):
     folder = checkpoint("llama")
     dense = load_dense(str(folder), "kv_group", torch.device("cpu"))
     database = build_database(dense, calibration, DatabaseRecipe(levels=4), tmp_path / "database")

@@ -13,7 +13,7 @@ from darwinlm.search.trial_training import train_briefly
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 
 
-def test_a_trial_trains_the_candidate_and_leaves_the_dense_model_alone(pruned):
+def test_train_briefly_leaves_dense_model(pruned):
     dense, database = pruned("llama", "query_head")
     before = {name: tensor.clone() for name, tensor in dense.weights.items()}
     model = halved(dense, database, trainable=True)
@@ -27,7 +27,7 @@ def test_a_trial_trains_the_candidate_and_leaves_the_dense_model_alone(pruned):
 
 
 @pytest.mark.parametrize("loss", ["next-token", "distillation"])
-def test_a_trial_follows_the_gradient_of_its_loss(loss, pruned, monkeypatch):
+def test_train_briefly_gradients(loss, pruned, monkeypatch):
     dense, database = pruned("llama", "kv_group")
     model = halved(dense, database, trainable=True)
     log_q = model(BLOCKS).logits[:, :-1].log_softmax(-1)
@@ -53,7 +53,7 @@ def test_a_trial_follows_the_gradient_of_its_loss(loss, pruned, monkeypatch):
         assert torch.allclose(found, gradient / norm, rtol=1e-3, atol=1e-6)
 
 
-def test_a_trial_that_diverges_says_so(pruned):
+def test_train_briefly_diverged(pruned):
     dense, database = pruned("llama", "kv_group")
     model = halved(dense, database, trainable=True)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_trial_that_diverges_says_so(pruned):
     assert not train_briefly(model, BLOCKS, rate=LearningRate(1e-3), batch_size=2)
 
 
-def test_a_trial_with_little_memory_ends_at_the_same_weights(pruned, monkeypatch):
+def test_train_briefly_recomputes_with_little_memory(pruned, monkeypatch):
     dense, database = pruned("qwen3", "kv_group")
     plenty, little = (halved(dense, database, trainable=True) for _ in range(2))
     train_briefly(plenty, BLOCKS, rate=LearningRate(1e-3), batch_size=2)
@@ -76,7 +76,7 @@ def test_a_trial_with_little_memory_ends_at_the_same_weights(pruned, monkeypatch
     assert all(torch.equal(one, other) for one, other in zip(plenty.parameters(), little.parameters(), strict=True))
 
 
-def test_a_trial_that_runs_out_of_memory_takes_the_same_steps_in_parts(pruned, little_memory, caplog):
+def test_train_briefly_out_of_memory_splits_batches(pruned, little_memory, caplog):
     dense, database = pruned("qwen3", "kv_group")
     start, whole, parts = (halved(dense, database, trainable=True) for _ in range(3))
     arguments = {"rate": LearningRate(1e-3), "batch_size": 4}
@@ -91,7 +91,7 @@ def test_a_trial_that_runs_out_of_memory_takes_the_same_steps_in_parts(pruned, l
     assert caplog.messages == ["search: 4 blocks per pass do not fit in device memory; using 1"]
 
 
-def test_a_trial_in_bfloat16_adds_up_its_parts_in_float32(pruned, monkeypatch):
+def test_train_briefly_bfloat16_accumulates_in_float32(pruned, monkeypatch):
     dense, database = pruned("qwen3", "kv_group")
     monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.bfloat16)
     added = []

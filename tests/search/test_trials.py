@@ -45,7 +45,7 @@ CORPUS = Corpus({"train": Tokens.unmasked(text(1)), "validation": Tokens.unmaske
 @pytest.mark.parametrize("optimizer", ["adamw", "sign"])
 @pytest.mark.parametrize("loss", ["next-token", "distillation"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_what_a_trial_gains_does_not_depend_on_how_weights_are_scaled(family, loss, optimizer, pruned, monkeypatch):
+def test_trial_gain_independent_of_weight_scale(family, loss, optimizer, pruned, monkeypatch):
     if optimizer == "sign":  # chance rounds other weights otherwise
         monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned(family, "kv_group")
@@ -71,7 +71,7 @@ def test_what_a_trial_gains_does_not_depend_on_how_weights_are_scaled(family, lo
     assert other == pytest.approx(own, rel=1e-3)
 
 
-def test_a_relative_step_is_the_same_share_of_every_tensor():
+def test_relative_step_of_every_tensor():
     tensors = [torch.nn.Parameter(torch.randn(5, 7) * scale) for scale in (1e-3, 1.0, 40.0)]
     zeros = torch.nn.Parameter(torch.zeros(3))
     before = [tensor.detach().clone() for tensor in tensors]
@@ -92,7 +92,7 @@ def test_a_relative_step_is_the_same_share_of_every_tensor():
 
 @pytest.mark.parametrize("together", [1, 30, 10**6])
 @pytest.mark.parametrize("rate", [LearningRate(0.01), LearningRate(0.01, relative=True)])
-def test_adam_takes_the_steps_of_pytorchs(rate, together, monkeypatch):
+def test_adam_matches_pytorch(rate, together, monkeypatch):
     monkeypatch.setattr(trial_training, "TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 7), (3,), (4, 2), (6,))]
@@ -112,7 +112,7 @@ def test_adam_takes_the_steps_of_pytorchs(rate, together, monkeypatch):
         assert torch.equal(one, before) == (before is start[3] or (rate.relative and before is start[2]))
 
 
-def test_weight_decay_at_a_relative_rate_is_a_share_of_the_weight():
+def test_weight_decay_with_relative_rate():
     tensor = torch.nn.Parameter(torch.full((4,), 16.0))
     tensor.grad = torch.zeros(4)
     torch.optim.AdamW(parameter_groups([tensor], LearningRate(0.25, relative=True), weight_decay=0.5)).step()
@@ -120,7 +120,7 @@ def test_weight_decay_at_a_relative_rate_is_a_share_of_the_weight():
 
 
 @pytest.mark.parametrize("best", [2.0**-16, 2.0**-11, 2.0**-8])
-def test_the_rate_is_found_from_wherever_the_search_begins(best):
+def test_best_rate_from_any_start(best):
     def score(rate):
         return Score(1 - rate / best + (rate / best) ** 2 / 2)
 
@@ -130,13 +130,13 @@ def test_the_rate_is_found_from_wherever_the_search_begins(best):
 
 
 @pytest.mark.parametrize("harm", [1.0, 1e9])
-def test_where_training_does_harm_the_rate_is_none(harm):
+def test_best_rate_zero_when_harmful(harm):
     rate, tried = best_rate(lambda rate: Score(1 + harm * rate), Score(1.0), 2.0**-11)
     assert rate == 0 and len(tried) == 9
 
 
 @pytest.mark.parametrize(("spread", "kept"), [(0.01, True), (1.0, False)])
-def test_a_gain_within_its_error_is_none(spread, kept):
+def test_best_rate_ignores_gain_within_error(spread, kept):
     def score(rate):
         kls = [1.0, 2.0, 3.0, 4.0]
         if rate == 2.0**-11:
@@ -153,7 +153,7 @@ def scored(pruned):
     return dense, database, space, parameter_budget(0.7, space)
 
 
-def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_score_text(scored, monkeypatch):
+def test_rate_search_uses_unused_trial_text(scored, monkeypatch):
     dense, database, space, budget = scored
     scorer = TrialScorer(dense, database, CORPUS, RECIPE)
     judged = []
@@ -171,7 +171,7 @@ def test_the_rate_is_found_on_trial_text_that_no_trial_trains_on_and_never_on_sc
     assert torch.equal(blocks_BT, CORPUS.splits["train"].input_ids_BT[-4:])
 
 
-def test_a_step_whose_trial_does_not_help_trains_nothing(scored, monkeypatch):
+def test_harmful_trial_skipped(scored, monkeypatch):
     dense, database, space, budget = scored
     plan = error_plan(space, budget)
     scorer = TrialScorer(dense, database, CORPUS, RECIPE)
@@ -183,7 +183,7 @@ def test_a_step_whose_trial_does_not_help_trains_nothing(scored, monkeypatch):
 
 
 @pytest.mark.parametrize(("rate", "advice"), [(0.9, r"set search.learning_rate=auto, or lower it"), (1e-9, None)])
-def test_trials_that_do_harm_are_told(scored, rate, advice, tmp_path, caplog):
+def test_harmful_trials_reported(scored, rate, advice, tmp_path, caplog):
     dense, database, _, budget = scored
     recipe = RECIPE.model_copy(update={"learning_rate": rate, "trial_tokens": (0, 48)})
     with caplog.at_level("WARNING", logger="darwinlm"):
@@ -200,7 +200,7 @@ def test_trials_that_do_harm_are_told(scored, rate, advice, tmp_path, caplog):
         assert said == [f"search: trials of step 2 improved only 0 of 6 candidates; {advice} (in a new run)"]
 
 
-def test_a_search_that_goes_on_takes_the_rates_that_it_has_found(scored, tmp_path, monkeypatch):
+def test_resumed_search_keeps_rates(scored, tmp_path, monkeypatch):
     dense, database, _, budget = scored
     whole = search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path / "whole")
     write = stage.write_json
@@ -223,7 +223,7 @@ def test_a_search_that_goes_on_takes_the_rates_that_it_has_found(scored, tmp_pat
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_forecast_trains_though_no_step_does(scored, tmp_path):
+def test_forecast_trains_without_trials(scored, tmp_path):
     dense, database, _, budget = scored
     changes = {"trial_tokens": (0, 0), "forecast_candidates": 4, "generations": 1}
     search_plan(dense, database, CORPUS, budget, RECIPE.model_copy(update=changes), 0, tmp_path)
@@ -232,7 +232,7 @@ def test_a_forecast_trains_though_no_step_does(scored, tmp_path):
     assert not set(forecast["scores"]) & set(forecast["steps"][-1]["scores"]), "trained, these are others"
 
 
-def test_the_state_of_another_version_is_one_line(scored, tmp_path):
+def test_state_of_other_version_error(scored, tmp_path):
     dense, database, _, budget = scored
     search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
     state = read_json(tmp_path / "state.json")
@@ -244,7 +244,7 @@ def test_the_state_of_another_version_is_one_line(scored, tmp_path):
         search_plan(dense, database, CORPUS, budget, RECIPE, 0, tmp_path)
 
 
-def test_the_gain_of_a_generation_and_its_error_are_those_of_paired_blocks(scored):
+def test_trial_gain_of_generation(scored):
     _, _, space, budget = scored
     starts = [uniform_plan(space, budget), error_plan(space, budget)]
     search = Evolution(space, budget, RECIPE, starts, 0)
@@ -257,7 +257,7 @@ def test_the_gain_of_a_generation_and_its_error_are_those_of_paired_blocks(score
     assert gain["error"] == pytest.approx((pairs.var() / 4).sqrt().item())
 
 
-def test_the_rate_needs_trial_text_of_its_own():
+def test_rate_search_needs_own_text():
     settings = {"model": "m", "target": 0.5, "data.train_tokens": 1024}
     message = (
         r"search.learning_rate=auto needs training text beyond search.trial_tokens=\[512, 1024\]; raise data.train_"

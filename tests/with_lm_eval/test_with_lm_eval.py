@@ -59,7 +59,7 @@ def judged(run, folder, tmp_path_factory):
     return copied, evaluate.evaluate(str(copied), tasks_dir=folder)
 
 
-def test_the_model_is_asked_what_the_files_say(tmp_path):
+def test_requests_match_files(tmp_path):
     items = {
         "choice": {"query": "Two and two are", "choices": ["four", "5"], "gold": 0},
         "digit": {"query": "7", "choices": ["seven", "five"], "gold": 0},
@@ -92,7 +92,7 @@ def log_likelihood(model, context, continuation):
     return logits.gather(1, ids[0, 1:, None])[start:].sum().item()
 
 
-def test_accuracies_are_those_of_log_likelihoods_counted_by_hand(judged, folder):
+def test_accuracy_matches_log_likelihoods(judged, folder):
     run, results = judged
     model = load(run)
     for name in ("choice", "question", "contexts"):
@@ -114,7 +114,7 @@ def test_accuracies_are_those_of_log_likelihoods_counted_by_hand(judged, folder)
             assert found["acc_norm"]["models"]["pruned"]["accuracy"] == pytest.approx(sum(right_by_length) / ITEMS)
 
 
-def test_lm_evals_own_command_line_says_the_same(judged, folder, tmp_path):
+def test_results_match_lm_eval_command(judged, folder, tmp_path):
     run, results = judged
     for name, config in local_tasks(folder).items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
@@ -133,21 +133,21 @@ def test_lm_evals_own_command_line_says_the_same(judged, folder, tmp_path):
         assert mine["stderr"] == pytest.approx(theirs[one["task"]][f"{one['metric']}_stderr,none"], abs=1e-6)
 
 
-def test_the_first_items_are_the_same_items(judged, folder):
+def test_limit_takes_first_items(judged, folder):
     run, _ = judged
     few = evaluate.evaluate(str(run / "model"), ["choice"], tasks_dir=folder, limit=5)
     assert [one["items"] for one in few["tasks"]] == [5, 5]
     assert [one["limit"] for one in few["tasks"]] == [5, 5]
 
 
-def test_the_papers_tasks_are_tasks_of_lm_eval():
+def test_paper_tasks_exist():
     tasks = choose_tasks(["paper", "piqa"], {})
     assert [task.name for task in tasks][:2] == ["sciq", "piqa"]
     assert {task.name: task.shots for task in tasks}["mmlu"] == 5
     assert len(tasks) == 9
 
 
-def test_unknown_tasks_and_data_that_cannot_be_had(judged, capsys):
+def test_unknown_task_and_missing_data(judged, capsys):
     run, _ = judged
     with pytest.raises(UserError, match=r"--tasks piqu: unknown lm-eval task; similar tasks are .*piqa"):
         evaluate.evaluate(str(run), ["piqu"])

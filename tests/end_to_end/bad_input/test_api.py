@@ -50,7 +50,7 @@ API = {
 
 
 @pytest.mark.parametrize("case", API)
-def test_a_call_that_is_wrong(case, checkpoint, text, tmp_path):
+def test_invalid_call(case, checkpoint, text, tmp_path):
     call, message = API[case]
     before = contents(tmp_path)
     with pytest.raises(UserError, match=message) as caught:

@@ -22,7 +22,7 @@ from refusals import RANGE, one_line
         (["demo", "--set", "x"], "--set 'x': expected key=value"),
     ],
 )
-def test_a_command_that_is_wrong(command, message, refused_command, tmp_path, monkeypatch):
+def test_invalid_command(command, message, refused_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused_command(message, command)
 
@@ -34,7 +34,7 @@ def test_a_command_that_is_wrong(command, message, refused_command, tmp_path, mo
         (["prune", "./nothing", "--target", "1.5", "--out", "out"], f"target 1.5 {RANGE}"),
     ],
 )
-def test_a_process_of_its_own_says_the_same(command, message, tmp_path):
+def test_error_of_process(command, message, tmp_path):
     command = [sys.executable, "-W", "error::UserWarning", "-m", "darwinlm", *command]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert re.search(message, one_line(done.returncode, done.stderr))
@@ -42,7 +42,7 @@ def test_a_process_of_its_own_says_the_same(command, message, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_all_ranks_together_say_it_once(tmp_path):
+def test_error_reported_once_by_all_ranks(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
     command = ["prune", "./nothing", "--target", "0.5", "--out", "out"]
     done = subprocess.run([*launcher, *command], cwd=tmp_path, capture_output=True, text=True, check=False)

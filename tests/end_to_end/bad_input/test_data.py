@@ -36,7 +36,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_data_that_is_not_what_it_should_be(name, refused, tmp_path):
+def test_invalid_data_file(name, refused, tmp_path):
     content, message = DATA[name]
     (tmp_path / name).write_bytes(content)
     refused(f"data '{re.escape(str(tmp_path / name))}'.*{message}", data=tmp_path / name)
@@ -49,12 +49,12 @@ def test_data_that_is_not_what_it_should_be(name, refused, tmp_path):
         ({"text": [1, 2]}, "'text' is not text but int; set data.text_field"),
     ],
 )
-def test_a_table_without_text(columns, message, refused, tmp_path):
+def test_parquet_without_text(columns, message, refused, tmp_path):
     parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet")
     refused(f"table.parquet': {message}", data=tmp_path / "table.parquet")
 
 
-def test_a_table_damaged_inside(refused, tmp_path):
+def test_parquet_damaged(refused, tmp_path):
     file = tmp_path / "table.parquet"
     parquet.write_table(pyarrow.table({"text": [f"number {n}" for n in range(500)]}), file)
     content = bytearray(file.read_bytes())
@@ -63,7 +63,7 @@ def test_a_table_damaged_inside(refused, tmp_path):
     refused("data '.*table.parquet' cannot be read", data=file)
 
 
-def test_a_folder_without_text(refused, tmp_path):
+def test_folder_without_text(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(
         "data '.*empty': the folder contains no supported file; supported are .txt, .text, .md", data=tmp_path / "empty"
@@ -71,12 +71,12 @@ def test_a_folder_without_text(refused, tmp_path):
 
 
 @pytest.mark.parametrize("data", ["./nothing", "/nowhere/at/all", "~nobody/text", "nothing.txt", "a/b.parquet"])
-def test_data_that_is_nowhere(data, refused):
+def test_data_not_found(data, refused):
     refused(f"data '{re.escape(data)}': no such file or folder", data=data)
 
 
 @pytest.mark.parametrize("data", ["owner/nothing", "word " * 100])
-def test_data_that_is_neither_here_nor_on_the_hub(data, refused):
+def test_data_not_found_on_hub(data, refused):
     refused(
         "' is not a local file, and loading it as a Hub dataset failed: .*; check the name, or give a local", data=data
     )

@@ -11,9 +11,7 @@ from darwinlm import cli
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 15, 20])
-def test_on_a_full_disk_a_run_says_so_and_the_same_command_goes_on_from_there(
-    room, checkpoint, text, tmp_path, monkeypatch, capsys
-):
+def test_full_disk_error_then_resume(room, checkpoint, text, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command = ["prune", str(checkpoint("llama")), "--target", "0.8", "--out", str(out), "--data", str(text)]
     for setting in SMALL:

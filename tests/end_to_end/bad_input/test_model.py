@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 
 
 @pytest.mark.parametrize("model", ["./nothing", "/nowhere/at/all", "owner/nothing", "a/b/c", "not a name?", "x" * 300])
-def test_a_model_that_is_nowhere(model, refused):
+def test_model_not_found(model, refused):
     refused(f"model '{re.escape(model)}': not a local folder, and not found on the Hub", model=model)
 
 
-def test_blocks_longer_than_the_context(refused):
+def test_sequence_length_exceeds_context(refused):
     refused(
         r"data\.sequence_length=256 exceeds the model's maximum of 128 positions",
         settings=["data.sequence_length=256", "data.validation_tokens=256", "data.train_tokens=512"],
     )
 
 
-def test_a_tokenizer_of_another_model(refused, checkpoint, tmp_path):
+def test_tokenizer_exceeds_embeddings(refused, checkpoint, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("llama"), folder)
     config_of(folder, vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=None)
@@ -218,7 +218,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_a_model_that_cannot_be_pruned(case, refused, checkpoint, tmp_path):
+def test_invalid_model(case, refused, checkpoint, tmp_path):
     damage, message = MODELS[case]
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("llama"), folder)
@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_pruned(case, refused, checkpoint, tmp_path):
     refused(f"model '{re.escape(str(folder))}'.*{message}", model=folder)
 
 
-def test_a_file_for_a_model(refused, text):
+def test_model_is_a_file(refused, text):
     refused("good.txt' is a file; give a folder in Hugging Face format, or a Hub model id", model=text)
     text.write_bytes(b"GGUF")
     refused(
@@ -235,7 +235,7 @@ def test_a_file_for_a_model(refused, text):
     )
 
 
-def test_a_gated_model_of_the_hub(refused, monkeypatch):
+def test_gated_hub_model(refused, monkeypatch):
     def get_config_dict(source):
         # As transformers raises it; the cause would need an answer of the Hub to be made in the ordinary way.
         raise OSError("You are trying to access a gated repo.\nMake sure") from GatedRepoError.__new__(GatedRepoError)
@@ -244,7 +244,7 @@ def test_a_gated_model_of_the_hub(refused, monkeypatch):
     refused("access is gated; request it at https://huggingface.co/owner/it, then log in with `hf", model="owner/it")
 
 
-def test_a_model_of_the_hub_with_pickled_weights_only(refused, checkpoint, tmp_path, monkeypatch):
+def test_hub_model_with_pickled_weights(refused, checkpoint, tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "models--owner--it"
     shutil.copytree(checkpoint("llama"), cached / "snapshots" / "1")
     only_pickle(cached / "snapshots" / "1")
@@ -254,7 +254,7 @@ def test_a_model_of_the_hub_with_pickled_weights_only(refused, checkpoint, tmp_p
     refused("model 'owner/it': its weights cannot be loaded: .*convert GGUF, or pickled .bin", model="owner/it")
 
 
-def test_a_head_that_computes_what_is_not_known(refused, monkeypatch):
+def test_unsupported_lm_head(refused, monkeypatch):
     right = transformers.LlamaForCausalLM.forward
 
     def scaled(*arguments, **named):

@@ -54,7 +54,7 @@ from refusals import NEITHER
         ("device=meta:x", "device 'meta:x' is not available: "),
     ],
 )
-def test_a_setting_that_is_wrong(setting, message, refused):
+def test_invalid_setting(setting, message, refused):
     refused(message, settings=[setting])
 
 
@@ -69,18 +69,18 @@ def test_a_setting_that_is_wrong(setting, message, refused):
         (["batch_size=3", "micro_batch_size=2"], None, r"recovery\.batch_size=3 is not a multiple of 1 processes"),
     ],
 )
-def test_a_recovery_that_cannot_be_is_refused_before_the_search(settings, missing, message, refused, monkeypatch):
+def test_invalid_recovery_settings(settings, missing, message, refused, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
     refused(message, settings=["recovery.tokens=32", *(f"recovery.{setting}" for setting in settings)])
 
 
-def test_two_faults_are_told_in_one_line(refused):
+def test_two_invalid_settings_in_one_line(refused):
     refused("recipe: seed = 'x': .*; search.offspring = 0: ", settings=["seed=x", "search.offspring=0"])
 
 
 @pytest.mark.parametrize("recipe", ["fast", "nothing.yaml", "./quick"])
-def test_a_recipe_that_is_nowhere(recipe, refused):
+def test_recipe_not_found(recipe, refused):
     refused(
         f"recipe '{recipe}': no such file; the built-in recipes are demo, llama2_7b_2.7b, .*, paper, quick, ",
         recipe=recipe,
@@ -102,10 +102,10 @@ def test_a_recipe_that_is_nowhere(recipe, refused):
         (b"search: [1]", "'search.generations' cannot be set: 'search' is a value, not a section"),
     ],
 )
-def test_a_recipe_file_that_is_wrong(content, message, refused, tmp_path):
+def test_invalid_recipe_file(content, message, refused, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(content)
     refused(message, recipe=tmp_path / "recipe.yaml")
 
 
-def test_a_folder_for_a_recipe(refused, tmp_path):
+def test_recipe_is_a_folder(refused, tmp_path):
     refused(f"recipe '{tmp_path}' cannot be read: Is a directory", recipe=tmp_path)

@@ -20,50 +20,50 @@ def begin_run(out, model, text, **changes):
     RunDirectory.open(out, recipe, {"model": "another", "darwinlm": "0"})
 
 
-def test_a_file_for_a_run_directory(refused, text):
+def test_out_is_a_file(refused, text):
     refused("--out .*good.txt is a file; give a new folder or an earlier run", out=text)
 
 
-def test_a_name_of_two_lines_is_told_in_one(checkpoint, tmp_path, capsys):
+def test_out_name_with_newline_in_one_line(checkpoint, tmp_path, capsys):
     out = tmp_path / "two\nlines"
     out.write_text("mine")
     code = cli.exit_code(["prune", str(checkpoint("llama")), "--target", "0.5", "--out", str(out)])
     assert "two lines is a file" in one_line(code, capsys.readouterr().err)
 
 
-def test_a_run_directory_under_a_file(refused, text):
+def test_out_below_a_file(refused, text):
     refused("--out .*good.txt/deeper/run cannot be created: .*good.txt is a file", out=text / "deeper" / "run")
 
 
-def test_a_run_directory_whose_name_is_too_long(refused, tmp_path):
+def test_out_name_too_long(refused, tmp_path):
     refused("cannot be written: File name too long", out=tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "recipe.yaml"])
-def test_a_folder_that_holds_something_else(name, refused, tmp_path):
+def test_out_contains_other_files(name, refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     refused("--out .* contains something that is not a DarwinLM run; give a new or an empty folder")
 
 
-def test_a_run_of_another_recipe(refused, checkpoint, text, tmp_path):
+def test_out_of_another_recipe(refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text, target=0.5, seed=7)
     refused(r"--out .* is a run with another recipe \(target: 0.5 -> 0.8; seed: 7 -> 0\); give a new folder, or")
 
 
-def test_a_run_of_another_checkpoint_in_the_same_place(refused, checkpoint, text, tmp_path):
+def test_out_of_changed_checkpoint(refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text)
     refused("--out .*: model was 'another' when this run started and is now '[0-9a-f]+'; give a new folder, or restore")
 
 
-def test_a_run_that_another_process_works_on(refused, checkpoint, text, tmp_path):
+def test_out_in_use(refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text)
     with RunLock(tmp_path / "out") as other:
         other.take()
         refused(rf"--out .*out is in use by process {os.getpid()} on .+, for \d+ s; wait for it or stop it \(kill")
 
 
-def test_a_new_run_that_another_process_has_just_begun(refused, tmp_path):
+def test_out_in_use_without_manifest(refused, tmp_path):
     with RunLock(tmp_path / "out") as other:
         other.take()
         refused(rf"--out .*out is in use by process {os.getpid()} on .+, for \d+ s; wait for it or stop it \(kill")
@@ -86,7 +86,7 @@ def test_a_new_run_that_another_process_has_just_begun(refused, tmp_path):
         ),
     ],
 )
-def test_a_run_whose_manifest_is_damaged_or_of_another_version(change, message, refused, checkpoint, text, tmp_path):
+def test_invalid_manifest(change, message, refused, checkpoint, text, tmp_path):
     begin_run(tmp_path / "out", checkpoint("llama"), text)
     file = tmp_path / "out" / "manifest.json"
     manifest = json.loads(file.read_text())

@@ -40,5 +40,5 @@ from refusals import NEITHER, RANGE
         ("2K", "target 2000 is 2,000 of 72,192 parameters.* the smallest possible target is 0.3451$"),
     ],
 )
-def test_a_target_that_is_none_or_cannot_be_met(target, message, refused):
+def test_invalid_or_unreachable_target(target, message, refused):
     refused(message, target=target)
