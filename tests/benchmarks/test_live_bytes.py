@@ -43,6 +43,7 @@ print(json.dumps({peak.stage: [peak.device, peak.host] for peak in found}))
 """In a process of its own: what is cached there, such as masks, has no content."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["device", "cpu"])
 def test_trace_of_search(place, tmp_path):
     settings = {

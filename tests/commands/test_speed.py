@@ -42,6 +42,7 @@ def test_speed_of_run_by_batch_length_engine(run, tmp_path, capsys):
     assert f"({ratio:.2f}x)" in out
 
 
+@pytest.mark.slow
 def test_speed_dtype_in_all_outputs(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "fast_dtype", lambda device: torch.float32)
     uninstall(llama_cpp.PACKAGE, monkeypatch)

@@ -85,6 +85,7 @@ def refused_or_read(read):
     assert len(message) < 4_000
 
 
+@pytest.mark.slow
 @patient
 @given(nested=st.dictionaries(KEYS, VALUES, max_size=5))
 @example(nested={1: 2})
@@ -100,6 +101,7 @@ def test_make_recipe_any_settings(nested):
     refused_or_read(lambda: make_recipe({**GIVEN, **nested}))
 
 
+@pytest.mark.slow
 @patient
 @given(overrides=st.dictionaries(st.lists(KEYS, min_size=1, max_size=3).map(".".join), VALUES, max_size=3))
 @example(overrides={"seed.a": 1})
@@ -118,6 +120,7 @@ YAML = st.one_of(
 )
 
 
+@pytest.mark.slow
 @patient
 @given(content=YAML)
 @example(content=b"seed: 2024-13-45")  # ValueError in PyYAML, and so on
@@ -139,6 +142,7 @@ def test_load_recipe_any_file(content, tmp_path_factory):
     refused_or_read(lambda: load_recipe(file, {}))
 
 
+@pytest.mark.slow
 @patient
 @given(text=st.one_of(st.text(max_size=30), st.builds("{}={}".format, KEYS, st.text(YAML_CHARACTERS, max_size=20))))
 def test_parse_override_any_text(text):
@@ -149,6 +153,7 @@ def test_parse_override_any_text(text):
     refused_or_read(read)
 
 
+@pytest.mark.slow
 @patient
 @given(name=st.text(max_size=20))
 @example(name="\0")

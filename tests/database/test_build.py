@@ -129,6 +129,7 @@ dist.stop()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_build_same_database(dense, checkpoint, calibration, tmp_path):
     from safetensors.torch import save_file
 

@@ -214,6 +214,7 @@ def test_level_sizes(mixture):
     assert all(size % 8 == 0 for levels in (5, 25, 48) for size in level_sizes(wide, levels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_run_exports_native_model(family, mixture, text, tmp_path):
     """As all mixtures do by default."""
@@ -233,6 +234,7 @@ def test_run_exports_native_model(family, mixture, text, tmp_path):
     assert [layer["mlp"] for layer in facts["layers"]] == [layer["mlp"] for layer in layers]
 
 
+@pytest.mark.slow
 def test_run_with_experts_then_channels(text, tmp_path):
     """One kind of unit a run; what the first has left, the second makes narrower."""
     folder = make_checkpoint("mixtral", tmp_path / "dense")

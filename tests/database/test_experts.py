@@ -295,6 +295,7 @@ def slope(dense, model, site, cut, reference, step=1e-3):
     return (found[0] - found[1]) / (2 * step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_run_of_mixture(family, mixture, text, tmp_path):
     # As small as a KV group, so that many plans meet a budget.
@@ -316,6 +317,7 @@ def test_run_of_mixture(family, mixture, text, tmp_path):
     assert load(again.path / "model").num_parameters() < model.num_parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "model"), [("mixtral", "MixtralForCausalLM"), ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")]
 )

@@ -79,6 +79,7 @@ def interpreted(tmp_path_factory):
     return blocks, torch.load(folder / "found")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_kernel_matches_loop(name, interpreted):
     blocks, found = interpreted
@@ -91,6 +92,7 @@ def test_kernel_matches_loop(name, interpreted):
     torch.testing.assert_close(factor.tril(), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kernel_removes_first_of_equal_columns(interpreted):
     blocks, found = interpreted
     expected = [0, 1, 3, 4, 5, 2]
@@ -99,6 +101,7 @@ def test_kernel_removes_first_of_equal_columns(interpreted):
         assert choose(*blocks["tied"])[0].tolist() == expected
 
 
+@pytest.mark.slow
 def test_kernel_block_ends_without_positive_pivot(interpreted):
     _, found = interpreted
     chosen, scores, factor = found["no pivot"]
@@ -107,6 +110,7 @@ def test_kernel_block_ends_without_positive_pivot(interpreted):
     assert set(chosen.tolist()) <= {0, 1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITES)
 def test_kernel_site_order_matches_solver(name, interpreted):
     units, removals = SITES[name]
@@ -119,6 +123,7 @@ def test_kernel_site_order_matches_solver(name, interpreted):
     assert gone(interpreted[1][name], units) == gone(expected, units)
 
 
+@pytest.mark.slow
 def test_kernel_removes_lowest_of_equal_units(interpreted):
     _, _, order = tied_site()
     assert gone(interpreted[1]["ties"], len(order)) == [set(order[: i + 1]) for i in range(len(order) - 1)]

@@ -20,6 +20,8 @@ from darwinlm.run import prepare
 from darwinlm.run.directory import RunDirectory
 from darwinlm.runtime.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]
 MADE_AGAIN = {
     # The file, and what is said; {} is its path.

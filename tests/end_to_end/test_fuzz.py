@@ -18,6 +18,8 @@ from darwinlm.errors import UserError
 from darwinlm.plan import Plan, check_target, parameter_budget
 from darwinlm.runtime.files import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 FUZZ = settings(
     max_examples=200,
     deadline=None,

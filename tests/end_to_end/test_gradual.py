@@ -46,6 +46,8 @@ from darwinlm.run.directory import run_steps
 from darwinlm.search.budgets import measure_latencies
 from darwinlm.search.trials import TrialScorer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 CASES = [(family, granularity) for family in FAMILIES for granularity in GRANULARITIES]

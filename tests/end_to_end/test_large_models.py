@@ -34,6 +34,7 @@ def half(pruned, monkeypatch):
     return dataclasses.replace(dense), database
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_run_with_bfloat16_dense_model(family, checkpoint, text, monkeypatch, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "search.descent_rounds": 1, "recovery.refit_tokens": 64}

@@ -188,6 +188,7 @@ def test_pack_documents_of_one_token():
     assert torch.cat([corpus.splits[split].input_ids_BT for split in SPLITS]).flatten().tolist() == list(range(40))
 
 
+@pytest.mark.slow
 def test_run_of_one_layer_and_one_character_documents(tmp_path):
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = write(

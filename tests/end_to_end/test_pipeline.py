@@ -30,6 +30,8 @@ from darwinlm.run import prepare
 from darwinlm.run.lock import RunLock
 from darwinlm.runtime import dist, progress
 
+pytestmark = pytest.mark.slow
+
 
 def test_run_meets_target_and_writes_metrics(run):
     finished, _ = run

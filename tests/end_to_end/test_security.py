@@ -87,6 +87,7 @@ def test_payload_leaves_mark(mark, tmp_path):
     assert mark.exists()
 
 
+@pytest.mark.slow
 def test_pickles_never_read(model, text, mark, tmp_path, monkeypatch):
     plant(model, mark)
     settings = {**SETTINGS, "data.source": str(text), "recovery.checkpoint_steps": 1}

@@ -106,6 +106,7 @@ def test_sentencepiece_token_ids(prefix, tmp_path):
     assert len(found[1]) < 5
 
 
+@pytest.mark.slow
 def test_token_ids_of_smollm2(tmp_path):
     tokenizer = smollm2.smollm2_tokenizer()
     found, vocabulary = engine_ids(tokenizer, tmp_path, [TEXT, *TEXT.splitlines()])

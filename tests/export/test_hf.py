@@ -161,6 +161,7 @@ def test_saved_folder_files(result):
 TOKENIZER = "from transformers import AutoTokenizer; print(len(AutoTokenizer.from_pretrained({folder!r})), 'tokens')"
 
 
+@pytest.mark.slow
 def test_tokenizer_loads_on_terminal_without_prompt(result, checkpoint):
     """AutoTokenizer asks there whether it may run the code of a folder, and waits for the answer."""
     command = [PYTHON, "-c", TOKENIZER.format(folder=str(result[0]))]

@@ -168,6 +168,7 @@ def test_even_plans_remove_layers_by_error(pruned):
     assert removed({site.name for site in dense.sites}) <= {()}
 
 
+@pytest.mark.slow
 def test_uniform_run_exports_native_folder(checkpoint, text, tmp_path, capsys):
     settings = SETTINGS | {"data.source": str(text), "search.uniform": True}
     run = prune(checkpoint("qwen2"), target=0.8, out=tmp_path / "run", settings=settings)

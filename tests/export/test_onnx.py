@@ -15,6 +15,8 @@ from darwinlm.export.onnx import onnx_logits
 from darwinlm.export.proof import logits_of
 from darwinlm.export.targets import export_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):

@@ -166,6 +166,7 @@ def test_level_sizes_divisible_by_tensor_parallel(kv_heads, width, parallel):
         assert len(sizes) == min(11, site.num_units // parallel + 1)
 
 
+@pytest.mark.slow
 def test_run_with_tensor_parallel(checkpoint, text, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "export.tensor_parallel": 2, "export.targets": ["vllm"]}
     run = prune(checkpoint("qwen2"), target=0.6, out=tmp_path / "run", settings=settings)
@@ -175,6 +176,7 @@ def test_run_with_tensor_parallel(checkpoint, text, tmp_path):
     assert facts["tensor_parallel"] == 2
 
 
+@pytest.mark.slow
 def test_run_exports_targets(checkpoint, text, tmp_path):
     settings = SETTINGS | {"data.source": str(text), "export.targets": ["gguf", "vllm"]}
     run = prune(checkpoint("llama"), target=0.55, out=tmp_path / "run", settings=settings)

@@ -72,6 +72,7 @@ def test_balance_loss_with_uneven_experts(tmp_path):
     torch.testing.assert_close(balance_loss(dense.config, logits), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 def test_balance_from_checkpoint_in_trials_and_recovery(activations, text, tmp_path, monkeypatch):
     seen, tried = [], []

@@ -49,6 +49,7 @@ def load(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_doctor_passes(family, load, monkeypatch):
     """Level 0 is transformers' model; cuts equal masks; caches, gradients, saving and loading; each export proved or
@@ -184,6 +185,7 @@ def test_norm_over_all_heads_corrected(family, calibration, tmp_path):
     assert errors["corrected"] < errors["plain"] / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "phi3", "cohere", "qwen3_5_text"])
 def test_run_of_family(family, load, text, tmp_path):
     settings = {**SETTINGS, "data.source": str(text)}

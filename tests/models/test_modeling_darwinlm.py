@@ -90,6 +90,7 @@ def python(code, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["", *CHANGES])
 def test_changed_transformers_refused_on_load(change, folder):
     done = python(CHANGES.get(change, "") + LOAD, folder)

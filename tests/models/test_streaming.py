@@ -163,6 +163,7 @@ def test_streamed_search_finds_same_plan(both, copies, tmp_path):
     assert copies[0] == 1
 
 
+@pytest.mark.slow
 def test_streamed_run_gives_same_model(both, text, tmp_path):
     dense, _, _ = both("gemma2")
     settings = {**SETTINGS, "data.source": str(text), "recovery.refit_tokens": 64}

@@ -58,6 +58,7 @@ def test_objective_with_top_k_teacher(top_k, temperature, pruned, tmp_path, monk
         assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "temperature", "at_most"), [(1.0, 1.0, 4), (0.5, 2.0, 5)])
 def test_objective_peak_memory(share, temperature, at_most):
     """Gradients included: `darwinlm plan` counts on it."""

@@ -49,6 +49,7 @@ def test_sharded_model_and_teacher_on_device(family, offload, pruned, monkeypatc
         assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {device}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_rank(checkpoint, pruned, tmp_path):
     dense, database = pruned("qwen3", "kv_group")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -37,6 +37,7 @@ def test_recovery_lowers_loss_and_is_reproducible(pruned, tmp_path):
     assert not model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
 def test_killed_recovery_resumes(pruned, tmp_path, monkeypatch, stop_at):
     dense, database = pruned("llama", "kv_group")
@@ -87,6 +88,7 @@ def test_recovery_takes_best_validation_weights(pruned, tmp_path):
     assert losses[done.taken] == min(losses.values()) == pytest.approx(found.item(), rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["whole", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_rate_independent_of_weight_scale(family, settings, pruned, tmp_path, monkeypatch):
@@ -221,6 +223,7 @@ def test_masked_labels_do_not_train(pruned, tmp_path):
     assert not all(torch.allclose(one[name], whole[name], atol=1e-3) for name in one)
 
 
+@pytest.mark.slow
 def test_killed_recovery_on_stream_resumes(pruned, tmp_path, monkeypatch):
     dense, database = pruned("qwen2", "kv_group")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(200)))

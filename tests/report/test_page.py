@@ -84,7 +84,7 @@ def copied(run, tmp_path):
     return shutil.copytree(run[0].path, tmp_path / "run")
 
 
-@pytest.mark.parametrize("which", ["run", "family"])
+@pytest.mark.parametrize("which", ["run", pytest.param("family", marks=pytest.mark.slow)])
 def test_page_numbers_are_in_metrics(which, request):
     finished = request.getfixturevalue(which)
     path = (finished[0] if which == "run" else finished).path
@@ -356,6 +356,7 @@ def test_manifest_errors_same_for_all_readers(change, message, copied):
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_page_of_family_has_every_size(family):
     metrics = family.metrics
     assert list(metrics["sizes"]) == ["0.8", "0.6"]

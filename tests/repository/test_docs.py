@@ -151,6 +151,7 @@ def test_docs_use_every_command():
     assert found == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_api_examples_run(checkpoint, text, tmp_path, monkeypatch, capsys):
     shutil.copytree(checkpoint("mistral"), tmp_path / "my-checkpoint")
     (tmp_path / "texts").mkdir()

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 # Other packages are imported before: they may take another platform at its word.
 WINDOWS = """
 import sys

@@ -13,6 +13,7 @@ from darwinlm.errors import UserError
 from darwinlm.runtime.determinism import same_bits
 
 
+@pytest.mark.slow
 def test_run_same_in_process_with_more_threads(run, checkpoint, tmp_path):
     finished, settings = run
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]

@@ -118,6 +118,7 @@ def test_model_larger_than_memory_refused(checkpoint, text, tmp_path, monkeypatc
     check_room(100_000, torch.device("cpu"), "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["database", "search", "recovery", "evaluation"])
 def test_stage_out_of_memory_then_resume(stage, checkpoint, text, tmp_path, monkeypatch):
     def fail(*arguments, **named):
@@ -138,6 +139,7 @@ def test_stage_out_of_memory_then_resume(stage, checkpoint, text, tmp_path, monk
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refit_tokens", [0, 32])
 @pytest.mark.parametrize("distillation", [0.0, 0.5])
 def test_dense_model_freed_during_recovery(refit_tokens, distillation, checkpoint, text, tmp_path, monkeypatch):
@@ -193,6 +195,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_memory_limit_error_one_line(checkpoint, text, tmp_path):
     command = [
         "prune",

@@ -13,6 +13,7 @@ from darwinlm.search.sensitivity import measure_sensitivity
 BLOCKS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "granularity"), [("llama", "kv_group"), ("qwen3", "query_head")])
 def test_sensitivity_first_order_matches_finite_differences(pruned, family, granularity, monkeypatch):
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
@@ -62,6 +63,7 @@ def test_sensitivity_first_order_matches_finite_differences(pruned, family, gran
             assert found.first[index][level] == pytest.approx(slope, rel=0.02, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_sensitivity_second_order_matches_kl(pruned, monkeypatch):
     """Without a first order, KL is half the Fisher form: the sampled one must agree with KL measured directly."""
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)

@@ -151,6 +151,7 @@ def test_trial_loss_distillation(scored):
     assert kls["distillation"][0] < kls["none"] and kls["distillation"][0] < kls["next-token"][0]
 
 
+@pytest.mark.slow
 def test_search_forecast_of_every_step(scored, tmp_path):
     dense, database, _, budget = scored
     recipe = RECIPE.model_copy(update={"forecast_candidates": 5, "descent_rounds": 0})
@@ -255,6 +256,7 @@ dist.stop()
 """
 
 
+@pytest.mark.slow
 def test_three_ranks_write_same_files(checkpoint, calibration, tmp_path):
     folder = checkpoint("llama")
     dense = load_dense(str(folder), "kv_group", torch.device("cpu"))

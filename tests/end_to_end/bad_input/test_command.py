@@ -42,6 +42,7 @@ def test_error_of_process(command, message, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_error_reported_once_by_all_ranks(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "darwinlm"]
     command = ["prune", "./nothing", "--target", "0.5", "--out", "out"]

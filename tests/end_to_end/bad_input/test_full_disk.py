@@ -9,6 +9,8 @@ from refusals import SMALL
 
 from darwinlm import cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 15, 20])
 def test_full_disk_error_then_resume(room, checkpoint, text, tmp_path, monkeypatch, capsys):
