@@ -21,7 +21,6 @@ import darwinlm
 from darwinlm import cli
 from darwinlm.commands.recover import recover_again
 from darwinlm.config.loading import load_recipe
-from darwinlm.config.stage import Stage
 from darwinlm.models.loading import load_dense
 from darwinlm.pipeline import prune
 from darwinlm.recovery import stage as recovery_stage
@@ -92,23 +91,6 @@ def test_family_of_sizes_shares_database(run, checkpoint, tmp_path):
     measured = second.read_bytes()
     prune(checkpoint("qwen3"), target="0.6,0.8", out=tmp_path / "family", settings=settings)
     assert first.exists() and second.read_bytes() == measured
-
-
-@pytest.mark.parametrize(
-    ("stage", "later", "follows"),
-    [
-        ("corpus", "0.6: search", True),
-        ("0.8: evaluation", "0.8: export", True),
-        ("0.8: recovery", "0.6: recovery", False),
-        ("0.8: search", "0.6: search", True),
-        ("step 1: recovery", "step 2: database", True),
-        ("step 1: export", "search", True),
-        ("recovery", "evaluation", True),
-    ],
-)
-def test_stage_affects_later_stages(stage, later, follows):
-    stage, later = Stage.parse(stage), Stage.parse(later)
-    assert stage.affects(later) == follows
 
 
 @pytest.mark.parametrize(
