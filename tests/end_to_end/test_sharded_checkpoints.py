@@ -12,6 +12,8 @@ import darwinlm
 from darwinlm import export_model, prune
 from darwinlm.export import hf, hf_native, mlx
 
+pytestmark = pytest.mark.slow
+
 INDEX = "model.safetensors.index.json"
 
 
