@@ -23,7 +23,7 @@ def predict_database(work: Work) -> StageCost:
     stored = rows * (sum(work.columns) + work.expert_columns) * (levels - 1) / 2 * 2
     forward = work.before * work.layers * tokens * work.exact
     devices, accelerator = work.machine.devices, work.machine.accelerator
-    # Inputs of a layer wait in host memory beside an accelerator.
+    # Inputs of a layer stay in CPU memory if there is an accelerator.
     activations = 0 if accelerator else tokens / devices * rows * 4
     experts = _EXPERT_BYTES + 12 * tokens * rows if work.mixtures else 0
     layer = 4 * work.before * work.in_sites / work.depth

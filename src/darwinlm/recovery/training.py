@@ -119,18 +119,8 @@ def recover(
     if steps == 0:
         return model.eval(), Training([], [], 0)
     check_recovery(recipe)
-    micro, accumulation = _micro_batches(recipe)
-    portion = Portion(micro, "recovery")
-    if dist.world_size() == 1:
-        # The Trainer then passes whole optimizer steps, which can be retried with smaller parts.
-        micro, accumulation = micro * accumulation, 1
-    dtype = fast_dtype(device)
-    sharded = is_sharded(recipe)
-    last = newest_intact(folder)
-    evaluate_at = {round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
-    rate = _highest_rate(recipe, sequence_length)
-    arguments = _arguments(recipe, steps, micro, accumulation, seed=seed, folder=folder, device=device, sharded=sharded)
-    arguments.learning_rate = rate.value
+    last, rate, sharded = newest_intact(folder), _highest_rate(recipe, sequence_length), is_sharded(recipe)
+    arguments = _arguments(recipe, steps, rate, seed=seed, folder=folder, device=device, sharded=sharded)
     # A stream resumes from its state; blocks are skipped by the Trainer.
     arguments.ignore_data_skip = isinstance(text, TextStream)
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
@@ -142,53 +132,74 @@ def recover(
     weight = balance if recipe.router_loss == "auto" else recipe.router_loss
     objective = Objective(model.train(), teacher_model, recipe.distillation, recipe.temperature, weight)
     if sharded:
-        shard(objective, teacher_model, device, dtype, offload=recipe.sharding == "fsdp_offload")
+        shard(objective, teacher_model, device, fast_dtype(device), offload=recipe.sharding == "fsdp_offload")
     with task("recovery (steps)", steps) as progress:
         trainer = RecoveryTrainer(
             model=objective,
             args=arguments,
             train_dataset=make_samples(text, steps, recipe, seed, last, passed, cached),
-            callbacks=[Follow(progress, recipe, frozenset(evaluate_at))],
+            callbacks=[Follow(progress, recipe, _evaluated_steps(recipe, steps))],
             validation=validation,
             cached=cached.validation if cached is not None else None,
             cut_documents=recipe.cut_documents,
-            portion=portion,
+            portion=Portion(_micro_batches(recipe)[0], "recovery"),
             rate=rate,
             sizes=_sizes(adapted) if adapted is not None and rate.relative else {},
         )
         if last is not None:
             progress.advance(step_of(last))
-            log.info("recovery: resuming at step %d", step_of(last))
-        if last is not None and step_of(last) >= steps:
-            # The Trainer would take one more step.
-            load_weights(last, objective)
-            trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-        else:
-            trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        _run(trainer, objective, steps, last)
     evaluations = evaluations_of(trainer.state)
     taken = int(best_of(evaluations)["step"]) if evaluations else steps
-    if taken == 0:
-        log.warning(
-            "recovery: %d training tokens did not improve the model on the validation text; keeping the "
-            "weights from before training",
-            tokens,
-        )
-    elif taken < steps:
-        log.info("recovery: the weights after step %d were best on the validation text and are used", taken)
     if taken < steps:
+        _report_taken(taken, tokens)
         load_best(folder, objective)
     if recipe.activations == "recompute":
         model.activation_checkpointing_disable()
     if adapted is not None:
         adapted.merge_and_unload()
     if sharded:
-        # FSDP has replaced the modules; build a plain model from the full tensors, on one rank and tensor by tensor, so
-        # that no device needs to hold all of it.
-        tensors = dict(gathered(dict(model.named_parameters())))
-        if tensors:
-            model = assemble(copy.deepcopy(cast(PrunedConfig, model.config)), tensors, trainable=False)
+        model = _gathered_model(model)
     model.requires_grad_(False).eval()
     return model, Training(losses_of(trainer.state), evaluations, taken)
+
+
+def _run(trainer: RecoveryTrainer, objective: Objective, steps: int, last: Path | None) -> None:
+    """Train, from the checkpoint `last` if there is one."""
+    if last is None:
+        trainer.train()
+        return
+    log.info("recovery: resuming at step %d", step_of(last))
+    if step_of(last) >= steps:
+        # The Trainer would take one more step.
+        load_weights(last, objective)
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(last))
+
+
+def _evaluated_steps(recipe: RecoveryRecipe, steps: int) -> frozenset[int]:
+    return frozenset(round(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1))
+
+
+def _report_taken(taken: int, tokens: int) -> None:
+    if taken == 0:
+        log.warning(
+            "recovery: %d training tokens did not improve the model on the validation text; keeping the "
+            "weights from before training",
+            tokens,
+        )
+    else:
+        log.info("recovery: the weights after step %d were best on the validation text and are used", taken)
+
+
+def _gathered_model(model: PrunedModel) -> PrunedModel:
+    """Build a plain model from the full tensors of a sharded one, whose modules FSDP has replaced.
+
+    It is built on one rank and tensor by tensor, so that no device needs to hold all of it.
+    """
+    tensors = dict(gathered(dict(model.named_parameters())))
+    return assemble(copy.deepcopy(cast(PrunedConfig, model.config)), tensors, trainable=False) if tensors else model
 
 
 def _highest_rate(recipe: RecoveryRecipe, sequence_length: int) -> LearningRate:
@@ -206,17 +217,21 @@ def _highest_rate(recipe: RecoveryRecipe, sequence_length: int) -> LearningRate:
 def _arguments(
     recipe: RecoveryRecipe,
     steps: int,
-    micro: int,
-    accumulation: int,
+    rate: LearningRate,
     *,
     seed: int,
     folder: Path,
     device: torch.device,
     sharded: bool,
 ) -> TrainingArguments:
+    micro, accumulation = _micro_batches(recipe)
+    if dist.world_size() == 1:
+        # The Trainer then passes whole optimizer steps, which can be retried with smaller parts.
+        micro, accumulation = micro * accumulation, 1
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
+        learning_rate=rate.value,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
