@@ -20,3 +20,8 @@ from darwinlm.config.stage import Stage
 def test_stage_affects_later_stages(stage, later, follows):
     stage, later = Stage.parse(stage), Stage.parse(later)
     assert stage.affects(later) == follows
+
+
+@pytest.mark.parametrize("stage", [Stage("corpus"), Stage("search", step=2), Stage("gguf", size="params=0.5")])
+def test_stage_parse_inverts_str(stage):
+    assert Stage.parse(str(stage)) == stage

@@ -34,6 +34,7 @@ from refusals import NEITHER, RANGE
         ("flops=1.5", r"target flops=1.5 must be above 0 and at most 1 \(a fraction\)"),
         ("params=0.01,kv_cache=0.5", "target 0.01 is 721 of 72,192 parameters"),
         ("0.8,0.8", "target '0.8,0.8': a size is given twice"),
+        ("0.8,2.7B", "target '0.8,2.7B' mixes fractions and numbers of parameters; give all sizes in the same way"),
         ("0.8,abc", f"target 'abc' {NEITHER}"),
         ("0.8,", f"target '' {NEITHER}"),
         ("0.8,0.01", "target 0.01 is 721 of 72,192 parameters"),
