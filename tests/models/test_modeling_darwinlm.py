@@ -103,6 +103,7 @@ def test_changed_transformers_refused_on_load(change, folder):
     assert "install another version of transformers" in last
 
 
+@pytest.mark.slow
 def test_changed_transformers_one_line_in_command(folder):
     done = python(RENAME_IN_GENERATE + COMMAND, "inspect", folder)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

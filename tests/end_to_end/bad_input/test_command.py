@@ -27,6 +27,7 @@ def test_invalid_command(command, message, refused_command, tmp_path, monkeypatc
     refused_command(message, command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "message"),
     [
