@@ -32,6 +32,8 @@ SCORED_TOGETHER = 4096
 """Tokens of a scoring pass of streamed layers."""
 _OVERHEAD = 1.25
 """Overhead factor of database, search and recovery beyond layers and head: optimizer, I/O, Python."""
+_TEMPORARY = 24 * 2**24
+"""Bytes that a step of `SignSGD` needs in addition to gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,3 @@ class Work:
         reads = max(self.trained_together, self.recipe.data.sequence_length) * self.rows * 2 * (layers + 1)
         layer = self.search.batch_size * self.block_bytes / layers
         return self.item * self.fixed + 4 * self.in_sites / layers + _TEMPORARY + reads + layer
-
-
-_TEMPORARY = 24 * 2**24
-"""Bytes that a step of `SignSGD` needs in addition to gradients."""
