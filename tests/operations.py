@@ -10,7 +10,8 @@ class Operations(TorchDispatchMode):
     """Counts what an accelerator would launch, and what would make it wait for a value."""
 
     VIEWS = frozenset(
-        {"alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "expand", "permute", "select", "slice"}
+        {"_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "expand", "permute"}
+        | {"select", "slice"}
         | {"split", "squeeze", "t", "transpose", "unsqueeze", "view"}
     )
     WAITS = frozenset(["_linalg_check_errors", "_local_scalar_dense", "masked_select", "nonzero"])
