@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers import VOCABULARY, make_checkpoint
-from operations import Operations
+from operations import Operations, as_on_gpu
 
 from darwinlm.config.recipe import DatabaseRecipe, SearchRecipe
 from darwinlm.data.corpus import Corpus
@@ -44,15 +44,17 @@ def candidate(folder, family, layers, rate):
 
 
 @pytest.mark.parametrize("rate", [1e-3, "auto"])
-def test_operations_of_candidate(rate, tmp_path):
+def test_operations_of_candidate(rate, tmp_path, monkeypatch):
     """All its sites are cut, it is trained for a step, and scored before and after."""
+    as_on_gpu(monkeypatch)
     two, four = (candidate(tmp_path / str(layers), "llama", layers, rate) for layers in (2, 4))
-    assert four.launches - two.launches <= 2 * 217, four.counts
-    assert two.launches <= 620, two.counts
+    assert four.launches - two.launches <= 2 * 147, four.counts
+    assert two.launches <= 475, two.counts
     assert two.waits == four.waits <= 4, four.counts
 
 
-def test_operations_of_recovery_step(tmp_path):
+def test_operations_of_recovery_step(tmp_path, monkeypatch):
+    as_on_gpu(monkeypatch)
     found = []
     for layers in (2, 4):
         folder = make_checkpoint("llama", tmp_path / str(layers), num_hidden_layers=layers)
@@ -63,6 +65,6 @@ def test_operations_of_recovery_step(tmp_path):
             objective(BLOCKS.long(), BLOCKS.long())["loss"].backward()
         found.append(operations)
     two, four = found
-    assert four.launches - two.launches <= 2 * 145, four.counts
-    assert two.launches <= 410, two.counts
+    assert four.launches - two.launches <= 2 * 98, four.counts
+    assert two.launches <= 300, two.counts
     assert two.waits == four.waits <= 4, four.counts

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from darwinlm.models.families import EMBEDDINGS, HEAD, LAYERS, causal_lm, empty_layer
 from darwinlm.models.modeling_darwinlm import PrunedConfig, PrunedModel
+from darwinlm.models.norms import fuse_norms
 from darwinlm.models.sites import Rows, Site
 from darwinlm.plan import SiteKind
 
@@ -52,7 +53,8 @@ def cut_site(site: Site, weights: Mapping[str, Tensor], cut: Cut) -> dict[str, T
     else:
         for some in site.inputs:
             rows.setdefault(some.tensor, []).append(_kept_rows(some, cut.kept, weights[some.tensor].device))
-    left |= {name: weights[name].index_select(0, torch.cat(parts)) for name, parts in rows.items()}
+    for name, parts in rows.items():
+        left[name] = weights[name].index_select(0, torch.cat(parts) if len(parts) > 1 else parts[0])
     left |= {name: left[name] * factor for name, factor in cut.factors.items()}
     left[site.output_tensor] = cut.output_weight
     return left
@@ -217,6 +219,7 @@ def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) 
     module: nn.Module = empty_layer(config, layer)
     prefix = f"{LAYERS}{layer}."
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+    fuse_norms(module, next(iter(tensors.values())).device)
     return module.requires_grad_(False).eval()
 
 
@@ -273,6 +276,7 @@ def fill(
     model.load_state_dict(tensors, strict=strict, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    fuse_norms(model, device)
     model.requires_grad_(trainable)
     model.train(trainable)
     return model
