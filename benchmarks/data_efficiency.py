@@ -1,4 +1,4 @@
-"""How much training text each way of pruning needs for the same quality: curves over recovery tokens.
+"""Compare pruning methods by the training tokens that they need for the same quality.
 
     python benchmarks/data_efficiency.py run --method ours even masks taylor layers --tokens 131072 \\
         --data FOLDER --evaluation FILE --work WORK
@@ -6,13 +6,13 @@
     python benchmarks/data_efficiency.py plot
     python benchmarks/data_efficiency.py table
 
-The model is SmolLM2-135M (`smollm2`, the `demo` extra) or the one in a folder (`--model`). Every method makes a model
-of the size asked for from the same text; all are trained alike (`peers/curve_training.py`: distillation, a constant
-rate) and measured on the way, before and after 8,192, 16,384, 32,768 … tokens, on a file and on a split that no method
-reads. What a method trains on before it has a model of that size (learnt masks) counts as if it were recovery.
+The model is SmolLM2-135M (`smollm2`, the `demo` extra) or a local folder (`--model`). Every method prunes it to the
+target size with the same text. All pruned models are trained alike (`peers/curve_training.py`: distillation, a constant
+learning rate) and evaluated before training and after 8,192, 16,384, 32,768 … tokens, on a file and on a split that no
+method reads. Tokens that a method trains on before its model has that size (learned masks) count as recovery.
 
-A row is one method, model, size and seed: a JSON file, written anew after each measurement. The same command goes on
-where it stopped, from the last checkpoint in WORK, and with more `--tokens` it trains the same rows further.
+A row is one method, model, size and seed, stored as a JSON file that is updated after each measurement. Run the same
+command again to resume from the last checkpoint in WORK; a larger `--tokens` continues the same rows.
 """
 
 import sys

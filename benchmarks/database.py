@@ -1,4 +1,4 @@
-"""What the database costs: the solver against plain removal, the whole stage by phases, memory by depth.
+"""Benchmark the database stage: solver against plain removal, time by phase, memory by depth.
 
     python benchmarks/database.py solver --shape 8b
     python benchmarks/database.py stage [MODEL]
@@ -6,11 +6,11 @@
     python benchmarks/database.py memory
     python benchmarks/database.py same FOLDER FOLDER
 
-`solver`: both get the same output projection and Gram matrix, remove columns in greedy order, refit after every removal
-and keep ten snapshots. The plain way is what the formulas say: full matrices in float32, a rank-one update of the
-inverse and of the weight for each removal. Where that would take hours, `--removals` lets both stop early, and the
-ratio is of that part. `stage`: random token ids, which cost what text costs; `--out FOLDER` keeps the database.
-`memory`: random weights of one shape. `same`: do two databases keep the same units, how far are their weights apart?
+`solver`: both methods get the same output projection and Gram matrix, remove columns in greedy order, refit after every
+removal and keep ten snapshots. The plain method follows the formulas: full matrices in float32, a rank-one update of
+the inverse and of the weight for each removal. Where that would take hours, `--removals` stops both early, and the
+ratio is of that part. `stage`: random token ids, which cost the same as text; `--out FOLDER` keeps the database.
+`memory`: random weights of one shape. `same`: compare the kept units and the weights of two databases.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def compare_solvers(shape: str, removals: int | None, seed: int, device: torch.d
     weight, gram = problem(rows, columns, seed, device)
     last = columns - removals if removals else 0
     sizes = sorted({max(1, last, round(columns - (columns - last) * i / LEVELS)) for i in range(1, LEVELS + 1)})[::-1]
-    ours(weight[:, :256].clone(), gram[:256, :256].clone(), [128])  # the first call of anything is slow
+    ours(weight[:, :256].clone(), gram[:256, :256].clone(), [128])  # the first call is slow
     best = min((ours(weight, gram, sizes) for _ in range(repeats)), key=lambda result: result.seconds)
     reference = plain(weight, gram, sizes)
     removed = f"{columns - min(sizes)} of {columns} columns removed, {len(sizes)} snapshots"
@@ -63,7 +63,7 @@ def compare_solvers(shape: str, removals: int | None, seed: int, device: torch.d
         worst = max(worst, here / there - 1, key=abs)
         same += kept == kept_plain
         differ += len(set(kept) ^ set(kept_plain)) // 2
-    print(f"kept columns identical at {same} of {len(sizes)} levels ({differ} columns differ in all)")
+    print(f"kept columns identical at {same} of {len(sizes)} levels ({differ} columns differ in total)")
     print(f"true output error, ours against plain: at most {worst:+.4%} apart")
 
 
@@ -104,7 +104,7 @@ def compare_databases(one: Path, other: Path) -> None:
                 compared += 1
                 worst = max(worst, ((here[weight] - there[weight]).norm() / here[weight].norm()).item())
     print(f"{len(indices[0])} sites, {kept:,} kept units at all levels: {differ} of them differ")
-    print(f"weights at the {compared} levels with the same units: at most {worst:.1e} of their norm apart")
+    print(f"weights at the {compared} levels with the same units: relative difference at most {worst:.1e}")
 
 
 def measure_memory(depths: list[int], seed: int) -> None:
@@ -143,18 +143,18 @@ def only_build(folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    solver = commands.add_parser("solver", help="our solver against the plain reference")
+    solver = commands.add_parser("solver", help="compare our solver with the plain method")
     solver.add_argument("--shape", choices=SHAPES, default="smollm2")
-    solver.add_argument("--removals", type=int, help="stop both after so many columns")
-    solver.add_argument("--repeats", type=int, default=3, help="runs of ours; the fastest counts")
-    stage = commands.add_parser("stage", help="the whole stage on a model")
+    solver.add_argument("--removals", type=int, help="stop both after this many columns")
+    solver.add_argument("--repeats", type=int, default=3, help="runs of our solver; the fastest counts")
+    stage = commands.add_parser("stage", help="time the whole stage on a model")
     stage.add_argument("model", nargs="?", default="smollm2")
     stage.add_argument("--blocks", type=int, default=32)
     stage.add_argument("--length", type=int, default=512)
-    stage.add_argument("--out", type=Path, help="keep the database there")
-    memory = commands.add_parser("memory", help="peak memory of the stage for models of several depths")
+    stage.add_argument("--out", type=Path, help="folder to keep the database in")
+    memory = commands.add_parser("memory", help="measure peak memory for models of several depths")
     memory.add_argument("--depths", type=int, nargs="+", default=[4, 16, 48])
-    same = commands.add_parser("same", help="whether two databases are the same")
+    same = commands.add_parser("same", help="compare two databases")
     same.add_argument("folders", type=Path, nargs=2)
     for command in (solver, stage, memory):
         command.add_argument("--seed", type=int, default=0)
@@ -169,7 +169,7 @@ def main() -> None:
         print(json.dumps({"device": name, "machine": platform.machine(), "torch": torch.__version__}), flush=True)
     if arguments.command == "stage":
         if arguments.out is not None and arguments.out.exists():
-            parser.error(f"{arguments.out} is there already: what it holds would not be built")
+            parser.error(f"{arguments.out} already exists: its contents would not be built")
         time_stage(arguments.model, arguments.blocks, arguments.length, device, arguments.seed, arguments.out)
         return
     if arguments.command == "memory":

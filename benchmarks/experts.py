@@ -1,20 +1,22 @@
-"""Which experts of a mixture go: ours against the scores in use, at equal parameters, before and after equal recovery.
+"""Compare expert pruning criteria for mixture-of-experts models at equal parameters, before and after recovery.
 
     python benchmarks/experts.py --family qwen3_moe --targets 0.75 0.6 --seeds 0 1 2
 
-A small mixture (16 experts in each of 4 layers, 2 for a token) is trained for some minutes on this project's own files,
-byte by byte, English and Python, and it is shown that its experts specialise. Then every layer loses the same number of
-them, attention stays whole, and KL to the dense model is measured on text that neither has seen:
+A small mixture (16 experts in each of 4 layers, 2 per token) is trained for some minutes on this project's own files,
+byte by byte, English and Python, and the specialization of its experts is printed. Then the same number of experts is
+removed from every layer, attention is kept, and KL to the dense model is measured on held-out text:
 
 - `random`;
-- `frequency`: those that get the fewest tokens;
-- `REAP`: those of the least mean gated norm over their tokens (arXiv 2510.13999);
-- `REAP, refitted`: these, and the others refitted as ours are;
-- `ours, no refit`: one by one, always the one that moves the layer's output least once its tokens are sent elsewhere;
-- `ours`: these, and the others refitted;
-- `channels, magnitude`: no expert goes, and each loses the channels of the least product of norms of its three rows;
-- `channels, ours`: each loses the channels that the second-order method picks, and those left are refitted;
-- `ours, searched`: numbers of experts by layer, heads and all, from a short descent on ours, within the same budget.
+- `frequency`: remove the experts that get the fewest tokens;
+- `REAP`: remove those with the smallest mean gated norm over their tokens (arXiv 2510.13999);
+- `REAP, refitted`: the same, with the other experts refitted as ours are;
+- `ours, no refit`: remove one at a time, always the one that changes the layer's output least when its tokens are
+  rerouted;
+- `ours`: the same, with the other experts refitted;
+- `channels, magnitude`: keep all experts, and remove the channels with the smallest product of norms of their three
+  rows;
+- `channels, ours`: remove the channels that the second-order method chooses in each expert, and refit the others;
+- `ours, searched`: numbers of experts per layer, and of heads, from a short descent on ours, within the same budget.
 """
 
 import argparse
@@ -64,7 +66,7 @@ METHODS = (
 
 
 def read_blocks() -> tuple[Tensor, Tensor]:
-    """Bytes of this project, blocks * tokens, and of each block whether it is Python (else it is English)."""
+    """Return the bytes of this project (blocks * tokens), and whether each block is Python (else it is English)."""
     root, blocks, kinds = Path(__file__).parents[1], [], []
     for python, patterns in ((False, ("*.md", "docs/*.md")), (True, ("src/**/*.py", "tests/**/*.py"))):
         text = b"\n".join(file.read_bytes() for pattern in patterns for file in sorted(root.glob(pattern)))
@@ -75,7 +77,7 @@ def read_blocks() -> tuple[Tensor, Tensor]:
 
 
 def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path) -> DenseModel:
-    """A mixture of the family, trained on `blocks_BT`, its tokens spread over its experts by the family's own loss."""
+    """Train a mixture of the family on `blocks_BT`, with the family's own load-balancing loss."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -88,7 +90,7 @@ def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    print(f"seed {seed}: {model.num_parameters():,} parameters, loss {loss.item():.3f} a byte", flush=True)
+    print(f"seed {seed}: {model.num_parameters():,} parameters, loss {loss.item():.3f} per byte", flush=True)
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
@@ -102,7 +104,7 @@ def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path)
 def show_specialisation(
     dense: DenseModel, walked: dict[str, ExpertStatistics], blocks_BT: Tensor, python_B: Tensor, seed: int
 ) -> None:
-    """The shares of tokens that experts get in each layer, how much of these is Python, and what they tell of bytes."""
+    """Print for each layer: tokens per expert, the share of Python in them, mutual information of expert and byte."""
     python_N = python_B.repeat_interleave(blocks_BT.shape[1])
     for site in dense.sites:
         if not site.routed:
@@ -118,8 +120,8 @@ def show_specialisation(
         told = float(torch.special.xlogy(joint_EV, joint_EV / apart.clamp_min(1e-30)).sum() / torch.tensor(2.0).log())
         print(
             f"seed {seed}: {site.name}: experts get {share_E.min():.1%} to {share_E.max():.1%} of the tokens; of these "
-            f"{of_python_E.min():.0%} to {of_python_E.max():.0%} are Python ({python_N.float().mean():.0%} of all); an "
-            f"expert tells {told:.2f} bits of the byte",
+            f"{of_python_E.min():.0%} to {of_python_E.max():.0%} are Python ({python_N.float().mean():.0%} of all); "
+            f"mutual information of expert and byte: {told:.2f} bits",
             flush=True,
         )
 
@@ -128,7 +130,7 @@ def show_specialisation(
 def cuts_of(
     method: str, dense: DenseModel, walked: dict[str, ExpertStatistics], count: int, seed: int
 ) -> dict[str, Cut]:
-    """`count` experts of every layer."""
+    """Return the cuts of `method` that keep `count` experts in every layer."""
     found = {}
     generator = torch.Generator().manual_seed(seed)
     for site in dense.sites:
@@ -159,7 +161,7 @@ def cuts_of(
 
 @torch.no_grad()
 def channel_cuts(method: str, dense: DenseModel, walked: dict[str, ExpertStatistics], width: int) -> dict[str, Cut]:
-    """All experts of every layer with `width` channels each."""
+    """Return the cuts that keep all experts of every layer, with `width` channels each."""
     found = {}
     for site in dense.sites:
         if not site.experts:
@@ -183,14 +185,14 @@ def channel_cuts(method: str, dense: DenseModel, walked: dict[str, ExpertStatist
 def searched_cuts(
     dense: DenseModel, corpus: Corpus, parameters: int, seed: int, scratch: Path
 ) -> tuple[dict[str, Cut], Sequence[int]]:
-    """What a short descent finds within `parameters`, and the number of units at each site."""
+    """Return the cuts found by a short descent within `parameters`, and the number of units at each site."""
     folder = scratch / "database"
     if not (folder / "index.json").exists():
         build_database(dense, corpus.splits["calibration"].input_ids_BT, DatabaseRecipe(levels=8), folder)
     database = Database(folder, kept=sites_needed(dense.config, dense.sites))
     space = database.space(dense.sites)
     budget = parameter_budget(parameters / dense.parameters, space)
-    # Sizes are coarse in so small a model: a little below will do.
+    # Sizes are coarse in such a small model: allow plans below the budget.
     budget = Budget(limits=tuple(replace(limit, minimum=0) for limit in budget.limits))
     recipe = SearchRecipe(descent_rounds=3, sensitivity_tokens=4096)
     starts = sparing_plans(space, budget)
@@ -200,7 +202,7 @@ def searched_cuts(
 
 
 def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """KL by method and target, before and after recovery."""
+    """Return KL by method and target, before and after recovery."""
     blocks_BT, python_B = read_blocks()
     order = torch.randperm(len(blocks_BT), generator=torch.Generator().manual_seed(seed))
     blocks_BT, python_B = blocks_BT[order], python_B[order]
@@ -229,7 +231,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
                     cuts, units = searched_cuts(dense, corpus, size, seed, place)
                     print(f"seed {seed}, {target}: {method}: units {units}", flush=True)
                 elif method.startswith("channels"):
-                    # The same number of parameters, as nearly as a channel of every expert allows.
+                    # The same number of parameters, rounded to one channel of every expert.
                     width = mixtures[0].columns_per_unit
                     channel = 3 * dense.config.hidden_size * mixtures[0].num_units
                     gone = (mixtures[0].num_units - count) * one / len(mixtures)
@@ -256,7 +258,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
 
 
 def main() -> None:
-    """Compare, and sum up over seeds."""
+    """Compare the methods and print means over seeds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", default="qwen3_moe")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.6])

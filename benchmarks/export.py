@@ -1,4 +1,4 @@
-"""What a pruned model computes in llama.cpp, beside transformers, and how fast.
+"""Compare a pruned model in llama.cpp with transformers, and measure its speed.
 
     python benchmarks/export.py proof --evaluation FILE              SmolLM2 (the `demo` extra), cut by hand
     python benchmarks/export.py proof --evaluation FILE --run RUN    from the run's database, at the same size, with a
@@ -7,13 +7,13 @@
     python benchmarks/export.py speed --model DIR                    or --run RUN, or neither
 
 `proof` exports to GGUF in every dtype that can be made here and runs each file in llama.cpp (`pip install gguf
-xllamacpp`; K-quants need `llama-quantize` too): the largest logit difference over the largest logit and positions with
-the same most likely token, on the first block of the evaluation text; the ids of a nasty text; perplexity on all
-blocks, beside transformers' in float32 and bfloat16. It fails if the f32 file is not the same model. FILE may also be
-given as DARWINLM_DATA.
+xllamacpp`; K-quants need `llama-quantize` too). It prints the largest logit difference over the largest logit, and the
+positions with the same most likely token, on the first block of the evaluation text; whether the token ids of a text
+that is hard to tokenize are the same; and perplexity on all blocks, next to transformers in float32 and bfloat16. It
+fails if the f32 file is not the same model. FILE may also be given as DARWINLM_DATA.
 
-`speed` lets `llama-bench` (on the PATH) time prefill and decoding of the dense and the pruned model in turns, and sets
-the median of the ratios beside the ratio of FLOPs (prefill) and of bytes read (decoding).
+`speed` times prefill and decoding of the dense and the pruned model alternately with `llama-bench` (on the PATH), and
+compares the median speedup with the ratio of FLOPs (prefill) and of bytes read (decoding).
 """
 
 import argparse
@@ -54,22 +54,22 @@ from darwinlm.runtime.files import read_json
 from darwinlm.search.allocation import cheapest_plan
 
 HEADS = {4: 0, 9: 0, 12: 2, 15: 1, 20: 2, 29: 0}
-"""KV heads left, by layer; of three elsewhere."""
+"""Kept KV heads by layer; three elsewhere."""
 WIDTHS = {7: 0, 9: 0, 11: 512, 13: 1024, 21: 768, 26: 256}
-"""MLP channels left, by layer; 1280 of 1536 elsewhere."""
+"""Kept MLP channels by layer; 1280 of 1536 elsewhere."""
 BLOCK = 512
-"""Positions of a block."""
+"""Tokens per block."""
 
 
 def dense_by_hand(folder: Path) -> Path:
-    """SmolLM2 as it is, in the form of a pruned model."""
+    """Save unpruned SmolLM2 in the format of a pruned model."""
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
     export_hf(build_model(dense.config, dense.sites, dense.weights, {}), dense, {}, "", folder)
     return folder
 
 
 def cut_by_hand(folder: Path) -> Path:
-    """SmolLM2 with the first units of each site, so many as above: nothing is refitted, and it makes no sense."""
+    """Save SmolLM2 with the first units of each site (`HEADS`, `WIDTHS`), not refitted and not useful."""
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device("cpu"))
     cuts = {}
     for site in dense.sites:
@@ -83,10 +83,10 @@ def cut_by_hand(folder: Path) -> Path:
 
 
 def cut_from(run: Path, folder: Path) -> Path:
-    """The run's model cut to the run's size by another plan, without training.
+    """Save the run's model pruned to the run's size by another plan, without training.
 
-    By the database's output errors the two cheapest attentions are gone, and the two cheapest MLPs of other layers, and
-    of one layer both; the first layer is left alone. The rest is the plan of least total error.
+    By the database's output errors, the two cheapest attentions are removed, the two cheapest MLPs of other layers, and
+    both sites of one layer; the first layer is excluded. The rest is the plan of least total error.
     """
     recipe = RunDirectory.recipe_of(run)
     dense = load_dense(resolve(recipe.model), recipe.database.granularity, torch.device("cpu"))
@@ -124,7 +124,7 @@ def perplexity(logits_of_block: Callable[[list[int]], np.ndarray], blocks: list[
 
 
 def prove(source: Path, scratch: Path, arguments: argparse.Namespace) -> bool:
-    """Whether the f32 file is the same model."""
+    """Return whether the f32 file is the same model."""
     folder = find_model(source)
     tokenizer, model = load_tokenizer(folder), darwinlm.load(folder, dtype=torch.float32)
     text = Path(arguments.evaluation).read_text(encoding="utf-8")[: 40 * arguments.tokens]
@@ -149,10 +149,10 @@ def prove(source: Path, scratch: Path, arguments: argparse.Namespace) -> bool:
         engine = Engine(exported.path)
         found = perplexity(engine.logits, blocks)
         engine.close()
-        same_ids = "the same" if answer.token_ids[0] == tokenizer(TEXT).input_ids else "other"
+        same_ids = "the same" if answer.token_ids[0] == tokenizer(TEXT).input_ids else "different"
         print(
             f"{dtype}: {exported.path.stat().st_size / 1e6:.1f} MB ({_kinds(exported.path)}), {proof}, perplexity "
-            f"{found:.4f}; {same_ids} ids of the nasty text",
+            f"{found:.4f}; {same_ids} token ids of the hard text",
             flush=True,
         )
         exported.path.unlink()
@@ -160,7 +160,7 @@ def prove(source: Path, scratch: Path, arguments: argparse.Namespace) -> bool:
 
 
 def _kinds(file: Path) -> str:
-    """The shares of weights by storage."""
+    """Return the shares of weights by storage type."""
     sizes: dict[str, int] = {}
     for tensor in GGUFReader(file).tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
@@ -181,7 +181,7 @@ def speed(source: Path, scratch: Path, arguments: argparse.Namespace) -> None:
         ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
         speeds: dict[str, list[float]] = {f"{name} {test}": [] for name in files for test in ratios}
         for turn in range(arguments.turns + 1):
-            # The order changes with the turn, so that a machine that grows slower favours none.
+            # The order alternates, so that a machine that slows down favors neither.
             for name in list(files) if turn % 2 else reversed(list(files)):
                 found = _bench(program, files[name], arguments)
                 if turn > 0:
@@ -202,7 +202,7 @@ def speed(source: Path, scratch: Path, arguments: argparse.Namespace) -> None:
             print(
                 f"{dtype} {test}: dense {dense:.1f}, pruned {pruned:.1f} tokens/s; ratio "
                 f"{statistics.median(ratio):.2f}, {min(ratio):.2f} to {max(ratio):.2f} in {len(ratio)} turns; "
-                f"of {what} {ideal[test]:.2f}",
+                f"ratio of {what} {ideal[test]:.2f}",
                 flush=True,
             )
         for file in files.values():
@@ -210,14 +210,14 @@ def speed(source: Path, scratch: Path, arguments: argparse.Namespace) -> None:
 
 
 def _bench(program: str, file: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of prefill and of decoding after nothing."""
+    """Return tokens per second of prefill, and of decoding from an empty context."""
     sizes = ["-p", str(arguments.prompt), "-n", str(arguments.new), "-t", str(threads()), "-r", "1", "-o", "json"]
     done = subprocess.run([program, "-m", str(file), *sizes], capture_output=True, check=True)
     return {"decode" if test["n_gen"] else "prefill": test["avg_ts"] for test in json.loads(done.stdout)}
 
 
 def _flops(file: Path, folder: Path, tokens: int) -> int:
-    """Of a prompt: two a weight of the layers and token, the attention, and the head for the last token."""
+    """Return the FLOPs of a prompt: two per layer weight and token, attention, and the head for the last token."""
     layers = [t for t in GGUFReader(file).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
     config = darwinlm.load(folder).config
     heads = sum(shape.heads for shape in layer_shapes(config))
@@ -227,7 +227,8 @@ def _flops(file: Path, folder: Path, tokens: int) -> int:
 
 
 def _bytes_read(file: Path, folder: Path, tokens: int) -> int:
-    """For a token: all weights (a tied head once), and half of the KV cache of `tokens` in float16."""
+    """Return the bytes read per token: all weights (a tied head once), and half of the KV cache of `tokens` in
+    float16."""
     reader, config = GGUFReader(file), darwinlm.load(folder).config
     untied = any(tensor.name == "output.weight" for tensor in reader.tensors)
     weights = sum(int(t.n_bytes) for t in reader.tensors if not (untied and t.name == "token_embd.weight"))
@@ -241,14 +242,14 @@ def main() -> None:
     proof, timing = commands.add_parser("proof"), commands.add_parser("speed")
     for command in (proof, timing):
         which = command.add_mutually_exclusive_group()
-        which.add_argument("--model", type=Path, help="a run or a pruned model's folder")
-        which.add_argument("--run", type=Path, help="a run, whose database gives another plan")
-    proof.add_argument("--evaluation", default=os.environ.get("DARWINLM_DATA"), help="a text file")
+        which.add_argument("--model", type=Path, help="run directory or folder of a pruned model")
+        which.add_argument("--run", type=Path, help="run directory; another plan is cut from its database")
+    proof.add_argument("--evaluation", default=os.environ.get("DARWINLM_DATA"), help="text file for evaluation")
     proof.add_argument("--tokens", type=int, default=16 * BLOCK)
     proof.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     timing.add_argument("--dtypes", nargs="+", default=["q8_0"], choices=list(DTYPES))
-    timing.add_argument("--prompt", type=int, default=512, help="tokens")
-    timing.add_argument("--new", type=int, default=64, help="tokens")
+    timing.add_argument("--prompt", type=int, default=512, help="prompt tokens")
+    timing.add_argument("--new", type=int, default=64, help="generated tokens")
     timing.add_argument("--turns", type=int, default=7)
     arguments = parser.parse_args()
     if arguments.command == "proof" and arguments.evaluation is None:

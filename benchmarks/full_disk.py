@@ -1,10 +1,10 @@
-"""A file system that is full, or read-only: one line, exit code 2, and the same command goes on when there is room.
+"""Test runs on a full and on a read-only file system: one-line error, exit code 2, and the same command resumes.
 
     PYTHONPATH=tests unshare --map-root-user --mount python benchmarks/full_disk.py --sizes 12
 
-A tiny run, with a recovery and without one, is started on a small tmpfs that fills up at another stage for each size.
-Then there is more room, and the same command must come to the bytes of a run that was left alone. The same with a file
-system that cannot be written at all.
+A tiny run, with and without recovery, is started on tmpfs file systems of several sizes, so that each fills up at
+another stage. Then the file system is enlarged, and the same command must produce the same bytes as an uninterrupted
+run. A read-only file system is tested in the same way.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def mount(folder: Path, options: str) -> None:
 
 
 def trials(root: Path, count: int, settings: dict[str, Any]) -> int:
-    """How many of `count` sizes and of a read-only file system did not end as they should."""
+    """Return the number of failures over `count` sizes and a read-only file system."""
     command = ["prune", str(root / "dense"), "--target", "0.7", "--data", str(root / "text.txt"), "--quiet"]
     for key, value in (SETTINGS | settings).items():
         command += ["--set", f"{key}={value}"]
@@ -42,7 +42,7 @@ def trials(root: Path, count: int, settings: dict[str, Any]) -> int:
     expected = result(disk / "run")
     used = sum(math.ceil(file.stat().st_size / 4096) * 4 for file in disk.rglob("*") if file.is_file())
     subprocess.run(["umount", str(disk)], check=True)
-    print(f"a run takes {used} KiB")
+    print(f"a run needs {used} KiB")
 
     faults = 0
     sizes = [8 + round(number * used / count) // 4 * 4 for number in range(count)]
@@ -58,7 +58,7 @@ def trials(root: Path, count: int, settings: dict[str, Any]) -> int:
         good = first.code == 2 and len(told) == 1 and told[0].startswith("error: ") and same and not left
         faults += not good
         print(
-            f"{options:>10}: {'as it should be' if good else 'FAULT'}, code {first.code}, then {again.code}; "
+            f"{options:>10}: {'as expected' if good else 'FAULT'}, code {first.code}, then {again.code}; "
             f"{' '.join(told).replace(str(disk), '')}",
             flush=True,
         )

@@ -1,11 +1,12 @@
-"""Coverage-guided fuzzing of everything that is read: any bytes are taken, or refused in one line.
+"""Fuzz all readers with coverage guidance: any input must be accepted, or refused in one line.
 
     pip install atheris
     PYTHONPATH=tests python benchmarks/fuzz_readers.py --seconds 120
 
-Each reader gets bytes that libFuzzer makes out of valid files, steered to new lines of this package and of PyYAML. A
-reader fails if it raises anything but a `UserError` of one line. Files with a checksum are fuzzed before it is added.
-Prints executions and seconds, and exits with 1 if a reader failed; what it failed on is kept in a folder that is named.
+Each reader gets bytes that libFuzzer mutates from valid files, guided by the coverage of this package and of PyYAML. A
+reader fails if it raises anything but a one-line `UserError`. Files with a checksum are fuzzed before it is added.
+Prints executions and seconds, and exits with 1 if a reader failed; the failing input is kept in a folder that is
+printed.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from pathlib import Path
 
 READERS = ("recipe", "setting", "plan", "manifest", "weights", "database", "checkpoint")
 WORST = 8192
-"""Bytes; longer ones are left to the tests."""
+"""Maximum length in bytes; the tests cover longer inputs."""
 
 
 def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[bytes]]:
-    """What is called with any bytes, and valid ones to begin with."""
+    """Return the function to fuzz, and valid inputs to start from."""
     import torch
     from safetensors.torch import save
     from spaces import TINY_SPACE
@@ -43,7 +44,7 @@ def reader(name: str, folder: Path) -> tuple[Callable[[bytes], object], list[byt
         try:
             payload = json.loads(content)
             write_json(file, payload if isinstance(payload, dict) else {"payload": payload}, sealed=True)
-        except (ValueError, RecursionError):  # not JSON: as it is
+        except (ValueError, RecursionError):  # not JSON: write it unchanged
             file.write_bytes(content)
 
     def read_recipe(content: bytes) -> None:
@@ -132,8 +133,8 @@ def fuzz(name: str, seconds: int, kept: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("readers", nargs="*", default=READERS, help=f"of {', '.join(READERS)}; by default all")
-    parser.add_argument("--seconds", type=int, default=120, help="for each reader")
+    parser.add_argument("readers", nargs="*", default=READERS, help=f"any of {', '.join(READERS)}; default: all")
+    parser.add_argument("--seconds", type=int, default=120, help="time limit of each reader")
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.keep:

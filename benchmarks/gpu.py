@@ -1,22 +1,22 @@
-"""What a run's work costs on a GPU, beside what its arithmetic and its traffic would take on that machine.
+"""Measure the stages of a run on a GPU, next to lower bounds from the arithmetic and memory traffic of each.
 
     python benchmarks/gpu.py [--sections solver database search candidate recovery] [--minutes 8] [--json FILE]
     python benchmarks/gpu.py --device cpu --tiny
 
-It needs neither network nor weights: layers of the shapes of SmolLM2-135M (30 of them) and Llama-3.1-8B (8 of 32) are
-random, in bfloat16, and cost what others cost. Each row is printed as soon as it is measured, and all of them at the
-end. The bound is what the operations or bytes of the row would take at the machine's peaks, which are measured too:
-products in float32 and bfloat16, copies, a plain write of as many bytes. What does not fit the time that is left is
-left out.
+No network or weights are needed: layers of the shapes of SmolLM2-135M (30 of them) and Llama-3.1-8B (8 of 32) have
+random weights in bfloat16, which cost the same as real ones. Each row is printed as soon as it is measured, and all
+rows again at the end. The bound is the time of the row's operations or bytes at the machine's peak rates, which are
+measured too: matrix products in float32 and bfloat16, copies, a plain write of the same size. Sections that do not fit
+into the remaining time are left out.
 
-`solver`: one block chosen by one launch and by single operations; all columns of an MLP but one removed; the plain way
-(full matrices, one column after the other), whose time for the first removals is scaled to all of them: each costs the
-same. `database`: the stage by phases. `search`: a round of descent, the search for a learning rate, a generation.
-`candidate`: ours against a deep copy of the dense model with zeros in it. `recovery`: an optimiser step with
-distillation, tokens a second and MFU (6 operations a token and weight trained, 2 for the teacher's). All but `solver`
-need a database, which is built first from less text if the section `database` is left out.
+`solver`: one block chosen by one kernel launch and by single operations; all columns of an MLP but one removed; the
+plain method (full matrices, one column at a time), whose time for the first removals is scaled to all of them, since
+each costs the same. `database`: the stage by phases. `search`: a round of descent, the search for a learning rate, a
+generation. `candidate`: ours against a deep copy of the dense model with zeros in it. `recovery`: an optimizer step
+with distillation, tokens per second and MFU (6 operations per token and trained weight, 2 per weight of the teacher).
+All but `solver` need a database, which is built first from less text if the section `database` is left out.
 
-Sections import what they need when they begin, so that the others run where something is missing.
+Sections import their dependencies when they begin, so that the others run if one is missing.
 """
 
 import argparse
@@ -47,12 +47,12 @@ TARGET = 0.7
 LEARNING_RATE = 1e-5
 PLAIN_REMOVALS = 256
 ONE_MULTIPROCESSOR = 64 * 1.7e9
-"""Bytes a second that one of them gets out of the second-level cache: 64 a clock at 1.7 GHz."""
+"""Bytes per second from the L2 cache to one multiprocessor: 64 per clock at 1.7 GHz."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model, and how much text each section gives it."""
+    """Shape of a model, and tokens per section."""
 
     name: str
     hidden: int
@@ -63,12 +63,12 @@ class Shape:
     vocabulary: int
     tied: bool
     length: int
-    """Tokens of a block of text."""
+    """Tokens per block of text."""
     calibration: int
     trial: int
     score: int
     recovery: int
-    """Tokens of an optimiser step."""
+    """Tokens per optimizer step."""
 
 
 SHAPES = (
@@ -83,7 +83,7 @@ SECTIONS = {
     "candidate": (10, 60),
     "recovery": (20, 60),
 }
-"""Seconds that each may take, by shape: it does not begin if less is left."""
+"""Maximum seconds of each section, by shape; it does not begin if less time remains."""
 
 
 @dataclasses.dataclass
@@ -108,7 +108,7 @@ HEADER = f"{'section':10} {'shape':12} {'work':44} {'seconds':>10} {'bound':>10}
 
 
 class Bench:
-    """The rows so far, the clock and the machine's peaks."""
+    """Measured rows, time limit and the machine's peak rates."""
 
     def __init__(self, device: torch.device, minutes: float, folder: Path, tiny: bool) -> None:
         self.device, self.folder, self.tiny = device, folder, tiny
@@ -128,7 +128,7 @@ class Bench:
         return self.seconds(lambda: matrix @ matrix)
 
     def seconds(self, function: Callable[[], Any], repeats: int = 3) -> float:
-        """The fastest of some runs after a first one."""
+        """Return the seconds of the fastest run after a warm-up."""
         found = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -154,7 +154,7 @@ class Bench:
 
 
 def solver_bound(bench: Bench, rows: int, columns: int, *, single: bool = True) -> float:
-    """Seconds for removing nearly all columns, in blocks and, if units are `single` columns, each chosen one by one.
+    """Return the minimum seconds to remove nearly all columns in blocks; `single` columns are chosen one by one.
 
     Operations and bytes as in docs/method.md, "What it costs".
     """
@@ -202,7 +202,7 @@ def run_solver(bench: Bench, shape: Shape, folder: Path) -> None:
 
 
 class RandomCheckpoint:
-    """Stands in for `Checkpoint`: every tensor is drawn when it is read, on one device, so always the same."""
+    """Fake `Checkpoint`: each tensor is drawn when it is read, on one device, and is always the same."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         self.shapes, self._dtype, self._device = shapes, dtype, device
@@ -241,13 +241,13 @@ def dense_model(shape: Shape, device: torch.device) -> Any:
 
 
 def text(shape: Shape, tokens: int, seed: int) -> Tensor:
-    """Random token ids, blocks * tokens."""
+    """Return random token ids (blocks * tokens)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, shape.vocabulary, (-(-tokens // shape.length), shape.length), generator=generator)
 
 
 def built(shape: Shape, device: torch.device, folder: Path, tokens: int, phases: Any = None) -> Any:
-    """The database in `folder`, built now if it is not there."""
+    """Return the database in `folder`; build it if it does not exist."""
     from darwinlm.config.recipe import DatabaseRecipe
     from darwinlm.database.build import build_database
     from darwinlm.database.store import Database
@@ -260,7 +260,7 @@ def built(shape: Shape, device: torch.device, folder: Path, tokens: int, phases:
 
 
 def weights_per_token(dense: Any, parameters: int) -> int:
-    """Weights that a token is multiplied with, of a model of so many: all but an embedding table of its own."""
+    """Return the weights used per token of a model with `parameters`: all but an untied embedding table."""
     tied = dense.config.tie_word_embeddings
     return parameters - (0 if tied else dense.config.vocab_size * dense.config.hidden_size)
 
@@ -291,11 +291,11 @@ def run_database(bench: Bench, shape: Shape, folder: Path) -> None:
     work = f"all, {len(dense.sites)} sites, {shape.calibration} tokens"
     note = "" if bench.device.type == "cpu" else f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     computed = bounds["forward"][0] + bounds["Gram"][0] + bounds["solve"][0]
-    bench.add("database", shape.name, work, seconds, max(computed, bounds["write"][0]), "the slower half", note=note)
+    bench.add("database", shape.name, work, seconds, max(computed, bounds["write"][0]), "compute or write", note=note)
 
 
 def plain_write(folder: Path, size: int) -> float:
-    """Seconds that a plain file of so many bytes takes there, up to the disk."""
+    """Return the seconds to write a plain file of `size` bytes to the disk of `folder`."""
     block = bytearray(os.urandom(2**20)) * min(64, 1 + size // 2**20)
     start = time.perf_counter()
     with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -308,7 +308,7 @@ def plain_write(folder: Path, size: int) -> float:
 
 @dataclasses.dataclass
 class Prepared:
-    """What sections after the database share."""
+    """Inputs shared by the sections after the database."""
 
     dense: Any
     database: Any
@@ -316,7 +316,7 @@ class Prepared:
     budget: Any
     plan: Any
     weights: int
-    """That a token is multiplied with, in the plan's model."""
+    """Weights used per token in the plan's model."""
     peak: float
 
 
@@ -363,18 +363,18 @@ def run_search(bench: Bench, shape: Shape, folder: Path) -> None:
         arguments = given.dense, given.database, given.corpus, given.budget
         _, seconds = bench.once(lambda: search_plan(*arguments, settings, 0, Path(place)))
         judged = sum(len(one["scores"]) for one in json.loads((Path(place) / "descent.json").read_text())["rounds"])
-        # One pass forwards and two backwards through activations and weights, and plans that are judged.
+        # One forward pass, two backward passes through activations and weights, and the scored plans.
         bound = (10 * weights * shape.trial + judged * scored) / peak, "products"
-        bench.add("search", shape.name, f"a round of descent, {judged} plans judged", seconds, *bound)
+        bench.add("search", shape.name, f"a round of descent, {judged} plans scored", seconds, *bound)
     scorer = TrialScorer(given.dense, given.database, given.corpus, search_recipe(shape))
     found, seconds = bench.once(lambda: scorer.find_rates(given.plan))
     tried = len(found[0]["tried"])
     bound = (tried - 1) * (trained + scored) / peak, "products"
-    bench.add("search", shape.name, f"a learning rate, {tried} tried", seconds, *bound)
+    bench.add("search", shape.name, f"learning rate search, {tried} tried", seconds, *bound)
     with tempfile.TemporaryDirectory() as place:
         settings = search_recipe(shape, descent_rounds=0, learning_rate=LEARNING_RATE)
         _, seconds = bench.once(lambda: search_plan(*arguments, settings, 0, Path(place)))
-        # The start and each child, before and after a trial.
+        # The starting plan and each offspring, before and after a trial.
         bound = (count + 1) * (trained + 2 * scored) / peak, "products"
         work = f"a generation of {count}, {shape.trial} + {2 * shape.score} tokens"
         bench.add("search", shape.name, work, seconds, *bound)
@@ -432,7 +432,7 @@ def run_recovery(bench: Bench, shape: Shape, folder: Path) -> None:
             wait(bench.device)
             ends.append(time.perf_counter())
 
-    # The checkpoint at the end would be written for nothing.
+    # The checkpoint at the end is not needed.
     with (
         patch.object(training, "Follow", Timed),
         patch.object(trainer, "save_checkpoint", lambda *arguments: None),
@@ -454,9 +454,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a model of two small layers, to see that all of it runs")
-    parser.add_argument("--minutes", type=float, default=8, help="no section begins that would take longer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--tiny", action="store_true", help="model of two small layers, to test the script")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit; sections that do not fit are left out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -476,7 +476,7 @@ def main() -> None:
                     continue
                 try:
                     runs[section](bench, shape, Path(place) / str(number))
-                except Exception as error:  # the other sections are worth having
+                except Exception as error:  # the other sections still run
                     traceback.print_exc()
                     bench.failed = True
                     reason = " ".join(str(error).split())[:200]
@@ -485,7 +485,7 @@ def main() -> None:
                     torch.cuda.empty_cache()
             dense_model.cache_clear()
     print(f"\n{HEADER}", *bench.rows, sep="\n")
-    print(f"{time.perf_counter() - start:.0f} s in all")
+    print(f"{time.perf_counter() - start:.0f} s in total")
     if arguments.json is not None:
         rows = [dataclasses.asdict(row) for row in bench.rows]
         arguments.json.write_text(json.dumps(machine | {"rows": rows}, indent=2) + "\n", encoding="utf-8")

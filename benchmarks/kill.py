@@ -1,12 +1,12 @@
-"""SIGKILL at many moments: does the same command always come to the same bytes, and how much is done twice?
+"""Kill a run with SIGKILL at many moments: compare the resumed runs byte by byte, and measure the repeated work.
 
     PYTHONPATH=tests python benchmarks/kill.py --kills 50 --seed 0
 
-A run of a tiny model is killed once at each moment and started again with the same command. A third of the moments lie
-between the writing of a file's draft and its renaming, a third right after a renaming, both spread evenly over all
-files that a run writes; a third anywhere in time. What is left at the end is compared byte by byte with a run that was
-left alone: corpus, database, search, recovery and model; of the metrics, what was not measured with a clock. Exits with
-1 if anything differs or a draft is left behind.
+A run of a tiny model is killed once at each moment and started again with the same command. A third of the moments are
+between writing a file's draft and renaming it, a third right after a rename, both spread evenly over all files that a
+run writes; a third are at any time. The result is compared byte by byte with an uninterrupted run: corpus, database,
+search, recovery and model; of the metrics, all that is not a timing. Exits with 1 if anything differs or a draft
+remains.
 """
 
 import argparse
@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from helpers import SETTINGS, files_of, make_checkpoint
 
-# Imported here, once: every run is a child of this process, as fresh as a new one but without seconds of imports.
+# Imported once here: every run is forked from this process, which saves seconds of imports.
 from darwinlm import cli, pipeline  # noqa: F401
 from darwinlm.report import summary  # noqa: F401
 from darwinlm.runtime.files import read_json
@@ -40,7 +40,7 @@ STAGES = ("corpus", "database", "search", "recovery", "evaluation", "export")
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: at a renaming (by number, from 1), before or after it, or so many seconds after the start."""
+    """Moment of a kill: before or after a rename (by number, from 1), or in seconds after the start."""
 
     kind: str
     at: float
@@ -51,14 +51,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that worked on a run."""
+    """Outcome of a process that worked on a run."""
 
     code: int
-    """Its exit code, or minus the signal that ended it."""
+    """Exit code, or minus the signal that ended it."""
     seconds: float
     renames: int
     since_rename: float
-    """Seconds from its last renaming (or its start) to its end."""
+    """Seconds from its last rename (or its start) to its end."""
 
 
 def start(command: list[str], log: Path, moment: Moment | None = None) -> Ended:
@@ -109,7 +109,7 @@ def _work(command: list[str], log: Path, moment: Moment | None, writing: int) ->
 
 
 def moments(count: int, renames: int, seconds: float, rng: random.Random) -> list[Moment]:
-    """`count` of them, a third of each kind, each third spread evenly with a random place in its share."""
+    """Return `count` moments, a third of each kind, each third spread evenly with random offsets."""
     found = []
     for number in range(count):
         kind = ("before", "after", "time")[number % 3]
@@ -119,7 +119,7 @@ def moments(count: int, renames: int, seconds: float, rng: random.Random) -> lis
 
 
 def stage_of(out: Path) -> str:
-    """The first stage that is not done in what a kill left."""
+    """Return the first unfinished stage after a kill."""
     if not (out / "manifest.json").exists():
         return "start"
     stages = read_json(out / "manifest.json")["stages"]
@@ -127,7 +127,7 @@ def stage_of(out: Path) -> str:
 
 
 def result(out: Path) -> dict[str, Any]:
-    """What must be the same whatever happened on the way."""
+    """Return the files and metrics that must be identical in all runs."""
     metrics = read_json(out / "report" / "metrics.json")
     rows = [{key: row[key] for key in ("name", "parameters", "perplexity", "kl")} for row in metrics["rows"]]
     return files_of(out) | {"metrics": (rows, metrics["sample"])}
@@ -148,7 +148,7 @@ def main() -> None:
         for key, value in (SETTINGS | LONGER).items():
             command += ["--set", f"{key}={value}"]
         log = root / "log.txt"
-        start([*command, "--out", str(root / "first")], log)  # unmeasured: the page cache is cold
+        start([*command, "--out", str(root / "first")], log)  # warm-up: the page cache is cold
         whole = start([*command, "--out", str(root / "whole")], log)
         assert whole.code == 0, log.read_text()
         expected = result(root / "whole")
@@ -167,7 +167,7 @@ def main() -> None:
                 found = result(out)
                 differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
                 left = [str(path.relative_to(out)) for path in out.rglob("*.draft*")]
-                fault = ", ".join([*(f"{key} differs" for key in differing), *(f"{path} is left" for path in left)])
+                fault = ", ".join([*(f"{key} differs" for key in differing), *(f"{path} remains" for path in left)])
             faults += bool(fault)
             hit[stage] += 1
             if killed.code == -signal.SIGKILL:
@@ -181,7 +181,7 @@ def main() -> None:
             shutil.rmtree(out)
     print(f"\n{arguments.kills - faults} of {arguments.kills} identical; kills by stage: {dict(hit)}")
     print(f"seconds of work repeated (since the last file): median {statistics.median(lost):.2f}, max {max(lost):.2f}")
-    print(f"seconds longer in all, second start included: median {statistics.median(extra):.2f}, max {max(extra):.2f}")
+    print(f"extra seconds in total, second start included: median {statistics.median(extra):.2f}, max {max(extra):.2f}")
     sys.exit(1 if faults else 0)
 
 

@@ -1,12 +1,12 @@
-"""Peak memory of the search of models that this machine cannot hold, counted tensor by tensor.
+"""Count the peak memory of a search on fake tensors, for models that are larger than this machine's memory.
 
     python benchmarks/scaling.py --trace --gpu-memory 80
 
-The code of the stages itself runs, on fake tensors: they have shapes, dtypes and devices but no content. Every storage
-is counted from its creation until it is freed, on a pretended accelerator and in the CPU's memory. What a run decides
-by content is decided here without it: level sizes are those of a plan of equal layers, learning rates are given, and a
-database of the right shapes stands in for the files. The result is a lower bound for the memory of a real run: the
-allocator's fragments, libraries and kernels' work space come on top (`darwinlm plan` adds 15% and 0.65 GB for them).
+The code of the stages runs on fake tensors, which have shapes, dtypes and devices but no content. Every storage is
+counted from its creation until it is freed, on a simulated accelerator and in CPU memory. Decisions that depend on
+content are replaced: level sizes are those of a uniform plan, learning rates are given, and a fake database returns
+cuts of the right shapes. The result is a lower bound for the memory of a real run: memory fragmentation, libraries and
+kernel workspaces come on top (`darwinlm plan` adds 15% and 0.65 GB for them).
 """
 
 import weakref
@@ -49,24 +49,24 @@ from darwinlm.search.sensitivity import measure_sensitivity
 from darwinlm.search.trials import TrialScorer
 
 GPU = "meta"
-"""The pretended accelerator: all code that tells devices apart works with it."""
+"""Device type of the simulated accelerator, which all code that distinguishes devices accepts."""
 _LIBRARIES = 650_000_000
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that lives, by type of device, and the most there were at once."""
+    """Count the bytes of all live storages by device type, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.empty = False
-        """Whether a model without weights is built, which is on the meta device too and takes nothing."""
+        """True while a model without weights is built, which is on the meta device too and needs no memory."""
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0  # any number: fake tensors have none
+            return 1.0  # any number: fake tensors have no content
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def restart(self) -> None:
-        """Forget the peak of what came before."""
+        """Reset the peak to the present bytes."""
         self.peak = Counter(self.now)
 
     def _count(self, tensor: Tensor) -> None:
@@ -93,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused attention kernel keeps for its gradient: inputs, output, and a number a query and head."""
+    """Save what a fused attention kernel saves for its gradient: inputs, output, one number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
 
 
 class _Checkpoint:
-    """Gives tensors of the right shapes."""
+    """Fake checkpoint: returns tensors of the right shapes."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -125,7 +125,7 @@ class _Checkpoint:
 
 
 class _Database:
-    """Gives cuts of the right shapes: on the CPU mapped from files, and none kept on the device."""
+    """Fake database: returns cuts of the right shapes, memory-mapped on the CPU, and keeps none on the device."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _Database:
         return self._space
 
     def free(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no cuts are kept."""
 
     def cut(self, site: Site, level: int, device: torch.device) -> Cut:
         (levels,) = (one for one in self._space.sites if one.name == site.name)
@@ -159,29 +159,29 @@ class _Database:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that a stage had at once."""
+    """Peak memory of a stage, in bytes."""
 
     stage: str
     device: int
     host: int
-    """In the CPU's memory; the dense model's layers, which are mapped from files, are not counted."""
+    """Peak in CPU memory, without the dense model's layers, which are memory-mapped."""
 
 
 class _Dense(DenseModel):
     @property
     def compute_dtype(self) -> torch.dtype:
-        """As on a GPU."""
+        """Return the dtype of a GPU."""
         return self.dtype
 
 
 def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: float) -> Iterator[Peak]:
-    """The peaks of the stages of a search on a device of `memory` bytes, as they are found.
+    """Yield the peak of each stage of a search on a device of `memory` bytes.
 
     Args:
-        config: of the dense model.
-        recipe: of the run.
-        target: the size, a fraction or a number of parameters.
-        memory: of the device, in bytes.
+        config: config of the dense model.
+        recipe: recipe of the run.
+        target: target size, a fraction or a number of parameters.
+        memory: memory of the device, in bytes.
     """
     device = torch.device(GPU)
     torch._functorch.config.fake_tensor_allow_meta = True
@@ -203,7 +203,7 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
     def blocks(tokens: int) -> Tensor:
         return torch.zeros(max(1, tokens // length), length, dtype=torch.int32)
 
-    # Steps of a trial follow one another, and two of them show whether anything stays; of scores all tokens are kept.
+    # Two steps of a trial show whether memory is freed between steps; scores keep all their tokens.
     trial_tokens = min(max(search.trial_tokens), 2 * search.batch_size * length)
     score_tokens = max(search.score_tokens)
     search = search.model_copy(
@@ -221,7 +221,7 @@ def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: flo
         DenseReference(dense.model, corpus.splits["validation"].input_ids_BT)
         yield peak("scores of the dense model")
         if search.descent_rounds:
-            # Blocks follow one another, and two of them show whether anything stays.
+            # Two blocks show whether memory is freed between blocks.
             measure_sensitivity(
                 dense, lambda index, level: database.cut(sites[index], level, dense.layers_device), space, plan,
                 blocks(2 * length), seed=0,
@@ -260,7 +260,7 @@ def _space(sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels:
 
 @contextmanager
 def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
-    """Have code that asks what device there is get a GPU's answers."""
+    """Patch device queries to answer as on a GPU."""
 
     def free(device: torch.device) -> float:
         return memory - live.now[GPU] if device.type == GPU else 1e15
@@ -269,10 +269,10 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
         def __init__(self, device: object = None) -> None: ...
 
         def manual_seed(self, seed: int) -> None:
-            """No generator: there is no number to draw."""
+            """Do nothing: no random numbers are needed."""
 
     def apply(module: torch.nn.Module, convert: Any, recurse: bool = True) -> torch.nn.Module:
-        """`Module._apply` without swapping tensors, which fake ones with other owners cannot bear."""
+        """Replace `Module._apply` without swapping tensors, which fails for fake tensors with other references."""
         for child in module.children():
             child._apply(convert)
         for name, parameter in module._parameters.items():
@@ -289,7 +289,7 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
     own = torch.tensor
 
     def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        """`torch.tensor`, which passes by the modes."""
+        """Call `torch.tensor`, which bypasses the dispatch modes, and move the result."""
         return own(data, dtype=dtype).to(device)
 
     def nothing(build: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Run `darwinlm` in several processes, each with a memory limit of its own that the kernel enforces (Linux, root).
+"""Run `darwinlm` in several processes, each with its own memory limit, enforced by the kernel (Linux, root).
 
     python benchmarks/memory_limit.py --limit 2.4GB --processes 2 prune smollm2 --target 0.6 --data FOLDER --out RUN …
 
-Every process gets a control group; one that needs more than the limit is killed. What files have cached counts too, but
-is given back where memory is short. At the end the most that each process has taken is printed.
+Each process runs in its own control group and is killed if it needs more than the limit. The page cache counts towards
+the limit, but is reclaimed when memory is short. The peak of each process is printed at the end.
 """
 
 import argparse
@@ -23,9 +23,9 @@ def main() -> None:
         join(Path(f"{os.environ['DARWINLM_GROUP']}-{os.environ['LOCAL_RANK']}"))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--limit", required=True, help="of each process, such as 2.4GB")
+    parser.add_argument("--limit", required=True, help="memory limit of each process, such as 2.4GB")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="of darwinlm")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="arguments of darwinlm")
     arguments = parser.parse_args()
     limit = int(parse_target(f"memory={arguments.limit}")["memory"])
     base = (ROOT / "memory" if VERSION_1 else ROOT) / f"darwinlm-{os.getpid()}"
@@ -40,13 +40,13 @@ def main() -> None:
     finally:
         for rank, group in enumerate(groups):
             most = int((group / ("memory.max_usage_in_bytes" if VERSION_1 else "memory.peak")).read_text())
-            print(f"process {rank}: at most {most / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB, files' cache among them")
+            print(f"process {rank}: peak {most / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB, page cache included")
             group.rmdir()
     sys.exit(code)
 
 
 def join(group: Path) -> None:
-    """Move this process to its group, and be `darwinlm` there."""
+    """Move this process to its control group and run `darwinlm` in it."""
     (group / "cgroup.procs").write_text(str(os.getpid()))
     from darwinlm.cli import main as darwinlm
 

@@ -1,11 +1,12 @@
-"""Families with a norm behind attention and MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4, EXAONE 4): which error counts.
+"""Compare pruning with and without a correction for the norm after attention and MLP.
 
     python benchmarks/norm_after.py --families olmo2 gemma3_text --seeds 0 1 2
 
-A small model of the family is trained for some seconds on this project's own documentation, byte by byte, and pruned to
-`--target` with two databases: `corrected` weighs an error in an output projection by what the norm behind it makes of
-it, as databases do; `plain` does not know of the norm. KL to the dense model on text that neither has seen, for uniform
-sizes, for the plan of least error, and for the plan that a short descent finds; no recovery.
+Families with such norms are Gemma 2 and 3, OLMo 2 and 3, GLM-4 and EXAONE 4. A small model of the family is trained for
+some seconds on this project's own documentation, byte by byte, and pruned to `--target` with two databases: `corrected`
+weights an error in an output projection by the effect of the norm after it, as databases do; `plain` ignores the norm.
+KL to the dense model is measured on held-out text, for uniform sizes, for the plan of least error, and for the plan of
+a short descent; no recovery.
 """
 
 import argparse
@@ -43,14 +44,14 @@ _SIZES = {
 
 
 def read_blocks() -> Tensor:
-    """The bytes of the documentation, blocks * tokens."""
+    """Return the bytes of the documentation (blocks * tokens)."""
     root = Path(__file__).parents[1]
     text = b"\n".join(file.read_bytes() for file in sorted([*root.glob("*.md"), *root.glob("docs/*.md")]))
     return torch.tensor(list(text[: len(text) // _LENGTH * _LENGTH])).view(-1, _LENGTH)
 
 
 def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path) -> DenseModel:
-    """A model of the family, trained on `blocks_BT`."""
+    """Train a model of the family on `blocks_BT`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -63,7 +64,7 @@ def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    print(f"{family}, seed {seed}: loss {loss.item():.3f} a byte after {steps} steps", flush=True)
+    print(f"{family}, seed {seed}: loss {loss.item():.3f} per byte after {steps} steps", flush=True)
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
@@ -75,7 +76,7 @@ def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path)
 
 @contextmanager
 def error_of(kind: str) -> Iterator[None]:
-    """Databases that know of the norm, or do not."""
+    """Make databases correct for the norm, or ignore it."""
     right = Family.norm_after
     if kind == "plain":
         Family.norm_after = lambda self, kind: ""  # type: ignore[method-assign]
@@ -86,7 +87,7 @@ def error_of(kind: str) -> Iterator[None]:
 
 
 def compare(family: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """KL by kind of error and of plan."""
+    """Return KL by kind of error and of plan."""
     blocks_BT = read_blocks()
     order = torch.randperm(len(blocks_BT), generator=torch.Generator().manual_seed(seed))
     blocks_BT = blocks_BT[order]

@@ -1,10 +1,10 @@
-"""What recovery makes of a plan, by objective and by what is trained, at equal wall clock.
+"""Compare recovery objectives and trained parameters from one plan at equal wall-clock time.
 
     darwinlm prune smollm2 --target 0.6 --data FOLDER --out RUN --set data.train_tokens=1M --set recovery.tokens=0
     python benchmarks/recovery.py RUN --evaluation FILE --seconds 900
 
-All methods start from the plan that RUN has found. Each is timed on a few steps first, all in turns; then it trains for
-as many tokens as that says `--seconds` hold, so that a noisy machine changes nothing about who gets how much.
+All methods start from the plan found by RUN. Each is first timed on a few steps, alternating with the others. It then
+trains for the number of tokens that takes `--seconds` by this timing, so that noise during training does not change it.
 """
 
 import argparse
@@ -38,19 +38,19 @@ METHODS = {
     "half and half, no refit": {"distillation": 0.5, "refit_tokens": 0},
     "LoRA, half and half": {"distillation": 0.5, "lora_rank": 64, "learning_rate": 1e-3},
 }
-"""Settings of `recovery`, beyond those on the command line."""
+"""Settings of `recovery`, in addition to those on the command line."""
 _FEW, _MORE = 2, 5
-"""Optimiser steps; the difference in their seconds is what steps cost."""
+"""Optimizer steps; the time per step is the difference in seconds over the difference in steps."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run whose search is done")
-    parser.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
-    parser.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
-    parser.add_argument("--seconds", type=float, default=900, help="of training, for each method")
+    parser.add_argument("run", type=Path, help="run directory with a finished search")
+    parser.add_argument("--evaluation", required=True, help="held-out text file, read by no method")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of the evaluation text")
+    parser.add_argument("--seconds", type=float, default=900, help="training time of each method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all methods")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recovery settings of all methods")
     arguments = parser.parse_args()
 
     recipe = RunDirectory.recipe_of(arguments.run)
@@ -106,7 +106,7 @@ def main() -> None:
         steps = max(1, round(arguments.seconds / each))
         model, done, seconds = train(method, steps, started(method), 8)
         tokens = steps * method.batch_size * length
-        print(f"{name}: {each:.2f} s a step, {steps} steps, {tokens:,} tokens, {seconds:.0f} s", flush=True)
+        print(f"{name}: {each:.2f} s per step, {steps} steps, {tokens:,} tokens, {seconds:.0f} s", flush=True)
         for judge, reference in judges.items():
             found = reference.compare(model)
             print(f"  {judge}: KL {found.kl:.4f}, perplexity {found.perplexity:.2f}", flush=True)

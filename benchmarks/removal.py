@@ -1,4 +1,4 @@
-"""Columns removed by the plain way and by our solver, for the scripts beside this one; it imports no more than that."""
+"""Remove columns by the plain formulas and by our solver; used by other benchmarks, with few imports."""
 
 import time
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Result:
 
 
 def problem(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random weight and a Gram matrix with as much shared as private power in each input, scales 1 : 4."""
+    """Create a random weight and a Gram matrix with equal shared and private power in each input, scales 1 : 4."""
     generator = torch.Generator().manual_seed(seed)
     rank = columns // 8
     loadings = torch.randn(columns, rank, generator=generator).to(device)
@@ -40,7 +40,7 @@ def problem(rows: int, columns: int, seed: int, device: torch.device) -> tuple[T
 
 
 def plain(weight: Tensor, gram: Tensor, sizes: list[int]) -> Result:
-    """One column at a time, as the formulas say."""
+    """Remove one column at a time by the plain formulas."""
     start = time.perf_counter()
     inverse = damped_inverse(gram, damping_ridge(gram, DAMPING))
     weight = weight.clone()
@@ -79,6 +79,6 @@ def output_error(weight: Tensor, gram: Tensor, kept: tuple[int, ...], refitted: 
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,9 @@
-"""What the paper's three cases and a 70B would cost, as `darwinlm plan` predicts it from their shapes.
+"""Predict the costs of the paper's three cases and of a 70B model from their shapes, with `darwinlm plan`.
 
     python benchmarks/scaling.py --gpu h100 --gpus 8
     python benchmarks/scaling.py --trace --gpu-memory 80
 
-With `--trace` the search itself runs on tensors without content, and its peaks are counted (`live_bytes.py`).
+`--trace` runs the search itself on tensors without content, and counts its peak memory (`live_bytes.py`).
 """
 
 import argparse
@@ -39,14 +39,14 @@ CASES = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
     }),
 }  # fmt: skip
-"""By name: recipe, target, config."""
+"""Recipe, target and config by name."""
 OURS = {
     "search.descent_rounds": 4, "search.sensitivity_tokens": 65_536, "search.generations": 8, "search.offspring": 8,
     "search.survivors": [2, 1], "search.trial_tokens": [16_384, 65_536], "search.score_tokens": [8_192, 16_384],
     "search.learning_rate": "auto", "search.trial_loss": "distillation",
     "recovery.refit_tokens": 262_144, "recovery.distillation": 0.5, "database.granularity": "kv_group",
 }  # fmt: skip
-"""In place of the paper's search: descent by sensitivities and a short evolution; refit and distillation."""
+"""Settings that replace the paper's search: descent by sensitivities and a short evolution; refit and distillation."""
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--trace", action="store_true", help="count the bytes of a search in place of predicting them")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="with --trace, of the device, in GB")
+    parser.add_argument("--trace", action="store_true", help="count the memory of a search instead of predicting it")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="device memory for --trace, in GB")
     arguments = parser.parse_args()
     if arguments.trace:
         print("| case | stage | device (GB) | CPU memory (GB) |\n|---|---|---|---|")
@@ -65,7 +65,7 @@ def main() -> None:
                 numbers = f"{peak.device / 1e9:.1f} | {peak.host / 1e9:.1f}"
                 print(f"| {name} to {recipe.target}, {search} | {peak.stage} | {numbers} |", flush=True)
         return
-    print(f"{arguments.gpus} x {arguments.gpu}: hours and, in brackets, GB on each device")
+    print(f"{arguments.gpus} x {arguments.gpu}: hours and, in parentheses, GB on each device")
     print("| case | database | search | recovery, 10B tokens | disk (GB) |\n|---|---|---|---|---|")
     for name, search, recipe in cases(arguments.cases):
         _, costs = plan_run(recipe, arguments.gpus, arguments.gpu)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def cases(names: list[str]) -> Iterator[tuple[str, str, Recipe]]:
-    """Name, search and recipe; the model's folder is there until the next one."""
+    """Yield name, search and recipe; the model's folder exists until the next one."""
     for name in names:
         recipe, target, config = CASES[name]
         for search, settings in (("the paper's", {}), ("ours", OURS)):

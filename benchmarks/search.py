@@ -1,4 +1,4 @@
-"""What the search finds, against other ways to spend the same time.
+"""Compare the search with other methods at equal wall-clock time.
 
     python benchmarks/search.py compare --data FOLDER --evaluation FILE --seeds 0 1 2
     python benchmarks/search.py selection --data FOLDER --evaluation FILE --seeds 0 1 2
@@ -8,22 +8,23 @@
     python benchmarks/search.py optimizers --data FOLDER --evaluation FILE --seeds 0
     python benchmarks/search.py trial
 
-All but the last take `--model FOLDER` (benchmarks/second_model.py makes one) and `--set KEY=VALUE` (of `quick`).
+All but the last accept `--model FOLDER` (benchmarks/second_model.py makes one) and `--set KEY=VALUE` (settings of
+`quick`).
 
-`compare`: for each seed one database; then plans of the same budget from uniform sizes, from weight magnitudes, from
-the database's output errors (knapsack), from our search, and, each for as long as ours took, from the paper's search
-(uniform start, exchanges within a kind of site, every candidate trained before it is scored) and from the same without
-training. All are judged on text that no method has seen, before and after the same recovery. `trial`: seconds for a
+`compare`: for each seed, one database, and plans of the same budget from uniform sizes, from weight magnitudes, from
+the database's output errors (knapsack), from our search, and, with the same time as ours, from the paper's search
+(uniform start, exchanges within a kind of site, every candidate trained before it is scored) and from the same search
+without training. All are evaluated on held-out text, before and after the same recovery. `trial`: seconds per
 candidate, ours against a deep copy of the dense model with zeros in it, trained and scored in bfloat16. `selection`:
-does training candidates before they are judged choose better ones? Evolution from uniform sizes with and without it, in
-one selection step and in three, and with distilling trials, all with the same number of tokens (trained or scored) in
-each generation. `ranking`: how well do scores without a trial, and after one with next-token loss or distillation, rank
-plans as a longer recovery does? `rates`: what is the KL of the plan that a descent finds before and after a trial, at
-the rate `auto` and others? `ends`: after a descent, the same seconds spent on more rounds, on generations with trials
-or on generations without, all recovered equally; and on generations as they were before learning rates were relative,
-recovered as it was then. `optimizers`: do trials by the sign of gradients in bfloat16 rank candidates as those by AdamW
-with float32 weights do, and does an evolution end at the same plan? With `--keep FOLDER` databases stay there, as
-`FOLDER/seed-N/database`, and are used again; `rates` and `ends` keep their descents there too.
+does training candidates before scoring them select better ones? Evolution from uniform sizes with and without training,
+in one selection step and in three, and with distillation in trials, all with the same number of tokens (trained or
+scored) per generation. `ranking`: how well do scores without a trial, and after one with next-token loss or
+distillation, rank plans compared with a longer recovery? `rates`: KL of the plan found by a descent, before and after a
+trial, at the rate `auto` and others. `ends`: after a descent, the same time spent on more rounds, on generations with
+trials or on generations without, all with the same recovery; and on generations from before learning rates were
+relative, with the recovery of that time. `optimizers`: do trials with signSGD in bfloat16 rank candidates as trials
+with AdamW and float32 weights do, and does an evolution end at the same plan? `--keep FOLDER` keeps the databases in
+`FOLDER/seed-N/database` and reuses them; `rates` and `ends` keep their descents there too.
 """
 
 import argparse
@@ -67,14 +68,14 @@ PAPER = SearchRecipe(
     descent_rounds=0, generations=1000, offspring=8, survivors=(4, 2, 1),
     trial_tokens=(512, 1024, 2048), score_tokens=(512, 1024, 2048), learning_rate=1e-5, trial_loss="next-token",
 )  # fmt: skip
-"""As in the published code, with tokens scaled to this model."""
+"""Settings of the published code, with tokens scaled to this model."""
 UNTRAINED = PAPER.model_copy(update={"trial_tokens": (0, 0, 0)})
 
 
 OLD = "before relative rates"
 
 WAYS = ("more descent", "trials", "no trials", OLD)
-"""What `ends` spends the same seconds on."""
+"""Methods that `ends` compares at equal time."""
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "trained, three steps": {
@@ -87,11 +88,11 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "not trained, three steps": {"trial_tokens": (0, 0, 0), "score_tokens": (1024, 2048, 4096)},
     "not trained, one step": {"trial_tokens": (0,), "score_tokens": (3072,)},
 }  # fmt: skip
-"""Settings of `search`; one step has one survivor, of three the first keeps half of the offspring."""
+"""Settings of `search`. A single step has one survivor; the first of three keeps half of the offspring."""
 
 
 class PaperEvolution(Evolution):
-    """Exchanges within a kind of site: one site a level up, another a level down."""
+    """Evolution with exchanges within a kind of site: one site a level up, another a level down."""
 
     def _exchange(self, levels: list[int]) -> bool:
         sites = self._space.sites
@@ -111,9 +112,9 @@ class PaperEvolution(Evolution):
 
 
 def evolve(search: Evolution, scorer: TrialScorer, seconds: float) -> Plan:
-    """The best plan when the time is up; a generation that has begun is finished only if it is in time.
+    """Return the best plan after `seconds`; a generation counts only if it is finished in time.
 
-    A learning rate that is to be found is found first, on the plan that the search begins with, in the same time.
+    If the learning rate is `auto`, it is found first, on the starting plan, within the same time.
     """
     end = time.perf_counter() + seconds
     for one in scorer.find_rates(search.parent):
@@ -124,7 +125,7 @@ def evolve(search: Evolution, scorer: TrialScorer, seconds: float) -> Plan:
 
 
 def magnitude_plan(dense: DenseModel, database: Database, space: Space, budget: Budget) -> Plan | None:
-    """The plan that removes the least share of the squared output weights."""
+    """Return the plan that removes the smallest share of the squared output weights."""
     lost: dict[str, list[float]] = {}
     for site, levels in zip(dense.sites, space.sites, strict=True):
         weight = dense.weights[f"{site.output}.weight"]
@@ -144,7 +145,7 @@ def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tens
 def prepared(
     arguments: argparse.Namespace, seed: int
 ) -> Iterator[tuple[Recipe, DenseModel, Corpus, DenseReference, Database, Budget, Path]]:
-    """What the comparisons of a seed have in common; the database is gone afterwards unless it is to be kept."""
+    """Prepare what all comparisons of a seed share; the database is deleted afterwards unless `--keep` is given."""
     given = dict(parse_override(text) for text in arguments.set)
     settings = {"model": arguments.model, "target": arguments.target, "data.source": arguments.data, "seed": seed}
     recipe = load_recipe("quick", settings | given)
@@ -187,7 +188,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 rows.setdefault(name, []).append(found)
                 shown = ", ".join(f"{value:.4f}" for value in found)
                 print(f"seed {seed}: {name}: {space.parameters(plan.levels):,} parameters; {shown}", flush=True)
-        print(f"seed {seed}: every search {seconds:.0f} s", flush=True)
+        print(f"seed {seed}: {seconds:.0f} s per search", flush=True)
     summarise(rows, arguments.recovery_tokens)
 
 
@@ -223,7 +224,7 @@ def compare_selections(arguments: argparse.Namespace) -> None:
 
 
 def compare_rankings(arguments: argparse.Namespace) -> None:
-    """Plans near the one that a short descent finds, ranked by each cheap score and by a longer recovery."""
+    """Rank plans near the result of a short descent by each cheap score and by a longer recovery."""
     cheap = {
         f"{f'{loss} {trained}' if trained > 0 else 'not trained'}, score {scored}": SearchRecipe(
             survivors=(1,), trial_tokens=(trained,), score_tokens=(scored,), trial_loss=loss,
@@ -265,7 +266,7 @@ def compare_rankings(arguments: argparse.Namespace) -> None:
 
 
 def compare_ends(arguments: argparse.Namespace) -> None:
-    """After a descent, the same seconds spent in several ways; all plans but that of `OLD` get the same recovery."""
+    """Compare ways to continue after a descent in equal time; all plans but that of `OLD` get the same recovery."""
     rows: dict[str, list[tuple[float, ...]]] = {}
     ways: dict[str, dict[str, Any]] = {
         "trials": {},
@@ -321,7 +322,7 @@ def compare_ends(arguments: argparse.Namespace) -> None:
 
 
 def compare_optimizers(arguments: argparse.Namespace) -> None:
-    """The same plans near what a descent finds, and the same short evolution, with either optimiser of trials."""
+    """Compare the optimizers of trials on plans near the result of a descent, and in a short evolution."""
     for seed in arguments.seeds:
         with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
             space = database.space(dense.sites)
@@ -358,7 +359,7 @@ def compare_optimizers(arguments: argparse.Namespace) -> None:
 
 
 def compare_rates(arguments: argparse.Namespace) -> None:
-    """What a trial does to the plan that a descent finds, by its learning rate; all rates train on the same text."""
+    """Compare learning rates of a trial on the plan found by a descent; all train on the same text."""
     for seed in arguments.seeds:
         with prepared(arguments, seed) as (recipe, dense, corpus, judge, database, budget, folder):
             space = database.space(dense.sites)
@@ -390,7 +391,7 @@ def compare_rates(arguments: argparse.Namespace) -> None:
 
 
 def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) -> None:
-    """Mean and standard deviation over the seeds."""
+    """Print mean and standard deviation over the seeds."""
     print("method: KL, perplexity" + (", after recovery: KL, perplexity" if recovery_tokens else ""))
     for name, found in rows.items():
         columns = list(zip(*found, strict=True))
@@ -410,7 +411,7 @@ def _row(
     recipe: RecoveryRecipe,
     seed: int,
 ) -> tuple[float, ...]:
-    """KL and perplexity of a plan on the judge's text, before and (if `recipe` has tokens) after recovery."""
+    """Return KL and perplexity of a plan on the evaluation text, before and (if `recipe` has tokens) after recovery."""
     cuts = database.cuts(dense.sites, plan.levels, dense.device)
     before = judge.compare(build_model(dense.config, dense.sites, dense.weights, cuts))
     if not recipe.tokens:
@@ -425,7 +426,7 @@ def _row(
 
 
 def time_trials(arguments: argparse.Namespace) -> None:
-    """Both ways on the same plan, tokens and settings, in turns."""
+    """Time both methods alternately on the same plan, tokens and settings."""
     recipe = load_recipe("quick", {"model": "smollm2", "target": arguments.target})
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device(arguments.device))
     generator = torch.Generator().manual_seed(0)
@@ -465,9 +466,9 @@ def deep_copy_trial(
     half: torch.nn.Module, dense: DenseModel, database: Database, plan: Plan, trial_BT: Tensor, score_BT: Tensor,
     expected: list[Tensor], learning_rate: float,
 ) -> float:  # fmt: skip
-    """The published way: the dense model copied, pruned columns set to zero, everything in bfloat16, a block at a time.
+    """Score a candidate as the published code does: copy the dense model, set pruned columns to zero, all in bfloat16.
 
-    `expected` holds the dense model's logits for each block of `score_BT`.
+    It trains on one block at a time. `expected` holds the dense model's logits for each block of `score_BT`.
     """
     model = copy.deepcopy(half).train().requires_grad_(True)
     with torch.no_grad():
@@ -502,35 +503,35 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    comparison = commands.add_parser("compare", help="plans of one budget from several methods")
+    comparison = commands.add_parser("compare", help="compare methods at the same budget")
     comparison.add_argument("--without", nargs="*", default=[], help="methods to leave out, by name")
-    selection = commands.add_parser("selection", help="evolution with and without training, in one step and three")
+    selection = commands.add_parser("selection", help="compare evolution with and without training")
     selection.add_argument("--generations", type=int, default=6)
     selection.add_argument("--offspring", type=int, default=8)
     selection.add_argument("--methods", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
-    ranking = commands.add_parser("ranking", help="cheap scores against a longer recovery")
+    ranking = commands.add_parser("ranking", help="compare cheap scores with a longer recovery")
     ranking.add_argument("--plans", type=int, default=8)
-    optimizers = commands.add_parser("optimizers", help="trials by signs against trials by AdamW")
+    optimizers = commands.add_parser("optimizers", help="compare trials with signSGD and AdamW")
     optimizers.add_argument("--plans", type=int, default=12)
     optimizers.add_argument("--generations", type=int, default=2)
-    rates = commands.add_parser("rates", help="what trials do to one plan, by their learning rate")
+    rates = commands.add_parser("rates", help="compare learning rates of trials on one plan")
     rates.add_argument("--rates", nargs="+", default=["auto", "1e-5", "1e-4"])
     rates.add_argument("--trial-loss", choices=("next-token", "distillation"), default="distillation")
-    ends = commands.add_parser("ends", help="what to do after a descent")
+    ends = commands.add_parser("ends", help="compare ways to continue after a descent")
     ends.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    ends.add_argument("--seconds", type=float, default=600, help="of each way")
+    ends.add_argument("--seconds", type=float, default=600, help="time limit of each")
     for command in (selection, ranking):
-        command.add_argument("--learning-rate", default="auto", help="of trials")
+        command.add_argument("--learning-rate", default="auto", help="learning rate of trials")
     for command in (comparison, selection, ranking, optimizers, rates, ends):
         command.add_argument("--model", default="smollm2")
-        command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, such as data.…")
+        command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe settings: data.…")
         command.add_argument("--data", required=True, help="text for calibration, trials and scores")
-        command.add_argument("--evaluation", required=True, help="a text file that judges, read by no method")
-        command.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
+        command.add_argument("--evaluation", required=True, help="held-out text file, read by no method")
+        command.add_argument("--tokens", type=int, default=16_384, help="tokens of the evaluation text")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         command.add_argument("--recovery-tokens", type=int, default=0)
-        command.add_argument("--keep", type=Path, help="a folder for the databases, used again by the next command")
-    trial = commands.add_parser("trial", help="seconds for a candidate")
+        command.add_argument("--keep", type=Path, help="folder to keep and reuse databases in")
+    trial = commands.add_parser("trial", help="measure the seconds per candidate")
     trial.add_argument("--repeats", type=int, default=5)
     trial.add_argument("--device", default="cpu")
     for command in (comparison, selection, ranking, optimizers, rates, ends, trial):

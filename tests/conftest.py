@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tiny tensors: a second thread only waits, and on a busy machine for long.
+# Tensors are tiny: a second thread only waits, on a busy machine for long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -27,7 +27,7 @@ from darwinlm.search import trial_training
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's checkpoint."""
+    """Return a function that gives the folder of a family's checkpoint."""
     folders: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -47,7 +47,7 @@ def calibration() -> torch.Tensor:
 def pruned(
     checkpoint: Callable[[str], Path], calibration: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], tuple[DenseModel, Database]]:
-    """A family at a granularity: the dense model and its database of 4 levels a site or fewer."""
+    """Return a function that gives the dense model of a family and its database, with at most 4 levels per site."""
     known: dict[tuple[str, str], tuple[DenseModel, Database]] = {}
 
     def get(family: str, granularity: str) -> tuple[DenseModel, Database]:
@@ -63,7 +63,7 @@ def pruned(
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up sentences of a few words: enough structure for second-order pruning to work on."""
+    """Random sentences of a few words, with enough structure for second-order pruning."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(50)]
     file = tmp_path_factory.mktemp("text") / "text.txt"
@@ -75,7 +75,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, dict[str, Any]]:
-    """A finished run, and the settings it was made with."""
+    """Finished run and its settings."""
     out = tmp_path_factory.mktemp("run") / "whole"
     settings = {**SETTINGS, "data.source": str(text)}
     return prune(checkpoint("qwen3"), target=TARGET, out=out, settings=settings), settings
@@ -83,7 +83,7 @@ def run(
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """Call it, and passes of more than one block run out of memory (of two, halfway); the sizes of all passes."""
+    """Return a function that limits memory to passes of one block, and returns the sizes of all passes."""
     for module in (trial_training, training):
         monkeypatch.setattr(module, "fast_dtype", lambda device: torch.float32)
 
@@ -95,7 +95,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
 
             def small(model: Any, input_ids: torch.Tensor, forward: Any = kind.forward, **arguments: Any) -> Any:
                 seen.append(len(input_ids))
-                # The first part of the first batch in two parts gets through: what it has left must not count.
+                # The first half of the first batch in two parts succeeds: its gradients must be discarded.
                 if len(input_ids) > 2 or seen[-2:] == [2, 2]:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
                 return forward(model, input_ids, **arguments)

@@ -1,11 +1,11 @@
-"""A disk without room."""
+"""Simulated disk without free space."""
 
 import builtins
 import errno
 
 
 class FullDisk:
-    """Has room for so many files, then for none."""
+    """Replacement for file functions that fails as a full disk after `room` files."""
 
     def __init__(self, room):
         self.room = room

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, settings of a short run, and ways to damage and compare files."""
+"""Helpers: tiny random checkpoints of every family, settings of a short run, damaging and comparing files."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ OWN_SETTINGS = {
     "qwen3_5_moe_text": {**_HYBRID, **_SHARED, "num_experts": 8},
     "qwen3_5_text": _HYBRID,
 }  # fmt: skip
-"""What makes a family what it is, as small as it can be."""
+"""Smallest settings that exercise what is special to each family."""
 
 
 SETTINGS: dict[str, Any] = {
@@ -107,7 +107,7 @@ TARGET = 0.7
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes are tokens: nothing to download, any text can be written."""
+    """Create a tokenizer of bytes, which needs no download and encodes any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -123,7 +123,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(family: str, **changes: Any) -> PrunedConfig:
-    """A dense config, as pruning `family` begins with."""
+    """Create the dense config that pruning `family` starts from."""
     settings = {**SIZES, "model_type": family, **OWN_SETTINGS.get(family, {}), **changes}
     return dense_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))
 
@@ -141,12 +141,12 @@ _SCALES = {
 
 
 def rescaled(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Other weights of the same function, to the last bit: all factors are powers of two."""
+    """Rescale weights without changing the function by a bit: all factors are powers of two."""
     return {name: tensor * _SCALES.get(".".join(name.split(".")[-2:]), 1) for name, tensor in weights.items()}
 
 
 def save_pruned(config: PrunedConfig, folder: Path) -> PrunedModel:
-    """A model of the sizes in `config`, its every parameter random, as a folder that `darwinlm.load` takes."""
+    """Save a model with the sizes of `config` and random parameters, as a folder that `darwinlm.load` reads."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = causal_lm(config)._from_config(config).eval()
@@ -157,14 +157,14 @@ def save_pruned(config: PrunedConfig, folder: Path) -> PrunedModel:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Biases and norms too."""
+    """Randomize biases and norms too."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
 
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A checkpoint whose every parameter, biases and norms too, is random."""
+    """Save a checkpoint in which all parameters are random, including biases and norms."""
     settings = {**SIZES, "model_type": family, **OWN_SETTINGS.get(family, {}), **changes}
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():
@@ -177,7 +177,7 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def halved(dense, database, **kwargs):
-    """A model whose sites are at levels 1 and 2 of their database in turn."""
+    """Build a model whose sites are alternately at levels 1 and 2 of their database."""
     plan = [1 + i % 2 for i in range(len(dense.sites))]
     return build_model(
         dense.config, dense.sites, dense.weights, database.cuts(dense.sites, plan, dense.device), **kwargs
@@ -185,7 +185,7 @@ def halved(dense, database, **kwargs):
 
 
 def uneven_plan(space, granularity):
-    """The first layer loses its attention, another its MLP, and the rest get different levels."""
+    """Return a plan that removes the attention of the first layer and the MLP of another; other levels differ."""
     plan = [1 + i % 2 for i in range(len(space.sites))]
     plan[0], plan[3] = len(space.sites[0].units) - 1, len(space.sites[3].units) - 1
     return plan
@@ -196,7 +196,7 @@ def native_model(folder):
 
 
 def mask(native, site, cut, weight):
-    """Do to the native model what the cut means: refitted columns stay, all others are zero."""
+    """Mask the native model as the cut does: refitted columns are kept, all others are zero."""
     output = native.get_submodule(site.output)
     masked = torch.zeros_like(weight)
     if cut.kept:
@@ -208,7 +208,7 @@ def mask(native, site, cut, weight):
 
 
 def apart(models: tuple[torch.nn.Module, torch.nn.Module], start: torch.nn.Module) -> float:
-    """How far apart two models have come, as a share of the way that the first went from `start`."""
+    """Return the distance of two models relative to the first one's distance from `start`."""
     one, other, begin = (torch.nn.utils.parameters_to_vector(model.parameters()).detach() for model in (*models, start))
     return float((one - other).norm() / (one - begin).norm())
 
@@ -217,7 +217,7 @@ CLOCKS = ("manifest.json", "measured.json", "metrics.json", "index.html", "READM
 
 
 def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `package` have no version, as if it were not installed."""
+    """Hide the version of `package`, as if it were not installed."""
     right = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -229,7 +229,7 @@ def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What must be the same whatever happened on the way: everything but clocks."""
+    """Return the files that must be identical in all runs: all without timings."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Operations counted, as an accelerator would run them."""
+"""Counter of operations as an accelerator would run them."""
 
 import collections
 
@@ -9,7 +9,7 @@ from darwinlm.models import norms
 
 
 class Operations(TorchDispatchMode):
-    """Counts what an accelerator would launch, and what would make it wait for a value."""
+    """Counts the operations that an accelerator would launch, and those that would make it wait for a value."""
 
     VIEWS = frozenset(
         {"_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "expand", "permute"}
@@ -25,10 +25,10 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.split("::")[1]
         result = function(*args, **(kwargs or {}))
-        # What is on the meta device runs nowhere.
+        # Operations on the meta device do not run.
         if name not in self.VIEWS and not (isinstance(result, torch.Tensor) and result.is_meta):
             self.counts[name] += 1
-        # A mask as an index is `nonzero` in disguise.
+        # Indexing with a mask calls `nonzero`.
         if name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.counts["nonzero"] += 1
         return result

@@ -1,10 +1,10 @@
-"""Parsed HTML pages."""
+"""Parser of HTML pages."""
 
 from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """What a reader gets to see (tooltips too), the scripts, and the tags with their attributes."""
+    """Visible text (including tooltips), scripts, and tags with their attributes."""
 
     def __init__(self, html):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pruning by the plain formulas, one unit at a time, and problems to prune."""
+"""Pruning by the plain formulas, one unit at a time, and random problems."""
 
 import torch
 
@@ -8,7 +8,7 @@ DAMPING = 0.01
 
 
 def problem(units, columns_per_unit, rows=12, tokens=400, seed=0):
-    """Correlated inputs: a low-rank signal in noise, so that removed columns can be made up for."""
+    """Create correlated inputs, a low-rank signal with noise, so that other columns can replace removed ones."""
     generator = torch.Generator().manual_seed(seed)
     width = units * columns_per_unit
     signal = torch.randn(tokens, width // 3 + 1, generator=generator) @ torch.randn(
@@ -24,7 +24,7 @@ def hessian_of(gram):
 
 
 def one_at_a_time(weight, gram, columns_per_unit):
-    """The order in which units go: exhaustive, with a fresh least-squares problem for each candidate at each step."""
+    """Return the order of removal by exhaustive search, with a new least-squares problem for each candidate."""
     hessian = hessian_of(gram)
     weight = weight.double()
     units = list(range(weight.shape[1] // columns_per_unit))

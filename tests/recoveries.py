@@ -1,4 +1,4 @@
-"""Recoveries of small models: trained in place, killed at a step, and of two ranks."""
+"""Helpers for recoveries of small models: trained in place, killed at a step, and on two ranks."""
 
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ VALIDATION = Tokens.unmasked(
 
 
 def train(model, dense, recipe, folder, seed=0):
-    """Recover `model`; without sharding it is trained in place."""
+    """Recover `model`; without sharding, it is trained in place."""
     return recover(model, dense.model, TEXT, VALIDATION, recipe, seed=seed, folder=folder, device=CPU)[1]
 
 
@@ -31,7 +31,7 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_at(step, monkeypatch):
-    """The recovery in the block ends without a word after the optimiser step `step`, before anything is written."""
+    """Kill the recovery in the block after the optimizer step `step`, before anything is written."""
 
     class Kill(training.Follow):
         def on_step_end(self, args, state, control, **kwargs):
@@ -46,7 +46,7 @@ def killed_at(step, monkeypatch):
 
 
 def packed(lengths):
-    """A block of documents of these lengths, and the documents."""
+    """Return a block of documents of these lengths, and the documents."""
     documents = BLOCKS.flatten()[: sum(lengths)].split(lengths)
     block = Tokens.cat(list(map(Tokens.unmasked, documents)))
     return block.view(1, -1), [document.long().unsqueeze(0) for document in documents]
@@ -57,11 +57,11 @@ RANKS_JOBS = {
     f"{sharding}-{stop or 'whole'}": (RANKS_RECIPE.model_copy(update={"sharding": sharding}), stop)
     for sharding, stop in (("none", STOP), ("none", 0), ("fsdp", STOP), ("fsdp", 0), ("fsdp_offload", 0))
 } | {"predictions": (RANKS_RECIPE.model_copy(update={"teacher_top_k": 1}), 0)}
-"""Trainings of two ranks, all in one pair of processes, and the step that each stops at."""
+"""Trainings on two ranks, all in one pair of processes, and the step that each stops at."""
 
 
 def train_in_float32(dense, database, recipe, folder, stop_at=0):
-    """Losses, the magnitudes of all weights together, and the share of the weights that this rank held."""
+    """Return losses, the sum of the magnitudes of all weights, and the share of the weights held by this rank."""
     model, share = halved(dense, database, trainable=True), []
 
     class Stop(training.Follow):

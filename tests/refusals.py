@@ -1,4 +1,4 @@
-"""Settings of a tiny run, and messages of runs that are refused."""
+"""Settings of a tiny run, and messages of refused runs."""
 
 SMALL = [
     "data.sequence_length=16",

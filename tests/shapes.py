@@ -1,4 +1,4 @@
-"""Odd shapes of a model of three layers, as `per_layer_config` has them."""
+"""Unusual shapes of a model of three layers, as in `per_layer_config`."""
 
 ATTENTION, MLP, BOTH = {"skip": ["attention"]}, {"skip": ["mlp"]}, {"skip": ["attention", "mlp"]}
 SHAPES = {

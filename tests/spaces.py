@@ -1,10 +1,10 @@
-"""Search spaces without a model, and a budget of two limits."""
+"""Search spaces without a model, and a budget with two limits."""
 
 from darwinlm.plan import Limit, SiteLevels, Space, make_budget, parameter_limit
 
 
 def space_of(sizes, fixed=100):
-    """Sites with the given parameters a level; errors grow with what is gone, differently in each site."""
+    """Create sites with the given parameters per level; errors grow with removal, differently in each site."""
     return Space(
         sites=tuple(
             SiteLevels(
@@ -39,11 +39,11 @@ TINY_SPACE = Space(
     ),
     fixed_parameters=100,
 )
-"""A search space of two layers, for everything that reads plans."""
+"""Search space of two layers, for all readers of plans."""
 
 
 def two_limits(target):
-    """Parameters, and a resource that the last sites take most of."""
+    """Return a budget of parameters, and of a resource that the last sites use most of."""
     other = Limit(
         name="kv_cache",
         unit="bytes a token",

@@ -1,4 +1,4 @@
-"""The command line without a command."""
+"""Tests of the command line without a command."""
 
 import darwinlm
 from darwinlm import cli

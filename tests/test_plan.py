@@ -1,4 +1,4 @@
-"""Targets, budgets and plans as data."""
+"""Tests of targets, budgets and plans as data."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What peers learn of the dense model from the calibration text: one pass for each kind of statistics, kept for all.
+"""Calibration statistics of the dense model for the peers: one pass for each kind, cached for all.
 
 Dimension letters: B blocks, T tokens of a block, D hidden size, I input columns of a site's output projection.
 """
@@ -21,21 +21,21 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The dense model and the calibration text that all methods share."""
+    """Dense model and calibration text of all methods."""
 
     dense: DenseModel
     blocks_BT: Tensor
 
     @cached_property
     def grams(self) -> dict[str, Tensor]:
-        """By site, this project's Gram matrix of the inputs of its output projection (I * I)."""
+        """Gram matrix of the inputs of each site's output projection (I * I), as in this project's database."""
         with tempfile.TemporaryDirectory() as scratch:
             walk = walk_blocks(self.dense, self.blocks_BT, batch_size=_BATCH, scratch=Path(scratch))
             return {site.name: found.gram_II for site, found in walk if found is not None}
 
     @cached_property
     def input_norms(self) -> dict[str, Tensor]:
-        """By site, the norm over all tokens of each input of its output projection (I)."""
+        """Norm over all tokens of each input of each site's output projection (I)."""
         dense = self.dense
         squares: dict[str, Tensor] = {}
 
@@ -55,7 +55,7 @@ class Calibrated:
 
     @cached_property
     def influence(self) -> list[float]:
-        """By layer, 1 - mean cosine of what goes in and what comes out (block influence, arXiv 2403.03853)."""
+        """Block influence of each layer: 1 - mean cosine of its input and output (arXiv 2403.03853)."""
         cosines: list[list[Tensor]] = [[] for _ in self.dense.model.model.layers]
 
         def record(layer: int):  # type: ignore[no-untyped-def]
@@ -78,7 +78,7 @@ class Calibrated:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """By parameter, the gradient of the mean next-token loss. Computed in bfloat16 where the hardware is faster."""
+        """Gradient of the mean next-token loss, by parameter; in bfloat16 where the hardware is faster with it."""
         dense, dtype = self.dense, fast_dtype(self.dense.device)
         model = build_model(dense.config, dense.sites, dense.weights, {}, trainable=True)
         for block_BT in self.blocks_BT.split(1):

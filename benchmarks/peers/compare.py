@@ -1,17 +1,16 @@
-"""What other methods make of the same model at the same size, from the same text, before and after the same recovery.
+"""Compare pruning methods on the same model, size and text, before and after the same recovery.
 
     python benchmarks/peers/compare.py --data FOLDER --evaluation FILE --out ROWS.jsonl
     python benchmarks/peers/compare.py --table ROWS.jsonl
 
 The model is SmolLM2-135M (`smollm2`, the `demo` extra); `pip install torch-pruning` for the method of that name. Each
-peer proposes one model or a few of the size asked for, and the one of least KL to the dense model on the validation
-split is taken, without training. All are judged before and after the same training (no refit), on text that no method
-reads: a file, and a split of the same text that calibrates.
+peer proposes one or a few models of the target size, and the one with the lowest KL to the dense model on the
+validation split is taken, without training. All are evaluated before and after the same training (no refit), on text
+that no method reads: a file, and the test split of the calibration text.
 
-A row is written when it is done, and those that are there already are skipped, so the command can be stopped and given
-again; databases and searches of ours lie in a folder beside the rows and go on where they were. Peers have no
-randomness of their own and run with the first seed alone, which orders the text; ours runs with each seed, which orders
-the text too.
+Each finished row is written at once, and existing rows are skipped: run the same command again to resume. Our databases
+and searches are stored in a folder next to the rows and resume too. Peers are deterministic and run only with the first
+seed, which orders the text; ours runs with each seed, which orders the text too.
 """
 
 import argparse
@@ -49,7 +48,7 @@ from darwinlm.runtime.files import write_bytes
 from darwinlm.search.stage import search_plan
 
 Candidates = Iterator[tuple[str, PrunedModel]]
-"""What a method proposes, in words, and the model."""
+"""Descriptions and models that a method proposes."""
 PEERS: dict[str, Callable[[Calibrated, int], Candidates]] = {
     "even widths, weights": by_weights,
     "even widths, activations x weights": by_activations,
@@ -60,11 +59,11 @@ PEERS: dict[str, Callable[[Calibrated, int], Candidates]] = {
 }
 DENSE, OURS = "dense", "ours (quick)"
 _SHAPE_TOKENS = 1_024
-"""Of the validation split, on which a peer's shape is chosen."""
+"""Tokens of the validation split that a peer's shape is chosen on."""
 
 
 class Rows:
-    """The rows of a JSON-lines file. It is written whole, so that no row is ever half there."""
+    """Rows of a JSON-lines file, which is always written as a whole, so that no row is incomplete."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -73,7 +72,7 @@ class Rows:
             self.rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     def lacks(self, key: dict[str, Any]) -> bool:
-        """Whether there is no row with these entries yet."""
+        """Return whether no row has these entries."""
         return not any(key.items() <= row.items() for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -83,7 +82,7 @@ class Rows:
 
 
 def best(candidates: Candidates, score: DenseReference) -> tuple[str, PrunedModel]:
-    """The candidate of least KL to the dense model."""
+    """Return the candidate with the lowest KL to the dense model."""
     kl, name, model = min(
         ((score.compare(model).kl, name, model) for name, model in candidates), key=lambda one: one[0]
     )
@@ -92,7 +91,7 @@ def best(candidates: Candidates, score: DenseReference) -> tuple[str, PrunedMode
 
 
 def ours(dense: DenseModel, corpus: Corpus, recipe: Recipe, target: float, folder: Path) -> tuple[str, PrunedModel]:
-    """The plan that the search finds, cut; the database in `folder` is built once for all targets."""
+    """Return the model of the plan that the search finds; the database in `folder` is built once for all targets."""
     database = build_database(dense, corpus.splits["calibration"].input_ids_BT, recipe.database, folder / "database")
     space = database.space(dense.sites)
     budget = parameter_budget(target, space)
@@ -102,13 +101,13 @@ def ours(dense: DenseModel, corpus: Corpus, recipe: Recipe, target: float, folde
 
 
 def trainable(model: PrunedModel) -> PrunedModel:
-    """A copy of `model` whose training leaves the dense weights alone."""
+    """Return a copy of `model` whose training does not change the dense weights."""
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return assemble(model.config, tensors, trainable=True)  # type: ignore[arg-type]
 
 
 def recovered(model: PrunedModel, teacher: PrunedModel, corpus: Corpus, tokens: int, seed: int) -> PrunedModel:
-    """`model` after the recovery that all methods get."""
+    """Return `model` after the recovery of all methods."""
     recipe = RecoveryRecipe(tokens=tokens, evaluations=0, learning_rate=2e-4, distillation=0.5)
     text, validation = corpus.splits["train"], corpus.splits["validation"]
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +171,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the methods at each target and recovery, the closest to the dense model after it first."""
+    """Return Markdown tables of the methods by target and recovery, lowest KL after recovery first."""
     lines = [f"Dense: perplexity {row['perplexity']:.2f}." for row in rows if row["method"] == DENSE][:1]
     pruned = [row for row in rows if row["method"] != DENSE]
     for target, recovery in dict.fromkeys((row["target"], row["recovery_tokens"]) for row in pruned):
@@ -207,15 +206,15 @@ def _mean(values: list[float], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--table", type=Path, help="print the table of this file of rows, and do nothing else")
+    parser.add_argument("--table", type=Path, help="print the table of this file of rows and exit")
     parser.add_argument("--data", help="text for calibration, trials, scores and recovery")
-    parser.add_argument("--evaluation", help="a text file that judges, read by no method")
+    parser.add_argument("--evaluation", help="held-out text file, read by no method")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.6], help="fractions of all parameters")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=[*PEERS, OURS], default=[*PEERS, OURS])
     parser.add_argument("--recovery-tokens", type=int, default=8_192)
-    parser.add_argument("--tokens", type=int, default=8_192, help="of the evaluation text")
-    parser.add_argument("--out", type=Path, help="JSON lines, one a row; rows that are there are skipped")
+    parser.add_argument("--tokens", type=int, default=8_192, help="tokens of the evaluation text")
+    parser.add_argument("--out", type=Path, help="JSON-lines file; existing rows are skipped")
     arguments = parser.parse_args()
     if arguments.table is not None:
         print(table(Rows(arguments.table).rows))

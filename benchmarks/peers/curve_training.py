@@ -1,12 +1,12 @@
-"""One training for all methods, measured on the way: the same text, order, loss, optimiser and learning rate.
+"""Train the models of all methods alike: the same text, order, loss, optimizer and learning rate.
 
-The loss is the default of this project's recovery, KL(dense || model), and so are the optimiser (AdamW at a rate in
-units of each tensor's root mean square, gradients clipped to a norm of 1) and the dtypes (float32 weights, bfloat16
-computing where the hardware is faster with it). The rate is constant after a short warm-up: a training that is measured
-after 8,192 tokens and one that stops there are the same, so one run gives the whole curve.
+The loss is the default of this project's recovery, KL(dense || model), and so are the optimizer (AdamW with a learning
+rate relative to each tensor's root mean square, gradients clipped to a norm of 1) and the dtypes (float32 weights,
+bfloat16 compute where the hardware is faster with it). The learning rate is constant after a short warm-up: a training
+evaluated after 8,192 tokens equals one that stops there, so one run gives the whole curve.
 
-It is faster than the Trainer by two things that change no gradient: the dense model's last hidden states are computed
-once for all methods and kept on disk, and logits are computed once and not again for the gradient.
+It is faster than the Trainer for two reasons that do not change gradients: the dense model's last hidden states are
+computed once for all methods and cached on disk, and logits are not computed again for the gradient.
 
 Dimension letters: B blocks, T tokens of a block, N positions, D hidden size, V vocabulary.
 """
@@ -33,38 +33,38 @@ from darwinlm.runtime.files import find_fault, new_folder, write_checksums
 _PIECE_BLOCKS = 32
 _CHUNK = 512
 _FASTEST = 4e-3
-"""The highest rate of the project's `auto`."""
+"""Maximum learning rate of the project's `auto`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How all methods are trained."""
+    """Training settings of all methods."""
 
     batch_size: int = 2
-    """Blocks in an optimiser step."""
+    """Blocks per optimizer step."""
     warm_up_steps: int = 8
-    """In which the rate rises."""
+    """Steps in which the learning rate rises."""
     rate_factor: float = 1.0
-    """Times the project's `auto`."""
+    """Factor of the project's `auto` learning rate."""
     checkpoint_steps: int = 64
 
     def rate(self, length: int) -> LearningRate:
-        """The project's `auto` for steps of so many tokens a block."""
+        """Return the project's `auto` learning rate for blocks of `length` tokens."""
         tokens = self.batch_size * length
         return LearningRate(self.rate_factor * min(_FASTEST, RELATIVE_RATE * (tokens / 1024) ** 0.5), relative=True)
 
     def facts(self) -> dict[str, Any]:
-        """What a row says of it."""
+        """Return the settings for the row."""
         numbers = {name: value for name, value in asdict(self).items() if name != "checkpoint_steps"}
         optimizer = "AdamW, relative rate auto, constant after the warm-up"
         return numbers | {"loss": "KL(dense || model)", "optimizer": optimizer}
 
 
 class DenseStates:
-    """The dense model's last hidden states on a text, in the dtype that computes: made once, then read from disk."""
+    """Last hidden states of the dense model on a text, in the compute dtype; computed once, then read from disk."""
 
     def __init__(self, dense: DenseModel, blocks_BT: Tensor, folder: Path) -> None:
-        """Of the text `blocks_BT`; files are written to `folder`, where those of the same text may be already."""
+        """Use the text `blocks_BT`; files are written to `folder`, where existing ones of the same text are reused."""
         self.blocks_BT = blocks_BT
         self._dense, self._folder = dense, folder
         self._piece: tuple[int, Tensor] | None = None
@@ -75,13 +75,13 @@ class DenseStates:
 
     @cached_property
     def head(self) -> Head:
-        """The dense model's, in the dtype that computes."""
+        """Head of the dense model, in the compute dtype."""
         head = self._dense.head
         assert head.bias_V is None and head.scale == 1 and head.softcap is None, "a plain head is expected"
         return Head(head.weight_VD.to(fast_dtype(self._dense.device)), None, 1.0, None)
 
     def __getitem__(self, block: int) -> Tensor:
-        """Of one block, T * D."""
+        """Return the states of one block (T * D)."""
         number, index = divmod(block, _PIECE_BLOCKS)
         if self._piece is None or self._piece[0] != number:
             self._piece = number, self._read(number)
@@ -102,14 +102,15 @@ class DenseStates:
 class KlToDense(torch.autograd.Function):
     """Mean KL(dense || model) over positions, from last hidden states and the head's weight.
 
-    Logits exist for a chunk at a time, and the gradients are computed beside them.
+    Logits are computed one chunk at a time, together with the gradients.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, taught_ND: Tensor, head: Head, counted_N: Tensor
     ) -> Any:
-        """`head` is the dense model's, and `counted_N` says which positions count, 0 or 1."""
+        """Compute loss and gradients; `head` is the dense model's, `counted_N` is 1 for positions that count, else
+        0."""
         dtype = head.weight_VD.dtype
         own_VD = weight_VD.detach().to(dtype)
         by_hidden_ND = torch.empty(hidden_ND.shape, device=hidden_ND.device)
@@ -130,24 +131,24 @@ class KlToDense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Scale what `forward` has computed."""
+        """Scale the gradients computed by `forward`."""
         by_hidden_ND, by_weight_VD = ctx.saved_tensors
         return by_hidden_ND * gradients[0], by_weight_VD * gradients[0], None, None, None
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Computing in bfloat16 where that is faster."""
+    """Return a context that computes in bfloat16 where that is faster."""
     dtype = fast_dtype(device)
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def kl_loss(model: PrunedModel, states: DenseStates, numbers: list[int]) -> Tensor:
-    """Mean KL(dense || model) over the predictions in these blocks of the text."""
+    """Return the mean KL(dense || model) over the predictions in these blocks of the text."""
     ids_BT = states.blocks_BT[numbers].long().to(model.device)
     with autocast(model.device):
         hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     taught_BTD = torch.stack([states[number] for number in numbers]).to(model.device)
-    # A block's last position has no next token: recovery leaves it out.
+    # A block's last position has no next token: recovery excludes it.
     counted_BT = torch.ones(ids_BT.shape, device=model.device)
     counted_BT[:, -1] = 0
     loss: Tensor = KlToDense.apply(
@@ -161,17 +162,17 @@ def kl_loss(model: PrunedModel, states: DenseStates, numbers: list[int]) -> Tens
 
 
 class Trainee:
-    """A model in training, which can be put aside and taken up again to the same numbers."""
+    """Training of a model that can be interrupted and resumed to the same numbers."""
 
     def __init__(self, model: PrunedModel, states: DenseStates, settings: Settings, folder: Path, passed: int) -> None:
-        """Begin with `model`, or go on from the checkpoint in `folder`.
+        """Start from `model`, or resume from the checkpoint in `folder`.
 
         Args:
-            model: trainable, float32.
-            states: of the text, whose blocks are read one after another, again from the first when they run out.
-            settings: the same for all methods.
-            folder: of the checkpoint.
-            passed: blocks of the text that the method has trained on before; the training reads on behind them.
+            model: trainable model in float32.
+            states: states of the text, whose blocks are read in order, and again when they run out.
+            settings: settings of all methods.
+            folder: folder of the checkpoint.
+            passed: blocks that the method has already trained on; training starts after them.
         """
         self.model, self._states, self._settings, self._folder = model, states, settings, folder
         self._passed, self.steps = passed, 0
@@ -185,11 +186,11 @@ class Trainee:
 
     @property
     def blocks_read(self) -> int:
-        """By this training."""
+        """Blocks read by this training."""
         return self.steps * self._settings.batch_size
 
     def train(self, blocks: int, after_step: Callable[[float], None] = lambda loss: None) -> None:
-        """Go on until so many blocks are read in all, with a checkpoint now and then and at the end."""
+        """Train until `blocks` blocks are read in total, with regular checkpoints and one at the end."""
         self.model.train()
         begun = self.steps
         while self.blocks_read < blocks:
@@ -215,7 +216,7 @@ class Trainee:
         return loss.item()
 
     def _moments(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Of all parameters that have any: name, parameter, the optimiser's state."""
+        """Yield name, parameter and optimizer state of all parameters that have one."""
         for name, parameter in self._named.items():
             if parameter in self._optimizer.state:
                 yield name, parameter, self._optimizer.state[parameter]

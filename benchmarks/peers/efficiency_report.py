@@ -1,7 +1,8 @@
-"""What rows of training curves say: two plots as SVG, light and dark, and tables in Markdown.
+"""Plot training curves as SVG, for light and dark mode, and tabulate them in Markdown.
 
-Between two measurements a curve is straight over the logarithm of its tokens, and over tokens before the first. What a
-rival needs is where its curve first comes down to what ours has; if it never does, it is more than it was trained on.
+Between two measurements, curves are interpolated linearly over the logarithm of tokens, and before the first over
+tokens. A rival needs the tokens at which its curve first falls to the value of ours; if it never does, it needs more
+than it was trained on.
 """
 
 import html
@@ -22,22 +23,22 @@ _METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
     "kl_wikitext": ("KL on WikiText-2", lambda point: point["kl_wikitext"]),
     "kl_held_out": ("KL on held-out text", lambda point: point["kl_held_out"]),
     "zero_shot": (
-        "Wrong answers, zero-shot, mean of tasks",
+        "Zero-shot error rate, mean of tasks",
         lambda point: 1 - point["zero_shot"]["mean"] if "zero_shot" in point else None,
     ),
 }
-"""What is measured, the less the better: in words, and of a point (None where it was not)."""
+"""Title and value of each metric; lower is better, None if a point lacks it."""
 _ORDER = (OURS, "even", "wanda", "taylor", "flap", "slicegpt", "layers", "masks")
 
 
 def read_rows(folder: Path) -> dict[Path, dict[str, Any]]:
-    """All rows in a folder, by file."""
+    """Return all rows in a folder, by file."""
     return {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's mean over seeds, at the points that all of them have."""
+    """Mean curve of a method over seeds, at the points that all seeds have."""
 
     method: str
     name: str
@@ -45,7 +46,7 @@ class Curve:
     """Tokens and value, ascending."""
 
     def at(self, tokens: float) -> float | None:
-        """The value after so many tokens; None beyond the measurements."""
+        """Return the value after `tokens`; None beyond the measurements."""
         for (before, high), (after, low) in pairwise(self.points):
             if before <= tokens <= after:
                 return high + _part(before, after, tokens) * (low - high)
@@ -53,7 +54,7 @@ class Curve:
         return known[0] if known else None
 
     def reaches(self, value: float) -> float | None:
-        """After how many tokens it first is at most `value`; None if it never is."""
+        """Return the tokens after which it is first at most `value`; None if it never is."""
         if not self.points:
             return None
         first, start = self.points[0]
@@ -69,19 +70,19 @@ class Curve:
 
     @property
     def last(self) -> int:
-        """The most tokens that it was measured after."""
+        """Tokens of the last measurement."""
         return self.points[-1][0] if self.points else 0
 
 
 def _part(before: float, after: float, tokens: float) -> float:
-    """How far `tokens` is between two measurements."""
+    """Return the relative position of `tokens` between two measurements."""
     if before == 0:
         return tokens / after
     return math.log(tokens / before) / math.log(after / before)
 
 
 def curves(rows: Rows, metric: str, *, all_text: bool = False) -> list[Curve]:
-    """By method, in a fixed order; with `all_text`, over all tokens that a method reads, not the trained ones alone."""
+    """Return the curves by method, in a fixed order; `all_text` counts all tokens that a method reads."""
     value_of = _METRICS[metric][1]
     found = []
     for method in sorted({row["method"] for row in rows} & set(_ORDER), key=_ORDER.index):
@@ -100,11 +101,11 @@ def curves(rows: Rows, metric: str, *, all_text: bool = False) -> list[Curve]:
 
 @dataclass(frozen=True)
 class Need:
-    """How many times the tokens of ours a rival needs."""
+    """Tokens that a rival needs, as a multiple of ours."""
 
     times: float
     more: bool = False
-    """Whether it is more than that: the rival has not come so far."""
+    """Whether it needs more than that: the rival has not reached the value."""
 
     def __str__(self) -> str:
         shown = f"{self.times:.1f}" if self.times < 10 else f"{self.times:.0f}"
@@ -112,7 +113,7 @@ class Need:
 
 
 def need(rival: Curve, ours: Curve, tokens: float) -> Need | None:
-    """What `rival` needs for what `ours` has after `tokens`; None where ours was not measured."""
+    """Return what `rival` needs for the value of `ours` after `tokens`; None where ours was not measured."""
     value = ours.at(tokens)
     if value is None or tokens <= 0:
         return None
@@ -121,14 +122,14 @@ def need(rival: Curve, ours: Curve, tokens: float) -> Need | None:
 
 
 def write_table(rows: Rows) -> str:
-    """Values along the curves, and what rivals need for what ours has, in Markdown."""
+    """Return Markdown tables of the curves, and of the tokens that rivals need for the values of ours."""
     lines: list[str] = []
     for metric, (title, _) in _METRICS.items():
         found = curves(rows, metric)
         if not found:
             continue
         points = sorted({tokens for curve in found for tokens, _ in curve.points})
-        lines += [f"{title}, after so many training tokens:", ""]
+        lines += [f"{title}, by training tokens:", ""]
         lines += _markdown(
             ["method", *map(_tokens, points)],
             [[one.name, *(_value(dict(one.points).get(tokens)) for tokens in points)] for one in found],
@@ -137,7 +138,7 @@ def write_table(rows: Rows) -> str:
     everything = curves(rows, "kl_wikitext", all_text=True)
     for one in everything:
         if one.method == OURS:
-            lines += ["The same with all text that a method reads counted, for calibration and search too:", ""]
+            lines += ["The same for all tokens read, including calibration and search:", ""]
             lines += _needs(everything, [tokens for tokens, _ in one.points], "tokens read")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -152,7 +153,7 @@ def _needs(found: Sequence[Curve], points: Sequence[int], what: str) -> list[str
         [one.name, *("-" if (times := need(one, ours[0], tokens)) is None else f"{times}" for tokens in points)]
         for one in rivals
     ]
-    lines = [f"Times the {what} of ours for what ours has after so many:", ""]
+    lines = [f"Times the {what} of ours needed for the value of ours:", ""]
     return lines + _markdown(["method", *map(_tokens, points)], body)
 
 
@@ -168,7 +169,7 @@ def _tokens(count: float) -> str:
     return f"{round(count):,}"
 
 
-# Plots. Their style sheet has one colour for ours and shades for the others; labels stand at the lines.
+# Plots. The style sheet has one color for ours and shades for the others; labels are next to the lines.
 
 _STYLE = """
 svg{--ink:#1f2933;--soft:#5d6b79;--grid:#dfe4ea;--paper:#ffffff;--ours:#00796b;
@@ -185,10 +186,10 @@ _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 800, 52, 206, 66, 46
 
 
 def write_plots(rows: Rows, folder: Path) -> list[Path]:
-    """Write both plots, and say where: KL over tokens, and what rivals need for what ours has."""
+    """Write both plots, KL over tokens and the tokens that rivals need, and return their files."""
     found = curves(rows, "kl_wikitext")
     if not any(one.method == OURS for one in found):
-        raise SystemExit("there is no row of ours to draw")
+        raise SystemExit("there is no row of ours to plot")
     share = next(row["target"] for row in rows if "target" in row)
     model = rows[0]["model"]
     files = []
@@ -203,7 +204,7 @@ def write_plots(rows: Rows, folder: Path) -> list[Path]:
 
 
 def curve_plot(found: Sequence[Curve], model: str, share: float) -> str:
-    """KL over training tokens, both on logarithmic axes; the untrained models stand at the left, behind a gap."""
+    """Plot KL over training tokens on logarithmic axes; untrained models are at the left, before a gap."""
     height = 460
     tokens = sorted({at for one in found for at, _ in one.points if at > 0})
     low, high = (tokens[0], tokens[-1]) if tokens else (GRID, 2 * GRID)
@@ -220,8 +221,8 @@ def curve_plot(found: Sequence[Curve], model: str, share: float) -> str:
         return _TOP + (height - _TOP - _BOTTOM) * math.log(top / value) / math.log(top / bottom)
 
     parts = [
-        _text(_LEFT - 40, 26, f"{model} cut to {share:.0%} of its parameters", "title"),
-        _text(_LEFT - 40, 46, "KL to the dense model on WikiText-2: lower is closer", "soft"),
+        _text(_LEFT - 40, 26, f"{model} pruned to {share:.0%} of its parameters", "title"),
+        _text(_LEFT - 40, 46, "KL to the dense model on WikiText-2: lower is better", "soft"),
     ]
     for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20):
         if bottom <= tick <= top:
@@ -254,7 +255,7 @@ def curve_plot(found: Sequence[Curve], model: str, share: float) -> str:
 
 
 def need_plot(found: Sequence[Curve]) -> str:
-    """Bars: what each rival needs for what ours has. Empty where there is nothing to compare yet."""
+    """Plot bars of the tokens that each rival needs; empty if there is nothing to compare yet."""
     ours = next(one for one in found if one.method == OURS)
     rivals = [one for one in found if one.method != OURS]
     tokens = chosen_point(ours, rivals)
@@ -272,19 +273,19 @@ def need_plot(found: Sequence[Curve]) -> str:
 
     value = ours.at(tokens)
     parts = [
-        _text(12, 26, f"Training text needed for what ours has after {_short(tokens)} tokens", "title"),
+        _text(12, 26, f"Training tokens needed to match ours after {_short(tokens)} tokens", "title"),
         _text(12, 46, f"KL {value:.2f} to the dense model on WikiText-2; ours = 1", "soft"),
         _bar(left, _TOP, width(1.0), "ours", "ours", "1x", more=False, strong=True),
     ]
     for number, (one, times) in enumerate(bars, 1):
-        shown = f"{times}x" + (", not there yet" if times.more else "")
+        shown = f"{times}x" + (", not reached" if times.more else "")
         at = _TOP + number * step
         parts.append(_bar(left, at, width(times.times), colours[one.method], one.name, shown, more=times.more))
     return _svg(height, parts, "Training tokens that each rival needs, as a multiple of ours")
 
 
 def chosen_point(ours: Curve, rivals: Sequence[Curve]) -> int | None:
-    """After how many tokens ours is compared: where the most rivals get to, and of those the last."""
+    """Return the tokens to compare at: where the most rivals reach the value of ours, and of those the last."""
     points = [at for at, _ in ours.points if at > 0]
     if not points or not rivals:
         return None
@@ -297,7 +298,7 @@ def chosen_point(ours: Curve, rivals: Sequence[Curve]) -> int | None:
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places moved as little as need be so that they are `gap` apart, in their order, and within bounds if they fit."""
+    """Move places as little as needed to be `gap` apart, in their order, and within the bounds if they fit."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     moved = [0.0] * len(places)
     at = low - gap

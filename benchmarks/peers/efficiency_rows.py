@@ -1,4 +1,4 @@
-"""The rows of `data_efficiency.py`: each method's model, trained and measured, and kept as it goes."""
+"""Train and evaluate the rows of `data_efficiency.py`, one per pruned model, with intermediate results saved."""
 
 import argparse
 import json
@@ -43,9 +43,9 @@ from darwinlm.runtime.files import find_fault, new_folder, read_json, write_chec
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 _SHAPE_TOKENS = 1_024
-"""Of the validation split, on which a peer's shape is chosen."""
+"""Tokens of the validation split that a peer's shape is chosen on."""
 _TEXT_TOKENS = 1_048_576
-"""Of training text: longer trainings would read some of it twice."""
+"""Tokens of training text; longer training reads some of it twice."""
 NAMES = {
     "ours": "ours",
     "even": "even widths, our solver",
@@ -61,30 +61,30 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Row:
-    """What one file of results is about."""
+    """Model, method, size and seed of a file of results."""
 
     model: str
     method: str
     target: float
     seed: int
     rate_factor: float = 1.0
-    """Plots and tables have those of 1 alone."""
+    """Plots and tables only have rows with 1."""
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         rate = "" if self.rate_factor == 1 else f"-rate{self.rate_factor:g}"
         return f"{self.label}-{self.target:g}-{self.method}-s{self.seed}{rate}"
 
     @property
     def label(self) -> str:
-        """The model's name, without the place where it lies."""
+        """Name of the model, without its path."""
         return Path(self.model).name
 
 
 @dataclass(frozen=True)
 class Options:
-    """What all rows share."""
+    """Options of all rows."""
 
     data: str
     evaluation: str
@@ -94,15 +94,15 @@ class Options:
     mask_tokens: int = 32_768
     judge_tokens: int = 8_192
     first: int = 8_192
-    """The first measurement after that of the untrained model; the next come at twice as many tokens each."""
+    """Tokens of the first measurement after training begins; each next one is at twice as many."""
     changes: Mapping[str, Any] | None = None
-    """To the recipe `quick`."""
+    """Changes to the recipe `quick`."""
     training: Settings = field(default_factory=Settings)
     masks: learnt_masks.MaskSettings = field(default_factory=learnt_masks.MaskSettings)
 
 
 class Setting:
-    """A model and a seed: text, statistics and judges, made when first asked for and shared by all methods."""
+    """Text, statistics and references of a model and a seed, created on first use and shared by all methods."""
 
     def __init__(self, model: str, seed: int, options: Options) -> None:
         self.model, self.seed, self.options = model, seed, options
@@ -114,7 +114,7 @@ class Setting:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The text; the same for all methods."""
+        """Text of all methods."""
         file = self.folder / "text.safetensors"
         if not file.exists():
             save_corpus(read_corpus(self.recipe.data, self.dense.tokenizer, self.seed), file)
@@ -122,22 +122,22 @@ class Setting:
 
     @cached_property
     def calibrated(self) -> Calibrated:
-        """What peers learn of the dense model."""
+        """Calibration statistics for the peers."""
         return Calibrated(self.dense, self.corpus.splits["calibration"].input_ids_BT)
 
     @cached_property
     def score(self) -> DenseReference:
-        """Chooses shapes."""
+        """Reference that shapes are chosen on."""
         return DenseReference(self.dense.model, self.corpus.splits["validation"].first(_SHAPE_TOKENS).input_ids_BT)
 
     @cached_property
     def states(self) -> DenseStates:
-        """Of the training text."""
+        """Hidden states of the dense model on the training text."""
         return DenseStates(self.dense, self.corpus.splits["train"].input_ids_BT, self.folder / "dense-states")
 
     @cached_property
     def judges(self) -> dict[str, DenseReference]:
-        """The file, and the split that nothing else reads."""
+        """References of the evaluation file and of the test split."""
         length = self.recipe.data.sequence_length
         file = judge_blocks(self.dense, self.options.evaluation, self.options.judge_tokens, length)
         held_out = self.corpus.splits["test"].first(self.options.judge_tokens).input_ids_BT
@@ -145,9 +145,9 @@ class Setting:
         return {name: DenseReference(self.dense.model, blocks_BT) for name, blocks_BT in texts.items()}
 
     def measure(self, model: PrunedModel) -> dict[str, float | None]:
-        """KL and perplexity of `model` on both texts; no perplexity where it is beyond all numbers.
+        """Return KL and perplexity of `model` on both texts; perplexity is None if it is infinite.
 
-        Layers compute in the dtype that trains, the head and the dense model in float32.
+        Layers compute in the dtype of training, the head and the dense model in float32.
         """
         found: dict[str, float | None] = {}
         for name, judge in self.judges.items():
@@ -166,24 +166,25 @@ def _hidden(model: PrunedModel, ids_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Start:
-    """A model of the size asked for, before the recovery."""
+    """Model of the target size, before recovery."""
 
     shape: str
     model: PrunedModel
     text: Mapping[str, int]
-    """Tokens that it took, by what they were read for; `masks` are those that were trained on."""
+    """Tokens read, by purpose; `masks` are those trained on."""
 
 
 Maker = Callable[[Setting, int, float], Start]
 
 
 def _peer(propose: Callable[[Calibrated, int], Any], *, choice: bool = True) -> Maker:
-    """A method that proposes models of a size from calibration text; the best on the validation split is taken."""
+    """Create a method that proposes models of a size from calibration text and takes the best on the validation
+    split."""
 
     def make(setting: Setting, parameters: int, target: float) -> Start:
         candidates = propose(setting.calibrated, parameters)
         if choice:
-            # Torch-Pruning leaves some shapes larger than was asked of it, without a word.
+            # Torch-Pruning silently leaves some shapes larger than requested.
             candidates = (one for one in candidates if parameters_of(one[1]) <= parameters)
         shape, model = best(candidates, setting.score) if choice else next(candidates)
         text = {"calibration": setting.calibrated.blocks_BT.numel()}
@@ -236,7 +237,7 @@ REIMPLEMENTED = {
 
 
 def hardware() -> str:
-    """The processor, in words."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -244,7 +245,7 @@ def hardware() -> str:
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions, hardware and threads."""
+    """Return versions, hardware and threads."""
     packages = ("torch", "transformers", "torch-pruning")
     return {
         "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
@@ -254,7 +255,8 @@ def surroundings() -> dict[str, Any]:
 
 
 def grid(first: int, begin: int, last: int) -> list[int]:
-    """Training tokens to measure at: where the recovery begins, powers of two times `first` behind it, and the last."""
+    """Return the training tokens to measure at: the start of recovery, powers of two times `first` after it, and the
+    last."""
     between, at = [], first
     while at < last:
         between += [at] if at > begin else []
@@ -263,7 +265,7 @@ def grid(first: int, begin: int, last: int) -> list[int]:
 
 
 def _starting_model(setting: Setting, row: Row, place: Path) -> tuple[PrunedModel, dict[str, Any]]:
-    """The pruned model before its recovery, trainable, and what a row says of it: made once, then read from `place`."""
+    """Return the pruned model before recovery, trainable, and its facts: made once, then read from `place`."""
     if not place.exists() or find_fault(place) is not None:
         begun, cpu = time.perf_counter(), time.process_time()
         parameters = int(setting.dense.parameters * row.target)
@@ -274,7 +276,7 @@ def _starting_model(setting: Setting, row: Row, place: Path) -> tuple[PrunedMode
             "share": parameters_of(start.model) / setting.dense.parameters,
             "text": dict(start.text),
             "pruning_seconds": round(time.perf_counter() - begun),
-            # On a machine that is shared the clock says little. Both lack what an interrupted call had done before.
+            # Wall-clock time means little on a shared machine. Both exclude the work of an interrupted call.
             "pruning_cpu_seconds": round(time.process_time() - cpu),
         }
         with new_folder(place) as draft:
@@ -293,7 +295,7 @@ def run_row(
     settings: dict[tuple[str, int], Setting],
     after_step: Callable[[float], None] = lambda loss: None,
 ) -> dict[str, Any]:
-    """Bring a row to `options.tokens`; `settings` are filled with what other rows need too."""
+    """Train and evaluate a row up to `options.tokens`; `settings` caches what other rows need too."""
     file = options.results / f"{row.name}.json"
     settled = options.training.facts() | {"judge_tokens": options.judge_tokens, "recipe": dict(options.changes or {})}
     if row.method == "masks":
@@ -303,7 +305,7 @@ def run_row(
     found: dict[str, Any] = read_json(file) if file.exists() else {"points": [], "training_seconds": 0.0}
     for key in asked.keys() & found.keys():
         if found[key] != asked[key]:
-            raise SystemExit(f"{file} was made with other {key}: {found[key]}; move it away to begin anew")
+            raise SystemExit(f"{file} was made with other {key}: {found[key]}; move it away to start again")
     if found["points"] and found["points"][-1]["tokens"] >= options.tokens:
         print(f"{row.name}: done", flush=True)
         return found
@@ -337,7 +339,7 @@ def run_row(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The rows asked for, one after another."""
+    """Train and evaluate the requested rows one after another."""
     changes = dict(pair.split("=", 1) for pair in arguments.set)
     options = Options(
         data=arguments.data, evaluation=arguments.evaluation, work=arguments.work, results=arguments.results,
@@ -353,7 +355,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def zero_shot(arguments: argparse.Namespace) -> None:
-    """Add zero-shot accuracies to the points of all rows of `--model` that have their weights, and to the dense row."""
+    """Add zero-shot accuracies to the points of all rows of `--model` with stored weights, and to the dense row."""
     from darwinlm.evaluation.local_tasks import local_tasks
     from darwinlm.evaluation.zero_shot import choose_tasks, run_tasks
 
@@ -390,35 +392,35 @@ def zero_shot(arguments: argparse.Namespace) -> None:
 
 
 def parser(about: str) -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Create the parser of the command line."""
     whole = argparse.ArgumentParser(description=about.partition("\n")[0])
     commands = whole.add_subparsers(dest="command", required=True)
-    rows = commands.add_parser("run", help="train and measure, one row after another")
+    rows = commands.add_parser("run", help="train and evaluate rows")
     rows.add_argument("--model", default="smollm2", help="`smollm2`, or a folder")
     rows.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     rows.add_argument("--target", type=float, nargs="+", default=[0.6], help="fractions of all parameters")
     rows.add_argument("--seed", type=int, nargs="+", default=[0])
-    rows.add_argument("--tokens", type=int, default=131_072, help="to train to, with those that masks are learnt on")
-    rows.add_argument("--mask-tokens", type=int, default=32_768, help="of them, that masks are learnt on")
+    rows.add_argument("--tokens", type=int, default=131_072, help="training tokens, including those of masks")
+    rows.add_argument("--mask-tokens", type=int, default=32_768, help="tokens that masks are trained on")
     rows.add_argument("--first", type=int, default=GRID, help="tokens before the first measurement of a training")
-    rows.add_argument("--judge-tokens", type=int, default=8_192, help="of each text that judges")
-    rows.add_argument("--batch-size", type=int, default=2, help="blocks in an optimiser step")
-    rows.add_argument("--rate-factor", type=float, default=1.0, help="times the learning rate `auto`")
+    rows.add_argument("--judge-tokens", type=int, default=8_192, help="tokens of each evaluation text")
+    rows.add_argument("--batch-size", type=int, default=2, help="blocks per optimizer step")
+    rows.add_argument("--rate-factor", type=float, default=1.0, help="factor of the learning rate `auto`")
     rows.add_argument("--data", required=True, help="text for calibration, search and training")
     rows.add_argument(
-        "--evaluation", default=os.environ.get("DARWINLM_DATA"), help="a text file that judges, read by no method"
+        "--evaluation", default=os.environ.get("DARWINLM_DATA"), help="held-out text file, read by no method"
     )
     rows.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the recipe `quick`")
-    tasks = commands.add_parser("zero-shot", help="accuracies of what was trained; needs lm-eval")
+    tasks = commands.add_parser("zero-shot", help="evaluate trained models on zero-shot tasks; needs lm-eval")
     tasks.add_argument("--model", default="smollm2")
     tasks.add_argument("--tasks", type=Path, required=True, help="a folder of JSON-lines files")
     tasks.add_argument("--limit", type=int, default=200, help="items of each task")
-    tasks.add_argument("--tokens", type=int, nargs="*", default=[], help="of these points alone")
+    tasks.add_argument("--tokens", type=int, nargs="*", default=[], help="only points at these tokens")
     for command in (rows, tasks):
-        command.add_argument("--work", type=Path, required=True, help="a folder for models and checkpoints")
+        command.add_argument("--work", type=Path, required=True, help="folder for models and checkpoints")
     plot = commands.add_parser("plot", help="write the two plots")
     plot.add_argument("--images", type=Path, default=ROOT / "docs")
-    table = commands.add_parser("table", help="print what rivals need for the same quality")
+    table = commands.add_parser("table", help="print the tokens that rivals need for the same quality")
     for command in (plot, table):
         command.add_argument("--model", default="smollm2")
         command.add_argument("--target", type=float, default=0.6)
@@ -428,7 +430,7 @@ def parser(about: str) -> argparse.ArgumentParser:
 
 
 def main(about: str, given: Sequence[str] | None = None) -> None:
-    """Do what the command line says, or `given`; `about` is what the help begins with."""
+    """Run the command line, or `given`; `about` is the description in the help."""
     arguments = parser(about).parse_args(given)
     if arguments.command == "run":
         if not arguments.evaluation:

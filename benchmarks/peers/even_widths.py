@@ -1,8 +1,8 @@
 """Uniform width pruning: every layer keeps the same number of KV heads (with their query heads) and of MLP channels.
 
-Units are kept by a score, and nothing is refitted. The score is either the weights alone, or the weights of the output
-projection times the norm of what comes into it (Wanda, arXiv 2306.11695, summed over a unit; Minitron, arXiv
-2407.14679, ranks units by activations in much the same way).
+Units are kept by a score, and nothing is refitted. The score is either the weights only, or the weights of the output
+projection times the norm of its inputs (Wanda, arXiv 2306.11695, summed over a unit; Minitron, arXiv 2407.14679, ranks
+units by activations in much the same way).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,18 +19,18 @@ from darwinlm.models.sites import Site
 
 
 class Shape(NamedTuple):
-    """What every layer keeps: KV heads and MLP channels."""
+    """Numbers of KV heads and MLP channels that every layer keeps."""
 
     heads: int
     channels: int
 
     def units(self, site: Site) -> int:
-        """What `site` keeps."""
+        """Return the number of units that `site` keeps."""
         return self.heads if site.kind == "attention" else self.channels
 
 
 def even_shapes(dense: DenseModel, parameters: int) -> list[Shape]:
-    """For each number of KV heads, the widest MLPs such that the model has at most `parameters`."""
+    """Return, for each number of KV heads, the widest MLPs such that the model has at most `parameters`."""
     attention, mlp = dense.sites[:2]
     layers, shapes = dense.config.num_hidden_layers, []
     channel = count_parameters(mlp, dense.shapes, [0, 1]) - count_parameters(mlp, dense.shapes, [0])
@@ -44,18 +44,18 @@ def even_shapes(dense: DenseModel, parameters: int) -> list[Shape]:
 
 
 def named(dense: DenseModel, shape: Shape) -> str:
-    """`shape` in words."""
+    """Describe `shape`."""
     attention, mlp = dense.sites[:2]
     return f"{shape.heads} of {attention.num_units} KV heads, {shape.channels} of {mlp.num_units} channels"
 
 
 def columns_of(site: Site, kept: Tensor) -> Tensor:
-    """The columns of the site's output projection that belong to the units `kept`."""
+    """Return the columns of the site's output projection that belong to the units `kept`."""
     return (kept[:, None] * site.columns_per_unit + torch.arange(site.columns_per_unit)).flatten()
 
 
 def weight_scores(dense: DenseModel) -> dict[str, Tensor]:
-    """By site, the squared norm of all weights that go with each unit."""
+    """Return, by site, the squared norm of all weights of each unit."""
     scores = {}
     for site in dense.sites:
         score_U = dense.weights[f"{site.output}.weight"].square().sum(0).view(site.num_units, -1).sum(1)
@@ -67,7 +67,7 @@ def weight_scores(dense: DenseModel) -> dict[str, Tensor]:
 
 
 def activation_scores(calibrated: Calibrated) -> dict[str, Tensor]:
-    """By site, the sum over each unit's columns j and all rows i of |W_ij| times the norm of input j."""
+    """Return, by site, the sum over each unit's columns j and all rows i of |W_ij| times the norm of input j."""
     dense, scores = calibrated.dense, {}
     for site in dense.sites:
         column_I = dense.weights[f"{site.output}.weight"].abs().sum(0) * calibrated.input_norms[site.name]
@@ -76,7 +76,7 @@ def activation_scores(calibrated: Calibrated) -> dict[str, Tensor]:
 
 
 def even_cuts(dense: DenseModel, scores: Mapping[str, Tensor], shape: Shape) -> dict[str, Cut]:
-    """The cuts that keep, in every site, the units of the highest scores."""
+    """Return the cuts that keep the units with the highest scores in every site."""
     cuts = {}
     for site in dense.sites:
         if shape.units(site) < site.num_units:
@@ -87,12 +87,12 @@ def even_cuts(dense: DenseModel, scores: Mapping[str, Tensor], shape: Shape) -> 
 
 
 def by_weights(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """Each shape of `parameters`, units kept by their weights."""
+    """Prune to each shape of `parameters`, keeping units by their weights."""
     yield from _models(calibrated.dense, weight_scores(calibrated.dense), parameters)
 
 
 def by_activations(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """Each shape of `parameters`, units kept by activations times weights."""
+    """Prune to each shape of `parameters`, keeping units by activations times weights."""
     yield from _models(calibrated.dense, activation_scores(calibrated), parameters)
 
 

@@ -1,9 +1,9 @@
 """FLAP (An et al., 2024, arXiv 2312.11983), reimplemented from the paper for our units.
 
-A column of an output projection is judged by how much its input fluctuates over tokens, times the squared norm of the
-column. Scores are made comparable by standardising them within each site, and one order of all units of the model
-decides, by parameters: so widths adapt. What goes is replaced by its mean: a bias on the output projection makes up for
-it. As in the authors' code, scores of attention are squared before they are standardised, and averaged over a unit.
+A column of an output projection is scored by the variance of its input over tokens, times the squared norm of the
+column. Scores are standardized within each site to make them comparable, and all units of the model are ranked
+together, so that widths adapt. Removed units are replaced by their mean, as a bias of the output projection. As in the
+authors' code, scores of attention are squared before they are standardized, and averaged over a unit.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from darwinlm.models.modeling_darwinlm import PrunedModel
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of what comes into an output projection: mean and variance over tokens, column by column."""
+    """Mean and variance over tokens of each input column of an output projection."""
 
     mean_I: Tensor
     variance_I: Tensor
@@ -29,7 +29,7 @@ class Inputs:
 
 @torch.no_grad()
 def inputs_of(calibrated: Calibrated) -> dict[str, Inputs]:
-    """By site, on the calibration text."""
+    """Return the statistics of the calibration text by site."""
     dense, sums, tokens = calibrated.dense, dict[str, tuple[Tensor, Tensor]](), calibrated.blocks_BT.numel()
 
     def record(name: str):  # type: ignore[no-untyped-def]
@@ -54,7 +54,7 @@ def inputs_of(calibrated: Calibrated) -> dict[str, Inputs]:
 
 
 def scores(calibrated: Calibrated, inputs: dict[str, Inputs]) -> dict[str, Tensor]:
-    """By site, the score of each unit."""
+    """Return the score of each unit, by site."""
     found = {}
     for site in calibrated.dense.sites:
         column_I = inputs[site.name].variance_I * calibrated.dense.weights[site.output_tensor].square().sum(0)
@@ -66,14 +66,14 @@ def scores(calibrated: Calibrated, inputs: dict[str, Inputs]) -> dict[str, Tenso
 
 
 def choose(calibrated: Calibrated, by_site: dict[str, Tensor], parameters: int) -> dict[str, Tensor]:
-    """Which units stay: the best of each site, and of all others those of the highest scores that there is room for."""
+    """Return masks of the kept units: the best of each site, and the highest scores of all others that fit."""
     dense = calibrated.dense
     left, order, kept = parameters - dense.fixed_parameters, [], {}
     for site in dense.sites:
         one, two = (count_parameters(site, dense.shapes, range(count)) for count in (1, 2))
         best = int(by_site[site.name].argmax())
         kept[site.name] = torch.arange(site.num_units) == best
-        # With the bias, which no model has before.
+        # Including the bias, which no model has before.
         left -= one + (0 if f"{site.output}.bias" in dense.shapes else dense.config.hidden_size)
         others = [unit for unit in range(site.num_units) if unit != best]
         order += [(float(by_site[site.name][unit]), site.name, unit, two - one) for unit in others]
@@ -86,7 +86,7 @@ def choose(calibrated: Calibrated, by_site: dict[str, Tensor], parameters: int) 
 
 @torch.no_grad()
 def compensated(calibrated: Calibrated, inputs: dict[str, Inputs], kept: dict[str, Tensor]) -> PrunedModel:
-    """The model of the units `kept`, with the mean of what the others gave as a bias."""
+    """Return the model of the units `kept`, with the mean output of the removed units as a bias."""
     dense, cuts, biases = calibrated.dense, dict[str, Cut](), dict[str, Tensor]()
     for site in dense.sites:
         weight = dense.weights[site.output_tensor]
@@ -96,14 +96,14 @@ def compensated(calibrated: Calibrated, inputs: dict[str, Inputs], kept: dict[st
         biases[site.output] = weight[:, columns] @ inputs[site.name].mean_I[columns]
     model = build_model(dense.config, dense.sites, dense.weights, cuts)
     for name, bias_O in biases.items():
-        # One that the dense model has already is shared with it, and replaced.
+        # An existing bias is shared with the dense model, so it is replaced.
         before = dense.weights.get(f"{name}.bias")
         add_parameter(model.get_submodule(name), "bias", bias_O if before is None else before + bias_O)
     return model
 
 
 def by_fluctuation(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """The model of at most so many parameters, biases counted."""
+    """Prune to at most `parameters` parameters, including the biases."""
     inputs = inputs_of(calibrated)
     kept = choose(calibrated, scores(calibrated, inputs), parameters)
     widths = [int(mask.sum()) for name, mask in kept.items() if name.endswith("mlp")]

@@ -1,7 +1,7 @@
-"""Pruned models of any method as tensors and a few facts, so that one can be put aside and taken up again.
+"""Save and restore pruned models of any method as tensors and a few facts.
 
-Two methods leave what the modelling file of this project does not have: biases on output projections (FLAP), and
-matrices on the residual stream (SliceGPT). Both are parameters here, trained and counted as all others.
+Two methods need parameters that this project's modeling file does not have: biases on output projections (FLAP), and
+matrices on the residual stream (SliceGPT). Both are trained and counted like all others.
 """
 
 import copy
@@ -18,11 +18,11 @@ from darwinlm.models.loading import DenseModel
 from darwinlm.models.modeling_darwinlm import PrunedModel
 
 SHORTCUTS = ("shortcut_attention", "shortcut_mlp")
-"""Of a layer: what the stream is multiplied by before the part's output is added to it."""
+"""Matrices of a layer that multiply the residual stream before a part's output is added to it."""
 
 
 def facts_of(model: PrunedModel) -> dict[str, Any]:
-    """What besides its tensors a model is made of, as plain data."""
+    """Return what defines `model` besides its tensors, as plain data."""
     config = model.config
     return {
         "hidden_size": config.hidden_size,
@@ -32,7 +32,7 @@ def facts_of(model: PrunedModel) -> dict[str, Any]:
 
 
 def tensors_of(model: PrunedModel) -> dict[str, Tensor]:
-    """All its weights, shared with it; a tied head is not among them."""
+    """Return all weights of `model`, shared with it, without a tied head."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         tensors.pop(HEAD, None)
@@ -42,9 +42,9 @@ def tensors_of(model: PrunedModel) -> dict[str, Tensor]:
 def revive(
     dense: DenseModel, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trainable: bool = False
 ) -> PrunedModel:
-    """The model with these facts and tensors, which are not copied; it was pruned from `dense`."""
+    """Rebuild a model pruned from `dense` from its facts and tensors, which are not copied."""
     config = copy.deepcopy(dense.config)
-    # It is the quotient of two sizes where a config leaves it out.
+    # Without it in the config, it would be the quotient of two sizes.
     config.head_dim = dense.config.head_dim
     config.hidden_size, config.tie_word_embeddings = facts["hidden_size"], facts["tied"]
     config.per_layer_config = {int(layer): dict(sizes) for layer, sizes in facts["layers"].items()} or None
@@ -57,14 +57,14 @@ def revive(
 
 
 def add_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give `module` a parameter that it does not have by itself: a bias, or one of a layer's `SHORTCUTS`."""
+    """Add a parameter that `module` does not have by itself: a bias, or one of a layer's `SHORTCUTS`."""
     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     if name in SHORTCUTS:
         module.forward = MethodType(_forward_with_shortcuts, module)
 
 
 def _forward_with_shortcuts(layer: Any, hidden_states: Tensor, **settings: Any) -> Tensor:
-    """A decoder layer with norms before its parts, as transformers has it, but for the matrices on the stream."""
+    """Compute a pre-norm decoder layer as transformers does, with the matrices on the residual stream."""
     attended = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **settings)[0]
     hidden_states = hidden_states @ layer.shortcut_attention + attended
     mapped = layer.mlp(layer.post_attention_layernorm(hidden_states))

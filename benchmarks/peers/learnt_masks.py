@@ -1,15 +1,15 @@
-"""Masks learnt with the weights, in the manner of LLM-Shearing (arXiv 2310.06694), reimplemented for our units.
+"""Learn masks together with the weights as in LLM-Shearing (arXiv 2310.06694), reimplemented for our units.
 
 Every unit (a KV head with its query heads, an MLP channel) has a hard-concrete gate (Louizos et al., 2018, arXiv
-1712.01312) on what it hands to the output projection. Gates and weights are trained together on the loss that all
-methods recover with, plus `l1 (s - t) + l2 (s - t)^2`: `s` is the share of all prunable parameters that is expected to
-go, `t` rises to the share that has to, and l1 and l2 are Lagrange multipliers, which climb. Then the units of the
-highest gates stay, as many as the size allows, their gates become part of the output projection, and the model is cut.
+1712.01312) on its input to the output projection. Gates and weights are trained together with the recovery loss of all
+methods plus `l1 (s - t) + l2 (s - t)^2`: `s` is the expected share of all prunable parameters that is removed, `t`
+rises to the target share, and l1 and l2 are Lagrange multipliers, which are maximized. Then the units with the highest
+gates are kept, as many as the size allows, their gates are merged into the output projection, and the model is cut.
 
-As in LLM-Shearing: the distribution and its constants, the multipliers, weights trained beside the masks, mask rates
-that are high. Otherwise: which sizes each layer gets is left to the masks (a given shape is the paper's choice, for the
-speed of kernels), the hidden size and whole layers have no masks of their own, training distils, there are tens of
-steps in place of 3,200, and the multipliers climb by plain gradient ascent.
+As in LLM-Shearing: the distribution and its constants, the multipliers, weights trained together with the masks, high
+learning rates of masks. Different: masks choose the sizes of each layer (the paper gives a shape, for the speed of
+kernels), the hidden size and whole layers have no masks, training uses distillation, there are tens of steps instead of
+3,200, and multipliers are trained by plain gradient ascent.
 """
 
 import math
@@ -30,35 +30,35 @@ from darwinlm.models.sites import Site
 from darwinlm.optim.learning_rate import parameter_groups
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
-"""The ends that the concrete distribution is stretched to, and its temperature."""
+"""Bounds that the concrete distribution is stretched to, and its temperature."""
 _BOUND = math.log(100)
 
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """How masks are learnt."""
+    """Settings of mask training."""
 
     batch_size: int = 1
-    """Blocks in a step: many steps matter more here than what each says."""
+    """Blocks per step; many small steps work better here than few large ones."""
     start: float = 2.0
-    """Of all gates' log-odds."""
+    """Initial log-odds of all gates."""
     mask_rate: float = 0.3
-    """Of the log-odds, which Adam moves by about so much in a step."""
+    """Learning rate of the log-odds; Adam moves them by about this much per step."""
     multipliers: tuple[float, float] = (0.0, 200.0)
-    """At the start."""
+    """Initial multipliers."""
     multiplier_rate: float = 20.0
-    """Of their gradient ascent. Adam's steps, as large where little is missing as where much is, would overshoot: there
-    are too few of them to come back."""
+    """Learning rate of their gradient ascent. Adam's steps do not shrink near the target and would overshoot, with too
+    few steps to correct it."""
     warm_up: float = 0.7
-    """The share of all steps in which the share that has to go rises from none."""
+    """Share of all steps in which the target share rises from 0."""
 
     def facts(self) -> dict[str, Any]:
-        """What a row says of it."""
+        """Return the settings for the row."""
         return asdict(self)
 
 
 class Gates(nn.Module):
-    """A hard-concrete gate for every unit of all sites."""
+    """Hard-concrete gates, one for every unit of all sites."""
 
     def __init__(self, sites: Sequence[Site], shapes: Mapping[str, Sequence[int]], start: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Gates(nn.Module):
         self.log_odds = nn.Parameter(torch.full((sum(site.num_units for site in sites),), start))
         costs = []
         self.whole = 0
-        """Parameters that go with the last unit of a site alone, of all sites together."""
+        """Parameters removed only with the last unit of a site, summed over all sites."""
         for site in sites:
             one, two = (count_parameters(site, shapes, range(count)) for count in (1, 2))
             costs.append(torch.full((site.num_units,), float(two - one)))
@@ -74,30 +74,30 @@ class Gates(nn.Module):
         self.costs = torch.cat(costs)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A gate for each unit, 0 to 1, both ends included."""
+        """Sample a gate for each unit, from 0 to 1 inclusive."""
         noise = torch.rand(self.log_odds.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
         odds = noise.log() - (1 - noise).log() + self.log_odds
         return ((odds / TEMPERATURE).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def open(self) -> Tensor:
-        """The probability of each gate not to be 0."""
+        """Return the probability of each gate to be above 0."""
         return (self.log_odds - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid()
 
     def settled(self) -> Tensor:
-        """What each gate is once nothing is drawn any more."""
+        """Return the gates without sampling, as used after training."""
         return (self.log_odds.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def expected_share(self) -> Tensor:
-        """The share of the units' parameters that is expected to go."""
+        """Return the expected share of the units' parameters that is removed."""
         return 1 - (self.open() * self.costs).sum() / self.costs.sum()
 
     def by_site(self, values: Tensor) -> dict[str, Tensor]:
-        """Values of all units, site by site."""
+        """Split values of all units by site."""
         parts = values.split([site.num_units for site in self.sites])
         return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
 
     def choose(self, room: float) -> Tensor:
-        """Which units stay: the highest gates whose parameters fit into `room`, which are whole sites' extras too."""
+        """Return a mask of the kept units: the highest gates whose parameters fit into `room`, with `whole`."""
         left, kept = room - self.whole, torch.zeros(len(self.costs), dtype=torch.bool)
         for unit in self.log_odds.detach().argsort(descending=True, stable=True).tolist():
             cost = float(self.costs[unit])
@@ -108,10 +108,10 @@ class Gates(nn.Module):
 
 
 def gated(model: PrunedModel, gates: Gates) -> tuple[dict[str, Tensor], list[Any]]:
-    """Have `model` multiply what comes into output projections by gates.
+    """Multiply the inputs of output projections in `model` by gates.
 
     Returns:
-        Where the gates of each site are to be put before a pass, and the hooks, to be removed at the end.
+        A dictionary for the gates of each site, to be filled before a pass, and the hooks, to be removed at the end.
     """
     current: dict[str, Tensor] = {}
 
@@ -135,7 +135,7 @@ def learn(
     seed: int,
     report: Callable[[str], None] = print,
 ) -> PrunedModel:
-    """A model of at most so many parameters, from masks and weights trained on the text's first `blocks` blocks."""
+    """Train masks and weights on the first `blocks` blocks; return a model of at most `parameters` parameters."""
     model = build_model(dense.config, dense.sites, dense.weights, {}, trainable=True)
     gates = Gates(dense.sites, dense.shapes, settings.start)
     current, hooks = gated(model, gates)
@@ -147,7 +147,7 @@ def learn(
     multipliers = nn.Parameter(torch.tensor(settings.multipliers))
     climb = torch.optim.SGD([multipliers], lr=settings.multiplier_rate, maximize=True)
     generator = torch.Generator().manual_seed(seed)
-    # What is to go, of what units have: the rest is there as long as any unit of its site is.
+    # Share of the units' parameters to remove; all other parameters are kept as long as their site has a unit.
     target = (dense.parameters - parameters) / float(gates.costs.sum())
     steps, count = blocks // settings.batch_size, len(states.blocks_BT)
     for step in range(steps):
@@ -175,7 +175,7 @@ def learn(
 
 @torch.no_grad()
 def cut(dense: DenseModel, weights: Mapping[str, Tensor], gates: Gates, parameters: int) -> PrunedModel:
-    """A model of at most so many parameters: the units of the highest gates, which become part of the weights."""
+    """Cut the model to at most `parameters` parameters: the highest gates are kept and merged into the weights."""
     kept = gates.by_site(gates.choose(parameters - dense.fixed_parameters))
     settled = gates.by_site(gates.settled().detach())
     cuts = {}

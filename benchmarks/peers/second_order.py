@@ -1,4 +1,4 @@
-"""Uniform width pruning with the database's solver: units go by second-order scores, and the others are refitted."""
+"""Uniform width pruning with the database's solver: units are removed by second-order scores, the others refitted."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from darwinlm.models.modeling_darwinlm import PrunedModel
 
 
 def refitted_cuts(calibrated: Calibrated, shapes: list[Shape]) -> dict[Shape, dict[str, Cut]]:
-    """By shape, the cuts of every site; a site is solved once for all shapes."""
+    """Return the cuts of every site by shape; a site is solved once for all shapes."""
     cuts: dict[Shape, dict[str, Cut]] = {shape: {} for shape in shapes}
     for site in calibrated.dense.sites:
         sizes = sorted({shape.units(site) for shape in shapes} - {site.num_units}, reverse=True)
@@ -31,7 +31,7 @@ def refitted_cuts(calibrated: Calibrated, shapes: list[Shape]) -> dict[Shape, di
 
 
 def by_second_order(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """Each shape of `parameters`, units kept by the error that they would cause."""
+    """Prune to each shape of `parameters`, keeping units by the error that their removal would cause."""
     dense = calibrated.dense
     for shape, cuts in refitted_cuts(calibrated, even_shapes(dense, parameters)).items():
         yield named(dense, shape), build_model(dense.config, dense.sites, dense.weights, cuts)

@@ -1,10 +1,10 @@
-"""SliceGPT (Ashkboos et al., 2024, arXiv 2401.15024), reimplemented from the paper for layers with norms before parts.
+"""SliceGPT (Ashkboos et al., 2024, arXiv 2401.15024), reimplemented from the paper for pre-norm layers.
 
-The scales of the norms go into the projections behind them; what is left of a norm does not mind a rotation. Before
-each norm the stream is rotated to the principal axes of what the norm gives, and only the first axes are kept: the same
-number everywhere. Two parts then read different axes, so the stream passes through a small matrix from one to the next.
-These are parameters, and so is the head, which is not the embeddings any more: both count towards the size. The axes
-are those of the dense model's activations.
+The scales of the norms are merged into the projections after them; a norm without scale is invariant to rotation.
+Before each norm, the residual stream is rotated to the principal axes of the norm's output, and only the first axes are
+kept: the same number everywhere. Consecutive parts then read different axes, so the stream is multiplied by a small
+matrix between them. These matrices are parameters, and so is the head, which is no longer tied to the embeddings: both
+count towards the size. The axes are those of the dense model's activations.
 
 Dimension letters: D hidden size, K axes kept.
 """
@@ -26,9 +26,9 @@ _LAST = "model.norm"
 
 
 def norms_of(dense: DenseModel) -> list[str]:
-    """All norms that the stream goes through, in their order."""
+    """Return the names of all norms of the residual stream, in order."""
     family = family_of(dense.config)
-    assert (family.before_attention, family.before_mlp) == _NORMS and not family.after_mlp, "norms before parts alone"
+    assert (family.before_attention, family.before_mlp) == _NORMS and not family.after_mlp, "pre-norm layers only"
     assert family.mlp_inputs == ("gate_proj", "up_proj") and len(family.queries_keys_values) == 3
     layers = range(dense.config.num_hidden_layers)
     return [*(f"model.layers.{layer}.{norm}" for layer in layers for norm in _NORMS), _LAST]
@@ -36,7 +36,7 @@ def norms_of(dense: DenseModel) -> list[str]:
 
 @torch.no_grad()
 def axes(calibrated: Calibrated) -> list[Tensor]:
-    """For each norm, the principal axes (columns) of what it gives before its scale, the largest first."""
+    """Return, for each norm, the principal axes (columns) of its output before its scale, the largest first."""
     dense, squares = calibrated.dense, dict[str, Tensor]()
 
     def record(name: str):  # type: ignore[no-untyped-def]
@@ -56,7 +56,7 @@ def axes(calibrated: Calibrated) -> list[Tensor]:
 
 @torch.no_grad()
 def sliced(dense: DenseModel, axes_DD: list[Tensor], size: int) -> PrunedModel:
-    """The model on the first `size` axes."""
+    """Return the model reduced to the first `size` axes."""
     weights = dense.weights
     first = [one[:, :size] for one in axes_DD]
     scales = dict(zip(norms_of(dense), (weights[f"{name}.weight"] for name in norms_of(dense)), strict=True))
@@ -82,7 +82,7 @@ def sliced(dense: DenseModel, axes_DD: list[Tensor], size: int) -> PrunedModel:
                     tensors[name] = write.T @ weights[name]
             tensors[prefix + SHORTCUTS[part == "mlp"]] = read.T @ write
     for name in norms_of(dense):
-        # The mean of fewer squares is over fewer axes, and so larger.
+        # The mean square is over fewer axes, and so larger.
         tensors[f"{name}.weight"] = torch.full((size,), (dense.config.hidden_size / size) ** 0.5)
     inner = ("q_norm.weight", "k_norm.weight")
     tensors |= {name: tensor for name, tensor in weights.items() if name.endswith(inner)}
@@ -91,7 +91,7 @@ def sliced(dense: DenseModel, axes_DD: list[Tensor], size: int) -> PrunedModel:
 
 
 def sliced_parameters(dense: DenseModel, size: int) -> int:
-    """How many parameters the model on so many axes has."""
+    """Return the number of parameters of the model with `size` axes."""
     config = dense.config
     count: int = config.vocab_size * size if config.tie_word_embeddings else 0
     for name, shape in dense.shapes.items():
@@ -104,7 +104,7 @@ def sliced_parameters(dense: DenseModel, size: int) -> int:
 
 
 def by_rotation(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """As many axes as there is room for."""
+    """Slice to as many axes as fit into `parameters`."""
     dense = calibrated.dense
     fitting = [size for size in range(1, dense.config.hidden_size) if sliced_parameters(dense, size) <= parameters]
     size = max(fitting)

@@ -1,13 +1,13 @@
-"""Torch-Pruning (DepGraph, arXiv 2301.12900; PyPI `torch-pruning`) on transformers' own model, used in two ways.
+"""Prune the transformers model with Torch-Pruning (DepGraph, arXiv 2301.12900; PyPI `torch-pruning`) in two ways.
 
-*Taylor*: its first-order importance on the calibration text. Query heads and MLP channels go, all layers alike; the
-hidden size stays (with it gone too, models are far worse). KV heads stay: with grouped queries, Torch-Pruning removes
-query heads only, equally many of each group. Both for all layers, and for those that its authors' LLM-Pruner prunes
-(the first four and the last two are left whole).
-*Example*: what its LLM example (`examples/LLMs/prune_llm.py`) does: magnitudes, one ratio for hidden size, query heads
-and MLP channels, sizes in multiples of four.
+*Taylor*: first-order importance on the calibration text. Query heads and MLP channels are removed, equally in all
+layers; the hidden size is kept (models are far worse if it is pruned too). KV heads are kept: with grouped queries,
+Torch-Pruning only removes query heads, equally many of each group. It is applied to all layers, and to those that its
+authors' LLM-Pruner prunes (all but the first four and the last two).
+*Example*: as in its LLM example (`examples/LLMs/prune_llm.py`): magnitudes, one ratio for hidden size, query heads and
+MLP channels, sizes in multiples of four.
 
-The result is expressed in our modelling file, which is checked against the pruned model itself.
+The result is converted to our modeling file and checked against the pruned model.
 """
 
 import copy
@@ -27,12 +27,12 @@ from darwinlm.models.loading import DenseModel
 from darwinlm.models.modeling_darwinlm import PrunedModel
 
 WHOLE_LAYERS = (4, 2)
-"""Of 32; the first and the last that LLM-Pruner's documented command leaves alone."""
+"""First and last layers, of 32, that LLM-Pruner's documented command does not prune."""
 _MULTIPLE = 4
 
 
 def native_model(dense: DenseModel) -> Any:
-    """transformers' own model. Its dependency graph is traced through plain attention only."""
+    """Load the transformers model. Its dependency graph can be traced through eager attention only."""
     return AutoModelForCausalLM.from_pretrained(dense.source, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -42,12 +42,12 @@ def prune(
     """Prune `model` in place with Torch-Pruning.
 
     Args:
-        model: transformers' own.
-        importance: of torch_pruning.importance.
-        channels: the fraction of channels that goes; of heads none would go where it is 0.
-        heads: the fraction of query heads that goes.
-        ignored: modules whose output stays as wide as it is.
-        multiple: what sizes are rounded down to.
+        model: transformers model.
+        importance: criterion of torch_pruning.importance.
+        channels: fraction of channels to remove; with 0, no heads would be removed either.
+        heads: fraction of query heads to remove.
+        ignored: modules whose output keeps its size.
+        multiple: sizes are rounded down to multiples of it.
     """
     kv_heads, query_heads = model.config.num_key_value_heads, model.config.num_attention_heads
     num_heads = {}
@@ -55,7 +55,7 @@ def prune(
         attention = layer.self_attn
         num_heads |= {attention.q_proj: query_heads, attention.k_proj: kv_heads, attention.v_proj: kv_heads}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it names every norm that it prunes by its last dimension
+        warnings.simplefilter("ignore", UserWarning)  # one for every norm pruned along its last dimension
         pruner = torch_pruning.pruner.MetaPruner(
             model,
             example_inputs=torch.zeros(1, 8, dtype=torch.long),
@@ -78,7 +78,7 @@ def prune(
 
 @torch.no_grad()
 def express(model: Any, dense: DenseModel) -> PrunedModel:
-    """The pruned `model` in our modelling file; its logits are compared on 16 tokens."""
+    """Convert the pruned `model` to our modeling file, and compare the logits on 16 tokens."""
     config, head_dim = copy.deepcopy(dense.config), dense.config.head_dim
     config.hidden_size = model.model.embed_tokens.weight.shape[1]
     config.per_layer_config = {
@@ -91,7 +91,7 @@ def express(model: Any, dense: DenseModel) -> PrunedModel:
     }
     tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        # Torch-Pruning cuts the two by the same columns, and they are two tensors after that.
+        # Torch-Pruning prunes both by the same columns, but they are no longer the same tensor.
         assert torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"])
     ours = assemble(config, tensors, trainable=False)
     ids = torch.randint(0, config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -101,14 +101,14 @@ def express(model: Any, dense: DenseModel) -> PrunedModel:
 
 
 def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """With each number of query heads a KV head, the widest MLPs within `parameters`: in all layers, and in most."""
+    """Yield the widest MLPs within `parameters` for each number of query heads: in all layers, and in most."""
     dense, config = calibrated.dense, calibrated.dense.config
     group = config.num_attention_heads // config.num_key_value_heads
     first, last = (max(1, round(count * config.num_hidden_layers / 32)) for count in WHOLE_LAYERS)
     native = native_model(dense)
     for whole in (0, first + last):
         layers = config.num_hidden_layers - whole
-        # Where each KV head would be left with a single query head, version 1.6.1 prunes no heads, without a word.
+        # Version 1.6.1 silently prunes no heads if each KV head would keep a single query head.
         for left in range(group, 1, -1):
             channels = _channels(dense, parameters, layers, (group - left) * config.num_key_value_heads)
             if not 0 < channels < config.intermediate_size:
@@ -124,7 +124,7 @@ def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, Pr
             prune(
                 model,
                 torch_pruning.importance.GroupTaylorImportance(),
-                # Half a channel and a bit of a head: what is to be kept is rounded down.
+                # Add half a channel and a fraction of a head, because kept sizes are rounded down.
                 channels=1 - (channels + 0.5) / config.intermediate_size,
                 heads=max(0.0, 1 - left / group - 1e-6),
                 ignored=[model.model.embed_tokens, *outputs, *kept],
@@ -135,7 +135,7 @@ def by_taylor(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, Pr
 
 
 def as_in_the_example(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """The smallest ratio, in thousandths, that leaves at most `parameters`."""
+    """Prune with the smallest ratio, in thousandths, that keeps at most `parameters`."""
     dense = calibrated.dense
     ratio = next(number / 1000 for number in range(1, 1000) if _example_size(dense, number / 1000) <= parameters)
     model = native_model(dense)
@@ -150,7 +150,7 @@ def _set_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
 
 
 def _channels(dense: DenseModel, parameters: int, layers: int, heads_gone: int) -> int:
-    """How wide the MLPs of `layers` layers may be where so many query heads are gone from each of them."""
+    """Return the MLP width of `layers` layers if `heads_gone` query heads are removed from each."""
     config, mlp = dense.config, dense.sites[1]
     channel = count_parameters(mlp, dense.shapes, [0, 1]) - count_parameters(mlp, dense.shapes, [0])
     head = config.head_dim * (2 * config.hidden_size + ("model.layers.0.self_attn.q_proj.bias" in dense.shapes))
@@ -159,7 +159,7 @@ def _channels(dense: DenseModel, parameters: int, layers: int, heads_gone: int) 
 
 
 def _example_size(dense: DenseModel, ratio: float) -> int:
-    """Parameters that are left of a model without biases, by the rounding of Torch-Pruning 1.6."""
+    """Return the remaining parameters of a model without biases, with the rounding of Torch-Pruning 1.6."""
     config = dense.config
     kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     hidden, channels = (int(size * (1 - ratio)) for size in (config.hidden_size, config.intermediate_size))

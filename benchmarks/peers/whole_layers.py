@@ -1,4 +1,4 @@
-"""Depth pruning: the layers of the least block influence go, as wholes (ShortGPT, arXiv 2403.03853)."""
+"""Depth pruning: remove whole layers with the lowest block influence (ShortGPT, arXiv 2403.03853)."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from darwinlm.models.modeling_darwinlm import PrunedModel
 
 
 def by_influence(calibrated: Calibrated, parameters: int) -> Iterator[tuple[str, PrunedModel]]:
-    """As many layers gone as bring the size nearest to `parameters`, above or below."""
+    """Remove the number of layers that brings the size nearest to `parameters`, above or below."""
     dense = calibrated.dense
     layer = sum(count_parameters(site, dense.shapes, range(site.num_units)) for site in dense.sites[:2])
     count = round((dense.parameters - parameters) / layer)

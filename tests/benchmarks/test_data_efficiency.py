@@ -1,4 +1,4 @@
-"""The curves over training tokens: rows that stop and go on, one training for all, peers against a second way."""
+"""Tests of training curves: resumed rows, equal training of all methods, peers against independent computations."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def dense(checkpoint):
 
 @pytest.fixture(scope="module")
 def calibrated(checkpoint, calibration):
-    """A model with biases everywhere, untied."""
+    """Statistics of an untied model with biases everywhere."""
     return Calibrated(load_dense(str(checkpoint("llama")), "kv_group", torch.device("cpu")), calibration)
 
 
@@ -52,7 +52,7 @@ def options(text, folder, tokens):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, text, tmp_path_factory):
-    """A row of every method but one, of 128 tokens, and where they are."""
+    """Folder, rows (every method but one, 128 tokens) and settings of a finished benchmark."""
     folder, settings = tmp_path_factory.mktemp("rows"), {}
     found = {
         method: run_row(Row(str(checkpoint("llama")), method, 0.7, 0), options(text, folder, 128), settings)
@@ -72,8 +72,8 @@ def test_methods_meet_size_and_share_points(finished):
     layer = sum(count_parameters(site, dense.shapes, range(site.num_units)) for site in dense.sites[:2])
     for method, row in rows.items():
         missing = int(dense.parameters * 0.7) - row["parameters"]
-        # A layer is the unit where whole layers go, an axis of everything where the stream is rotated; else it is a
-        # channel in each layer, or the finest step of the database.
+        # The tolerance is the smallest unit of a method: a layer for depth pruning, an axis for SliceGPT, otherwise a
+        # channel in each layer or the finest level of the database.
         tolerance = {"layers": layer / 2, "slicegpt": 0.04 * dense.parameters, "ours": layer / 4}.get(method, 3 * 160)
         assert -(tolerance if method == "layers" else 0) <= missing <= tolerance, method
         begin = 64 if method == "masks" else 0
@@ -99,14 +99,14 @@ def test_run_row_resumes_to_same_numbers(finished, checkpoint, text, tmp_path, m
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_row(row, whole, {}, stop)
-    # To fewer tokens first, and further then.
+    # First to fewer tokens, then to all.
     run_row(row, Options(**{**vars(whole), "tokens": 64}), {}, stop)
     again = run_row(row, whole, {}, stop)
     assert without_clocks(again) == without_clocks(rows["even"])
     assert json.loads((tmp_path / "results" / f"{row.name}.json").read_text()) == again
     before = next(steps)
     assert run_row(row, whole, {}, stop) == again
-    assert next(steps) == before + 1, "a row that is done is left alone"
+    assert next(steps) == before + 1, "a finished row is not trained again"
     with pytest.raises(SystemExit, match="other settings"):
         run_row(row, Options(**{**vars(whole), "training": Settings(rate_factor=2.0)}), {}, stop)
 
@@ -165,7 +165,7 @@ def test_trainee_step_matches_adamw(dense, states, tmp_path):
     moved = 0
     for (name, parameter), before in zip(model.named_parameters(), start.parameters(), strict=True):
         size = before.detach().square().mean().sqrt()
-        # The first step is the rate times the sign, where there is a gradient worth the name.
+        # The first step is the learning rate times the sign of the gradient, unless that is negligible.
         clear = before.grad.abs() > 1e-4
         steps = (parameter - before).detach()[clear] / size
         expected = -settings.rate(24).value / 4 * before.grad[clear].sign()
@@ -192,7 +192,7 @@ def test_revive_model_from_tensors(calibrated):
         assert parameters_of(again) == parameters_of(model) <= calibrated.dense.parameters * 0.8
 
 
-# Learnt masks.
+# Learned masks.
 
 
 def gates_of(dense, seed=0):
@@ -325,14 +325,14 @@ def test_curve_interpolation():
     assert ours.at(16) == pytest.approx(1.5)
     assert ours.at(4) == pytest.approx(3.0)
     assert ours.at(64) is None
-    # Straight over the logarithm: as far from 3 to 2.5 as from there to 2.
+    # Linear over the logarithm: 2.5 is halfway between 3 and 2.
     assert rival.reaches(2.5) == pytest.approx(16)
     assert rival.reaches(4.0) == pytest.approx(4)
     assert rival.reaches(1.4) is None
     assert str(need(rival, ours, 8)) == "4.0"
     assert str(need(rival, ours, 32)) == ">4.0"
     assert need(rival, ours, 64) is None
-    # What was trained before there is a model counts.
+    # Training tokens before there is a model count.
     masks = curve("masks", (32, 1.0), (64, 0.5))
     assert str(need(masks, ours, 8)) == "4.0"
     better = curve("even", (0, 1.9), (8, 0.5))

@@ -1,4 +1,4 @@
-"""The counting of bytes by which the memory of large models is known: against sums of shapes, on a small model."""
+"""Tests of the memory trace of large models: a small model against sums of shapes."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ settings = json.loads(sys.argv[2])
 found = trace(load_sizes(settings["model"]), load_recipe("quick", settings), settings["target"], 80e9)
 print(json.dumps({peak.stage: [peak.device, peak.host] for peak in found}))
 """
-"""In a process of its own: what is cached there, such as masks, has no content."""
+"""Script for a separate process, because what is cached there, such as masks, has no content."""
 
 
 @pytest.mark.slow
@@ -62,6 +62,6 @@ def test_trace_of_search(place, tmp_path):
     assert len(peaks) == 3
     for device, _ in peaks.values():
         assert device > on_device
-    # Beside the weights there are hidden states and logits of 64 tokens, and one layer where they pass through.
+    # In addition to the weights: hidden states and logits of 64 tokens, and one layer if layers are streamed.
     assert peaks["scores of the dense model"][0] < on_device + 200_000
     assert (peaks["candidates: score, trial, score"][1] > 0.3 * (weights - ends)) == (place == "cpu")

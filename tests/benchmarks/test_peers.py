@@ -1,4 +1,4 @@
-"""Peers of the comparison: sizes against counted parameters, models against masked ones, scores against plain loops."""
+"""Tests of peer methods: sizes against counted parameters, models against masked ones, scores against plain loops."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ IDS = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_s
 
 @pytest.fixture(scope="module")
 def calibrated(checkpoint, calibration):
-    """A model with biases everywhere, untied."""
+    """Statistics of an untied model with biases everywhere."""
     return Calibrated(load_dense(str(checkpoint("llama")), "kv_group", torch.device("cpu")), calibration)
 
 
@@ -69,7 +69,7 @@ def test_torch_pruner_example_size(checkpoint, calibration):
 
 
 def masked(dense, cuts):
-    """The dense model with the output projections widened to the dense sizes by zeros."""
+    """Build the dense model with output projections padded with zeros to the dense sizes."""
     weights = dict(dense.weights)
     for site in dense.sites:
         cut = cuts.get(site.name)
@@ -168,12 +168,12 @@ def test_torch_pruning_keeps_highest_taylor_scores(calibrated, monkeypatch):
     for model in [model for _, model in torch_pruner.by_taylor(calibrated, target(dense, 0.75))]:
         own = made.pop(0)
         torch.testing.assert_close(logits(model), logits(own), rtol=1e-4, atol=1e-4)
-        # KV heads stay, and each keeps as many query heads as the others.
+        # All KV heads are kept, each with the same number of query heads.
         assert {layer.self_attn.k_proj.out_features for layer in model.model.layers} == {16}
         mlp, width = model.model.layers[1].mlp, dense.config.hidden_size
         if mlp.gate_proj.out_features == dense.config.intermediate_size:
             continue
-        # Weight times gradient, absolute, summed over all that goes with a channel.
+        # Absolute weight times gradient, summed over all weights of a channel.
         scores = sum(
             (dense.weights[name] * calibrated.gradients[name]).abs().sum(dim)
             for name, dim in (

@@ -1,4 +1,4 @@
-"""`darwinlm doctor`: healthy models pass, and each of its checks fails when what it looks at is broken."""
+"""Tests of `darwinlm doctor`: correct models pass, and each check fails if the part that it tests is broken."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ EXPORTS = {target: f"export --to {target}" for target in ("gguf", "vllm", "hf-na
 
 @pytest.fixture(autouse=True)
 def _quick_exports(monkeypatch):
-    """Without ONNX, whose tracing takes seconds, and mlx-lm, which is not installed: their own tests are elsewhere."""
+    """Skip ONNX, whose tracing takes seconds, and mlx-lm, which is not installed; they have their own tests."""
     monkeypatch.setattr("darwinlm.commands.doctor.TARGETS", EXPORTS)
 
 
@@ -59,7 +59,7 @@ def test_doctor_passes_on_family(family, checkpoint):
     found = results(examination)
     assert set(MODEL.values()) | set(EXPORTS.values()) <= set(found)
     assert examination.passed
-    # Transformers' tokenizer for Qwen2 adds a token of its own to this one, which has no place in the embeddings.
+    # The Qwen2 tokenizer of transformers adds its own token to this one, which has no row in the embeddings.
     skipped = {name for name, result in found.items() if result == "skipped"}
     assert skipped == ({EXPORTS["gguf"]} if family == "qwen2" else set())
     for check in examination.checks:
@@ -67,7 +67,7 @@ def test_doctor_passes_on_family(family, checkpoint):
 
 
 def break_frequencies(monkeypatch):
-    """As if what no file holds, such as the frequencies of rotary embeddings, were not made."""
+    """Zero the buffers that are not stored in files, such as the frequencies of rotary embeddings."""
 
     def forget(self, module):
         for buffer in module.buffers():
@@ -111,7 +111,7 @@ def break_layers_without(part):
 
 
 def break_cache_lengths(monkeypatch):
-    """As if the first layer, which may hold no attention, told how much was seen."""
+    """Take the cached length from the first layer, which may have no attention."""
     monkeypatch.setattr(PrunedConfig, "get_text_config", lambda self, decoder=None, encoder=None: self)
     right = PrunedModel.__init__
 
@@ -124,7 +124,7 @@ def break_cache_lengths(monkeypatch):
 
 
 def break_positions(monkeypatch):
-    """As if a cached token stood one place further on."""
+    """Shift positions by one if tokens are cached."""
     right = transformers.LlamaModel.forward
 
     def forward(self, input_ids=None, position_ids=None, **kwargs):
@@ -138,7 +138,7 @@ def break_positions(monkeypatch):
 
 
 def change_mlps(monkeypatch, change):
-    """Have the MLPs of our models, and not those of transformers', read something else."""
+    """Change the input of MLPs in our models, but not in those of transformers."""
     right = PrunedModel.__init__
 
     def init(self, config):
@@ -160,7 +160,7 @@ def stop_gradient(monkeypatch):
 
 def break_recomputation(monkeypatch):
     def change(x):
-        # What is computed again for the gradient comes out otherwise than before.
+        # Recomputation for the gradient gives other values than the forward pass.
         again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
         return x * 1.5 if again else x
 

@@ -1,4 +1,4 @@
-"""`darwinlm evaluate`: zero-shot tasks with the models of a run, or with one model."""
+"""Tests of `darwinlm evaluate`: zero-shot tasks with the models of a run, or with a single model."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ def copied(run, tmp_path):
 
 @pytest.fixture
 def answering(monkeypatch):
-    """In place of lm-eval: the pruned model is right on the first two items alone, the dense one on nine of ten."""
+    """Replace lm-eval: the pruned model is right on only the first two items, the dense model on nine of ten."""
     asked = []
 
     def run_tasks(model, tokenizer, tasks, limit, after_task):

@@ -1,4 +1,4 @@
-"""`darwinlm inspect`: the sizes it shows are those of the model, whatever it is asked about."""
+"""Tests of `darwinlm inspect`: the sizes shown are those of the model, for every kind of path."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_inspect_needs_no_weights(tmp_path):
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
     (entry,) = inspect(str(tmp_path))
-    assert entry["parameters"] == 70_553_706_496  # what the makers of Llama 3 70B say
+    assert entry["parameters"] == 70_553_706_496  # as published for Llama 3 70B
     assert len(entry["layers"]) == 80
 
 

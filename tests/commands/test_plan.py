@@ -1,4 +1,4 @@
-"""Predicted costs: that they follow what is asked, and that what cannot be predicted is said in one line."""
+"""Tests of predicted costs: they follow the settings, and an impossible prediction gives a one-line error."""
 
 import shutil
 

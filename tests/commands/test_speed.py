@@ -1,4 +1,4 @@
-"""`darwinlm evaluate --speed`: what is timed is what is said, and what cannot be timed says why."""
+"""Tests of `darwinlm evaluate --speed`: what is timed is reported, and so is why something cannot be timed."""
 
 import json
 import shutil

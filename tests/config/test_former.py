@@ -1,4 +1,4 @@
-"""Settings and values of the last release."""
+"""Tests of settings and values of the last release."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Recipes from files and overrides; any input is read, or refused in one line."""
+"""Tests of recipes from files and overrides: any input is read, or refused in one line."""
 
 import string
 from datetime import date
@@ -51,7 +51,7 @@ def test_parse_override_learning_rate_1e_4():
     assert load_recipe("quick", {**GIVEN, key: value}).search.learning_rate == 1e-4
 
 
-# Keys that exist, so that a value reaches the check of its setting, and keys that do not.
+# Existing keys, so that a value reaches the check of its setting, and unknown keys.
 KEYS = st.one_of(
     st.sampled_from([*Recipe.model_fields, "offspring", "survivors", "trial_tokens", "sequence_length", "levels"]),
     st.text(max_size=6),
@@ -74,7 +74,7 @@ VALUES = st.recursive(
 
 
 def refused_or_read(read):
-    """Anything may be refused, in one line; nothing may go wrong."""
+    """Check that `read` returns a recipe or raises a one-line error."""
     try:
         assert isinstance(read(), Recipe)
         return
@@ -90,7 +90,7 @@ def refused_or_read(read):
 @given(nested=st.dictionaries(KEYS, VALUES, max_size=5))
 @example(nested={1: 2})
 @example(nested={"data": {1: 2}})
-@example(nested={"search": {"offspring": 2**20_000}})  # more digits than Python prints
+@example(nested={"search": {"offspring": 2**20_000}})  # more digits than Python can print
 @example(nested={"search": {"offspring": -(2**20_000)}})
 @example(nested={"target": 2**20_000})
 @example(nested={"target": "9" * 400 + "B"})
@@ -123,7 +123,7 @@ YAML = st.one_of(
 @pytest.mark.slow
 @patient
 @given(content=YAML)
-@example(content=b"seed: 2024-13-45")  # ValueError in PyYAML, and so on
+@example(content=b"seed: 2024-13-45")  # ValueError in PyYAML, as below
 @example(content=b"seed: 0x_")
 @example(content=b"seed: !!bool x")
 @example(content=b"seed: !!int ''")

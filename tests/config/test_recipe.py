@@ -1,4 +1,4 @@
-"""Recipes: the built-in ones, and recipes written as YAML."""
+"""Tests of the built-in recipes, and of recipes written as YAML."""
 
 import pytest
 import yaml

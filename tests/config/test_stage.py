@@ -1,4 +1,4 @@
-"""Stages and their names."""
+"""Tests of stages and their names."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sizes and targets, and the sizes of a family."""
+"""Tests of sizes, targets and families of sizes."""
 
 import pytest
 

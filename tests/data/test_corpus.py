@@ -1,4 +1,4 @@
-"""Text to blocks: every token in one split at most, long and short documents alike, streams and chats."""
+"""Tests of packing text to blocks: disjoint splits, long and short documents, streams and chats."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ SIZES = [f"{split}_tokens" for split in SPLITS]
 
 
 class Words:
-    """A tokenizer that knows words such as `w17`, and gives each its number."""
+    """Tokenizer of words such as `w17`, whose id is the number."""
 
     eos_token_id = END
 
@@ -52,13 +52,13 @@ LONG, SHORT, LENGTH = 5_000, 1_000, 5
 
 @pytest.fixture
 def mixed(tmp_path):
-    """One document of 5,000 words and 1,000 of 5, no word twice: what is below 5,000 is of the long one."""
+    """Write one document of 5,000 words and 1,000 of 5, without repeated words; the long one has those below 5,000."""
     short = [words(LONG + LENGTH * i, LONG + LENGTH * (i + 1)) for i in range(SHORT)]
     return write_lines(tmp_path / "mixed.jsonl", [*short[:300], words(0, LONG), *short[300:]])
 
 
 def is_last(word):
-    """Whether a document of `mixed` ends with it."""
+    """Return whether a document of `mixed` ends with `word`."""
     return word == LONG - 1 or (word >= LONG and word % LENGTH == LENGTH - 1)
 
 
@@ -76,7 +76,7 @@ def test_splits_have_needed_blocks_without_padding(mixed):
     for split, count in needed_blocks(asked).items():
         assert corpus.splits[split].input_ids_BT.shape == (count, 16)
         assert corpus.splits[split].input_ids_BT.dtype == torch.int32
-        # Two ends in a row would be an empty document: padding.
+        # Two end tokens in a row would be an empty document, that is padding.
         assert "-1, -1" not in str(corpus.splits[split].input_ids_BT.flatten().tolist())
 
 
@@ -104,7 +104,7 @@ def test_documents_not_shared_between_splits():
 
 
 def test_positions_restart_with_pieces_and_blocks():
-    # Three pieces, of which the second is not to be learnt, and one that is cut short.
+    # Three pieces, the second without loss, and one that is truncated.
     pieces = [Tokens.document([5, 6, 7]), Tokens.document([8, 9, 0, 3], [False] * 4)]
     pieces += map(Tokens.document, ([2], range(30), *[[1] * 16] * 3))
     text = pack(pieces, recipe("any", tokens=1, test_tokens=32)).splits["test"]
@@ -153,7 +153,7 @@ def test_byte_order_marks_blank_lines_and_nulls(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "table.parquet")
     found = {file.suffix: list(find_documents(str(file), "text", seed=0)) for file in tmp_path.iterdir()}
     assert found == {".txt": ["ab"], ".jsonl": ["a", "", "?", "b"], ".parquet": ["a", "", "b"]}
-    # ab, a, ? and b with an end each: `a` and `b` of the second file are repeats.
+    # ab, a, ? and b with an end token each: `a` and `b` of the second file are duplicates.
     with pytest.raises(UserError, match="has 9 tokens"):
         read_corpus(recipe(str(tmp_path)), make_tokenizer(), seed=0)
 
@@ -170,7 +170,7 @@ def test_corpus_save_and_load(mixed, tmp_path):
 
 
 def packed_into_one_number(input_ids, loss_mask, document_starts):
-    """Tokens as versions 0.1 and 0.2 wrote them: bit 30 where a document begins, all bits flipped where no loss is."""
+    """Pack tokens as in versions 0.1 and 0.2: bit 30 at the start of a document, all bits flipped without loss."""
     begun = [token + start * 2**30 for token, start in zip(input_ids, document_starts, strict=True)]
     return [number if learnt else -number - 1 for number, learnt in zip(begun, loss_mask, strict=True)]
 
@@ -192,7 +192,7 @@ def columns_of(corpus):
 
 @pytest.fixture
 def chat_corpus(tmp_path):
-    """A corpus of chats and plain text, so that every column has both values in every split."""
+    """Corpus of chats and plain text: every column has both values in every split."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(60)))
@@ -217,7 +217,7 @@ def test_corpus_of_version_0_2(reserved, chat_corpus, tmp_path):
 
 
 def test_corpus_file_tensors(chat_corpus, tmp_path):
-    """As docs/formats.md says."""
+    """Compare the tensors with docs/formats.md."""
     save_corpus(chat_corpus, tmp_path / "corpus.safetensors")
     with safe_open(tmp_path / "corpus.safetensors", "pt") as file:
         assert file.metadata() == {"format": "2"}
@@ -257,7 +257,7 @@ def test_corpus_tokens_prefix(mixed, count, shape):
 
 
 class Stream:
-    """A Hub data set of endless documents that counts how many were taken."""
+    """Hub dataset of endless documents that counts how many were taken."""
 
     def __init__(self, records):
         self.records, self.taken, self.shuffled = records, 0, None
@@ -276,7 +276,7 @@ class Stream:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Put `records` on the Hub; what was asked of it is in `asked`."""
+    """Return a function that puts `records` on the Hub; the arguments of the call are in `asked`."""
 
     def put(records):
         stream = Stream(records)
@@ -292,7 +292,7 @@ def hub(monkeypatch):
 
 
 def endless(characters):
-    """Documents of so many characters, in words of 8."""
+    """Yield documents of `characters` characters, in words of 8."""
     for number in itertools.count(step=characters // 8):
         yield {"text": " ".join(f"w{word:06d}" for word in range(number, number + characters // 8))}
 
@@ -316,7 +316,7 @@ def test_hub_dataset_one_token_per_character(hub):
 
 
 def test_local_files_read_completely(tmp_path):
-    # The first documents of a sorted file are no sample of it.
+    # The first documents of a sorted file are not a random sample.
     source = write_lines(tmp_path / "sorted.jsonl", [words(10 * i, 10 * i + 10) for i in range(2_000)])
     corpus = read_corpus(recipe(source, tokens=16), Words(), seed=0)
     assert max(text.input_ids_BT.max() for text in corpus.splits.values()) > 10_000
@@ -340,7 +340,7 @@ def test_hub_error_one_line(records, message, hub):
 
 
 def streamed(stream, count, state=None):
-    """Columns of `count` blocks, and the state after them as JSON."""
+    """Return the columns of `count` blocks, and the state after them as JSON."""
     blocks = stream.blocks(state)
     found, state = [], state
     for _ in range(count):
@@ -376,10 +376,10 @@ def test_stream_resumes_and_excludes_evaluation_text(tmp_path):
     seen = {piece.strip() for piece in text.split("</s>")}
     judge = {text.strip() for text in documents if corpus_module._fingerprint(text) in corpus.reserved}
     assert len(judge) > 10
-    # 1500 blocks are more than one pass: all else has come.
+    # 1500 blocks are more than one epoch: all other documents were read.
     assert {text.strip() for text in documents} - seen == judge
     whole_ones = {piece.strip() for piece in judging.split("</s>")} & {text.strip() for text in documents}
-    assert whole_ones <= judge and len(judge - whole_ones) <= 2  # those cut short at the end of a split
+    assert whole_ones <= judge and len(judge - whole_ones) <= 2  # those truncated at the end of a split
 
 
 def test_stream_with_only_evaluation_text(tmp_path):
@@ -449,11 +449,11 @@ def test_chat_labels_only_assistant_messages(kind, tmp_path, monkeypatch):
     assert torch.equal(ids[labels != -100], labels[labels != -100])
     text = tokenizer.decode(ids.tolist())
     assert "<|user|>question" in text
-    # What is learnt, told apart by the words alone: the answers and the end of each.
+    # Tokens with loss, found by the words only: the answers and their end tokens.
     learnt = tokenizer.decode(labels[labels != -100].tolist())
     answers = [part.split("<|")[0] for part in text.split("<|assistant|>")[1:]]
     assert learnt in ("".join(answers), text.split("<|")[0] + "".join(answers))
-    # A stream marks the same way.
+    # A stream has the same labels.
     blocks = TextStream(asked, tokenizer, 0, frozenset()).blocks()
     labels = torch.cat([next(blocks)[0].labels for _ in range(9)])
     words = tokenizer.decode(labels[labels != -100].tolist())

@@ -1,4 +1,4 @@
-"""Documents from files of every supported type."""
+"""Tests of documents from files of every supported type."""
 
 import bz2
 import csv
@@ -73,7 +73,7 @@ def test_find_documents_records_without_field(tmp_path, caplog):
 
     assert list(write([{"id": 1}, {"text": "a"}, {"text": "b"}, {"id": 2}, {"text": "c"}])) == ["a", "b", "c"]
     assert caplog.messages == [f"data {str(tmp_path / 'l.jsonl')!r}: 2 of 5 records have no 'text': skipped"]
-    # Of a file that is not read to its end, what was seen.
+    # A file that is not read to its end reports the records seen.
     beginning = write([{"id": 1}, *({"text": str(number)} for number in range(9))])
     assert [next(beginning) for _ in range(3)] == ["0", "1", "2"]
     beginning.close()
@@ -81,7 +81,7 @@ def test_find_documents_records_without_field(tmp_path, caplog):
     refused = r"l\.jsonl', line 2: no field 'text' \(found 'id'\); set data\.text_field"
     with pytest.raises(UserError, match=refused):
         list(write([{"text": "a"}, {"id": 1}, {"id": 2}]))
-    # Long before the end of a file that will not do.
+    # A file without the field is refused long before its end.
     long = write([{"text": "a"}, *({"id": number} for number in range(500)), 5])
     with pytest.raises(UserError, match=refused):
         list(long)

@@ -1,4 +1,4 @@
-"""The database stage: streamed, shared out among ranks, offloaded, checked; always the same database."""
+"""Tests of the database stage: streamed, distributed over ranks, offloaded and resumed, it gives the same database."""
 
 import json
 import os
@@ -199,7 +199,7 @@ def test_out_of_memory_reduces_blocks_per_pass(dense, calibration, tmp_path, mon
 
     def small(layer, states_BTD, **arguments):
         seen.append(len(states_BTD))
-        output = forward(layer, states_BTD, **arguments)  # the sums have been added to by then
+        output = forward(layer, states_BTD, **arguments)  # the sums are already updated
         if len(states_BTD) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return output

@@ -1,4 +1,4 @@
-"""Channels of experts as units: what is left of a layer is the layer with the others' columns at zero."""
+"""Tests of expert channels as units: the pruned layer equals the dense layer with masked channels."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def mixture(tmp_path_factory):
 
 
 def random_cut(dense, site, share=0.5, seed=0):
-    """Other channels in every expert, not refitted."""
+    """Cut random channels, different in every expert, without refit."""
     generator = torch.Generator().manual_seed(seed)
     count = round(share * site.num_units)
     channels_EK = torch.stack(
@@ -62,12 +62,12 @@ def random_cut(dense, site, share=0.5, seed=0):
 
 
 def masked_weights(dense, cuts):
-    """The dense weights with zeros where an output projection reads a channel that is gone."""
+    """Return the dense weights with zeros in the output projections of removed channels."""
     weights = dict(dense.weights)
     for site in dense.sites:
         if site.name in cuts:
             whole = weights[site.output_tensor]
-            # In the order experts * channels * rows.
+            # Dimensions: experts * channels * rows.
             masked = torch.zeros_like(whole.movedim(site.output_dim, 1))
             for expert, channels in enumerate(cuts[site.name].channels.tolist()):
                 masked[expert, channels] = whole.movedim(site.output_dim, 1)[expert, channels]
@@ -92,12 +92,12 @@ def test_narrowed_experts_match_masked_experts(family, mixture, tmp_path):
         expected, found = masked(tokens).logits, cut(tokens).logits
         assert (expected - dense.model(tokens).logits).abs().max() > 0.01
         assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
-        # One token after another, from the cache.
+        # One token at a time, with the cache.
         whole = cut.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False)
         assert cut.generate(tokens, max_new_tokens=4, do_sample=False).equal(whole)
     for name, parameter in cut.named_parameters():
         wanted = masked.get_parameter(name).grad
-        if wanted.shape == parameter.shape:  # the router and all that was not cut
+        if wanted.shape == parameter.shape:  # the router and all uncut parameters
             torch.testing.assert_close(parameter.grad, wanted, atol=1e-4, rtol=1e-3)
     routers = [name for name, _ in cut.named_parameters() if name.endswith(f"{family_of(dense.config).router}.weight")]
     assert all(cut.get_parameter(name).grad.abs().sum() > 0 for name in routers) and routers
@@ -174,7 +174,7 @@ def test_prune_expert_channels_single_expert(mixture, calibration, tmp_path):
 def test_prune_expert_channels_unused_expert(mixture, calibration, tmp_path, caplog):
     dense = mixture("mixtral")
     site, statistics, experts = statistics_of(dense, calibration, tmp_path)
-    # Far from what any token asks for, but not infinitely.
+    # Low enough that no token is routed to it, but finite.
     logits = experts.logits(statistics.inputs_ND)
     bias_E = torch.zeros(experts.count)
     bias_E[3] = float(logits.min() - logits.max())
@@ -217,7 +217,7 @@ def test_level_sizes(mixture):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_run_exports_native_model(family, mixture, text, tmp_path):
-    """As all mixtures do by default."""
+    """Runs on mixtures can be exported natively by default."""
     dense = mixture(family)
     settings = {**SETTINGS, "data.source": str(text), "database.experts": "channels"}
     run = prune(dense.source, target=0.7, out=tmp_path / "run", settings=settings)
@@ -236,7 +236,7 @@ def test_run_exports_native_model(family, mixture, text, tmp_path):
 
 @pytest.mark.slow
 def test_run_with_experts_then_channels(text, tmp_path):
-    """One kind of unit a run; what the first has left, the second makes narrower."""
+    """Prune experts in a first run, and the channels of the remaining ones in a second."""
     folder = make_checkpoint("mixtral", tmp_path / "dense")
     settings = {**SETTINGS, "data.source": str(text)}
     first = prune(folder, target=0.8, out=tmp_path / "first", settings=settings)

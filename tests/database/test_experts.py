@@ -1,4 +1,4 @@
-"""Experts as units: what is left of a layer is the layer with the others out of the router's reach."""
+"""Tests of experts as units: the pruned layer equals the dense layer with a masked router."""
 
 import itertools
 import json
@@ -100,7 +100,7 @@ def statistics_of(dense, calibration, tmp_path):
 
 
 def error_without(experts, statistics, gone):
-    """The mean squared error of the layer's output, each token's over the stream's: by masking the router."""
+    """Return the mean squared error of the layer's output relative to the stream, by masking the router."""
     x_ND, logits_NE = statistics.inputs_ND, experts.logits(statistics.inputs_ND)
     whole_ND = experts.sum_of(x_ND, experts.gates(logits_NE))
     logits_NE = logits_NE.index_fill(1, torch.tensor(sorted(gone), dtype=torch.long), -torch.inf)
@@ -131,7 +131,7 @@ def test_removal_order_smallest_error(family, settings, mixture, calibration, tm
 
 @torch.no_grad()
 def test_removal_order_of_duplicate_experts(mixture, calibration, tmp_path):
-    """Two experts that do the same, and matter most: one of them goes first, for nothing."""
+    """One of two equal and most important experts is removed first, at no cost."""
     dense = mixture("mixtral")
     site, statistics = statistics_of(dense, calibration, tmp_path)
     experts = Experts.of(dense.config, site, dense.weights)
@@ -154,7 +154,7 @@ def test_removal_order_of_duplicate_experts(mixture, calibration, tmp_path):
 
 @torch.no_grad()
 def test_prune_experts_errors(mixture, calibration, tmp_path):
-    """Errors said are those found by running the layer; they fall by the refit, and rise with what goes."""
+    """Reported errors equal those of running the layer; refit lowers them, and removal raises them."""
     dense = mixture("granitemoe")
     site, statistics = statistics_of(dense, calibration, tmp_path)
     experts = Experts.of(dense.config, site, dense.weights)
@@ -176,7 +176,7 @@ def test_prune_experts_errors(mixture, calibration, tmp_path):
 
 @torch.no_grad()
 def test_refit_experts_matches_least_squares(mixture, calibration):
-    """One expert that all tokens go to: what a long way round gives, with the ridge that tokens held back chose."""
+    """Compare an expert that gets all tokens with least squares, with the ridge chosen on held-back tokens."""
     dense = mixture("mixtral")
     experts = Experts.of(dense.config, first_experts(dense), dense.weights)
     alone = replace(experts.some([0]), routed=1)
@@ -192,7 +192,7 @@ def test_refit_experts_matches_least_squares(mixture, calibration):
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_active_params_limit(family, mixture, calibration, tmp_path):
-    """Counted in the cut model: a shared expert, norms and the router are for every token."""
+    """Count in the cut model: shared expert, norms and router are active for every token."""
     dense = mixture(family)
     build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3), tmp_path)
     database = Database(tmp_path, kept=sites_needed(dense.config, dense.sites))
@@ -249,7 +249,7 @@ def test_level_sizes_of_experts(mixture):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_neighbourhood_and_sensitivity_of_experts(family, mixture, calibration, tmp_path, monkeypatch):
-    # Where a token goes is a matter of rounding for some of them.
+    # The routing of some tokens depends on rounding.
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
     dense = mixture(family)
     build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=3), tmp_path)
@@ -272,14 +272,14 @@ def test_neighbourhood_and_sensitivity_of_experts(family, mixture, calibration, 
         if not site.routed:
             continue
         assert found.first[index][1] == found.second[index][1] == 0
-        # To first order: a step of a thousandth of the way to level 2, by the block's own output.
+        # First order: finite differences of the block's output, a thousandth of the way to level 2.
         model = build_model(dense.config, dense.sites, dense.weights, database.cuts(dense.sites, base.levels, CPU))
         expected = slope(dense, model, site, cut(index, 2), reference)
         assert found.first[index][2] == pytest.approx(expected, rel=0.1, abs=2e-4)
 
 
 def slope(dense, model, site, cut, reference, step=1e-3):
-    """How KL changes with the output of one mixture of `model` on its way to `cut`, by differences."""
+    """Return the change of KL with the output of one mixture of `model` towards `cut`, by finite differences."""
     other = Experts.of(dense.config, site, cut_site(site, dense.weights, cut))
     block = model.model.layers[site.layer].get_submodule(family_of(dense.config).mlp)
     found = []
@@ -298,7 +298,7 @@ def slope(dense, model, site, cut, reference, step=1e-3):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_run_of_mixture(family, mixture, text, tmp_path):
-    # As small as a KV group, so that many plans meet a budget.
+    # Experts as small as a KV group, so that many plans meet the budget.
     dense = mixture(family, intermediate_size=16)
     settings = {**SETTINGS, "data.source": str(text), "search.uniform": False}
     run = prune(dense.source, target=0.7, out=tmp_path / "run", settings=settings)
@@ -322,7 +322,7 @@ def test_run_of_mixture(family, mixture, text, tmp_path):
     ("family", "model"), [("mixtral", "MixtralForCausalLM"), ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")]
 )
 def test_uniform_run_exports_native_mixture(family, model, mixture, text, tmp_path):
-    """The default for mixtures."""
+    """Search for uniform plans, the default for mixtures."""
     settings = {**SETTINGS, "data.source": str(text)}
     dense = mixture(family, intermediate_size=16)
     run = prune(dense.source, target=0.8, out=tmp_path / "run", settings=settings)
@@ -335,7 +335,7 @@ def test_uniform_run_exports_native_mixture(family, model, mixture, text, tmp_pa
 
 
 def test_pruned_mixture_with_load_balancing_runs(tmp_path):
-    """Its config asks for a loss that only layers with one number of experts have."""
+    """Its config enables a loss that needs the same number of experts in all layers."""
     folder = make_checkpoint("mixtral", tmp_path / "dense", output_router_logits=True)
     dense = load_dense(str(folder), "kv_group", CPU)
     site = first_experts(dense)

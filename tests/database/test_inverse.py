@@ -1,4 +1,4 @@
-"""The inverse of the damped Gram matrix: float32 only where it is as accurate as float64."""
+"""Tests of the inverse of the damped Gram matrix: float32 is used only where it is as accurate as float64."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from darwinlm.database.solver import prune_site
 
 
 def gram_of_condition(power, columns=700, seed=0):
-    """Eigenvalues from 1 down to 10^-power, in random directions."""
+    """Create a matrix with eigenvalues from 1 down to 10^-power, in random directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
     return ((directions * torch.logspace(0, -power, columns, dtype=torch.float64)) @ directions.T).float()
 
 
 def relative_error(inverse, hessian):
-    """Of the entries, as of a correlation matrix: the root mean square over rows of a row's norm."""
+    """Return the error of entries scaled as in a correlation matrix: the root mean square of the rows' norms."""
     exact = torch.linalg.inv(hessian)
     scale = exact.diagonal().rsqrt()
     return ((inverse.double() - exact) * scale[:, None] * scale).square().sum(1).mean().sqrt().item()

@@ -1,4 +1,4 @@
-"""The kernel that chooses a block, by Triton's interpreter, against the plain loop; what an accelerator launches."""
+"""Tests of the kernel that chooses a block, in Triton's interpreter, and of operations launched on an accelerator."""
 
 import importlib.util
 import os
@@ -16,11 +16,11 @@ from darwinlm.database.inverse import damped_inverse
 from darwinlm.database.solver import prune_site
 
 BLOCKS = {"one": (1, 1), "few": (5, 5), "odd": (33, 20), "all": (60, 60), "terms in several tiles": (300, 40)}
-"""Candidates and removals."""
+"""Numbers of candidates and removals."""
 SITES = {"plain": (24, 23), "blocks of 8": (120, 60)}
-"""Columns of a site and how many go, one after the other."""
+"""Numbers of columns of a site and of removals, one at a time."""
 
-# Triton decides when it is imported whether its kernels are interpreted.
+# Triton reads at import whether to interpret its kernels.
 INTERPRETED = """
 import sys, torch
 from darwinlm.database import kernel, solver
@@ -36,15 +36,15 @@ torch.save(found, sys.argv[2])
 
 
 def block_of(candidates, removals):
-    """P, M and how many go."""
+    """Return P, M and the number of removals."""
     weight, _, gram = problem(candidates, 1)
     return damped_inverse(gram, 0.1), weight.T @ weight, removals
 
 
 def tied_site(columns_per_unit=1, units=40, rows=12):
-    """Inputs that have nothing in common, and few different norms of weights: many units cost exactly the same.
+    """Create uncorrelated inputs and weights with few different norms, so that many units cost exactly the same.
 
-    Returned with the order in which they go.
+    Returns weight, Gram matrix and the order of removal.
     """
     norms = torch.randint(0, 4, (units,), generator=torch.Generator().manual_seed(3))
     weight = (torch.arange(rows)[:, None] < norms.repeat_interleave(columns_per_unit)).float()
@@ -59,7 +59,7 @@ def gone(kept, units):
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: it is on Linux x86-64 alone")
+        pytest.skip("Triton is not installed: it is only available on Linux x86-64")
     folder = tmp_path_factory.mktemp("interpreted")
     blocks = {name: block_of(*sizes) for name, sizes in BLOCKS.items()}
     tied = torch.diag(torch.tensor([2.0, 1.0, 4.0, 1.0, 2.0, 1.0])), torch.diag(torch.tensor([2.0, 1, 8, 1, 2, 1])), 6
@@ -164,7 +164,7 @@ def test_kernel_falls_back_without_triton(monkeypatch, caplog):
 
 
 def columns_of(units):
-    """A site of single columns. On a CPU its blocks are chosen in NumPy, which counts nothing: as does one launch."""
+    """Create a site of single columns. On a CPU, NumPy chooses its blocks, uncounted like one kernel launch."""
     weight, _, gram = problem(units, 1)
     return solver._Columns(weight.T.contiguous(), gram, 0.1, 1)
 

@@ -1,4 +1,4 @@
-"""The blocked solver against the formulas written plainly: one unit at a time, full inverses, least squares."""
+"""Tests of the blocked solver against the plain formulas: one unit at a time, full inverses, least squares."""
 
 import pytest
 import torch

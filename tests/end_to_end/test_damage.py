@@ -1,4 +1,4 @@
-"""A file of a finished run is cut short, has a bit flipped, or is gone: the same command says so and makes it again."""
+"""Tests of damaged files of a finished run: the same command reports and recreates them."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 SITES = [f"database/layers.{layer}.{kind}.safetensors" for layer in range(3) for kind in ("attention", "mlp")]
 MADE_AGAIN = {
-    # The file, and what is said; {} is its path.
+    # File and message; {} is its path.
     "corpus.safetensors": r"{} is \w+: recreating it \(corpus\)",
     **dict.fromkeys(SITES, r"{} is damaged or missing: rebuilding its site"),
     "database/index.json": r"{} is \w+: rebuilding the database",
@@ -52,13 +52,13 @@ NOT_NEEDED = (
     "recovery/losses.json",
     "recovery/weights.safetensors",
 )
-"""By a run that is finished."""
+"""Files that a finished run no longer needs."""
 OTHERWISE = ("manifest.json", "recipe.yaml", "evaluation/measured.json", "report/metrics.json", "report/index.html")
 
 
 @pytest.fixture
 def again(run, checkpoint, tmp_path, caplog):
-    """A copy of the finished run, and its command."""
+    """Copy of the finished run, and its command."""
     finished, settings = run
     shutil.copytree(finished.path, tmp_path / "run")
 
@@ -66,7 +66,7 @@ def again(run, checkpoint, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="darwinlm"):
             prune(checkpoint("qwen3"), target=TARGET, out=tmp_path / "run", settings={**settings, **changes})
-        # Whether so short a training improves so small a model depends on the rounding of the hardware.
+        # Whether such a short training improves such a small model depends on the rounding of the hardware.
         lines = [record.getMessage() for record in caplog.records]
         return [line for line in lines if "did not improve the model" not in line]
 
@@ -101,7 +101,7 @@ def test_damaged_unneeded_file(name, damage, again):
     damage(out / name)
     before = files_of(out)
     said = [line.partition(" (")[0] for line in same_command()]
-    # The report reads the JSON files if they are there.
+    # The report reads the JSON files that exist.
     assert said == [f"report not updated: {out / name} is damaged"] * (name.endswith(".json") and damage is not delete)
     assert files_of(out) == before
 
@@ -240,7 +240,7 @@ def test_flipped_bit_in_sealed_json_detected(position, bit, tmp_path_factory):
         found = read_json(file)
     except UserError:
         return
-    # A bit of white space, or of the word "checksum" itself.
+    # The bit is in whitespace, or in the word "checksum".
     assert {key: found[key] for key in payload} == payload
 
 

@@ -1,4 +1,4 @@
-"""Models that a former version pruned, which had a modelling file of its own for four families: same logits today."""
+"""Tests of models pruned by a former version, with its own modeling file for four families: the logits are the same."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from darwinlm.models.config import load_sizes
 from darwinlm.models.loading import expected_shapes, load_dense
 
 FORMER = json.loads((Path(__file__).parents[1] / "fixtures" / "former_checkpoints.json").read_text())
-"""By family: `config.json`, the tensors, and logits that the former version computed."""
+"""`config.json`, tensors, and logits computed by the former version, by family."""
 TOKENS = torch.arange(3, 43).view(2, 20)
 
 

@@ -1,4 +1,4 @@
-"""Runs that versions 0.1.0 and 0.2.0 began: this version continues them with the settings that they were made with."""
+"""Tests of runs of versions 0.1.0 and 0.2.0: this version resumes them with their original settings."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from darwinlm.run.directory import RunDirectory
 from darwinlm.runtime.files import file_checksum, read_json, write_json
 
 FORMER = json.loads((Path(__file__).parents[1] / "fixtures" / "former_run.json").read_text())
-"""What the manifest of a run of version 0.1.0 says of its recipe, and of itself."""
+"""Recipe and facts in the manifest of a run of version 0.1.0."""
 
 
 def test_former_run_settings_keep_values():
@@ -66,12 +66,12 @@ def test_former_finished_run_resumed(run, checkpoint, tmp_path, caplog):
 
 
 RENAMED = {"trial_tokens": "train_tokens", "score_tokens": "validation_tokens", "held_out_tokens": "test_tokens"}
-"""Settings of `data`, in 0.2.0 and now."""
+"""Settings of `data`: names in 0.2.0 and present names."""
 
 
 @pytest.fixture
 def of_0_2_0(run, tmp_path):
-    """A copy of the finished run with the files of version 0.2.0, and its settings under their names of then."""
+    """Copy of the finished run with the files of version 0.2.0, and its settings by their former names."""
     finished, settings = run
     copied = shutil.copytree(finished.path, tmp_path / "run")
     corpus, manifest = copied / "corpus.safetensors", read_json(copied / "manifest.json")

@@ -1,4 +1,4 @@
-"""Readers of recipes, targets and plans take anything: they return, or say what is wrong; they never crash or hang."""
+"""Fuzz the readers of recipes, targets and plans: they return or raise a one-line error, and never crash or hang."""
 
 import contextlib
 import json
@@ -79,7 +79,7 @@ def test_fuzz_recipe_values(settings, tmp_path):
     except UserError as error:
         one_line(error)
         return
-    # What is accepted can be written, read again and is the same.
+    # Accepted recipes survive a round trip through YAML.
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml", {}) == recipe
 

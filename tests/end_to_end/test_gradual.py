@@ -1,4 +1,4 @@
-"""Pruning what is pruned already, by itself and in the steps of a gradual run."""
+"""Tests of pruning pruned models, separately and in the steps of a gradual run."""
 
 import json
 import os
@@ -55,9 +55,8 @@ CASES = [(family, granularity) for family in FAMILIES for granularity in GRANULA
 
 @pytest.fixture(scope="module")
 def twice(pruned, calibration, tmp_path_factory):
-    """A model cut unevenly (the first layer lacks attention, the second its MLP), read from its folder, and a database
-    of it: what was cut at first, and what can be cut next.
-    """
+    """Return a function that gives the cuts of an uneven model (the first layer lacks attention, the second its MLP),
+    the model loaded from its folder, and a database of it."""
     known = {}
 
     def get(family, granularity):
@@ -77,7 +76,7 @@ def twice(pruned, calibration, tmp_path_factory):
 
 
 def composed(first, cut):
-    """What two cuts of a site, one after the other, come to."""
+    """Compose two consecutive cuts of a site."""
     return Cut(tuple(first.kept[unit] for unit in cut.kept), cut.output_weight)
 
 
@@ -230,7 +229,7 @@ def test_steps_remove_equal_shares():
     assert sizes[-1] == 460
     shares = [(after - 100) / (before - 100) for before, after in zip([1000, *sizes], sizes, strict=False)]
     assert shares == pytest.approx([shares[0]] * 3, rel=5e-3)
-    # A later step cuts a smaller model, and its fractions are of the first.
+    # A later step cuts a smaller model, but its fractions refer to the first.
     later = make_budget({"params": 0.46}, {"params": limit(700, 100, reference=1000)}).limits[0]
     assert (later.maximum, later.dense, later.uncut) == (460, 1000, 700)
 
@@ -270,11 +269,11 @@ SIZE = 0.45
 
 
 class Crash(BaseException):
-    """Not an Exception: nothing may catch it."""
+    """Simulated crash; not an Exception, so that nothing catches it."""
 
 
 def crash_at(monkeypatch, wanted):
-    """Stop at the first file for which `wanted` says so."""
+    """Crash at the first file for which `wanted` is true."""
     replace = os.replace
 
     def replace_or_crash(source, destination):
@@ -287,7 +286,7 @@ def crash_at(monkeypatch, wanted):
 
 @pytest.fixture(scope="module")
 def gradual(checkpoint, text, tmp_path_factory):
-    """A finished gradual run, its settings, and where it was in its first step and when its second began."""
+    """Finished gradual run, its settings, and copies from its first step and from the start of its second."""
     root = tmp_path_factory.mktemp("gradual")
     settings = {**GRADUAL, "data.source": str(text), "export.targets": ["gguf", "vllm"]}
     places, replace = {"step-1/search/state.json": root / "early", "run/database": root / "begun"}, os.replace
@@ -348,7 +347,7 @@ def test_gradual_run_evaluated_and_exported(gradual, checkpoint, tmp_path):
 def test_gradual_run_splits_training_over_steps(gradual):
     run, _, begun = gradual
     losses = [json.loads((path / "recovery" / "losses.json").read_text()) for path in (run.path / "step-1", run.path)]
-    # Of 96 tokens 48, in batches of 2 * 16: 2 steps; then what is left.
+    # First 48 of 96 tokens, in batches of 2 * 16: 2 steps; then the rest.
     assert [len(one["loss"]) for one in losses] == [2, 1]
     stages = [f"step 1: {name}" for name in ("database", "search", "recovery", "export")]
     stages += ["database", "search", "recovery", "evaluation", "export", "gguf", "vllm"]
@@ -394,7 +393,7 @@ def test_gradual_run_resumes_to_same_files(place, gradual, checkpoint, tmp_path,
             with pytest.raises(Crash):
                 prune(checkpoint("llama"), target=SIZE, out=tmp_path / "run", settings=settings)
     elif place == "nothing":
-        # A file of an earlier step, damaged: recreating it.
+        # A damaged file of an earlier step is recreated.
         file = tmp_path / "run" / "step-1" / "model" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
     prune(checkpoint("llama"), target=SIZE, out=tmp_path / "run", settings=settings)
@@ -407,7 +406,7 @@ def test_recover_again_trains_last_step(gradual, tmp_path):
     recover_again(tmp_path / "run", {"recovery.tokens": "0.192K"})
     before, after = files_of(finished.path), files_of(tmp_path / "run")
     assert not any(name.startswith("step-1") for name in before if before[name] != after.get(name))
-    # Of 192 tokens the first step has had 64.
+    # The first step has used 64 of 192 tokens.
     assert len(json.loads((tmp_path / "run" / "recovery" / "losses.json").read_text())["loss"]) == 4
 
 

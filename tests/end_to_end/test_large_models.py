@@ -1,6 +1,6 @@
-"""What large models need on an accelerator: the dense weights in their own dtype, and out of the way when trials run.
+"""Tests of large models on an accelerator: dense weights in their own dtype, layers offloaded during trials.
 
-The CPU stands in for the accelerator: the dense model is held in bfloat16, as it would be there.
+The CPU simulates the accelerator: the dense model is held in bfloat16, as on a GPU.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ CORPUS = Corpus(dict.fromkeys(("train", "validation"), Tokens.unmasked(BLOCKS)))
 
 @pytest.fixture
 def half(pruned, monkeypatch):
-    """A model whose weights are held in bfloat16, and its database."""
+    """Model with weights in bfloat16, and its database."""
     monkeypatch.setattr(DenseModel, "compute_dtype", property(lambda dense: torch.bfloat16))
     dense, database = pruned("llama", "kv_group")
     return dataclasses.replace(dense), database

@@ -1,4 +1,4 @@
-"""Odd shapes and odd numbers: one layer, one channel, dead channels, repeated tokens, losses without a value."""
+"""Tests of edge cases: one layer, one channel, inactive channels, repeated tokens, non-finite losses."""
 
 import json
 import math
@@ -121,7 +121,7 @@ def test_odd_head_dim_refused(head_dim, tmp_path):
         load_dense(str(tmp_path), "kv_group", CPU)
 
 
-# ---- calibration on odd text and odd weights
+# ---- calibration on unusual text and weights
 
 
 def change_weights(folder, change):
@@ -207,7 +207,7 @@ def test_run_of_one_layer_and_one_character_documents(tmp_path):
         assert torch.isfinite(darwinlm.load(finished.path)(torch.arange(8)[None]).logits).all()
 
 
-# ---- losses without a value
+# ---- non-finite losses
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_trial_with_nonfinite_loss(value, scorer, monkeypatch):
 
     def diverge(model, *arguments, **named):
         train_briefly(model, *arguments, **named)
-        next(model.model.layers.parameters()).data.fill_(value)  # the ends are the dense model's own
+        next(model.model.layers.parameters()).data.fill_(value)  # the ends are shared with the dense model
         return True
 
     monkeypatch.setattr("darwinlm.search.trials.train_briefly", diverge)
@@ -246,7 +246,7 @@ def test_train_briefly_stops_at_nonfinite_loss(pruned):
     model = build_model(dense.config, dense.sites, weights, {}, trainable=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert not train_briefly(model, torch.ones(4, 8), rate=LearningRate(1e-3), batch_size=2)
-    for name, tensor in model.state_dict().items():  # in the type that it was trained in
+    for name, tensor in model.state_dict().items():  # in the dtype of training
         assert torch.equal(tensor, before[name].to(tensor.dtype))
 
 

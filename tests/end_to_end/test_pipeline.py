@@ -1,4 +1,4 @@
-"""The whole flow on a tiny model: what a run leaves, and that no crash changes what it comes to."""
+"""Tests of the whole pipeline on a tiny model: outputs of a run, and equal results after crashes."""
 
 import itertools
 import json
@@ -140,7 +140,7 @@ def test_recover_command_resumes_run(run, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(finished.path, tmp_path / "run")
     before = files_of(out)
     shutil.rmtree(out / "model")
-    # Here it is a guest in another process.
+    # Skip what the command sets up for a process of its own.
     monkeypatch.setattr(progress, "set_up", lambda **arguments: None)
     monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
     assert cli.exit_code(["recover", str(out), "--quiet"]) == 0
@@ -151,7 +151,7 @@ def test_recover_command_resumes_run(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("extra", [{"lora_rank": 2}, {"teacher_top_k": 8, "teacher_dtype": "int8"}])
 def test_recover_again_trains_same_plan(extra, run, tmp_path, monkeypatch):
     finished, _ = run
-    # Whether so short a training improves so small a model depends on the rounding of the hardware.
+    # Whether such a short training improves such a small model depends on the rounding of the hardware.
     monkeypatch.setattr(training, "best_of", lambda evaluations: evaluations[-1])
     out = tmp_path / "run"
     shutil.copytree(finished.path, out)
@@ -198,7 +198,7 @@ def test_two_sharded_ranks_resume_after_kill(run, checkpoint, tmp_path):
     (tmp_path / "lost.py").write_text(LOST_RANK)
     lost = subprocess.run([*launcher, str(tmp_path / "lost.py"), *command], capture_output=True, text=True)
     assert "Signal 9 (SIGKILL)" in lost.stderr, lost.stderr
-    # The launcher, which has a traceback of its own, may end rank 0 before that sees that rank 1 is gone.
+    # The launcher, which prints its own traceback, may end rank 0 before it notices that rank 1 is gone.
     ours = [line for line in lost.stderr.splitlines() if "another rank has stopped" in line or "Interrupted;" in line]
     assert len(ours) <= 1 and "[rank0]: Traceback" not in lost.stderr, lost.stderr
     done = subprocess.run([*launcher, "-m", "darwinlm", *command], capture_output=True, text=True)
@@ -209,7 +209,7 @@ def test_two_sharded_ranks_resume_after_kill(run, checkpoint, tmp_path):
     tokens = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         here, there = model(tokens).logits, finished.load()(tokens).logits
-    # The two trained in bfloat16, where the hardware is fast in it, and added up in another order.
+    # Both trained in bfloat16 where the hardware is fast with it, and summed in a different order.
     assert (here - there).abs().max() < 0.02 * there.abs().max()
 
 
@@ -227,7 +227,7 @@ def test_ranks_report_stopped_rank_in_one_line(run, checkpoint):
 
 
 def test_recovery_files_removed_after_barrier(run, tmp_path, monkeypatch):
-    """The last that they read are the best weights, at the end of `recover`."""
+    """The last files that they read are the best weights, at the end of `recover`."""
     finished, _ = run
     shutil.copytree(finished.path, tmp_path / "run")
     events = []
@@ -245,7 +245,7 @@ def test_recovery_files_removed_after_barrier(run, tmp_path, monkeypatch):
 
 
 class Crash(BaseException):
-    """Not an Exception: nothing may catch it."""
+    """Simulated crash; not an Exception, so that nothing catches it."""
 
 
 @pytest.mark.parametrize("nth", range(1, 31, 4))
@@ -348,7 +348,7 @@ def test_run_resumes_after_sigkill(run, checkpoint, tmp_path):
 
 INTERRUPTED = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background processes
 numbers, places = [getattr(signal, name) for name in sys.argv[1].split(",")], sys.argv[2].split(",")
 replace = os.replace
 def interrupt(source, destination):
@@ -368,7 +368,7 @@ main()
     [
         ("SIGTERM", "search/state.json"),
         ("SIGINT", "database/index.json"),
-        # The second comes while the first is being dealt with: the manifest is written on the way out.
+        # The second signal arrives during the handling of the first: the manifest is written at exit.
         ("SIGINT,SIGINT", "search/state.json,manifest.json"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Nothing that comes with a model, or lies in a run, runs code, writes outside the run, or speaks to the terminal."""
+"""Tests of security: nothing in a model or a run runs code, writes outside the run, or sends terminal codes."""
 
 import ast
 import contextlib
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Payload:
-    """Whoever unpickles it makes a folder."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -50,7 +50,7 @@ PICKLES = (
 
 
 def plant(folder, mark):
-    """Every file that something might unpickle, in both forms of pickles."""
+    """Write every file that something might unpickle, in both pickle formats."""
     for number, name in enumerate(PICKLES):
         if number % 2:
             torch.save(Payload(mark), folder / name)
@@ -209,7 +209,7 @@ def test_symlink_as_lock_refused(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-# ---- text that others wrote
+# ---- untrusted text
 
 NAMES = (
     "<script>alert(1)</script>",

@@ -1,4 +1,4 @@
-"""Checkpoints of several files: read as such, and written as such where a file would be too large."""
+"""Tests of checkpoints of several files: they are read, and written if a single file would be too large."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights_of(folder):
-    """The files of a checkpoint, and its tensors."""
+    """Return the files of a checkpoint, and its tensors."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     return sorted(file.name for file in folder.glob("*.safetensors")), model.state_dict()
 
@@ -37,7 +37,7 @@ def test_sharded_checkpoint_pruned_and_written(checkpoint, run, text, small_file
     files, tensors = weights_of(tmp_path / "sharded")
     assert len(files) > 3 and (tmp_path / "sharded" / INDEX).exists()
 
-    # Layers are mapped from whichever file has them, and the result is the same as from a single file.
+    # Layers are memory-mapped from the files that contain them; the result is the same as from a single file.
     settings = SETTINGS | {"data.source": str(text), "search.offload": "cpu"}
     streamed = prune(tmp_path / "sharded", target=TARGET, out=tmp_path / "streamed", settings=settings)
     again = prune(
@@ -54,7 +54,7 @@ def test_sharded_checkpoint_pruned_and_written(checkpoint, run, text, small_file
 
     ids = torch.arange(24).view(1, 24)
     assert torch.equal(again.load()(ids).logits, whole.load()(ids).logits)
-    # A file of the result that is missing is named.
+    # A missing file of the result is an error.
     (again.model_path / files[-1]).unlink()
     with pytest.raises(darwinlm.UserError, match="cannot be loaded"):
         again.load()

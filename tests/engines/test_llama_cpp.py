@@ -1,4 +1,4 @@
-"""llama.cpp: logits token by token, and timing."""
+"""Tests of llama.cpp: logits token by token, and timing."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ def test_llama_cpp_logits_token_by_token(file):
 
 
 def test_llama_cpp_request_seconds(file, monkeypatch):
-    """On a clock on which a call takes a second and one for each of its tokens."""
+    """Simulate a clock: a call takes one second, and one more per token."""
     engine, decode, now = Engine(file), Engine._decode, [0]
 
     def timed(engine, context, tokens, *arguments, **named):

@@ -1,4 +1,4 @@
-"""Timing in vLLM, with a stand-in for it."""
+"""Tests of timing in vLLM, with a fake `vllm`."""
 
 import json
 
@@ -9,7 +9,7 @@ from darwinlm.engines import vllm
 from darwinlm.errors import EngineError
 
 STAND_IN = '''
-"""Notes what it is asked and says nothing; a token of a prompt takes a second, a new one ten."""
+"""Logs its arguments and generates nothing; a prompt token takes one second, a new token ten."""
 import json, pathlib, sys, time
 
 CLOCK = [0]
@@ -40,7 +40,7 @@ class LLM:
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A `vllm` to import, and the file with what it was asked."""
+    """Install a fake `vllm`, and return the file where it logs its arguments."""
     notes = tmp_path / "notes.jsonl"
     (tmp_path / "site" / "vllm").mkdir(parents=True)
     (tmp_path / "site" / "vllm" / "__init__.py").write_text(STAND_IN + f"NOTES = {str(notes)!r}\n")
@@ -65,7 +65,7 @@ def test_vllm_alternates_models_by_batch_and_length(stand_in, tmp_path):
     ]
     assert max(one[4] for one in asked) < 50
     assert device.endswith("CPU threads") or torch.cuda.is_available()
-    # A prompt with its first token, and four tokens more.
+    # A prompt with its first token, and four more tokens.
     expected = [(1 * (8 + 10), 1 * 40), (3 * (16 + 10), 3 * 40)]
     assert times == [dict.fromkeys(folders, seconds) for seconds in expected]
 

@@ -1,4 +1,4 @@
-"""Measured rates, with a clock that counts operations."""
+"""Tests of measured rates, with a clock that counts operations."""
 
 from math import prod
 from types import SimpleNamespace

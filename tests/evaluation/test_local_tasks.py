@@ -1,4 +1,4 @@
-"""Zero-shot tasks in JSONL files."""
+"""Tests of zero-shot tasks in JSONL files."""
 
 import pytest
 from tasks import ITEMS, write

@@ -1,4 +1,4 @@
-"""Sizes and speeds of a model."""
+"""Tests of sizes and speeds of a model."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def test_parameters_of_and_kv_cache_bytes(pruned):
 
 
 def test_speeds_are_tokens_over_seconds(pruned, monkeypatch):
-    """With a clock on which a pass takes a second and one for each token, times the cost of the model."""
+    """Simulate a clock: a pass takes one second, and one more per token, times the cost of the model."""
     dense, database = pruned("qwen3", "kv_group")
     models, costs, now = {"dense": dense.model, "cut": halved(dense, database)}, {"dense": 1.0, "cut": 0.5}, [0.0]
 

@@ -1,4 +1,4 @@
-"""Paired comparisons against counting and plain statistics."""
+"""Tests of paired comparisons against enumeration and plain statistics."""
 
 import itertools
 import math

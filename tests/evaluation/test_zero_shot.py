@@ -1,4 +1,4 @@
-"""Results of lm-eval, item by item."""
+"""Tests of lm-eval results by item."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a form says of a family is all there is to it: a plain decoder made of it gives the family's logits."""
+"""Tests of forms: a plain decoder built only from a family's form gives the family's logits."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ OTHERS = {
 
 
 def decode(model):
-    """Logits by position, out of what the form says alone, float64."""
+    """Compute the logits of all positions in float64, from the form only."""
     config = model.config
     form, weights = read_form(config, "a plain decoder"), model.double().state_dict()
 
@@ -98,7 +98,7 @@ def test_form_decoder_matches_logits(case, shape, tmp_path):
     with torch.no_grad():
         expected = model(TOKENS[None]).logits[0]
         found = decode(model)
-    # transformers computes rope, and most norms, in float32.
+    # transformers computes RoPE, and most norms, in float32.
     assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp itself: logits and token ids as in transformers, for every family and odd shape."""
+"""Tests of GGUF files in llama.cpp: logits and token ids equal those of transformers, for all families and shapes."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ ROPES = {
 
 
 def differences(folder, file, tokens=TOKENS):
-    """Between llama.cpp's and transformers' logits, over the largest: at each position."""
+    """Return the difference of llama.cpp and transformers logits at each position, relative to the largest logit."""
     engine = Engine(file)
     found, expected = engine.logits(tokens), logits_of(load(folder), tokens)
     engine.close()
@@ -108,7 +108,7 @@ def test_gguf_scaled_rope(family, rope, tmp_path):
     config = make_config(family, rope_parameters={**ROPES[rope], "rope_theta": 10_000.0})
     config.per_layer_config = SHAPES["groups differ"]
     assert differences(tmp_path, write(config, tmp_path)).max() < 1e-4
-    # The settings matter on these tokens: without them the logits are others.
+    # The settings matter for these tokens: logits differ without them.
     plain = make_config(family)
     plain.per_layer_config = SHAPES["groups differ"]
     other = logits_of(save_pruned(plain, tmp_path / "plain"), TOKENS)
@@ -157,7 +157,7 @@ def test_gguf_smaller_dtypes(dtype, most, tmp_path):
     assert 1e-6 < differences(tmp_path / "model", exported.path).max() < most
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(exported.path).tensors}
     assert kinds["blk.1.ffn_down.weight"] == dtype.upper()
-    assert kinds["blk.0.ffn_down.weight"] == ("F16" if dtype == "q8_0" else dtype.upper())  # 48 is no multiple of 32
+    assert kinds["blk.0.ffn_down.weight"] == ("F16" if dtype == "q8_0" else dtype.upper())  # 48 is not a multiple of 32
     assert kinds["output_norm.weight"] == kinds["blk.2.attn_q.bias"] == "F32"
 
 
@@ -171,7 +171,7 @@ assert kind == "Q4_K_M" and int(threads) > 0 and open(source, "rb").read(4) == b
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A `llama-quantize` on the PATH that does what it is told, and no llama-cpp-python."""
+    """Install a fake `llama-quantize` on the PATH that runs `body`, without llama-cpp-python."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(quantize, "_LIBRARY", "no-such-package")
 

@@ -1,4 +1,4 @@
-"""Tokenizers in llama.cpp: the same token ids on a text that is hard to tokenize."""
+"""Tests of tokenizers in llama.cpp: token ids equal those of transformers on a text that is hard to tokenize."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from darwinlm.models.families import causal_lm
 
 
 def trained(steps, ignore_merges, **wrapping):
-    """A byte-level BPE of merges learnt from the text, split as the key of PRE_TOKENIZERS says."""
+    """Train a byte-level BPE tokenizer on the text, with the pre-tokenizer of a key of PRE_TOKENIZERS."""
     known = {
         "digits": pre_tokenizers.Digits(individual_digits=True),
         "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -47,7 +47,7 @@ def trained(steps, ignore_merges, **wrapping):
 
 
 def sentencepiece(prefix):
-    """BPE over characters with bytes to fall back to, as Llama 2 and the first Mistral have it."""
+    """Train a BPE tokenizer with byte fallback, as in Llama 2 and the first Mistral."""
     special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     spaces = normalizers.Replace(" ", "▁")
@@ -80,12 +80,12 @@ TEXTS = [TEXT, "", " ", "<s>a</s>b<mine> c", *TEXT.splitlines(), *TEXT.split(" "
 def test_byte_level_token_ids(key, tmp_path):
     tokenizer = trained(*key)
     texts = TEXTS
-    if PRE_TOKENIZERS[key] == "tekken":  # its combining marks are not llama.cpp's
+    if PRE_TOKENIZERS[key] == "tekken":  # llama.cpp handles combining marks differently
         texts = ["".join(c for c in text if not unicodedata.category(c).startswith("M")) for text in TEXTS]
     found, vocabulary = engine_ids(tokenizer, tmp_path, texts)
     assert vocabulary.pre == PRE_TOKENIZERS[key]
     assert found == tokenizer(texts).input_ids
-    assert max(map(len, found)) < len(TEXT.encode())  # some merges did apply
+    assert max(map(len, found)) < len(TEXT.encode())  # some merges were applied
 
 
 def test_tokenizer_adds_bos_and_eos(tmp_path):

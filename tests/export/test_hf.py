@@ -1,4 +1,4 @@
-"""A saved model in a clean process without darwinlm: same logits, same greedy tokens, all that transformers can do."""
+"""Tests of a saved model in a clean process without darwinlm: logits, greedy tokens, and transformers features."""
 
 import contextlib
 import json
@@ -19,12 +19,12 @@ from darwinlm.export.hf import _check_tokenizer, export_hf
 from darwinlm.models.cutting import build_model
 
 PYTHON = str(Path(os.environ.get("SAVED_MODEL_PYTHON", sys.executable)).absolute())
-"""`make test-versions` names one with the oldest transformers that the folders are for."""
+"""Python of the test; `make test-versions` sets one with the oldest supported transformers."""
 CASES = [(family, granularity) for family in FAMILIES for granularity in GRANULARITIES]
 TOKENS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(2))
 NEW = 12
 
-# What a user of the folder does; `darwinlm` cannot be imported there.
+# Use the folder without `darwinlm`, which cannot be imported.
 SCRIPT = """
 import json, sys, warnings
 sys.modules["darwinlm"] = None
@@ -163,14 +163,14 @@ TOKENIZER = "from transformers import AutoTokenizer; print(len(AutoTokenizer.fro
 
 @pytest.mark.slow
 def test_tokenizer_loads_on_terminal_without_prompt(result, checkpoint):
-    """AutoTokenizer asks there whether it may run the code of a folder, and waits for the answer."""
+    """On a terminal, AutoTokenizer asks whether it may run the code of a folder, and waits for an answer."""
     command = [PYTHON, "-c", TOKENIZER.format(folder=str(result[0]))]
     terminal, end = pty.openpty()
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(result[0]), "COLUMNS": "200"}
     with subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environment) as process:
         os.close(end)
         said = b""
-        with contextlib.suppress(OSError):  # the end of a terminal
+        with contextlib.suppress(OSError):  # end of the terminal
             while part := os.read(terminal, 1000):
                 said += part
                 assert b"[y/N]" not in said
@@ -190,7 +190,7 @@ def test_tokenizer_saved_differently_is_reported(result, checkpoint, caplog):
 
 
 def test_saved_model_not_loadable_without_code(result, tmp_path):
-    """Not even of one that lacks whole parts alone, whose tensors would all fit."""
+    """Loading fails even if only whole parts are removed, so that all tensors would fit."""
     with pytest.raises(KeyError, match="this model is pruned: load it with trust_remote_code=True"):
         AutoModelForCausalLM.from_pretrained(result[0])
     config = make_config("llama")
@@ -232,6 +232,6 @@ def test_saved_model_keeps_sliding_window(pruned):
     other[0, 0] = (other[0, 0] + 1) % VOCABULARY
     with torch.no_grad():
         change = (dense.model(long).logits - dense.model(other).logits).abs()[0].amax(-1)
-    # Three layers of a window of 8 reach 3 * 7 positions back, and no further.
+    # Three layers with a window of 8 reach exactly 3 * 7 positions back.
     assert change[:22].min() > 0
     assert change[22:].max() == 0

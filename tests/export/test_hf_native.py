@@ -1,4 +1,4 @@
-"""Layers of one size: found by the search, and written as transformers' own model, without any code in the folder."""
+"""Tests of uniform layers: found by the search, and saved as a transformers model without code in the folder."""
 
 import itertools
 import json
@@ -99,7 +99,7 @@ def test_native_export_refused(settings, shape, match, tmp_path):
 
 
 def test_linear_attention_layer_keeps_mlp(calibration, tmp_path):
-    """Its attention stays, and no layer of transformers' own could do without; one that attends may go as a whole."""
+    """Linear attention and its MLP are kept, as transformers needs them; a layer with full attention may be removed."""
     kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
     folder = make_checkpoint("qwen3_5_text", tmp_path / "dense", num_hidden_layers=4, layer_types=kinds)
     dense = load_dense(str(folder), "kv_group", torch.device("cpu"))
@@ -176,7 +176,7 @@ def test_uniform_run_exports_native_folder(checkpoint, text, tmp_path, capsys):
     history = [json.loads(line) for line in (tmp_path / "run" / "search" / "history.jsonl").read_text().splitlines()]
     assert len(history) == 1 and history[0]["score"] == min(history[0]["scores"])
     assert 1 < len(history[0]["scores"]) <= SETTINGS["search.offspring"]
-    # There were none to be asked for.
+    # The search has no mutations.
     assert "mutations of the evolution" not in (tmp_path / "run" / "report" / "index.html").read_text()
     found = run.metrics["rows"][-1]["parameters"]
     assert 0.6 < found / run.metrics["rows"][0]["parameters"] <= 0.8

@@ -1,4 +1,4 @@
-"""Folders for mlx-lm: what its code reads is in them. mlx-lm itself is large and not installed."""
+"""Tests of folders for mlx-lm: they contain what its code reads. mlx-lm is large and not installed."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ LLAMA3 = {
 @pytest.mark.parametrize("shape", ["groups differ", "only half layers", "middle without both"])
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3", "gemma3_text", "olmo2", "glm4", "smollm3"])
 def test_mlx_folder_contains_settings_of_its_code(family, shape, tmp_path, monkeypatch):
-    """Every setting that the code of the folder asks for, sizes that give the tensors' shapes, one code file."""
+    """The config has every setting that the code reads and the sizes of the tensors; there is one code file."""
     uninstall(mlx.PACKAGE, monkeypatch)
     config = make_config(family)
     config.per_layer_config = SHAPES[shape] or None

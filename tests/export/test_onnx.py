@@ -1,4 +1,4 @@
-"""ONNX files, run in onnxruntime."""
+"""Tests of ONNX files in onnxruntime."""
 
 import json
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model with a sliding window and layers that lack parts, and its ONNX folder."""
+    """Model with a sliding window and layers without attention or MLP, and its ONNX folder."""
     folder = tmp_path_factory.mktemp("onnx")
     config = make_config("mistral")
     config.per_layer_config = {0: {"num_attention_heads": 3, "num_key_value_heads": 1}, 1: ATTENTION, 2: MLP}

@@ -1,4 +1,4 @@
-"""What `export.targets` asks of a run: refusals before it begins, plans that the engines can run, files at its end."""
+"""Tests of `export.targets`: early refusals, plans that the engines can run, files at the end of a run."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_export_hf_renews_code_of_run(run, tmp_path, caplog, capsys):
     assert code.read_bytes() == Path(modeling_darwinlm.__file__).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(copied / "model", trust_remote_code=True).num_parameters() > 0
     assert json.loads((copied / "model" / "config.json").read_text())["auto_map"] == auto_map
-    # The same command finds nothing to do, and nothing else has changed.
+    # The same command has nothing to do, and nothing else has changed.
     model = json.loads((copied / "manifest.json").read_text())["recipe"]["model"]
     caplog.clear()
     prune(model, target=TARGET, out=copied, settings=settings)
@@ -114,7 +114,7 @@ def test_plans_keep_required_sites(pruned):
     assert kept.sites[0].parameters == whole.sites[0].parameters[:-1]
     assert kept.sites[1:] == whole.sites[1:]
     assert sites_kept_for(["vllm", "hf-native"]) == set()
-    # Even where removing it costs nothing and everything else dearly.
+    # The site is kept even if it is the cheapest to remove.
     plan = cheapest_plan(
         kept, parameter_budget(0.8, kept), lambda site, level: -level * (site.name == kept.sites[0].name)
     )
@@ -189,7 +189,7 @@ def test_run_exports_targets(checkpoint, text, tmp_path):
     for target in ("gguf", "vllm"):
         assert "largest logit difference" in manifest["stages"][target]["proof"]
     assert (tmp_path / "run" / "model-vllm" / "export.json").exists()
-    # The same command again writes nothing anew.
+    # The same command again writes nothing.
     before = file.stat().st_mtime_ns
     prune(checkpoint("llama"), target=0.55, out=tmp_path / "run", settings=settings)
     assert file.stat().st_mtime_ns == before

@@ -1,4 +1,4 @@
-"""The folder for vLLM's Transformers backend: the same function, and what the backend looks for in it."""
+"""Tests of the folder for vLLM's Transformers backend: same function, and all that the backend needs."""
 
 import ast
 import inspect
@@ -34,7 +34,7 @@ def test_vllm_folder_adds_attention_stubs(family, shape, tmp_path):
         assert torch.equal(written(TOKENS).logits, model(TOKENS).logits)
     assert exported.proof.difference == 0
 
-    # What the backend builds its caches from: sizes by layer in the config, as the tensors have them.
+    # The backend builds its caches from the layer sizes in the config, which must match the tensors.
     gone = sum(layer == BOTH for layer in SHAPES[shape].values())
     assert len(written.model.layers) == written.config.num_hidden_layers == max(1, 3 - gone)
     kinds = getattr(written.config, "layer_types", None)
@@ -84,17 +84,17 @@ def test_vllm_folder_files(tmp_path, capsys):
     assert settings["dtype"] == "bfloat16" and settings["architectures"] == ["DarwinLMQwen2ForCausalLM"]
     assert {"plan.json", "generation_config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert AutoTokenizer.from_pretrained(folder)("ab").input_ids == [64, 65]
-    # The class that the backend makes a model of, from the folder's own file.
+    # The model class of the backend comes from the folder's own file.
     own = get_class_from_dynamic_module(settings["auto_map"]["AutoModel"], str(folder))
     assert own.is_backend_compatible()
     assert isinstance(AutoModel.from_pretrained(folder, trust_remote_code=True), own)
-    # A second export takes the place of the first.
+    # A second export replaces the first.
     assert exit_code(["export", str(tmp_path / "model"), "--to", "vllm"]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_source_matches_vllm_backend(family):
-    """vLLM finds attention by its source: one call of a local name taken from the table of attention functions."""
+    """vLLM detects attention in the source: one call of a local name taken from ALL_ATTENTION_FUNCTIONS."""
     attention = empty_layer(make_config(family), 0).self_attn
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(attention).forward))))
     names = {

@@ -1,4 +1,4 @@
-"""KL and perplexity against the full logits."""
+"""Tests of KL and perplexity against the full logits."""
 
 import math
 

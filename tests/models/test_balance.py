@@ -1,4 +1,4 @@
-"""The loss that spreads tokens over experts: that of transformers, in trials and recovery, where a checkpoint asks."""
+"""Tests of the load-balancing loss: equal to that of transformers, in trials and recovery, if set by the checkpoint."""
 
 from functools import partial
 
@@ -43,7 +43,7 @@ def test_balance_loss_matches_transformers(family, tmp_path):
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3)
 
-    # A trial.
+    # In a trial.
     model.zero_grad()
     parameters = list(model.model.layers.parameters())
     _gradients(model, parameters, parameters, BLOCKS, None, 0.5, None, 3)
@@ -63,7 +63,7 @@ def test_balance_loss_with_uneven_experts(tmp_path):
     assert [len(one_NE[0]) for one_NE in logits] == [3, 6, 6]
 
     def by_hand(some):
-        """Switch Transformer: E * sum_e f_e P_e, over the tokens of all these layers."""
+        """Compute E * sum_e f_e P_e (Switch Transformer) over the tokens of all these layers."""
         p_NE = torch.cat(some).softmax(-1)
         goes_NE = torch.zeros_like(p_NE).scatter_(1, p_NE.topk(2, dim=-1).indices, 1.0)
         return p_NE.shape[1] * (goes_NE.mean(0) * p_NE.mean(0)).sum()
@@ -95,7 +95,7 @@ def test_balance_from_checkpoint_in_trials_and_recovery(activations, text, tmp_p
 
 
 def test_balance_setting_overrides_checkpoint(tmp_path):
-    """And 0 leaves it out: gradients are those of the other losses."""
+    """A weight of 0 disables the loss: gradients are those of the other losses."""
     dense = load_dense(str(asking("qwen3_moe", tmp_path / "dense")), "kv_group", CPU)
     ends = []
     for weight, asked in (("auto", 0.0), (0.0, 0.5), (0.5, 0.0), ("auto", 0.5)):

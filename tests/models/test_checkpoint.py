@@ -1,4 +1,4 @@
-"""Checkpoints whose files are missing."""
+"""Tests of checkpoints with missing files."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Every family that is supported: the same checks of all, on tiny random models that have what is special to it."""
+"""Tests of every supported family: the same checks for all, on tiny random models with their special features."""
 
 import pytest
 import torch
@@ -29,10 +29,10 @@ from darwinlm.search.sensitivity import measure_sensitivity
 
 CPU = torch.device("cpu")
 OTHERS = sorted(set(FAMILIES) - set(WELL_TESTED))
-"""The others have the same checks, and more, in files of their own."""
+"""The other families have the same checks, and more, in their own files."""
 FORMS = ("llama", "gemma3_text", "olmo2", "cohere", "phi3", "granite", "glm4")
-"""One family of each form that layers have: serial, with norms around parts or after them, parallel, with fused
-projections, with scaled parts; and fused with norms around."""
+"""One family of each form of layers: serial, with norms around or after parts, parallel, with fused projections, with
+scaled parts, and fused with norms around."""
 TOKENS = torch.randint(0, VOCABULARY - 3, (3, 20), generator=torch.Generator().manual_seed(3))
 
 
@@ -52,15 +52,15 @@ def load(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_doctor_passes(family, load, monkeypatch):
-    """Level 0 is transformers' model; cuts equal masks; caches, gradients, saving and loading; each export proved or
-    refused."""
+    """The doctor compares level 0 with transformers, cuts with masks, caches, gradients, saving and loading, and
+    verifies each export or reports why it is refused."""
     targets = ["gguf", "vllm", "hf-native", "mlx"]
     monkeypatch.setattr(doctor, "TARGETS", [*targets, "onnx"] if is_hybrid(make_config(family)) else targets)
     examination = doctor.examine(load(family).source)
     assert examination.passed, [check for check in examination.checks if check.result == "failed"]
     found = {check.name: check.result for check in examination.checks}
     assert found["level 0 equals transformers' model"] == "passed"
-    # Transformers' OLMoE has norms over all heads of one size.
+    # OLMoE in transformers has norms over all heads, of one size.
     natively = "hf-native" if FAMILIES[family].experts else "vllm"
     assert found[f"export --to {natively}"] == ("skipped" if family == "olmoe" else "passed")
     refused = {check.name: check.note for check in examination.checks if check.result == "skipped"}
@@ -75,7 +75,7 @@ def test_head_logits(family, load):
         hidden = dense.model.model(TOKENS, use_cache=False).last_hidden_state
     assert torch.allclose(dense.head.logits(hidden.flatten(0, 1)).view_as(logits), logits, atol=1e-5)
     if dense.head.softcap is not None:
-        assert logits.abs().max() > dense.head.softcap / 3  # or it would not show
+        assert logits.abs().max() > dense.head.softcap / 3  # otherwise the softcap has no effect
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "phi"])
@@ -99,7 +99,7 @@ def test_head_gradients_match_autograd(family, load):
 
 
 def keep_in(found):
-    """A hook."""
+    """Return a hook that stores input and output in `found`."""
 
     def hook(module, inputs, output):
         found["input"], found["output"] = inputs[0], output
@@ -109,7 +109,7 @@ def keep_in(found):
 
 @pytest.mark.parametrize("family", FORMS)
 def test_grams_weighted_by_stream(family, load, calibration, tmp_path):
-    """The stream behind attention, found another way: as what the layer gives without its MLP."""
+    """Compute the stream after attention differently: as the output of the layer without its MLP."""
     dense = load(family)
     form = family_of(dense.config)
     walked = dict(walk_blocks(dense, calibration, batch_size=3, scratch=tmp_path))
@@ -157,12 +157,12 @@ def test_neighbourhood_scores_and_refit(family, load, calibration, tmp_path):
 
 @pytest.mark.parametrize("family", ["olmo2", "olmo3"])
 def test_norm_over_all_heads_corrected(family, calibration, tmp_path):
-    """Multiplied by what calibration says, queries come out of the norm as large as they were."""
+    """Queries after the norm are as large as before, if multiplied by the calibrated factor."""
     folder = make_checkpoint(family, tmp_path / "dense")
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("q_proj.weight"):
-            tensor[: len(tensor) // 2] *= 4  # the heads of the first KV head are the larger ones
+            tensor[: len(tensor) // 2] *= 4  # make the heads of the first KV head larger
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dense = load_dense(str(folder), "kv_group", CPU)
     database = build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=4), tmp_path / "database")
@@ -199,7 +199,7 @@ def test_run_of_family(family, load, text, tmp_path):
 
 @pytest.mark.parametrize("family", FORMS)
 def test_removed_parts_have_positive_sensitivity(family, load, calibration, tmp_path):
-    """Sensitivities expand KL behind the norm of a part, which does not see how large its input is."""
+    """Sensitivities expand KL after the norm of a part, which is invariant to the scale of its input."""
     dense = load(family)
     database = build_database(dense, calibration, DatabaseRecipe(levels=4, batch_size=4), tmp_path)
     space = database.space(dense.sites)
@@ -269,7 +269,7 @@ def test_saved_model_needs_trust_remote_code(family, load, tmp_path):
 
 
 def test_setting_that_depends_on_heads_refused(tmp_path):
-    """Phi's norm on queries gets its size from the number of heads."""
+    """The size of Phi's norm on queries depends on the number of heads."""
     folder = make_checkpoint("phi", tmp_path, qk_layernorm=True)
     with pytest.raises(UserError, match=r"layers\.2\.attention with fewer units cannot be built .* setting"):
         load_dense(str(folder), "kv_group", CPU)

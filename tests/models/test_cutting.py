@@ -1,4 +1,4 @@
-"""Cutting is exact: for every family and granularity, against transformers' own model with masked weights."""
+"""Tests of cutting against the transformers model with masked weights, for every family and granularity."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_rope_angles_in_bfloat16(family, checkpoint, pruned):
     with torch.no_grad():
         assert torch.equal(model(long).logits, dense.load(torch.device("cpu"), torch.bfloat16)(long).logits)
         rounded = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.bfloat16).float()
-        # Transformers' rope does round: made anew, as it is when a checkpoint is loaded.
+        # RoPE is rounded in transformers: create it again, as loading a checkpoint does.
         rounded.model.rotary_emb = type(rounded.model.rotary_emb)(config=rounded.config)
         assert torch.allclose(model.float()(long).logits, rounded(long).logits, atol=1e-4)
 
@@ -48,7 +48,7 @@ def test_cut_model_matches_masked_model(family, granularity, checkpoint, pruned)
     space = database.space(dense.sites)
     deepest = max(len(site.units) for site in space.sites) - 1
     for depth in range(1, deepest + 1):
-        # Neighbouring sites get different levels, so that sizes differ within a layer and from layer to layer.
+        # Neighboring sites get different levels, so that sizes differ within a layer and between layers.
         plan = [min(len(s.units) - 1, max(1, depth - i % 2)) for i, s in enumerate(space.sites)]
         cuts = database.cuts(dense.sites, plan, dense.device)
         native = native_model(checkpoint(family))
@@ -94,7 +94,7 @@ def test_levels_of_sites_are_monotonic(family, pruned):
 
 
 def ropes(head_dim):
-    """Every kind of rotary embeddings that transformers knows, some of which turn otherwise behind 32 positions."""
+    """Return all RoPE types of transformers; some change after 32 positions."""
     factors = [1.0 + 0.1 * index for index in range(head_dim // 2)]
     return {
         "default": {},
@@ -131,7 +131,7 @@ def test_rope_types_cut_saved_and_loaded(family, kind, pruned, tmp_path):
     native, cuts = native_model(folder), {}
     for number, site in enumerate(dense.sites):
         weight = dense.weights[f"{site.output}.weight"]
-        # Of the first layer no attention, of the last no MLP, of the others the first half.
+        # Remove the attention of the first layer and the MLP of the last; keep the first half of the others.
         kept = tuple(range(0 if number in (0, len(dense.sites) - 1) else site.num_units // 2))
         width = len(kept) * site.columns_per_unit
         cuts[site.name] = Cut(kept=kept, output_weight=weight[:, :width].clone() if kept else None)

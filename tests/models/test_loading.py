@@ -1,4 +1,4 @@
-"""The dtype that a model is run in."""
+"""Tests of the dtype that a model runs in."""
 
 import pytest
 import torch

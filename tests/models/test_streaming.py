@@ -1,4 +1,4 @@
-"""Layers that pass through the device one at a time: the same numbers, and no two of them there at once."""
+"""Tests of layers streamed through the device one at a time: same numbers, and never two layers at once."""
 
 import copy
 import gc
@@ -47,7 +47,7 @@ CORPUS = Corpus({"train": Tokens.unmasked(blocks_of(1)), "validation": Tokens.un
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """A model on its device, the same with layers that pass through it, and their database."""
+    """Return a function that gives a model on its device, the same with streamed layers, and their database."""
     known = {}
 
     def get(family):
@@ -68,13 +68,13 @@ def middle(database, dense):
 
 @pytest.fixture
 def copies(monkeypatch):
-    """How many layers were on the device at once, at most."""
+    """Maximum number of layers on the device at once."""
     alive, most = weakref.WeakSet(), [0]
     own = streaming._Streamed.copies
 
     def counted(streamed):
         found = own(streamed)
-        alive.update(list(found.values())[:1])  # of a layer without any part there are none
+        alive.update(list(found.values())[:1])  # none if the layer has no parts
         most[0] = max(most[0], len(alive))
         return found
 
@@ -192,7 +192,7 @@ def test_streaming_invalid_settings_refused(both, text, tmp_path):
 
 
 def test_streaming_with_load_balancing_refused(text, tmp_path):
-    """Routers are seen where layers are computed for their gradients, not where the loss is."""
+    """Routers run where layers are recomputed for their gradients, not where the loss is computed."""
     folder = make_checkpoint("mixtral", tmp_path / "dense", output_router_logits=True)
     settings = {**SETTINGS, "data.source": str(text), "search.offload": "cpu"}
     with pytest.raises(UserError, match=r"cannot add the load-balancing loss .* output_router_logits to false"):
@@ -214,7 +214,7 @@ def test_streamed_candidate_is_freed(both):
 
 
 def test_streamed_layers_are_memory_mapped(tmp_path):
-    """In the checkpoint's dtype, though they compute in another; ends are copies, and nothing reads a wrong number."""
+    """Layers are mapped in the checkpoint's dtype, though computed in another; the ends are copies."""
     dense = load_dense(str(make_checkpoint("qwen3", tmp_path, torch.bfloat16)), "kv_group", CPU)
     streamed = replace(dense, offload=True)
     expected, found = (one.model(blocks_of(0).long()).logits for one in (dense, streamed))
@@ -227,7 +227,7 @@ def test_streamed_layers_are_memory_mapped(tmp_path):
 
 
 def mapped_file(tensor):
-    """The file whose mapping a tensor is in; empty for memory of the heap."""
+    """Return the file that a tensor is mapped from; empty for heap memory."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(address, 16) for address in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < end:
@@ -236,7 +236,7 @@ def mapped_file(tensor):
 
 
 def test_copied_streamed_layer_is_independent(both):
-    """As refit does: in another dtype, and not with the weights of the layer that it was copied from."""
+    """Copy a layer as refit does: in another dtype, without sharing the weights of the original."""
     _, streamed, _ = both("qwen3")
     layer = streamed.model.model.layers[0]
     copied = copy.deepcopy(layer).double()

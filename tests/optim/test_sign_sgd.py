@@ -1,4 +1,4 @@
-"""Trials in the memory of the weights: AdamW's first step, taken while gradients are computed, right on average."""
+"""Tests of signSGD in trials: AdamW's first step, taken during the backward pass, unbiased in bfloat16."""
 
 import weakref
 
@@ -22,7 +22,7 @@ SIGN = {"optimizer": "sign", "rate": LearningRate(2.0**-8, relative=True), "batc
 
 @pytest.fixture
 def halved(pruned):
-    """Copies of a model at half its size, in a dtype."""
+    """Return a function that builds a model at half its size, in a dtype."""
     dense, database = pruned("qwen3", "kv_group")
     cuts = database.cuts(
         dense.sites, [len(levels.units) // 2 for levels in database.space(dense.sites).sites], dense.device
@@ -71,7 +71,7 @@ def test_sign_absolute_rate(halved, monkeypatch):
 
 
 def test_sign_steps_in_bfloat16_unbiased():
-    """Far less than the distance to the next number, of which rounding to nearest would leave nothing."""
+    """Steps are far below the distance to the next number, so that rounding to nearest would drop them."""
     weight = torch.nn.Parameter(torch.full((200_000,), 1.0, dtype=torch.bfloat16))
     nearest = (weight.detach().float() - 2.0**-10).bfloat16()
     assert torch.equal(nearest, weight.detach())
@@ -160,7 +160,7 @@ def test_sign_partial_step_out_of_memory(halved, monkeypatch):
     def fail(parameter):
         raise torch.OutOfMemoryError
 
-    # Of the first layer, whose gradient comes last.
+    # The gradient of the first layer is computed last.
     model.model.layers[0].input_layernorm.weight.register_post_accumulate_grad_hook(fail)
     with pytest.raises(MemoryError, match="in the middle of a step"):
         train_briefly(model, BLOCKS, **SIGN)

@@ -1,4 +1,4 @@
-"""Checkpoints of a recovery that are damaged or cannot be read."""
+"""Tests of recovery checkpoints that are damaged or cannot be read."""
 
 import errno
 import logging
@@ -22,7 +22,7 @@ RESUMED = RecoveryRecipe(tokens=24 * 24, learning_rate=5e-3, batch_size=2, check
 
 @pytest.fixture(scope="module")
 def interrupted(pruned, tmp_path_factory):
-    """What came of a recovery, its model, and a folder in which the same one was killed with two checkpoints there."""
+    """Result of a recovery, its model, and a folder of the same recovery, killed after two checkpoints."""
     dense, database = pruned("llama", "kv_group")
     whole, folder = halved(dense, database, trainable=True), tmp_path_factory.mktemp("interrupted")
     done = train(whole, dense, RESUMED, folder / "whole")

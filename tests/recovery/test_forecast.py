@@ -1,4 +1,4 @@
-"""The forecast of the final loss."""
+"""Tests of the forecast of the final loss."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The training loss and its gradients against plain formulas, and its memory."""
+"""Tests of the training loss and its gradients against plain formulas, and of its memory."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_objective_with_top_k_teacher(top_k, temperature, pruned, tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize(("share", "temperature", "at_most"), [(1.0, 1.0, 4), (0.5, 2.0, 5)])
 def test_objective_peak_memory(share, temperature, at_most):
-    """Gradients included: `darwinlm plan` counts on it."""
+    """Includes gradients; `darwinlm plan` relies on it."""
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
     config = LlamaConfig(vocab_size=2**16, **sizes)
     model, dense = LlamaForCausalLM(config), LlamaForCausalLM(config)

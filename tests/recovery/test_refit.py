@@ -1,4 +1,4 @@
-"""The refit against ridge regression, and its validation on other text."""
+"""Tests of the refit against ridge regression, and of its validation on other text."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_refit_matches_ridge_regression(pruned):
     assert all(torch.equal(weights[name], tensor) for name, tensor in dense.weights.items())
 
     def streams(one):
-        """Inputs of the first layer's output projections, and the stream after attention and after the layer."""
+        """Return inputs of the first layer's output projections, and the stream after attention and after the layer."""
         seen, layer = {}, one.model.layers[0]
         hooks = [
             layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs[0])),
@@ -48,7 +48,7 @@ def test_refit_matches_ridge_regression(pruned):
 
 
 def new_output(model, before, x):
-    """What the correction of the first MLP adds to the stream."""
+    """Return the change of the stream by the correction of the first MLP."""
     weights = [one.model.layers[0].mlp.down_proj.weight.double() for one in (model, before)]
     return x @ (weights[0] - weights[1]).T
 
@@ -67,7 +67,7 @@ def test_refit_undone_when_harmful(harm, pruned, monkeypatch):
     model, judge = halved(dense, database), DenseReference(dense.model, BLOCKS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kl = judge.compare(model).kl
-    # To a text of one word there is always a fit, and it serves no other.
+    # A text of one word can always be fitted, without any gain on other text.
     text = torch.zeros_like(BLOCKS[:1]) if harm else BLOCKS
     monkeypatch.setattr("darwinlm.recovery.refit._RIDGE", 1e-4 if harm else 0.3)
     assert refit_if_it_helps(model, dense.model, text, BLOCKS) is not harm

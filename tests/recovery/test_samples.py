@@ -1,4 +1,4 @@
-"""Several documents in a block of training text."""
+"""Tests of several documents in a block of training text."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_packed_documents_match_single_documents(family, attention, pruned):
 
 
 def test_sample_labels_positions_and_attention(pruned):
-    """Two blocks: the second document reaches into the second block, and a token of each is left out of the loss."""
+    """Two blocks: the second document continues in the second block, and a token of each is excluded from the loss."""
     dense, _ = pruned("llama", "kv_group")
     text = Tokens(
         torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]], dtype=torch.int32),

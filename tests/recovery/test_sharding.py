@@ -1,4 +1,4 @@
-"""Sharding: devices of model and teacher, and two ranks against one."""
+"""Tests of sharding: devices of model and teacher, and two ranks against one."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ dist.stop()
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # the second has a tied head
 @pytest.mark.parametrize("offload", [False, True])
 def test_sharded_model_and_teacher_on_device(family, offload, pruned, monkeypatch):
-    """They begin in CPU memory, and FSDP only moves what it shards: of the teacher, the layers."""
+    """Both start in CPU memory, and FSDP only moves what it shards: for the teacher, the layers."""
     dense, database = pruned(family, "kv_group")
     device, taught = torch.device("meta"), dense.load(CPU, torch.float32)
     trained = Objective(halved(dense, database, trainable=True), taught, 0.5)

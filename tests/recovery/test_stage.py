@@ -1,4 +1,4 @@
-"""The recovery stage: where the model is placed."""
+"""Tests of the recovery stage: where the model is placed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from darwinlm.runtime import dist
 
 
 def test_sharding_ignored_with_one_process(monkeypatch):
-    """Whatever the setting says: model and teacher are then on the device."""
+    """Model and teacher are on the device, whatever the setting."""
     recipe = load_recipe("quick", {"model": "m", "target": 0.5, "recovery.sharding": "fsdp", "recovery.tokens": 64})
     places = []
 

@@ -1,4 +1,4 @@
-"""The teacher: predictions cached on disk, and a dense model in 8 bits."""
+"""Tests of the teacher: predictions cached on disk, and a dense model in 8 bits."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_write_predictions_rewrites_damaged_piece(pruned, tmp_path, monkeypatch)
     def write():
         return write_predictions(load, TEXT, 5, 1.0, False, tmp_path, CPU)
 
-    before = [write()[number]["top_log_p"].clone() for number in range(len(BLOCKS))]  # they lie in the file itself
+    before = [write()[number]["top_log_p"].clone() for number in range(len(BLOCKS))]  # mapped from the file
     write()
     assert len(asked) == 1
     flip_a_bit(tmp_path / "00001" / "weights.safetensors")

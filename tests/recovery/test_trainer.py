@@ -1,4 +1,4 @@
-"""The choice of the best evaluation."""
+"""Tests of the choice of the best evaluation."""
 
 import math
 
@@ -11,7 +11,7 @@ from darwinlm.recovery.trainer import best_of
     ("kls", "next_tokens", "taken"),
     [
         ([1.0, 0.9, 0.8], [3.0, 2.9, 2.8], 2),
-        ([1.0, 0.5, 1.1], [3.0, 2.9, 1.0], 1),  # further from the dense model, if better at the next token
+        ([1.0, 0.5, 1.1], [3.0, 2.9, 1.0], 1),  # higher KL, although the next-token loss is lower
         ([1.0, 0.9, 0.8], [3.0, 2.9, 3.1], 1),
         ([1.0, 1.1, 1.2], [3.0, 2.0, 1.0], 0),
         ([1.0, 1.0, 1.0], [3.0, 3.0, 3.0], 0),

@@ -1,4 +1,4 @@
-"""Training of a pruned model: losses, resuming, learning rates, memory, LoRA and streamed text."""
+"""Tests of training a pruned model: losses, resuming, learning rates, memory, LoRA and streamed text."""
 
 import importlib.util
 import itertools
@@ -56,7 +56,7 @@ def test_killed_recovery_resumes(pruned, tmp_path, monkeypatch, stop_at):
     assert train(resumed, dense, recipe, tmp_path / "broken") == losses
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-    # Killed after the last step: nothing is left to do but to read it.
+    # Killed after the last step: the result is only read.
     again = halved(dense, database, trainable=True)
     assert train(again, dense, recipe, tmp_path / "broken") == losses
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
@@ -75,7 +75,7 @@ def test_recovery_diverged_error(pruned, tmp_path):
 
 def test_recovery_takes_best_validation_weights(pruned, tmp_path):
     dense, database = pruned("qwen2", "kv_group")
-    # Far too fast, so that what is learnt from the few blocks is soon wrong for others.
+    # The learning rate is far too high, so that the model soon overfits the few blocks.
     recipe = RecoveryRecipe(tokens=24 * 48, learning_rate=3e-2, batch_size=2, evaluations=24, checkpoint_steps=5)
     model = halved(dense, database, trainable=True)
     done = train(model, dense, recipe, tmp_path)
@@ -93,7 +93,7 @@ def test_recovery_takes_best_validation_weights(pruned, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_rate_independent_of_weight_scale(family, settings, pruned, tmp_path, monkeypatch):
     dense, database = pruned(family, "kv_group")
-    # Of small batches a small part is taken.
+    # The rate is scaled down for small batches.
     monkeypatch.setattr(training, "RELATIVE_RATE", 0.003 if settings else 0.05)
     monkeypatch.setattr(training, "_FASTEST", 1.0)
     recipe = RecoveryRecipe(tokens=24 * 24, batch_size=2, evaluations=1, weight_decay=0.1, **settings)
@@ -102,12 +102,12 @@ def test_auto_rate_independent_of_weight_scale(family, settings, pruned, tmp_pat
         model = halved(dense, database, trainable=True)
         model.load_state_dict(change(model.state_dict()))
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # of what low-rank updates begin with
+            torch.manual_seed(0)  # seed of the initial LoRA weights
             done = train(model, dense, recipe, tmp_path / name)
         found.append([entry[part] for entry in done.evaluations for part in ("kl", "next_token")])
     own, other = found
     assert abs(own[2] - own[0]) > 1e-3
-    # Gradients are clipped by a norm that the scale is a part of, and Adam's first steps amplify rounding.
+    # The gradient norm for clipping depends on the scale, and Adam's first steps amplify rounding.
     assert [one - other[0] for one in other] == pytest.approx([one - own[0] for one in own], rel=0.25, abs=1e-4)
 
 
@@ -218,7 +218,7 @@ def test_masked_labels_do_not_train(pruned, tmp_path):
         recover(model, dense.model, blocks, VALIDATION, recipe, seed=0, folder=tmp_path / name, device=CPU)
         models.append(model.state_dict())
     one, changed, whole = models
-    # Causal attention: what comes after the last token that is learnt changes nothing.
+    # Causal attention: tokens after the last one with loss change nothing.
     assert all(torch.allclose(one[name], changed[name], atol=1e-6) for name in one)
     assert not all(torch.allclose(one[name], whole[name], atol=1e-3) for name in one)
 

@@ -1,4 +1,4 @@
-"""Charts: ticks, columns and curves to scale."""
+"""Tests of charts: ticks, and columns and curves to scale."""
 
 from itertools import pairwise
 

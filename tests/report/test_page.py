@@ -1,4 +1,4 @@
-"""The report: its numbers are in metrics.json and are right, no text can break out, an unfinished run has one too."""
+"""Tests of the report: its numbers are those of metrics.json, text is escaped, unfinished runs have a report too."""
 
 import base64
 import hashlib
@@ -55,7 +55,7 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?(\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?)(%|\u00d7|
 
 
 def not_in(metrics, html):
-    """Numbers on the page that no number in `metrics` rounds to."""
+    """Return the numbers on the page that no number in `metrics` rounds to."""
     known = numbers_in(metrics)
     odd, count = [], 0
     for text in Page(html).seen:
@@ -239,7 +239,7 @@ def forget(run, *stages, files):
 
 @pytest.mark.parametrize("generations", [0, 7])
 def test_page_counts_generations_of_history(generations, copied):
-    """Plans of uniform layers are compared in generation 0, and there is no other."""
+    """Uniform plans are compared in generation 0, the only one."""
     forget(copied, "search", "recovery", "evaluation", "export", files=["search/best_plan.json"])
     state = read_json(copied / "search" / "state.json")
     assert state["generations"] == SETTINGS["search.generations"]

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, on a CPU and a tiny model: all of it runs, and it keeps to its time."""
+"""Tests of the GPU benchmark on a CPU and a tiny model: all sections run, within the time limit."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 def rows_of(folder, *options):
-    """By section."""
+    """Return the rows of the benchmark by section."""
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--json", str(folder / "rows.json"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, references are complete, commands parse, examples run."""
+"""Tests of the documentation: links have targets, references are complete, commands parse, examples run."""
 
 import importlib.util
 import inspect
@@ -33,12 +33,12 @@ def generator():
 
 
 def prose(page):
-    """Without code, where brackets and hashes mean other things."""
+    """Return the page without code, where brackets and hashes have other meanings."""
     return re.sub(r"`[^`\n]*`", "x", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S))
 
 
 def anchors(page):
-    """Of the headings, as GitHub and mkdocs make them."""
+    """Return the anchors of the headings, as GitHub and mkdocs create them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     words = (heading.replace("`", "").strip().lower() for heading in re.findall(r"^#+ (.*)$", text, flags=re.M))
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading)) for heading in words}
@@ -99,7 +99,7 @@ CANNOT_FAIL = ("Recipe.to_yaml", "Database.space", "Plan.to_dict", "build_model"
 
 
 def public_names():
-    """What `darwinlm` exports, and the methods of its classes that are on the page."""
+    """Yield the names that `darwinlm` exports, and the methods of its classes that are on the page."""
     shown = {name.strip() for names in re.findall(r"members: \[(.*)\]", REFERENCE) for name in names.split(",")}
     for name in set(darwinlm.__all__) - {"__version__"}:
         value = getattr(darwinlm, name)
@@ -130,7 +130,7 @@ def test_public_docstrings_have_sections():
 
 
 def command_lines(page):
-    """The arguments of every `darwinlm` in the page's shell blocks."""
+    """Yield the arguments of every `darwinlm` command in the page's shell blocks."""
     for code in blocks(page, "sh", "bash"):
         for line in code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -184,7 +184,7 @@ def test_formats_describe_every_file(run, tmp_path):
 
 
 def test_formats_keys_exist(run):
-    """Every key that a table of formats.md names first is in one of the run's JSON files."""
+    """The first key of each table row in formats.md is in one of the run's JSON files."""
     finished, _ = run
     known = set()
     for file in [*finished.path.rglob("*.json"), *finished.path.rglob("*.jsonl")]:

@@ -1,4 +1,4 @@
-"""The prose in src/darwinlm: docstrings that stand alone, and no retired words (glossary in CONTRIBUTING.md)."""
+"""Tests of the prose in src/darwinlm: docstrings stand alone, without retired words (glossary in CONTRIBUTING.md)."""
 
 import ast
 import io
@@ -18,14 +18,14 @@ RETIRED = (
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:
-    """Docstrings of modules, classes and functions, and string literals below assignments and fields."""
+    """Yield docstrings of modules, classes and functions, and string literals below assignments and fields."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
 
 
 def prose(source: str) -> Iterator[tuple[int, str]]:
-    """Comments and string literals with spaces, docstrings included, but not code in f-strings."""
+    """Yield comments and string literals with spaces, docstrings included, but not code in f-strings."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

@@ -1,4 +1,4 @@
-"""What a public repository says about itself in several places is the same in all of them."""
+"""Tests of facts that the repository states in several places: they are the same everywhere."""
 
 import re
 import textwrap
@@ -26,7 +26,7 @@ FORMS = sorted(set((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")) - {ROOT 
 
 
 def commands(file):
-    """What the steps of a workflow run."""
+    """Yield the commands of the steps of a workflow."""
     for job in yaml.safe_load(file.read_text())["jobs"].values():
         yield from (step["run"] for step in job["steps"] if "run" in step)
 
@@ -79,7 +79,7 @@ def test_changelog_and_citation_version():
 
 
 def test_changelog_recipes_load():
-    """The changelog gives recipes for who moves on."""
+    """Recipes in the changelog for upgrading are valid."""
     changes = (ROOT / "CHANGELOG.md").read_text()
     recipes = [textwrap.dedent(code) for code in re.findall(r"^ *```yaml\n(.*?)^ *```", changes, flags=re.M | re.S)]
     assert recipes
@@ -100,7 +100,7 @@ def test_constraints_pin_all_dependencies():
 
 
 def test_constraints_are_consistent():
-    """Every pin is in the range that every other pinned package asks for, where that is installed."""
+    """Every pin is within the range that every other installed pinned package requires."""
     for name in PINS:
         try:
             needs = metadata.distribution(name)
@@ -111,4 +111,4 @@ def test_constraints_are_consistent():
         for one in map(Requirement, needs.requires or []):
             pin = PINS.get(canonicalize_name(one.name))
             if pin and (one.marker is None or one.marker.evaluate({"extra": ""})):
-                assert one.specifier.contains(pin, prereleases=True), f"{name} asks for {one}, pinned is {pin}"
+                assert one.specifier.contains(pin, prereleases=True), f"{name} requires {one}, pinned is {pin}"

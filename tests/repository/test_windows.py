@@ -1,4 +1,4 @@
-"""Where Python has neither `fcntl` nor `resource`, the package is imported and models are loaded; runs are refused."""
+"""Tests without `fcntl` and `resource`, as on Windows: models can be loaded, and runs are refused."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Other packages are imported before: they may take another platform at its word.
+# Import other packages first, because they may rely on the platform.
 WINDOWS = """
 import sys
 from pathlib import Path

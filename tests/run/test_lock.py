@@ -1,4 +1,4 @@
-"""The lock on a run directory: the living are named, the dead are succeeded, and its file goes with its owner."""
+"""Tests of the lock on a run directory: live owners are named, dead ones replaced, the file removed at exit."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ print("held", flush=True)
 sys.stdin.read()
 """
 NOT_MINE = 2**22 + 1
-"""Above every process number of Linux."""
+"""Process number above the maximum of Linux."""
 
 
 def no_kernel_locks(descriptor, operation):
@@ -63,13 +63,13 @@ def test_lock_of_living_and_killed_process(tmp_path):
 AWAY = {"host": "elsewhere", "boot": "another", "pid": 77}
 TIMELY, SILENT = 30, 3_600
 CASES = {
-    # What the file says of its owner, seconds since its last heartbeat, whether the kernel has locks: what is said.
+    # Owner in the file, seconds since its last heartbeat, kernel locks available: expected message.
     "dead, the kernel says so": ({}, TIMELY, True, None),
     "living, no kernel locks": ({}, TIMELY, False, rf"in use by process {os.getpid()} on"),
     "living and silent, no kernel locks": ({}, SILENT, False, rf"in use by process {os.getpid()} on"),
     "gone, no kernel locks": ({"pid": NOT_MINE}, TIMELY, False, None),
-    "its number is another's now, no kernel locks": ({"started": 0.5}, TIMELY, False, None),
-    "before this machine was started anew": ({"boot": "another"}, TIMELY, True, None),
+    "its number reused, no kernel locks": ({"started": 0.5}, TIMELY, False, None),
+    "before a restart of this machine": ({"boot": "another"}, TIMELY, True, None),
     "elsewhere, alive": (
         AWAY,
         TIMELY,

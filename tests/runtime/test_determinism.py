@@ -1,4 +1,4 @@
-"""The same recipe comes to the same bytes in another process, and `deterministic` asks PyTorch for it."""
+"""Tests of determinism: the same bytes in another process, and the PyTorch settings of `deterministic`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def test_run_same_in_process_with_more_threads(run, checkpoint, tmp_path):
     command = ["prune", str(checkpoint("qwen3")), "--target", str(TARGET), "--out", str(tmp_path / "run"), "--quiet"]
     for key, value in {**settings, "deterministic": True}.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
-    # Tensors as small as these are not shared out over threads; docs/troubleshooting.md has what larger ones do.
+    # Such small tensors are not split over threads; see docs/troubleshooting.md for larger ones.
     done = subprocess.run(
         [sys.executable, "-m", "darwinlm", *command],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Errors of several ranks: reported once, and lost ranks are named."""
+"""Tests of errors on several ranks: they are reported once, and lost ranks are named."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""Files and folders that cannot be written: the old ones stay."""
+"""Tests of files and folders that cannot be written: the old ones are kept."""
 
 import errno
 import resource

@@ -1,4 +1,4 @@
-"""Too little memory is one clear line: known beforehand where it can be, and named with its stage where it cannot."""
+"""Tests of memory errors: one line, before the run if the need is known, otherwise with the stage."""
 
 import gc
 import re
@@ -79,7 +79,7 @@ def test_available_memory(tmp_path, monkeypatch):
     assert available_memory() == 500 - 400 + 200
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory() == 1000
-    # A batch system's job is a group somewhere below, and its limit may be that of a group above it.
+    # The job of a batch system is in a nested group, and the limit may be on a parent group.
     (tmp_path / "own").write_text("1:name=systemd:/x\n0::/system.slice/job_1/step_0\n")
     job = tmp_path / "system.slice" / "job_1"
     (job / "step_0").mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_available_memory(tmp_path, monkeypatch):
     for group in (job / "step_0", job):
         (group / "memory.max").write_text("max\n")
     assert available_memory() == 1000
-    # The first version, and in a container, where the group's own name is not to be seen.
+    # Control groups version 1, in a container, where the group's own path is not visible.
     (tmp_path / "own").write_text("4:cpu,memory:/docker/12ab\n")
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("600\n")
@@ -184,7 +184,7 @@ from darwinlm.run import prepare
 from darwinlm.cli import main
 
 def check_room(size, device, what, check=prepare.check_room):
-    # Room for what Python and PyTorch themselves take on the way, not for a model of a GiB.
+    # Enough for Python and PyTorch, but not for a model of 1 GiB.
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, -1))
     check(2**30, device, what)

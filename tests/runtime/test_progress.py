@@ -1,4 +1,4 @@
-"""Progress bars."""
+"""Tests of progress bars."""
 
 from darwinlm.runtime import progress
 

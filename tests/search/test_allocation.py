@@ -1,4 +1,4 @@
-"""Allocation of a budget against the best of all plans."""
+"""Tests of the allocation of a budget against the best of all plans."""
 
 import itertools
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_sparing_plans():
     for number, plan in enumerate(plans):
         cut = {site.kind for site, level in zip(space.sites, plan.levels, strict=True) if level}
         assert cut == ({"mlp"} if number % 4 >= 2 else {"attention", "mlp"})
-    # Where so little may be left that nothing can be spared, only the plans remain that spare nothing.
+    # With such a small budget, only plans that spare no site remain.
     assert all(len(set(plan.levels)) == 1 for plan in sparing_plans(space, parameter_budget(100, space)))
 
 

@@ -1,4 +1,4 @@
-"""What a budget counts, against counters that know nothing of plans."""
+"""Tests of budgets against counters that are independent of plans."""
 
 import json
 
@@ -18,7 +18,7 @@ WORKLOAD = WorkloadRecipe(batch_size=2, prompt_tokens=20, new_tokens=0)
 
 @pytest.fixture(params=[("llama", "kv_group"), ("qwen3", "query_head")])
 def cut(request, pruned, tmp_path):
-    """A dense model, its space, a plan with everything in it, and the model of that plan."""
+    """Dense model, its space, a plan with all kinds of levels, the model of that plan, and limits."""
     dense, database = pruned(*request.param)
     space = database.space(dense.sites)
     plan = Plan(levels=tuple((i + 1) % len(site.units) for i, site in enumerate(space.sites)))
@@ -31,16 +31,16 @@ def cut(request, pruned, tmp_path):
 
 def test_flops_match_pytorch(cut):
     dense, _, plan, model, limits = cut
-    model.config._attn_implementation = "eager"  # of the others PyTorch does not count all kernels
+    model.config._attn_implementation = "eager"  # PyTorch does not count all kernels of the others
     ids = torch.zeros(WORKLOAD.batch_size, WORKLOAD.prompt_tokens, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, logits_to_keep=1)
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    # Batched products are the attention, and the head on the last position.
+    # Batched products are those of attention, and of the head on the last position.
     head = 2 * dense.config.vocab_size * dense.config.hidden_size * WORKLOAD.batch_size
     attention = sum(count for name, count in counts.items() if "bmm" in name) - head
     assert attention > 0
-    # PyTorch counts all pairs of positions; a causal model needs those up to the diagonal.
+    # PyTorch counts all pairs of positions; a causal model only needs those up to the diagonal.
     tokens = WORKLOAD.prompt_tokens
     expected = sum(counts.values()) - attention + attention * (tokens + 1) / (2 * tokens)
     # Norms and biases count like other parameters.

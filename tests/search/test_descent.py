@@ -1,4 +1,4 @@
-"""The descent against the best of all plans within reach."""
+"""Tests of the descent against the best of all plans within reach."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from darwinlm.search.descent import Sensitivity, downhill
 
 
 def sensitivity_around(base):
-    """A first order that is worth following and a second that punishes long moves, different in each site."""
+    """Return first orders with improvements, and second orders that penalize long moves, different in each site."""
     first = [[(3 + i) * (level - here) for level in range(4)] for i, here in enumerate(base.levels)]
     second = [[(1 + i % 3) * (level - here) ** 2 for level in range(4)] for i, here in enumerate(base.levels)]
     return Sensitivity(first, second)

@@ -1,4 +1,4 @@
-"""The evolution: budgets hold, the best plan is never lost, and a resumed search is the uninterrupted one."""
+"""Tests of the evolution: budgets are met, the best plan is never lost, a resumed search gives the same result."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ RECIPE = SearchRecipe(generations=5, offspring=5, survivors=(3, 2, 1), trial_tok
 
 
 def score(plan, step=2):
-    """Any deterministic function of the plan; its minimum is not where the search starts."""
+    """Return a deterministic score of the plan, whose minimum is not the starting plan."""
     return sum(
         (site.errors[level] * (1 + i % 3)) for i, (site, level) in enumerate(zip(SPACE.sites, plan.levels, strict=True))
     )
@@ -119,7 +119,7 @@ def test_evolution_costs_improve_offspring():
 def test_evolution_plans_meet_all_limits(params, kv, seed):
     budget = two_limits({"params": params, "kv_cache": kv})
     starts = [plan for plan in (uniform_plan(SPACE, budget), error_plan(SPACE, budget)) if plan is not None]
-    assert starts, "there is room for many plans here"
+    assert starts, "the budget allows many plans"
     assert all(budget.holds(plan.levels) for plan in starts)
     search = Evolution(SPACE, budget, RECIPE, starts, seed)
     for request in run(search):

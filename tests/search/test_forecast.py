@@ -1,4 +1,4 @@
-"""Rank correlations."""
+"""Tests of rank correlations."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from darwinlm.search.forecast import spearman
         ([1, 2, 3, 4, 5], [10, 20, 30, 40, 50], 1.0),
         ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1], -1.0),
         ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),
-        # Ties share their mean rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+        # Ties get their mean rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
         ([0.1, 0.7, 0.7, 0.9], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),
         ([3, 3, 3, 3], [1, 2, 3, 4], 0.0),
     ],

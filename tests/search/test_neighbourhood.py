@@ -1,4 +1,4 @@
-"""Scores near a base plan against models cut as a whole."""
+"""Tests of scores near a base plan against models cut as a whole."""
 
 import pytest
 import torch

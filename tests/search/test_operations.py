@@ -1,4 +1,4 @@
-"""Ceilings on what an accelerator launches and waits for: what grows is seen here, without one."""
+"""Tests of upper bounds on launches and waits of an accelerator, without one: they detect increases."""
 
 import functools
 
@@ -23,14 +23,14 @@ CORPUS = Corpus(dict.fromkeys(("train", "validation"), Tokens.unmasked(BLOCKS)))
 
 
 def candidate(folder, family, layers, rate):
-    """Launches and waits of one candidate, all of whose sites differ from its parent's."""
-    # Four groups of KV heads: at levels 1 and 2 some of them are left.
+    """Count launches and waits of one candidate, whose sites all differ from its parent's."""
+    # Four groups of KV heads, so that levels 1 and 2 keep some of them.
     sizes = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4}
     checkpoint = make_checkpoint(family, folder / "dense", **sizes, attention_bias=False, mlp_bias=False)
     dense = load_dense(str(checkpoint), "kv_group", CPU)
     database = build_database(dense, BLOCKS, DatabaseRecipe(levels=5), folder / "database")
     assert all(site.units[2] > 0 for site in database.space(dense.sites).sites)
-    database.cut = functools.cache(database.cut)  # on an accelerator cuts stay there
+    database.cut = functools.cache(database.cut)  # on an accelerator, cuts are kept on the device
     recipe = SearchRecipe(trial_tokens=(24,), score_tokens=(48,), survivors=(1,), learning_rate=rate)
     scorer = TrialScorer(dense, database, CORPUS, recipe)
     parent, first, second = (Plan(levels=(level,) * len(dense.sites)) for level in (0, 1, 2))
@@ -45,7 +45,7 @@ def candidate(folder, family, layers, rate):
 
 @pytest.mark.parametrize("rate", [1e-3, "auto"])
 def test_operations_of_candidate(rate, tmp_path, monkeypatch):
-    """All its sites are cut, it is trained for a step, and scored before and after."""
+    """All sites are cut; the candidate is trained for a step, and scored before and after it."""
     as_on_gpu(monkeypatch)
     two, four = (candidate(tmp_path / str(layers), "llama", layers, rate) for layers in (2, 4))
     assert four.launches - two.launches <= 2 * 147, four.counts

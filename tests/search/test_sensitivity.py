@@ -1,4 +1,4 @@
-"""Sensitivities against finite differences and measured KL."""
+"""Tests of sensitivities against finite differences and measured KL."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_sensitivity_first_order_matches_finite_differences(pruned, family, gran
     reference = DenseReference(dense.model, BLOCKS)
 
     def wide(index, level):
-        """A level's output projection, as wide as the dense one."""
+        """Return a level's output projection, padded to the dense width, and its bias."""
         site, last = dense.sites[index], len(space.sites[index].units) - 1
         weight, bias = (dense.weights.get(f"{site.output}.{kind}") for kind in ("weight", "bias"))
         whole = torch.zeros_like(weight)
@@ -41,7 +41,7 @@ def test_sensitivity_first_order_matches_finite_differences(pruned, family, gran
         return whole, bias * (level < last) if bias is not None else None
 
     def kl(index=0, level=0, share=0.0):
-        """Of the base plan, one site a small share of the way to another level."""
+        """Return the KL of the base plan with one site moved by `share` towards another level."""
         weights = dict(dense.weights)
         for i, (site, here) in enumerate(zip(dense.sites, base.levels, strict=True)):
             for kind, there, start in zip(("weight", "bias"), wide(i, level), wide(i, here), strict=True):
@@ -59,13 +59,13 @@ def test_sensitivity_first_order_matches_finite_differences(pruned, family, gran
     for index, site in enumerate(space.sites):
         for level in range(len(site.units)):
             near, far = ((kl(index, level, h) - kl(index, level, -h)) / (2 * h) for h in (0.01, 0.02))
-            slope = (4 * near - far) / 3  # Richardson: a cubic term cancels
+            slope = (4 * near - far) / 3  # Richardson extrapolation cancels the cubic term
             assert found.first[index][level] == pytest.approx(slope, rel=0.02, abs=2e-4)
 
 
 @pytest.mark.slow
 def test_sensitivity_second_order_matches_kl(pruned, monkeypatch):
-    """Without a first order, KL is half the Fisher form: the sampled one must agree with KL measured directly."""
+    """Without a first order, KL is half the Fisher form: the sampled form must agree with measured KL."""
     monkeypatch.setattr(sensitivity, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned("mistral", "kv_group")
     space = database.space(dense.sites)

@@ -1,4 +1,4 @@
-"""The search with tensors: scores without trials, races, and that ranks change nothing."""
+"""Tests of the search with tensors: scores without trials, early stopping, and the same results on several ranks."""
 
 import itertools
 import json
@@ -88,7 +88,7 @@ def test_search_drops_diverged_candidates(scored, monkeypatch, tmp_path):
 
 
 def test_search_resumes_former_state_with_diverged_trials(scored):
-    """It wrote 1e9 for them."""
+    """The former version wrote 1e9 for diverged trials."""
     _, _, space, budget = scored
     starts = stage.starting_plans(space, budget)
     recipe = RECIPE.model_copy(update={"generations": 2})
@@ -134,13 +134,13 @@ def test_trial_loss_distillation(scored):
     dense, database, space, budget = scored
     plan, recipe = error_plan(space, budget), RECIPE.model_copy(update={"learning_rate": 1e-3})
     score = CORPUS.splits["validation"]
-    corpus = Corpus({"train": score, "validation": score})  # on the text that it has learnt, which loss it was is seen
+    corpus = Corpus({"train": score, "validation": score})  # scores on the training text reveal the loss
     whole = score.input_ids_BT.numel()
     untrained = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_tokens": (0,) * 2}))
     kls = {"none": untrained.score(plan, 0, plan).kl}
     for loss in ("next-token", "distillation"):
         scorer = TrialScorer(dense, database, corpus, recipe.model_copy(update={"trial_loss": loss}))
-        # The longer one first: what the dense model teaches is kept for shorter ones.
+        # The longer one first: teacher predictions are cached for shorter ones.
         kls[loss] = [scorer.score_after(plan, tokens, whole).kl for tokens in (whole, score.input_ids_BT.shape[1])]
         assert (
             kls[loss][1]
@@ -230,7 +230,7 @@ def test_uniform_search_trains_best_even_plans(scored, monkeypatch, tmp_path):
 def test_early_stopping_uses_paired_difference():
     assert stage._beaten([2.0, 3.1, 4.0, 2.6], [1.0, 2.0, 3.1, 1.5])
     assert not stage._beaten([2.0, 3.0, 4.0, 2.6], [1.0, 4.0, 3.0, 3.5])
-    assert not stage._beaten([9.0, 9.0], [1.0, 1.0]), "two blocks say too little"
+    assert not stage._beaten([9.0, 9.0], [1.0, 1.0]), "two blocks are not enough"
 
 
 RANKS = """

@@ -1,4 +1,4 @@
-"""Trials: steps against plain gradients, little memory, divergence."""
+"""Tests of trial training: steps against plain gradients, little memory, divergence."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_train_briefly_out_of_memory_splits_batches(pruned, little_memory, caplo
     assert train_briefly(parts, BLOCKS, **arguments, portion=portion)
     assert seen == [4, 2, 2, 1, 1, 1, 1, 1, 1]
     assert apart((whole, parts), start) < 0.01
-    # What was learnt holds for the next candidate, and is said once.
+    # The number of blocks is kept for the next candidate, and reported once.
     train_briefly(halved(dense, database, trainable=True), BLOCKS, **arguments, portion=portion)
     assert seen[9:] == [1] * 6
     assert caplog.messages == ["search: 4 blocks per pass do not fit in device memory; using 1"]

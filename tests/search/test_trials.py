@@ -1,4 +1,4 @@
-"""Trials: what they gain does not depend on how weights are scaled, how fast they are is found, and it is told."""
+"""Tests of trials: gains independent of the scale of weights, the search for a learning rate, reports."""
 
 import json
 import statistics
@@ -46,7 +46,7 @@ CORPUS = Corpus({"train": Tokens.unmasked(text(1)), "validation": Tokens.unmaske
 @pytest.mark.parametrize("loss", ["next-token", "distillation"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_trial_gain_independent_of_weight_scale(family, loss, optimizer, pruned, monkeypatch):
-    if optimizer == "sign":  # chance rounds other weights otherwise
+    if optimizer == "sign":  # stochastic rounding differs for other weights
         monkeypatch.setattr(trial_training, "fast_dtype", lambda device: torch.float32)
     dense, database = pruned(family, "kv_group")
     levels = [1 + i % 2 for i in range(len(dense.sites))]
@@ -86,8 +86,8 @@ def test_relative_step_of_every_tensor():
     ]  # fmt: skip
     for share in (moved[0], moved[1][1:], moved[2]):
         assert share.numpy() == pytest.approx(0.01, rel=1e-2)
-    assert moved[1][0].max() < 1e-4, "hardly a gradient, hardly a step"
-    assert not zeros.any(), "what has no size has no unit"
+    assert moved[1][0].max() < 1e-4, "a negligible gradient gives a negligible step"
+    assert not zeros.any(), "zero tensors have no relative step"
 
 
 @pytest.mark.parametrize("together", [1, 30, 10**6])
@@ -97,7 +97,7 @@ def test_adam_matches_pytorch(rate, together, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 7), (3,), (4, 2), (6,))]
     start[1] *= 100
-    start[2][:] = 0  # no size: it stays at a relative rate
+    start[2][:] = 0  # zero norm: it does not change at a relative rate
     ours, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
     mine, other = trial_training.Adam(ours, rate), torch.optim.AdamW(parameter_groups(theirs, rate), weight_decay=0.0)
     for _ in range(5):
@@ -191,7 +191,7 @@ def test_harmful_trials_reported(scored, rate, advice, tmp_path, caplog):
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     tried = [sum(entry["trials"][step]["tried"] for entry in history) for step in (0, 1)]
     helped = sum(entry["trials"][1]["helped"] for entry in history)
-    assert tried == [0, 2 + 2 * 2]  # the starts, and the survivors of each generation
+    assert tried == [0, 2 + 2 * 2]  # the starting plans, and the survivors of each generation
     said = [record.getMessage() for record in caplog.records]
     if advice is None:
         assert helped >= tried[1] / 2 or said
@@ -229,7 +229,7 @@ def test_forecast_trains_without_trials(scored, tmp_path):
     search_plan(dense, database, CORPUS, budget, RECIPE.model_copy(update=changes), 0, tmp_path)
     forecast = json.loads((tmp_path / "forecast.json").read_text())
     assert len(forecast["scores"]) == 4
-    assert not set(forecast["scores"]) & set(forecast["steps"][-1]["scores"]), "trained, these are others"
+    assert not set(forecast["scores"]) & set(forecast["steps"][-1]["scores"]), "training changes the scores"
 
 
 def test_state_of_other_version_error(scored, tmp_path):

@@ -1,4 +1,4 @@
-"""With lm-eval itself (`make test-eval`): our answers are those of the model, and of lm-eval's own command line."""
+"""Tests with lm-eval installed (`make test-eval`): answers equal those of the model and of lm-eval's command line."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def words(rng, count):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A file of each shape, with texts that fit the tiny model's context."""
+    """Folder with a file of each item format, with texts that fit the tiny model's context."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("tasks")
     shapes = {
         "choice": lambda: {
@@ -85,7 +85,7 @@ def test_requests_match_files(tmp_path):
 
 @torch.no_grad()
 def log_likelihood(model, context, continuation):
-    """Of `continuation`, in nats; a byte is a token."""
+    """Return the log-likelihood of `continuation` in nats; each byte is a token."""
     ids = make_tokenizer()(f"{context} {continuation}", return_tensors="pt")["input_ids"]
     logits = model(ids).logits[0, :-1].log_softmax(-1)
     start = len(context.encode()) - 1

@@ -1,4 +1,4 @@
-"""Runs of the command line with bad input, which must be refused in one line and write nothing."""
+"""Fixtures that run the command line with bad input, which must be refused in one line without writing anything."""
 
 import re
 import signal
@@ -12,7 +12,7 @@ from darwinlm.runtime import progress
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """The command line sets up a process of its own; here it is a guest."""
+    """Restore the signal handler and the logger that the command line sets up for a process of its own."""
     handler, propagate = signal.getsignal(signal.SIGTERM), progress.log.propagate
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -29,11 +29,11 @@ def text(tmp_path):
 
 @pytest.fixture
 def refused_command(tmp_path, capsys, monkeypatch):
-    """Run `darwinlm` and see that it is refused with `message` (a regular expression) and writes nothing."""
+    """Run `darwinlm`, and check that it is refused with `message` (a regular expression) and writes nothing."""
     fail = cli._fail
 
     def checked_fail(message):
-        assert "\n" not in message  # the command line would hide it, but in Python the message is seen as it is
+        assert "\n" not in message  # hidden by the command line, but visible in Python
         return fail(message)
 
     monkeypatch.setattr(cli, "_fail", checked_fail)
@@ -51,7 +51,7 @@ def refused_command(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def refused(refused_command, checkpoint, text, tmp_path):
-    """The same of `darwinlm prune`, with good input but for what is given."""
+    """Check the same for `darwinlm prune`, with good input except for the arguments."""
 
     def run(message, *, model=None, target="0.8", data=None, out=None, recipe=None, settings=()):
         command = ["prune", str(model or checkpoint("llama")), "--target", target, "--data", str(data or text)]

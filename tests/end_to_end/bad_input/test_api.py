@@ -1,4 +1,4 @@
-"""Wrong arguments of the Python API."""
+"""Tests of wrong arguments of the Python API."""
 
 import pytest
 from refusals import NEITHER, RANGE, contents

@@ -1,4 +1,4 @@
-"""Wrong commands, and errors of whole processes and of several ranks."""
+"""Tests of wrong commands, and of errors of whole processes and of several ranks."""
 
 import re
 import subprocess

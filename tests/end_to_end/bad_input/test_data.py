@@ -1,4 +1,4 @@
-"""Text that cannot be read or is too short."""
+"""Tests of text that cannot be read or is too short."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A run on a disk that fills up."""
+"""Tests of a run on a disk that fills up."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Models that cannot be pruned."""
+"""Tests of models that cannot be pruned."""
 
 import json
 import re
@@ -237,7 +237,7 @@ def test_model_is_a_file(refused, text):
 
 def test_gated_hub_model(refused, monkeypatch):
     def get_config_dict(source):
-        # As transformers raises it; the cause would need an answer of the Hub to be made in the ordinary way.
+        # As raised by transformers; creating the cause normally would need a response of the Hub.
         raise OSError("You are trying to access a gated repo.\nMake sure") from GatedRepoError.__new__(GatedRepoError)
 
     monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", get_config_dict)

@@ -1,4 +1,4 @@
-"""Settings and recipe files with mistakes."""
+"""Tests of settings and recipe files with mistakes."""
 
 import importlib.util
 

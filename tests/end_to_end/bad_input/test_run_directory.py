@@ -1,4 +1,4 @@
-"""Run directories that cannot be used."""
+"""Tests of run directories that cannot be used."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from darwinlm.run.lock import RunLock
 
 
 def begin_run(out, model, text, **changes):
-    """An earlier run that stopped before its first stage."""
+    """Create an earlier run that stopped before its first stage."""
     settings = dict(parse_override(setting) for setting in SMALL)
     overrides = {"model": str(model), "target": "0.8", "data.source": str(text), **settings}
     recipe = load_recipe("quick", {**overrides, **changes})

@@ -1,4 +1,4 @@
-"""Targets that are malformed or cannot be met."""
+"""Tests of targets that are malformed or cannot be met."""
 
 import pytest
 from refusals import NEITHER, RANGE
