@@ -1,8 +1,8 @@
 """Compare a pruned model in llama.cpp with transformers, and measure its speed.
 
     python benchmarks/export.py proof --evaluation FILE              SmolLM2 (the `demo` extra), cut by hand
-    python benchmarks/export.py proof --evaluation FILE --run RUN    from the run's database, at the same size, with a
-                                                                     layer without attention and one without MLP
+    python benchmarks/export.py proof --evaluation FILE --run RUN    from the run's database, at the same size; some
+                                                                     layers lose attention, MLP or both
     python benchmarks/export.py proof --evaluation FILE --model DIR  any pruned model
     python benchmarks/export.py speed --model DIR                    or --run RUN, or neither
 

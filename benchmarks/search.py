@@ -24,7 +24,7 @@ trial, at the rate `auto` and others. `ends`: after a descent, the same time spe
 trials or on generations without, all with the same recovery; and on generations from before learning rates were
 relative, with the recovery of that time. `optimizers`: do trials with signSGD in bfloat16 rank candidates as trials
 with AdamW and float32 weights do, and does an evolution end at the same plan? `--keep FOLDER` keeps the databases in
-`FOLDER/seed-N/database` and reuses them; `rates` and `ends` keep their descents there too.
+`FOLDER/seed-N/database` and reuses them; `rates`, `ends` and `optimizers` keep their descents there too.
 """
 
 import argparse
@@ -426,7 +426,7 @@ def _row(
 
 
 def time_trials(arguments: argparse.Namespace) -> None:
-    """Time both methods alternately on the same plan, tokens and settings."""
+    """Time both methods alternately on the same plan and tokens."""
     recipe = load_recipe("quick", {"model": "smollm2", "target": arguments.target})
     dense = load_dense(resolve("smollm2"), "kv_group", torch.device(arguments.device))
     generator = torch.Generator().manual_seed(0)

@@ -169,7 +169,7 @@ def _tokens(count: float) -> str:
     return f"{round(count):,}"
 
 
-# Plots. The style sheet has one color for ours and shades for the others; labels are next to the lines.
+# Plots. The style sheet has a color for each method; labels are next to the lines.
 
 _STYLE = """
 svg{--ink:#1f2933;--soft:#5d6b79;--grid:#dfe4ea;--paper:#ffffff;--ours:#00796b;

@@ -178,8 +178,8 @@ Maker = Callable[[Setting, int, float], Start]
 
 
 def _peer(propose: Callable[[Calibrated, int], Any], *, choice: bool = True) -> Maker:
-    """Create a method that proposes models of a size from calibration text and takes the best on the validation
-    split."""
+    """Create a method that proposes models of a size from calibration text and takes the best on the validation split;
+    without `choice`, the first."""
 
     def make(setting: Setting, parameters: int, target: float) -> Start:
         candidates = propose(setting.calibrated, parameters)

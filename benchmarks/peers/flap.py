@@ -73,7 +73,7 @@ def choose(calibrated: Calibrated, by_site: dict[str, Tensor], parameters: int) 
         one, two = (count_parameters(site, dense.shapes, range(count)) for count in (1, 2))
         best = int(by_site[site.name].argmax())
         kept[site.name] = torch.arange(site.num_units) == best
-        # Including the bias, which no model has before.
+        # Including the bias, where the dense model has none.
         left -= one + (0 if f"{site.output}.bias" in dense.shapes else dense.config.hidden_size)
         others = [unit for unit in range(site.num_units) if unit != best]
         order += [(float(by_site[site.name][unit]), site.name, unit, two - one) for unit in others]

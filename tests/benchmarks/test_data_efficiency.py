@@ -134,7 +134,7 @@ def states(dense, monkeypatch, tmp_path):
 
 
 def pruned(dense, trainable=True):
-    """Half the channels of every MLP."""
+    """A model of 80% of the parameters, cut by random gates."""
     cuts = learnt_masks.Gates(dense.sites, dense.shapes, 0.0)
     with torch.no_grad():
         cuts.log_odds.copy_(torch.randn(cuts.log_odds.shape, generator=torch.Generator().manual_seed(0)))

@@ -131,7 +131,7 @@ def test_removal_order_smallest_error(family, settings, mixture, calibration, tm
 
 @torch.no_grad()
 def test_removal_order_of_duplicate_experts(mixture, calibration, tmp_path):
-    """One of two equal and most important experts is removed first, at no cost."""
+    """With two equal experts of the highest norms, the first to go is still the one whose removal costs least."""
     dense = mixture("mixtral")
     site, statistics = statistics_of(dense, calibration, tmp_path)
     experts = Experts.of(dense.config, site, dense.weights)
