@@ -13,14 +13,14 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch._functorch.config
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,26 +31,15 @@ import darwinlm.search.neighbourhood as neighbourhood
 import darwinlm.search.sensitivity as sensitivity
 import darwinlm.search.trial_training as trial_training
 import darwinlm.search.trials as trials
-from darwinlm.config.recipe import Recipe
-from darwinlm.data.corpus import Corpus
-from darwinlm.data.tokens import Tokens
 from darwinlm.database.levels import level_sizes
-from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.cutting import Cut, count_parameters
-from darwinlm.models.device_memory import kept_bytes
-from darwinlm.models.families import LAYERS
 from darwinlm.models.heads import Head
-from darwinlm.models.loading import DenseModel, expected_shapes
 from darwinlm.models.modeling_darwinlm import PrunedConfig
-from darwinlm.models.sites import Site, find_sites
-from darwinlm.plan import Space, parameter_budget
-from darwinlm.search.allocation import uniform_plan
-from darwinlm.search.sensitivity import measure_sensitivity
-from darwinlm.search.trials import TrialScorer
+from darwinlm.models.sites import Site
+from darwinlm.plan import SiteLevels, Space
 
 GPU = "meta"
 """Device type of the simulated accelerator, which all code that distinguishes devices accepts."""
-_LIBRARIES = 650_000_000
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,7 +51,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self.empty = False
         """True while a model without weights is built, which is on the meta device too and needs no memory."""
-        self._seen: set[int] = set()
+        self._sizes: dict[int, tuple[str, int]] = {}
+        """Device type and bytes of each live storage."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -77,18 +67,28 @@ class LiveBytes(TorchDispatchMode):
         """Reset the peak to the present bytes."""
         self.peak = Counter(self.now)
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage anew whose size has changed: FSDP frees gathered weights in this way."""
+        if storage._cdata in self._sizes:
+            device, size = self._sizes[storage._cdata]
+            self._add(storage._cdata, device, storage.nbytes() - size)
+
     def _count(self, tensor: Tensor) -> None:
-        storage, device = tensor.untyped_storage(), tensor.device.type
-        key, size = storage._cdata, 0 if self.empty else storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
+        if isinstance(tensor, DTensor):
+            tensor = tensor._local_tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = tensor.device.type, 0
+            self._add(storage._cdata, tensor.device.type, 0 if self.empty else storage.nbytes())
+            weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _add(self, key: int, device: str, size: int) -> None:
+        self._sizes[key] = device, self._sizes[key][1] + size
         self.now[device] += size
         self.peak[device] = max(self.peak[device], self.now[device])
-        weakref.finalize(storage, self._forget, key, device, size)
 
-    def _forget(self, key: int, device: str, size: int) -> None:
-        self._seen.discard(key)
+    def _forget(self, key: int) -> None:
+        device, size = self._sizes.pop(key)
         self.now[device] -= size
 
 
@@ -111,7 +111,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return found
 
 
-class _Checkpoint:
+class FakeCheckpoint:
     """Fake checkpoint: returns tensors of the right shapes."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -124,7 +124,7 @@ class _Checkpoint:
         return self.read(names, torch.device("cpu"), torch.bfloat16)
 
 
-class _Database:
+class FakeDatabase:
     """Fake database: returns cuts of the right shapes, memory-mapped on the CPU, and keeps none on the device."""
 
     def __init__(
@@ -157,92 +157,7 @@ class _Database:
         return {site.name: self.cut(site, level, device) for site, level in zip(sites, plan, strict=True) if level}
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Peak memory of a stage, in bytes."""
-
-    stage: str
-    device: int
-    host: int
-    """Peak in CPU memory, without the dense model's layers, which are memory-mapped."""
-
-
-class _Dense(DenseModel):
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of a GPU."""
-        return self.dtype
-
-
-def trace(config: PrunedConfig, recipe: Recipe, target: float | int, memory: float) -> Iterator[Peak]:
-    """Yield the peak of each stage of a search on a device of `memory` bytes.
-
-    Args:
-        config: config of the dense model.
-        recipe: recipe of the run.
-        target: target size, a fraction or a number of parameters.
-        memory: memory of the device, in bytes.
-    """
-    device = torch.device(GPU)
-    torch._functorch.config.fake_tensor_allow_meta = True
-    sites, shapes = find_sites(config, recipe.database.granularity), expected_shapes(config)
-    dense = _Dense(
-        source="", checkpoint=_Checkpoint(shapes), config=config, sites=sites, tokenizer=None,  # type: ignore[arg-type]
-        generation_config=None, device=device, dtype=torch.bfloat16, fingerprint="",  # type: ignore[arg-type]
-    )  # fmt: skip
-    length, search = recipe.data.sequence_length, recipe.search
-    kept = kept_bytes(config, length, length, torch.bfloat16)
-    offload = search.offloads(2 * dense.parameters, kept, memory - _LIBRARIES, accelerator=True)
-    dense = replace(dense, offload=offload)
-    live = LiveBytes()
-    database: Any = _Database(live, config, sites, shapes, recipe.database.levels)
-    space = database.space(sites)
-    plan = uniform_plan(space, parameter_budget(target, space))
-    assert plan is not None
-
-    def blocks(tokens: int) -> Tensor:
-        return torch.zeros(max(1, tokens // length), length, dtype=torch.int32)
-
-    # Two steps of a trial show whether memory is freed between steps; scores keep all their tokens.
-    trial_tokens = min(max(search.trial_tokens), 2 * search.batch_size * length)
-    score_tokens = max(search.score_tokens)
-    search = search.model_copy(
-        update={"trial_tokens": (trial_tokens,), "score_tokens": (score_tokens,), "survivors": (1,)}
-    )
-    splits = {"train": blocks(2 * trial_tokens), "validation": blocks(score_tokens)}
-    corpus = Corpus({split: Tokens.unmasked(ids_BT) for split, ids_BT in splits.items()})
-    with FakeTensorMode(allow_non_fake_inputs=True), live, _as_on_a_gpu(live, memory - _LIBRARIES):
-
-        def peak(stage: str) -> Peak:
-            found = Peak(stage, live.peak[GPU], live.peak["cpu"] - _mapped(dense))
-            live.restart()
-            return found
-
-        DenseReference(dense.model, corpus.splits["validation"].input_ids_BT)
-        yield peak("scores of the dense model")
-        if search.descent_rounds:
-            # Two blocks show whether memory is freed between blocks.
-            measure_sensitivity(
-                dense, lambda index, level: database.cut(sites[index], level, dense.layers_device), space, plan,
-                blocks(2 * length), seed=0,
-            )  # fmt: skip
-            yield peak("sensitivities")
-        scorer = TrialScorer(dense, database, corpus, search)
-        scorer.take_rates([{"tokens": trial_tokens, "rate": 2.0**-11}])
-        scorer.score(plan, 0, plan)
-        yield peak("candidates: score, trial, score")
-        del scorer
-
-
-def _mapped(dense: DenseModel) -> int:
-    if not dense.offload:
-        return 0
-    return sum(2 * torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith(LAYERS))
-
-
 def _space(sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels: int) -> Space:
-    from darwinlm.plan import SiteLevels
-
     found = []
     for site in sites:
         units = level_sizes(site, levels)
@@ -259,7 +174,7 @@ def _space(sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]], levels:
 
 
 @contextmanager
-def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
+def as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
     """Patch device queries to answer as on a GPU."""
 
     def free(device: torch.device) -> float:
@@ -286,7 +201,20 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
                 module._buffers[name] = convert(buffer)
         return module
 
-    own = torch.tensor
+    def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        """Copy a tensor without its data pointer, which fake tensors do not have."""
+        found = tensor.detach().clone()
+        if isinstance(tensor, torch.nn.Parameter):
+            found = torch.nn.Parameter(found, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = found
+        return found
+
+    own, own_resize = torch.tensor, torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        found = own_resize(storage, size)
+        live.resized(storage)
+        return found
 
     def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         """Call `torch.tensor`, which bypasses the dispatch modes, and move the result."""
@@ -318,4 +246,6 @@ def _as_on_a_gpu(live: LiveBytes, memory: float) -> Iterator[None]:
         stack.enter_context(patch.object(torch, "tensor", tensor))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))
         stack.enter_context(patch.object(torch.nn.Module, "_apply", apply))
+        stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resize))
+        stack.enter_context(patch.object(Tensor, "__deepcopy__", deepcopy))
         yield

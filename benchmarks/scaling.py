@@ -1,18 +1,21 @@
 """Predict the costs of the paper's three cases and of a 70B model from their shapes, with `darwinlm plan`.
 
     python benchmarks/scaling.py --gpu h100 --gpus 8
-    python benchmarks/scaling.py --trace --gpu-memory 80
+    python benchmarks/scaling.py --trace --gpus 1 --gpu-memory 80
 
-`--trace` runs the search itself on tensors without content, and counts its peak memory (`live_bytes.py`).
+`--trace` runs the stages themselves on tensors without content, and counts their peak memory (`live_bytes.py`).
 """
 
 import argparse
 import json
+import multiprocessing
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from live_bytes import trace
+from live_stages import Trace, fake_ranks
 
 from darwinlm.commands.plan import plan_run
 from darwinlm.config.loading import load_recipe
@@ -48,22 +51,28 @@ OURS = {
 }  # fmt: skip
 """Settings that replace the paper's search: descent by sensitivities and a short evolution; refit and distillation."""
 
+ONE_GPU = {"recovery.lora_rank": 64, "recovery.micro_batch_size": 1, "recovery.sharding": "none"}
+"""Settings of the training on one GPU: low-rank updates."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--trace", action="store_true", help="count the memory of a search instead of predicting it")
+    parser.add_argument("--trace", action="store_true", help="count the memory of all stages instead of predicting it")
     parser.add_argument("--gpu-memory", type=float, default=80, help="device memory for --trace, in GB")
     arguments = parser.parse_args()
     if arguments.trace:
         print("| case | stage | device (GB) | CPU memory (GB) |\n|---|---|---|---|")
-        for name, search, recipe in cases(arguments.cases):
-            target = parse_target(recipe.target)["params"]
-            for peak in trace(load_sizes(recipe.model), recipe, target, arguments.gpu_memory * 1e9):
-                numbers = f"{peak.device / 1e9:.1f} | {peak.host / 1e9:.1f}"
-                print(f"| {name} to {recipe.target}, {search} | {peak.stage} | {numbers} |", flush=True)
+        for name, search, recipe in cases(arguments.cases, ONE_GPU if arguments.gpus == 1 else {}):
+            for stage in traced(recipe, arguments.gpu_memory * 1e9, arguments.gpus).stages():
+                # A fresh process for each stage: what libraries cache, such as masks, has no content.
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    given = recipe, arguments.gpu_memory * 1e9, arguments.gpus, stage
+                    device, host = pool.submit(peak_of, *given).result()
+                numbers = f"{device / 1e9:.1f} | {host / 1e9:.1f}"
+                print(f"| {name} to {recipe.target}, {search} | {stage} | {numbers} |", flush=True)
         return
     print(f"{arguments.gpus} x {arguments.gpu}: hours and, in parentheses, GB on each device")
     print("| case | database | search | recovery, 10B tokens | disk (GB) |\n|---|---|---|---|---|")
@@ -73,14 +82,26 @@ def main() -> None:
         print(f"| {name} to {recipe.target}, {search} | {' | '.join(cells)} | {costs.disk / 1e9:.0f} |")
 
 
-def cases(names: list[str]) -> Iterator[tuple[str, str, Recipe]]:
-    """Yield name, search and recipe; the model's folder exists until the next one."""
+def traced(recipe: Recipe, memory: float, ranks: int) -> Trace:
+    """Return the trace of a run on devices of `memory` bytes."""
+    return Trace(load_sizes(recipe.model), recipe, parse_target(recipe.target)["params"], memory, ranks)
+
+
+def peak_of(recipe: Recipe, memory: float, ranks: int, stage: str) -> tuple[int, int]:
+    """Return the bytes of a stage on the device and in CPU memory."""
+    with fake_ranks(ranks if stage == "training" else 1):
+        peak = traced(recipe, memory, ranks).peak(stage)
+    return peak.device, peak.host
+
+
+def cases(names: list[str], more: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str, Recipe]]:
+    """Yield name, search and recipe, with `more` settings; the model's folder exists until the next one."""
     for name in names:
         recipe, target, config = CASES[name]
         for search, settings in (("the paper's", {}), ("ours", OURS)):
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **config}))
-                yield name, search, load_recipe(recipe, {"model": folder, "target": target, **settings})
+                yield name, search, load_recipe(recipe, {"model": folder, "target": target, **settings, **(more or {})})
 
 
 if __name__ == "__main__":

@@ -67,14 +67,29 @@ def test_costs_proportional_to_settings(settings, stage, checkpoint):
 
 
 def test_costs_with_several_devices_and_sharding(checkpoint):
-    one = stages(costs_of(checkpoint("llama"), recovery__tokens=10**9, recovery__batch_size=8))
+    training = {"recovery__tokens": 10**9, "recovery__batch_size": 8, "recovery__refit_tokens": 0}
+    one = stages(costs_of(checkpoint("llama"), **training))
     eight = Machine(name="eight", devices=8, memory=80e9, accelerator=True)
-    many = stages(costs_of(checkpoint("llama"), eight, recovery__tokens=10**9, recovery__batch_size=8))
+    many = stages(costs_of(checkpoint("llama"), eight, **training))
     assert many["recovery"].seconds == pytest.approx(one["recovery"].seconds / 8, rel=0.05)
-    shared = costs_of(
-        checkpoint("llama"), eight, recovery__tokens=10**9, recovery__batch_size=8, recovery__sharding="fsdp"
-    )
+    shared = costs_of(checkpoint("llama"), eight, **training, recovery__sharding="fsdp")
     assert stages(shared)["recovery"].memory < many["recovery"].memory
+
+
+def test_costs_of_refit(checkpoint):
+    """Four float32 streams of all tokens: on the device, or in CPU memory if layers are streamed."""
+    large = Machine(name="large", devices=1, memory=80e9, accelerator=True)
+
+    def recovery(tokens, **settings):
+        settings |= {"recovery__tokens": 0, "recovery__refit_tokens": tokens, "data__train_tokens": 10**9}
+        return stages(costs_of(checkpoint("llama"), large, **settings))["recovery"]
+
+    few, many = recovery(10**6), recovery(10**7)
+    hidden = 48
+    assert many.memory - few.memory == pytest.approx(1.15 * 9 * 10**6 * hidden * 16)
+    streamed = recovery(10**7, search__offload="cpu")
+    assert streamed.memory < many.memory
+    assert streamed.host_memory > 10**7 * hidden * 16
 
 
 def test_costs_advice_when_memory_is_exceeded(checkpoint):
@@ -128,8 +143,8 @@ def test_costs_of_omitted_work(checkpoint, tmp_path):
     first = stages(costs_of(model, search__generations=0, **adamw))
     assert first["search"].memory == pytest.approx(trained.memory)
     assert first["search"].memory > stages(costs_of(model, search__generations=0, **untried, **adamw))["search"].memory
-    left = stages(costs_of(model, recovery__tokens=0))
-    assert left["recovery"].memory < whole["recovery"].memory
+    left = stages(costs_of(model, recovery__tokens=0, recovery__refit_tokens=512))
+    assert left["recovery"].memory < stages(costs_of(model, recovery__refit_tokens=512))["recovery"].memory
     assert stages(costs_of(model, recovery__tokens=0, recovery__refit_tokens=0))["recovery"].seconds == 0
     # Mixtures are uniform by default.
     mixture = make_checkpoint("mixtral", tmp_path)

@@ -43,6 +43,13 @@ def evaluate_and_export(job: Job, plan: Plan) -> None:
         _write(job, job.result(plan), plan, card)
 
 
+def waiting_device(dense: DenseModel, parameters: int) -> torch.device:
+    """Return the device of models of `parameters` parameters that wait for their evaluation: the CPU if they do not all
+    fit on the dense model's device."""
+    room = not dense.offload and 4 * dense.compute_dtype.itemsize * parameters < free_memory(dense.device)
+    return dense.device if room else torch.device("cpu")
+
+
 def _write(job: Job, model: PrunedModel, plan: Plan, card: str) -> None:
     folder = job.size.folder / "model"
     with job.run.stage(job.size.stage("export"), folder):
@@ -55,12 +62,7 @@ def _evaluate(job: Job, plan: Plan) -> None:
     evaluated = run.done(size.stage("evaluation"))
     if not (evaluated and run.done(size.stage("export"))):
         models = {"dense": first.dense.model}
-        # If they do not all fit on the device, the other models wait on the CPU.
-        wait = torch.device("cpu")
-        if not dense.offload and 4 * dense.compute_dtype.itemsize * here.space.parameters(plan.levels) < free_memory(
-            dense.device
-        ):
-            wait = dense.device
+        wait = waiting_device(dense, here.space.parameters(plan.levels))
         uniform = uniform_plan(first.space, job.original_budget)
         if uniform is not None:
             models["uniform"] = moved_to(first.cut(uniform), wait)

@@ -219,7 +219,8 @@ def fill_layer(config: PrunedConfig, layer: int, tensors: Mapping[str, Tensor]) 
     module: nn.Module = empty_layer(config, layer)
     prefix = f"{LAYERS}{layer}."
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
-    fuse_norms(module, next(iter(tensors.values())).device)
+    if tensors:  # else attention and MLP are removed
+        fuse_norms(module, next(iter(tensors.values())).device)
     return module.requires_grad_(False).eval()
 
 

@@ -11,6 +11,12 @@ def predict_recovery(work: Work) -> StageCost:
     if recovery.refit_tokens:
         parts = work.depth if work.offload else 1
         refit = work.resident + 4 * (work.fixed + work.candidate) / parts
+        # The streams before, between and after the parts of a layer.
+        streams = 4 * 4 * min(recovery.refit_tokens, work.recipe.data.train_tokens) * work.rows
+        if not work.offload:
+            refit += streams
+        elif work.machine.accelerator:
+            host = max(host, streams + 4 * work.candidate)
     cached = _teacher_bytes(work) if recovery.teacher_top_k else 0.0
     return StageCost(
         stage=Stage("recovery", work.number),

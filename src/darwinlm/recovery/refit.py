@@ -19,6 +19,7 @@ from darwinlm.database.grams import root_mean_square
 from darwinlm.metrics.kl import DenseReference
 from darwinlm.models.families import Family, family_of
 from darwinlm.models.modeling_darwinlm import PrunedModel
+from darwinlm.models.streaming import is_streamed
 from darwinlm.models.walking import Given, enter
 from darwinlm.plan import SiteKind
 from darwinlm.runtime.progress import log, task
@@ -65,21 +66,26 @@ def refit(model: PrunedModel, dense: PrunedModel, blocks_BT: Tensor) -> None:
         dense: model it was cut from, possibly in several steps, on the same device, in any dtype.
         blocks_BT: token ids, (blocks, tokens).
     """
-    family, ids_BT = family_of(dense.config), blocks_BT.to(dense.device, torch.long)
+    device, family, ids_BT = dense.device, family_of(dense.config), blocks_BT.to(dense.device, torch.long)
     batches = ids_BT.split(max(1, _BATCH_TOKENS // blocks_BT.shape[1]))
+    # Where layers do not fit on the device, the streams of all tokens need not fit either.
+    store = torch.device("cpu") if is_streamed(model) else device
     # Both streams are float32, whatever the dense layers compute in.
-    wanted = [enter(dense, batch_BT, torch.float32)[0] for batch_BT in batches]
-    states = [enter(model, batch_BT)[0] for batch_BT in batches]
+    wanted = [enter(dense, batch_BT, torch.float32)[0].to(store) for batch_BT in batches]
+    states = [enter(model, batch_BT)[0].to(store) for batch_BT in batches]
     _, given = enter(model, ids_BT[:1])
     scale = getattr(model.config, "residual_multiplier", None) or 1.0
     with task("refit (layers)", len(model.model.layers)) as progress:
         for index, (whole, cut) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
             exact = whole if dense.dtype == torch.float32 else copy.deepcopy(whole).float()
-            targets = [_streams(exact, given[index], stream_BTD, family) for stream_BTD in wanted]
+            passed = (_streams(exact, given[index], stream_BTD.to(device), family) for stream_BTD in wanted)
+            targets = [tuple(stream_BTD.to(store) for stream_BTD in streams) for streams in passed]
             for place, kind in enumerate(_KINDS):
                 if family.output(kind) in dict(cut.named_modules()):
-                    _correct(cut, kind, given[index], family, scale, states, [target[place] for target in targets])
-            states = [_streams(cut, given[index], stream_BTD, family)[1] for stream_BTD in states]
+                    _correct(
+                        cut, kind, given[index], family, scale, device, states, [target[place] for target in targets]
+                    )
+            states = [_streams(cut, given[index], stream_BTD.to(device), family)[1].to(store) for stream_BTD in states]
             wanted = [target[1] for target in targets]
             progress.advance()
 
@@ -105,10 +111,12 @@ def _correct(
     given: Given,
     family: Family,
     scale: float,
+    device: torch.device,
     states: Sequence[Tensor],
     wanted: Sequence[Tensor],
 ) -> None:
     """Correct the output projection of one part, so that from `states` the stream after it is closest to `wanted`.
+    Computes on `device`, wherever these are.
 
     `scale` multiplies the part's output before it is added to the stream. A norm in between is fixed at its scale for
     each token, which makes it linear.
@@ -116,7 +124,7 @@ def _correct(
     projection = layer.get_submodule(family.output(kind))
     assert isinstance(projection, nn.Linear)
     # Weights of streamed layers are elsewhere.
-    columns, rows, device = projection.in_features, projection.out_features, states[0].device
+    columns, rows = projection.in_features, projection.out_features
     gain_D = torch.ones(rows, device=device)
     if family.norm_after(kind):
         norm = layer.get_submodule(family.norm_after(kind))
@@ -128,12 +136,12 @@ def _correct(
     lacking_DK = torch.zeros(rows, columns, device=device)
     try:
         for stream_BTD, target_BTD in zip(states, wanted, strict=True):
-            found_BTD = _streams(layer, given, stream_BTD, family)[0 if kind == "attention" else 1]
+            found_BTD = _streams(layer, given, stream_BTD.to(device), family)[0 if kind == "attention" else 1]
             x_NK, output_ND = (tensor.flatten(0, 1) for tensor in seen.pop())
             if family.norm_after(kind):
                 x_NK = x_NK / root_mean_square(output_ND, layer.get_submodule(family.norm_after(kind)))
             gram_KK.addmm_(x_NK.T, x_NK)
-            lacking_DK.addmm_(((target_BTD - found_BTD).flatten(0, 1) / (scale * gain_D)).T, x_NK)
+            lacking_DK.addmm_(((target_BTD.to(device) - found_BTD).flatten(0, 1) / (scale * gain_D)).T, x_NK)
     finally:
         hook.remove()
     gram_KK.diagonal().add_(max(_RIDGE * gram_KK.diagonal().mean().item(), 1e-6))
