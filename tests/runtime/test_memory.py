@@ -26,6 +26,10 @@ from darwinlm.runtime.memory import available_memory, check_room, naming_memory_
 GPU = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is free."
 )
+NCCL = (
+    "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclUnhandledCudaError: Call to CUDA library failed.\nLast error:\nCuda failure 2 'out of memory'"
+)
 CPU_ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "4000000000000 bytes. Error code 12 (Cannot allocate memory)"
@@ -36,6 +40,12 @@ CPU_ALLOCATOR = (
     ("error", "message"),
     [
         (torch.OutOfMemoryError(GPU), r"GPU out of memory \(Tried to allocate 2.50 GiB\)"),
+        (torch.distributed.DistBackendError(NCCL), r"GPU out of memory \(DistBackendError\)"),
+        (RuntimeError("CUDA error: out of memory"), r"GPU out of memory \(RuntimeError\)"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "GPU out of memory",
+        ),
         (RuntimeError(CPU_ALLOCATOR), r"out of memory \(tried to allocate 4000000000000 bytes\)"),
         (MemoryError(), r"out of memory \(MemoryError\)"),
         (OSError(12, "Cannot allocate memory"), r"out of memory \(OSError\)"),

@@ -29,6 +29,11 @@ _REMEDIES = {
     "recovery": "lower recovery.micro_batch_size, set recovery.activations=recompute",
     "evaluation": "lower data.sequence_length",
 }
+_GPU_TEXTS = re.compile(
+    r"(CUDA|HIP|XPU) (error|failure)\b.*out of memory|Failed to CUDA calloc|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out of",
+    re.I,
+)
+"""Errors of drivers and libraries, such as NCCL's, which allocate memory outside PyTorch's allocator."""
 _TEXTS = re.compile(r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|bad_alloc|os error 12\b", re.I)
 
 
@@ -102,7 +107,7 @@ def naming_memory_faults(stage: Stage | str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or _GPU_TEXTS.search(str(error)):
             place = "GPU out of memory"
         elif isinstance(error, MemoryError) or _lacks_memory(error):
             place = "out of memory"
