@@ -30,7 +30,7 @@ _REMEDIES = {
     "evaluation": "lower data.sequence_length",
 }
 _GPU_TEXTS = re.compile(
-    r"(CUDA|HIP|XPU) (error|failure)\b.*out of memory|Failed to CUDA calloc|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out of",
+    r"(CUDA|HIP|XPU) (error|failure)\b.*out of memory|failed to CUDA calloc|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out",
     re.I,
 )
 """Errors of drivers and libraries, such as NCCL's, which allocate memory outside PyTorch's allocator."""
