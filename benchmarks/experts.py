@@ -101,7 +101,7 @@ def trained(family: str, blocks_BT: Tensor, steps: int, seed: int, folder: Path)
 
 
 @torch.no_grad()
-def show_specialisation(
+def show_specialization(
     dense: DenseModel, walked: dict[str, ExpertStatistics], blocks_BT: Tensor, python_B: Tensor, seed: int
 ) -> None:
     """Print for each layer: tokens per expert, the share of Python in them, mutual information of expert and byte."""
@@ -218,7 +218,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> dict[str, tuple[float, 
         corpus = Corpus({split: Tokens.unmasked(ids_BT.int()) for split, ids_BT in splits.items()})
         walk = walk_blocks(dense, corpus.splits["calibration"].input_ids_BT, batch_size=16, scratch=place)
         walked = {site.name: known for site, known in walk if isinstance(known, ExpertStatistics)}
-        show_specialisation(dense, walked, text_BT, python_B[:256], seed)
+        show_specialization(dense, walked, text_BT, python_B[:256], seed)
         for target in arguments.targets:
             mixtures = [site for site in dense.sites if site.routed]
             one = sum(dense.shapes[f"{site.output}"][1] * 3 * site.columns_per_unit for site in mixtures)

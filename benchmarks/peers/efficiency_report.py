@@ -235,22 +235,22 @@ def curve_plot(found: Sequence[Curve], model: str, share: float) -> str:
             parts.append(_text(x_of(tick), height - 22, _short(tick), "soft middle"))
     parts.append(_text((left + right) / 2, height - 4, "training tokens", "soft middle"))
     labels = []
-    for one, colour in zip(found, _colours(found), strict=True):
+    for one, color in zip(found, _colors(found), strict=True):
         places = [(x_of(at), y_of(value)) for at, value in one.points]
         parts.append(
-            f'<polyline class="line{" ours" if one.method == OURS else ""}" stroke="var(--{colour})" points="'
+            f'<polyline class="line{" ours" if one.method == OURS else ""}" stroke="var(--{color})" points="'
             + " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             + '"/>'
         )
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--{colour})"/>' for x, y in places]
-        labels.append((places[-1], f"{one.name} {one.points[-1][1]:.2f}", colour, one.method == OURS))
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--{color})"/>' for x, y in places]
+        labels.append((places[-1], f"{one.name} {one.points[-1][1]:.2f}", color, one.method == OURS))
     heights = apart([y for (_, y), *_ in labels], 17, _TOP, height - _BOTTOM)
-    for ((x, y), label, colour, strong), at in zip(labels, heights, strict=True):
+    for ((x, y), label, color, strong), at in zip(labels, heights, strict=True):
         parts.append(
-            f'<line x1="{x + 4:.1f}" y1="{y:.1f}" x2="{right + 12}" y2="{at:.1f}" stroke="var(--{colour})" '
+            f'<line x1="{x + 4:.1f}" y1="{y:.1f}" x2="{right + 12}" y2="{at:.1f}" stroke="var(--{color})" '
             'stroke-width="1" stroke-dasharray="1 3"/>'
         )
-        parts.append(_text(right + 16, at + 4, label, "strong" if strong else "", f"var(--{colour})"))
+        parts.append(_text(right + 16, at + 4, label, "strong" if strong else "", f"var(--{color})"))
     return _svg(height, parts, "KL to the dense model over training tokens, by method")
 
 
@@ -261,7 +261,7 @@ def need_plot(found: Sequence[Curve]) -> str:
     tokens = chosen_point(ours, rivals)
     if tokens is None:
         return ""
-    colours = dict(zip((one.method for one in found), _colours(found), strict=True))
+    colors = dict(zip((one.method for one in found), _colors(found), strict=True))
     bars = [(one, times) for one in rivals if (times := need(one, ours, tokens)) is not None]
     bars.sort(key=lambda bar: (bar[1].more, bar[1].times))
     height, step = _TOP + 34 * (len(bars) + 1) + 14, 34
@@ -280,7 +280,7 @@ def need_plot(found: Sequence[Curve]) -> str:
     for number, (one, times) in enumerate(bars, 1):
         shown = f"{times}x" + (", not reached" if times.more else "")
         at = _TOP + number * step
-        parts.append(_bar(left, at, width(times.times), colours[one.method], one.name, shown, more=times.more))
+        parts.append(_bar(left, at, width(times.times), colors[one.method], one.name, shown, more=times.more))
     return _svg(height, parts, "Training tokens that each rival needs, as a multiple of ours")
 
 
@@ -311,11 +311,11 @@ def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[
 
 
 def _bar(
-    x: float, y: float, width: float, colour: str, name: str, shown: str, *, more: bool, strong: bool = False
+    x: float, y: float, width: float, color: str, name: str, shown: str, *, more: bool, strong: bool = False
 ) -> str:
-    fill = f'fill="var(--{colour})"' + (' fill-opacity="0.35"' if more else "")
+    fill = f'fill="var(--{color})"' + (' fill-opacity="0.35"' if more else "")
     kind = "strong" if strong else ""
-    edge = f' stroke="var(--{colour})" stroke-dasharray="4 3"' if more else ""
+    edge = f' stroke="var(--{color})" stroke-dasharray="4 3"' if more else ""
     return (
         _text(x - 10, y + 16, name, f"end {kind}")
         + f'<rect x="{x}" y="{y}" width="{max(width, 2):.1f}" height="22" rx="3" {fill}{edge}/>'
@@ -323,7 +323,7 @@ def _bar(
     )
 
 
-def _colours(found: Sequence[Curve]) -> list[str]:
+def _colors(found: Sequence[Curve]) -> list[str]:
     others = [method for method in _ORDER if method != OURS]
     return [OURS if one.method == OURS else _COLOURS[others.index(one.method)] for one in found]
 

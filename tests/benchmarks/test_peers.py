@@ -240,7 +240,7 @@ def test_ours_meets_size_and_recovered_copies_model(calibrated, text, tmp_path):
     assert any(not torch.equal(tensor, pruned[key]) for key, tensor in trained.state_dict().items())
 
 
-def test_rows_stored_and_summarised(tmp_path):
+def test_rows_stored_and_summarized(tmp_path):
     rows = compare.Rows(tmp_path / "rows.jsonl")
     rows.add({"method": "dense", "perplexity": 20.0})
     row = {

@@ -25,7 +25,7 @@ def test_nice_ticks(a, b, whole):
 
 def test_columns_to_scale():
     shares = [1.0, 0.25, 0.0]
-    chart = columns([Column(share=share, title="") for share in shares], colour="mlp", label="", height=100)
+    chart = columns([Column(share=share, title="") for share in shares], color="mlp", label="", height=100)
     fills = [a for tag, a in Page(str(chart)).tags if tag == "rect" and a["class"].startswith("fill")]
     assert [float(fill["height"][:-1]) for fill in fills] == [100, 25, 0]
     assert [float(fill["y"][:-1]) for fill in fills] == [0, 75, 100]
@@ -33,8 +33,8 @@ def test_columns_to_scale():
 
 def test_curve_to_scale():
     points = [Point(x=x, y=y, title=f"at {x}") for x, y in ((0, 1.0), (1, 3.0), (4, 2.0))]
-    chart = str(curve([Series(points=points, colour="found")], label="", height=100))
+    chart = str(curve([Series(points=points, color="found")], label="", height=100))
     dots = [a for tag, a in Page(chart).tags if tag == "circle"]
     assert [float(dot["cx"][:-1]) for dot in dots] == [0, 25, 100]
     assert [float(dot["cy"][:-1]) for dot in dots] == [100, 0, 50]
-    assert curve([Series(points=[Point(x=0, y=None, title="")], colour="found")], label="", height=100) == ""
+    assert curve([Series(points=[Point(x=0, y=None, title="")], color="found")], label="", height=100) == ""

@@ -53,6 +53,13 @@ def blocks(page, *languages):
 
 
 @every_page
+def test_named_tests_and_benchmarks_exist(page):
+    for file in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", page.read_text()):
+        assert page.name == "lab-log.md" or (ROOT / file).exists(), f"{page.name}: {file}"
+    assert page.name == "lab-log.md" or not re.search(r"`test_\w+`", page.read_text()), "name tests by their paths"
+
+
+@every_page
 def test_links_have_targets(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", link):

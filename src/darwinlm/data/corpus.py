@@ -73,13 +73,13 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
         most = min(most, _HUB_CHARACTERS_PER_TOKEN * tokens)
     pieces = _pieces(documents, recipe, tokenizer, most, seed)
 
-    def tokenised() -> Iterator[Tokens]:
+    def tokenized() -> Iterator[Tokens]:
         for batch in in_batches(pieces, 256):
             for piece, document in zip(batch, _tokenise(batch, tokenizer), strict=True):
                 taken.append(_fingerprint(piece.text))
                 yield document
 
-    corpus, reserved = _pack(tokenised(), recipe)
+    corpus, reserved = _pack(tokenized(), recipe)
     return Corpus(corpus.splits, frozenset(taken[:reserved]))
 
 
@@ -305,11 +305,11 @@ def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[Tokens]:
     """Return each piece as a document; the end-of-text token follows the last piece of a text."""
     end = tokenizer.eos_token_id
     plain = [piece for piece in pieces if piece.assistant_spans is None]
-    tokenised = iter(tokenizer([piece.text for piece in plain])["input_ids"] if plain else [])
+    tokenized = iter(tokenizer([piece.text for piece in plain])["input_ids"] if plain else [])
     documents = []
     for piece in pieces:
         if piece.assistant_spans is None:
-            ids = next(tokenised)
+            ids = next(tokenized)
             documents.append(Tokens.document([*ids, end] if piece.ends and end is not None else ids))
         else:
             # The template has already written the special tokens.

@@ -154,7 +154,7 @@ def removal_order(experts: Experts, x_MD: Tensor, logits_ME: Tensor, weights_M: 
 
 def _tokens_moved(experts: Experts, gates_ME: Tensor, expert: int) -> Tensor:
     """Return the tokens whose gates change when `expert` is removed: all of them if gates do not sum to 1."""
-    if not experts.renormalised:
+    if not experts.renormalized:
         return torch.arange(len(gates_ME), device=gates_ME.device)
     return gates_ME[:, expert].nonzero()[:, 0]
 

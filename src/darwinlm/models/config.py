@@ -175,9 +175,9 @@ def load_config(source: str) -> Any:
     mlx = settings.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
         raise UserError(f"model {source!r} is quantized to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        how = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        how = quantized if isinstance(quantized, dict) else quantized.to_dict()
         if how.get("quant_method") == "mxfp4":
             raise UserError(
                 f"model {source!r} is quantized (MXFP4); convert it to bfloat16 with transformers and give that "

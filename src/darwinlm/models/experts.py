@@ -30,20 +30,20 @@ def renormalises(config: PrunedConfig) -> bool:
     return bool(getattr(config, "norm_topk_prob", True))
 
 
-def choose_experts(logits_NE: Tensor, routed: int, *, renormalised: bool) -> tuple[Tensor, Tensor]:
+def choose_experts(logits_NE: Tensor, routed: int, *, renormalized: bool) -> tuple[Tensor, Tensor]:
     """Return the gates of the `routed` experts of each token, float32, and their indices, both (N, routed)."""
     top_NK, chosen_NK = logits_NE.float().softmax(-1).topk(routed, dim=-1)
-    return top_NK / top_NK.sum(-1, keepdim=True) if renormalised else top_NK, chosen_NK
+    return top_NK / top_NK.sum(-1, keepdim=True) if renormalized else top_NK, chosen_NK
 
 
 def hide_experts(model: PrunedModel, site: Site, kept: Sequence[int]) -> None:
     """Restrict the router of `site` to the experts `kept`, by a hook; all experts stay in the model."""
-    family, renormalised = family_of(model.config), renormalises(model.config)
+    family, renormalized = family_of(model.config), renormalises(model.config)
     gone = [expert for expert in range(site.num_units) if expert not in kept]
 
     def hook(_: nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits_NE = output[0].index_fill(-1, torch.tensor(gone, device=output[0].device), -torch.inf)
-        gates_NK, chosen_NK = choose_experts(logits_NE, site.routed, renormalised=renormalised)
+        gates_NK, chosen_NK = choose_experts(logits_NE, site.routed, renormalized=renormalized)
         return logits_NE, gates_NK.to(output[1].dtype), chosen_NK
 
     block = model.get_submodule(f"{LAYERS}{site.layer}.{family.mlp}")
@@ -82,7 +82,7 @@ class Experts:
     glu: Callable[[Tensor], Tensor]
     """Maps the input projections (N, J) to the input of an expert's output projection (N, I)."""
     routed: int
-    renormalised: bool
+    renormalized: bool
     transposed: bool
     """Whether the model stores its matrices transposed."""
     router_bias_E: Tensor | None = None
@@ -101,7 +101,7 @@ class Experts:
             down_EDI=down.mT if family.experts_transposed else down,
             glu=_clamped(config) if family.experts_transposed else functools.partial(_gated, ACT2FN[config.hidden_act]),
             routed=site.routed,
-            renormalised=renormalises(config),
+            renormalized=renormalises(config),
             transposed=family.experts_transposed,
             router_bias_E=weights.get(f"{block}{family.router}.bias"),
             gate_up_bias_EJ=weights.get(f"{block}{family.experts}.gate_up_proj_bias"),
@@ -157,7 +157,7 @@ class Experts:
 
         An expert with logits of -inf is treated as removed.
         """
-        top_NK, chosen_NK = choose_experts(logits_NE, self.routed, renormalised=self.renormalised)
+        top_NK, chosen_NK = choose_experts(logits_NE, self.routed, renormalized=self.renormalized)
         return torch.zeros_like(logits_NE).scatter_(-1, chosen_NK, top_NK)
 
     def channels(self, expert: int, x_ND: Tensor) -> Tensor:

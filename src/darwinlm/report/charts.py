@@ -46,12 +46,12 @@ class Series:
     """Line of a `curve`, in a color class of the style sheet."""
 
     points: Sequence[Point]
-    colour: str
+    color: str
     dots: bool = True
     """Whether all points have a dot; strong points always have one."""
 
 
-def columns(values: Sequence[Column], *, colour: str, label: str, height: int) -> Markup:
+def columns(values: Sequence[Column], *, color: str, label: str, height: int) -> Markup:
     """Draw one column for each of `values`, with outlines of equal height and some column numbers, from 0, below."""
     step = 100 / max(len(values), 1)
     gap = min(step * 0.22, 1.2)
@@ -63,7 +63,7 @@ def columns(values: Sequence[Column], *, colour: str, label: str, height: int) -
             Markup(
                 '<g class="mark"><title>{}</title><rect class="outline{}" x="{}" y="0" width="{}" height="100%"/>'
                 '<rect class="fill {}" x="{}" y="{}" width="{}" height="{}"/></g>'
-            ).format(value.title, narrow, x, width, colour, x, _percent(100 - filled), width, _percent(filled))
+            ).format(value.title, narrow, x, width, color, x, _percent(100 - filled), width, _percent(filled))
         )
     every = next(every for every in (1, 2, 5, 10, 20, 50, 100, 1000) if len(values) / every <= 8)
     ticks = [(float(index), (index + 0.5) * step) for index in range(0, len(values), every)]
@@ -138,7 +138,7 @@ def _line(series: Series, x_of: Callable[[float], float], y_of: Callable[[float]
     for point, (x, y) in zip(drawn, places, strict=True):
         if series.dots or point.strong:
             marks += _dot("dot strong" if point.strong else "dot", x, y, 4.5 if series.dots else 3)
-    return Markup('<g class="series {}">{}</g>').format(series.colour, marks)
+    return Markup('<g class="series {}">{}</g>').format(series.color, marks)
 
 
 def _dot(name: str, x: float, y: float, radius: float) -> Markup:

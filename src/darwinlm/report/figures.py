@@ -9,14 +9,14 @@ from darwinlm.report.charts import Column, Point, Series, columns, curve
 from darwinlm.report.numbers import kl, percent, plain, short
 
 
-def task_colour(model: str) -> str:
+def task_color(model: str) -> str:
     """Return the color class of a model in the chart of tasks."""
     return model if model == "dense" else "recovered"
 
 
 def task_key(models: Sequence[str]) -> list[tuple[str, str]]:
     """Return the legend of the chart of tasks."""
-    return [(task_colour(name), name) for name in models]
+    return [(task_color(name), name) for name in models]
 
 
 def layer_charts(layers: Sequence[Mapping[str, Any]], attention_unit: str) -> dict[str, Markup]:
@@ -33,7 +33,7 @@ def layer_charts(layers: Sequence[Mapping[str, Any]], attention_unit: str) -> di
             for layer in layers
         ]
         name = "attention" if kind == "attention" else "MLP"
-        charts[kind] = columns(values, colour=kind, height=height, label=f"Size of each layer's {name}")
+        charts[kind] = columns(values, color=kind, height=height, label=f"Size of each layer's {name}")
     return charts
 
 
@@ -56,7 +56,7 @@ def descent_chart(search: Mapping[str, Any]) -> Markup:
         )
         for one in rounds
     ]
-    series = Series(points=[begin, *points], colour="found")
+    series = Series(points=[begin, *points], color="found")
     return curve([series], label="KL by round of the descent", height=220)
 
 
@@ -80,7 +80,7 @@ def generations_chart(search: Mapping[str, Any]) -> Markup:
         )
         for one in generations
     ]
-    series = Series(points=points, colour="found", dots=len(points) <= 60)
+    series = Series(points=points, color="found", dots=len(points) <= 60)
     return curve([series], label="KL by generation", height=220)
 
 
@@ -99,7 +99,7 @@ def recovery_chart(recovery: Mapping[str, Any]) -> Markup:
         )
         for one in recovery["curve"]
     ]
-    return curve([Series(points=points, colour="recovered", dots=False)], label="Training loss by step", height=220)
+    return curve([Series(points=points, color="recovered", dots=False)], label="Training loss by step", height=220)
 
 
 def evaluations_chart(recovery: Mapping[str, Any], name: str, title: str) -> Markup:
@@ -108,7 +108,7 @@ def evaluations_chart(recovery: Mapping[str, Any], name: str, title: str) -> Mar
         Point(x=one["step"], y=one[name], strong=True, title=f"step {one['step']:,}: {title} {one[name]:.3f}")
         for one in recovery["evaluations"]
     ]
-    return curve([Series(points=points, colour="recovered")], label=f"{title} by step", height=180)
+    return curve([Series(points=points, color="recovered")], label=f"{title} by step", height=180)
 
 
 def family_chart(sizes: Mapping[str, Mapping[str, Any]]) -> Markup:
@@ -127,5 +127,5 @@ def family_chart(sizes: Mapping[str, Mapping[str, Any]]) -> Markup:
             for _, row in sorted(rows, key=lambda pair: -pair[1]["parameters"])
         ]
         if points:
-            lines.append(Series(points=points, colour=kind))
+            lines.append(Series(points=points, color=kind))
     return curve(lines, label="KL by percentage of parameters", height=260, from_zero=True)

@@ -34,7 +34,7 @@ _FIGURES: tuple[Callable[..., Any], ...] = (
         figures.recovery_chart,
         figures.evaluations_chart,
     ),
-    *(figures.family_chart, figures.task_colour, figures.task_key),
+    *(figures.family_chart, figures.task_color, figures.task_key),
 )
 _WATCH_SECONDS = 2.0
 

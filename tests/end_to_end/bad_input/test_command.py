@@ -12,8 +12,8 @@ from refusals import RANGE, one_line
     ("command", "message"),
     [
         (["prun"], r"No such command 'prun'. .*\(see darwinlm --help\)"),
-        (["--colour"], r"No such option: --colour .*\(see darwinlm --help\)"),
-        (["prune", "m", "--colour"], r"No such option: --colour .*\(see darwinlm prune --help\)"),
+        (["--color"], r"No such option: --color .*\(see darwinlm --help\)"),
+        (["prune", "m", "--color"], r"No such option: --color .*\(see darwinlm prune --help\)"),
         (["prune"], r"Missing argument 'model'. \(see darwinlm prune --help\)"),
         (["prune", "m", "--target", "0.5"], r"Missing option '--out'. \(see darwinlm prune --help\)"),
         (["prune", "m", "--out", "o"], r"Missing option '--target'. \(see darwinlm prune --help\)"),

@@ -81,8 +81,8 @@ def test_out_in_use_without_manifest(refused, tmp_path):
         ),
         (lambda manifest: {"format": 1}, "manifest.json is damaged .*recipe, facts or stages are missing"),
         (
-            lambda manifest: {**manifest, "recipe": {**manifest["recipe"], "colour": 1}},
-            r"a run whose recipe this version cannot read \(recipe: unknown setting 'colour'.*\); give a new folder",
+            lambda manifest: {**manifest, "recipe": {**manifest["recipe"], "color": 1}},
+            r"a run whose recipe this version cannot read \(recipe: unknown setting 'color'.*\); give a new folder",
         ),
     ],
 )
