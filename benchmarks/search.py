@@ -50,7 +50,7 @@ from darwinlm.data.corpus import Corpus, read_corpus
 from darwinlm.data.tokens import Tokens
 from darwinlm.database.build import build_database
 from darwinlm.database.store import Database
-from darwinlm.metrics.kl import DenseReference
+from darwinlm.metrics.kl import DenseReference, Fidelity
 from darwinlm.models.cutting import build_model
 from darwinlm.models.loading import DenseModel, fast_dtype, load_dense
 from darwinlm.models.smollm2 import resolve
@@ -136,6 +136,17 @@ def magnitude_plan(dense: DenseModel, database: Database, space: Space, budget: 
     return cheapest_plan(space, budget, lambda site, level: lost[site.name][level])
 
 
+class Judge:
+    """The dense model on two texts that no method reads: the evaluation file, and the test split."""
+
+    def __init__(self, dense: DenseModel, evaluation_BT: Tensor, test_BT: Tensor) -> None:
+        self._references = [DenseReference(dense.model, blocks_BT) for blocks_BT in (evaluation_BT, test_BT)]
+
+    def compare(self, model: torch.nn.Module) -> list[Fidelity]:
+        """Return KL and perplexity on both."""
+        return [reference.compare(model) for reference in self._references]
+
+
 def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tensor:
     ids = dense.tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: tokens // length * length]
     return torch.tensor(ids).view(-1, length)
@@ -144,14 +155,15 @@ def judge_blocks(dense: DenseModel, file: str, tokens: int, length: int) -> Tens
 @contextmanager
 def prepared(
     arguments: argparse.Namespace, seed: int
-) -> Iterator[tuple[Recipe, DenseModel, Corpus, DenseReference, Database, Budget, Path]]:
+) -> Iterator[tuple[Recipe, DenseModel, Corpus, Judge, Database, Budget, Path]]:
     """Prepare what all comparisons of a seed share; the database is deleted afterwards unless `--keep` is given."""
     given = dict(parse_override(text) for text in arguments.set)
     settings = {"model": arguments.model, "target": arguments.target, "data.source": arguments.data, "seed": seed}
     recipe = load_recipe("quick", settings | given)
     dense = load_dense(resolve(arguments.model), "kv_group", torch.device("cpu"))
     blocks = judge_blocks(dense, arguments.evaluation, arguments.tokens, recipe.data.sequence_length)
-    corpus, judge = read_corpus(recipe.data, dense.tokenizer, seed), DenseReference(dense.model, blocks)
+    corpus = read_corpus(recipe.data, dense.tokenizer, seed)
+    judge = Judge(dense, blocks, corpus.splits["test"].first(arguments.tokens).input_ids_BT)
     with tempfile.TemporaryDirectory() as passing:
         folder = arguments.keep / f"seed-{seed}" / "database" if arguments.keep else Path(passing)
         if (folder / "index.json").exists():
@@ -308,6 +320,9 @@ def compare_ends(arguments: argparse.Namespace) -> None:
                     print(f"seed {seed}: {name}: gain {gain['mean']:.4f} ± {gain['error']:.4f}", flush=True)
                 seconds, helped = time.perf_counter() - start, trials_of(search.history)
                 print(f"seed {seed}: {name}: {search.generation} generations, {seconds:.0f} s, {helped}", flush=True)
+            if arguments.keep:
+                levels = {name: found.levels for name, found in plans.items()}
+                (folder / "plans.json").write_text(json.dumps(levels), encoding="utf-8")
             known: dict[tuple[Plan, bool], tuple[float, ...]] = {}
             for name, found in plans.items():
                 recovery = RecoveryRecipe(tokens=arguments.recovery_tokens)
@@ -392,7 +407,8 @@ def compare_rates(arguments: argparse.Namespace) -> None:
 
 def summarise(rows: dict[str, list[tuple[float, ...]]], recovery_tokens: int) -> None:
     """Print mean and standard deviation over the seeds."""
-    print("method: KL, perplexity" + (", after recovery: KL, perplexity" if recovery_tokens else ""))
+    recovered = ", after recovery: KL, perplexity; on the test split: KL, after recovery"
+    print("method: KL, perplexity" + (recovered if recovery_tokens else ", KL on the test split"))
     for name, found in rows.items():
         columns = list(zip(*found, strict=True))
         shown = [
@@ -407,22 +423,23 @@ def _row(
     database: Database,
     corpus: Corpus,
     plan: Plan,
-    judge: DenseReference,
+    judge: Judge,
     recipe: RecoveryRecipe,
     seed: int,
 ) -> tuple[float, ...]:
-    """Return KL and perplexity of a plan on the evaluation text, before and (if `recipe` has tokens) after recovery."""
+    """Return KL and perplexity of a plan on the evaluation text, before and (if `recipe` has tokens) after recovery;
+    then KL on the test split."""
     cuts = database.cuts(dense.sites, plan.levels, dense.device)
-    before = judge.compare(build_model(dense.config, dense.sites, dense.weights, cuts))
+    before, test_before = judge.compare(build_model(dense.config, dense.sites, dense.weights, cuts))
     if not recipe.tokens:
-        return before.kl, before.perplexity
+        return before.kl, before.perplexity, test_before.kl
     model = build_model(dense.config, dense.sites, dense.weights, cuts, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
         text, validation = corpus.splits["train"], corpus.splits["validation"]
         teacher, place = dense.load(dense.device, fast_dtype(dense.device)), Path(folder)
         model, _ = recover(model, teacher, text, validation, recipe, seed=seed, folder=place, device=dense.device)
-    after = judge.compare(model)
-    return before.kl, before.perplexity, after.kl, after.perplexity
+    after, test_after = judge.compare(model)
+    return before.kl, before.perplexity, after.kl, after.perplexity, test_before.kl, test_after.kl
 
 
 def time_trials(arguments: argparse.Namespace) -> None:
