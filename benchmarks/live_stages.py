@@ -183,7 +183,8 @@ class Trace:
         dense.release()
         teacher = dense.load(device, torch.bfloat16) if recipe.distillation > 0 else None
         if recipe.lora_rank:
-            model.to(torch.bfloat16)
+            if not sharding.is_sharded(recipe):
+                model.to(torch.bfloat16)
             _with_lora(model, recipe.lora_rank)
         if recipe.activations == "recompute":
             model.activation_checkpointing_enable({"use_reentrant": False})

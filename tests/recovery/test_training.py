@@ -206,6 +206,36 @@ def test_lora_changes_have_its_rank(pruned, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
+def test_lora_keeps_frozen_weights_in_checkpoint_dtype(pruned, tmp_path, monkeypatch):
+    """The updates are float32, and the result is that of float32 weights but for rounding."""
+    dense, database = pruned("llama", "kv_group")
+    recipe = RecoveryRecipe(tokens=24 * 24, learning_rate=1e-2, batch_size=2, lora_rank=2, evaluations=0)
+    monkeypatch.setattr(training, "fast_dtype", lambda device: torch.bfloat16)
+    exact, model = halved(dense, database, trainable=True), halved(dense, database, trainable=True)
+    dtypes, add = [], training._with_lora
+
+    def adding(model, rank):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            adapted = add(model, rank)
+        dtypes.extend((parameter.dtype, parameter.requires_grad) for parameter in adapted.parameters())
+        return adapted
+
+    monkeypatch.setattr(training, "_with_lora", adding)
+    losses = train(exact, dense, recipe, tmp_path / "float32").losses
+    assert set(dtypes) == {(torch.float32, False), (torch.float32, True)}
+    dtypes.clear()
+    model.config.dtype = torch.bfloat16
+    done = train(model, dense, recipe, tmp_path / "bfloat16")
+    assert set(dtypes) == {(torch.bfloat16, False), (torch.float32, True)}
+    assert done.losses == pytest.approx(losses, rel=0.05)
+    before = halved(dense, database).state_dict()
+    for name, tensor in exact.state_dict().items():
+        if "proj.weight" in name:
+            change, rounded = tensor - before[name], model.state_dict()[name].float() - before[name]
+            assert torch.cosine_similarity(change.flatten(), rounded.flatten(), dim=0) > 0.95, name
+
+
 def test_masked_labels_do_not_train(pruned, tmp_path):
     dense, database = pruned("qwen2", "kv_group")
     recipe = RecoveryRecipe(tokens=24 * 8, learning_rate=5e-3, batch_size=2, evaluations=0)

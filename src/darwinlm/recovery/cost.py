@@ -68,8 +68,9 @@ def _training_bytes(work: Work) -> tuple[float, float]:
         else work.block_bytes / layers + 2 * work.rows * layers * data.sequence_length
     )
     teacher = 0 if recovery.teacher_top_k else _teacher_bytes(work)
-    # Weights, gradients and two moments; with LoRA the weights and their copies in the compute dtype.
-    trained = (6 if recovery.lora_rank else 16) * (work.fixed + work.candidate)
+    # Weights, gradients and two moments; with LoRA frozen weights, if not in the compute dtype with copies in it.
+    frozen = 2 if sharded == 1 and work.item == 2 and work.machine.accelerator else 6
+    trained = (frozen if recovery.lora_rank else 16) * (work.fixed + work.candidate)
     logits = 1024 * work.vocabulary * 4 * (4 if recovery.temperature == 1 else 5)
     total, host = (trained + teacher) / sharded + kept + logits, 0.0
     if sharded > 1:

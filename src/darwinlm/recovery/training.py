@@ -88,7 +88,7 @@ def recover(
     balance: float = 0.0,
     tokens: int | None = None,
 ) -> tuple[PrunedModel, Training]:
-    """Train `model` with AdamW and float32 weights, on all ranks together.
+    """Train `model` with AdamW and float32 weights (with LoRA, float32 updates), on all ranks together.
 
     Args:
         model: trainable, float32, the same on all ranks; on `device`, or on the CPU if it will be sharded and moved
@@ -126,6 +126,9 @@ def recover(
     arguments.eval_on_start = recipe.evaluations > 0 and last is None
     cached = teacher if isinstance(teacher, CachedTeacher) else None
     teacher_model = None if isinstance(teacher, CachedTeacher) or recipe.distillation == 0 else teacher
+    if recipe.lora_rank > 0 and not sharded and model.config.dtype == fast_dtype(device):
+        # Frozen weights need no more precision than their checkpoint has. FSDP needs the dtype of the updates.
+        model.to(model.config.dtype)
     adapted = _with_lora(model, recipe.lora_rank) if recipe.lora_rank > 0 else None
     if recipe.activations == "recompute":
         model.activation_checkpointing_enable({"use_reentrant": False})
