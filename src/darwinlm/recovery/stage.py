@@ -77,7 +77,7 @@ def _recover(job: Job, plan: Plan, folder: Path) -> int:
     dist.barrier()
     if dist.rank() == 0:
         history = {"loss": done.losses, "evaluations": done.evaluations, "taken": done.taken}
-        write_json(folder / "losses.json", history)
+        write_json(folder / "losses.json", history, sealed=True)
         if not step.last and checkpoints(folder) and isinstance(text, TextStream):
             write_json(folder / "text.json", read_json(checkpoints(folder)[-1] / "text.json"))
         write_bytes(folder / "weights.safetensors", save(stored_weights(model, dense.dtype)))
