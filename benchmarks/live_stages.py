@@ -44,7 +44,6 @@ _LIBRARIES = 650_000_000
 class Peak:
     """Peak memory of a stage, in bytes."""
 
-    stage: str
     device: int
     host: int
     """Peak in CPU memory, without the dense model's layers, which are memory-mapped."""
@@ -107,12 +106,12 @@ class Trace:
     def peak(self, stage: str) -> Peak:
         """Run `stage` and return its peak."""
         with FakeTensorMode(allow_non_fake_inputs=True), self.live, as_on_a_gpu(self.live, self.memory - _LIBRARIES):
-            return replace(self.stages()[stage](), stage=stage)
+            return self.stages()[stage]()
 
     def _found(self) -> Peak:
         layers = [shape for name, shape in self.dense.shapes.items() if name.startswith(LAYERS)]
         mapped = sum(2 * torch.Size(shape).numel() for shape in layers) if "loaded" in self.dense.__dict__ else 0
-        return Peak("", self.live.peak[GPU], self.live.peak["cpu"] - (mapped if self.dense.offload else 0))
+        return Peak(self.live.peak[GPU], self.live.peak["cpu"] - (mapped if self.dense.offload else 0))
 
     def _blocks(self, tokens: int) -> Tensor:
         return torch.zeros(max(1, tokens // self.length), self.length, dtype=torch.int32)
@@ -208,8 +207,8 @@ class Trace:
             optimizer.zero_grad()
             parked = _bytes_of(one for state in optimizer.state.values() for one in state.values()) if offload else 0
         if not offload:
-            return Peak("", live.peak["cpu"], 0)
-        return Peak("", on_device, 2 * _bytes_of(trained) + parked)
+            return Peak(live.peak["cpu"], 0)
+        return Peak(on_device, 2 * _bytes_of(trained) + parked)
 
     def _evaluate(self) -> Peak:
         """Measure the quality of all models; the speed of one request is not measured."""

@@ -18,7 +18,7 @@ from typing import Any
 from live_stages import Trace, fake_ranks
 
 from darwinlm.commands.plan import plan_run
-from darwinlm.config.loading import load_recipe
+from darwinlm.config.loading import load_recipe, parse_override
 from darwinlm.config.recipe import Recipe
 from darwinlm.config.target import parse_target
 from darwinlm.estimate.rates import GPUS
@@ -62,10 +62,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--trace", action="store_true", help="count the memory of all stages instead of predicting it")
     parser.add_argument("--gpu-memory", type=float, default=80, help="device memory for --trace, in GB")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for --trace")
     arguments = parser.parse_args()
     if arguments.trace:
+        more = (ONE_GPU if arguments.gpus == 1 else {}) | dict(parse_override(text) for text in arguments.set)
         print("| case | stage | device (GB) | CPU memory (GB) |\n|---|---|---|---|")
-        for name, search, recipe in cases(arguments.cases, ONE_GPU if arguments.gpus == 1 else {}):
+        for name, search, recipe in cases(arguments.cases, more):
             for stage in traced(recipe, arguments.gpu_memory * 1e9, arguments.gpus).stages():
                 # A fresh process for each stage: what libraries cache, such as masks, has no content.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

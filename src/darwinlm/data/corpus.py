@@ -75,7 +75,7 @@ def read_corpus(recipe: DataRecipe, tokenizer: Any, seed: int) -> Corpus:
 
     def tokenized() -> Iterator[Tokens]:
         for batch in in_batches(pieces, 256):
-            for piece, document in zip(batch, _tokenise(batch, tokenizer), strict=True):
+            for piece, document in zip(batch, _tokenize(batch, tokenizer), strict=True):
                 taken.append(_fingerprint(piece.text))
                 yield document
 
@@ -218,7 +218,7 @@ class TextStream:
                 if piece.text.strip() and _fingerprint(piece.text) not in self._reserved
             ]
             if pieces:
-                yield _tokenise(pieces, self._tokenizer), behind
+                yield _tokenize(pieces, self._tokenizer), behind
 
 
 def _tokens_of(saved: Any) -> Tokens:
@@ -301,7 +301,7 @@ def _fingerprint(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_FINGERPRINT_BYTES).digest()
 
 
-def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[Tokens]:
+def _tokenize(pieces: Sequence[Piece], tokenizer: Any) -> list[Tokens]:
     """Return each piece as a document; the end-of-text token follows the last piece of a text."""
     end = tokenizer.eos_token_id
     plain = [piece for piece in pieces if piece.assistant_spans is None]

@@ -5,7 +5,7 @@ from darwinlm.estimate.work import LIBRARIES, StageCost, Work
 from darwinlm.models.experts import OUTPUTS, PRODUCTS
 from darwinlm.models.sites import Site
 
-_SOLVER_UTILISATION = 0.45
+_SOLVER_UTILIZATION = 0.45
 """Fraction of the speed of large matrix products that the solver reaches."""
 _DISK = 3e8
 """Disk bandwidth in bytes per second, flushed."""
@@ -29,7 +29,7 @@ def predict_database(work: Work) -> StageCost:
     layer = 4 * work.before * work.in_sites / work.depth
     return StageCost(
         stage=Stage("database", work.number),
-        seconds=(forward + (gram + solving / _SOLVER_UTILISATION) * work.rates.product + stored / _DISK) / devices,
+        seconds=(forward + (gram + solving / _SOLVER_UTILIZATION) * work.rates.product + stored / _DISK) / devices,
         memory=LIBRARIES + layer + activations + 7 * 4 * max(work.columns, default=0.0) ** 2 + experts,
         disk=stored,
     )

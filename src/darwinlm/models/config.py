@@ -36,7 +36,7 @@ _BIASES: Mapping[str, Mapping[str, str]] = {
 }
 """Settings of transformers and their former names, by family of such a model."""
 _GGUF, _ADAPTER = b"GGUF", "adapter_config.json"
-_UNQUANTISED = "use the original unquantized checkpoint"
+_UNQUANTIZED = "use the original unquantized checkpoint"
 
 
 def load_settings(source: str) -> dict[str, Any]:
@@ -171,10 +171,10 @@ def load_config(source: str) -> Any:
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
         raise UserError(f"model {source!r} is a {architectures[0]}, not a causal language model (…ForCausalLM)")
     if isinstance(config.dtype, torch.dtype) and config.dtype not in _DTYPES:
-        raise UserError(f"model {source!r}: dtype {config.dtype} in its config.json is not supported; {_UNQUANTISED}")
+        raise UserError(f"model {source!r}: dtype {config.dtype} in its config.json is not supported; {_UNQUANTIZED}")
     mlx = settings.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
-        raise UserError(f"model {source!r} is quantized to {mlx['bits']} bits for MLX; {_UNQUANTISED}")
+        raise UserError(f"model {source!r} is quantized to {mlx['bits']} bits for MLX; {_UNQUANTIZED}")
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         how = quantized if isinstance(quantized, dict) else quantized.to_dict()
@@ -184,7 +184,7 @@ def load_config(source: str) -> Any:
                 f"folder: AutoModelForCausalLM.from_pretrained({source!r}, "
                 "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)"
             )
-        raise UserError(f"model {source!r} is quantized; {_UNQUANTISED}")
+        raise UserError(f"model {source!r} is quantized; {_UNQUANTIZED}")
     return config
 
 

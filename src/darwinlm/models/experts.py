@@ -25,7 +25,7 @@ OUTPUTS = 2**26
 """Maximum number of elements for the outputs of all experts: tokens * E * D."""
 
 
-def renormalises(config: PrunedConfig) -> bool:
+def renormalizes(config: PrunedConfig) -> bool:
     """Whether the gates of a token sum to 1: a softmax over its routed experts only, instead of over all experts."""
     return bool(getattr(config, "norm_topk_prob", True))
 
@@ -38,7 +38,7 @@ def choose_experts(logits_NE: Tensor, routed: int, *, renormalized: bool) -> tup
 
 def hide_experts(model: PrunedModel, site: Site, kept: Sequence[int]) -> None:
     """Restrict the router of `site` to the experts `kept`, by a hook; all experts stay in the model."""
-    family, renormalized = family_of(model.config), renormalises(model.config)
+    family, renormalized = family_of(model.config), renormalizes(model.config)
     gone = [expert for expert in range(site.num_units) if expert not in kept]
 
     def hook(_: nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ class Experts:
             down_EDI=down.mT if family.experts_transposed else down,
             glu=_clamped(config) if family.experts_transposed else functools.partial(_gated, ACT2FN[config.hidden_act]),
             routed=site.routed,
-            renormalized=renormalises(config),
+            renormalized=renormalizes(config),
             transposed=family.experts_transposed,
             router_bias_E=weights.get(f"{block}{family.router}.bias"),
             gate_up_bias_EJ=weights.get(f"{block}{family.experts}.gate_up_proj_bias"),
